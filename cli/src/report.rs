@@ -1,0 +1,53 @@
+//! The record of one run, for programs.
+
+use std::path::Path;
+
+use chitin::{Exit, Phases, Usage};
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// What `--report` writes.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The version of Chitin.
+    pub chitin: &'static str,
+    /// How the sandbox was isolated.
+    pub tier: &'static str,
+    /// Program and arguments, lossy where they are not UTF-8.
+    pub command: Vec<String>,
+    /// What `chitin run` exits with.
+    pub exit_code: u8,
+    /// How the workload ended, if it did.
+    pub exit: Option<Exit>,
+    /// What it used.
+    pub usage: Option<Usage>,
+    /// What failed, if Chitin did.
+    pub error: Option<String>,
+    /// Where the time went, nanoseconds since the monitor was started.
+    pub phases: Phases,
+}
+
+impl Report {
+    /// Writes it as JSON; a former report stays whole until the new one is.
+    pub fn write(&self, path: &Path) -> Result<(), Failure> {
+        write_json(path, self)
+    }
+}
+
+/// Writes a value as indented JSON, by way of a temporary name beside it.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
+    let failed = |source| Failure::Io { what: format!("write {}", path.display()), source };
+    let mut json = serde_json::to_vec_pretty(value).map_err(|error| failed(error.into()))?;
+    json.push(b'\n');
+    // A device or a pipe, /dev/stdout for one, has no beside.
+    if path.exists() && !path.is_file() {
+        return std::fs::write(path, json).map_err(failed);
+    }
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, path)).map_err(|error| {
+        let _ = std::fs::remove_file(&temporary);
+        failed(error)
+    })
+}

@@ -1,0 +1,402 @@
+//! `chitin run`: one command in one sandbox, with the manners of any other command.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Duration;
+
+use chitin::{Delivery, Exit, Phases, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage};
+use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::failure::{CHITIN_FAILED, Failure};
+use crate::report::Report;
+
+/// How long a workload that was sent a signal may take to end.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// One read of a workload's output: what its pipe holds.
+const CHUNK: usize = 64 * 1024;
+
+/// Where relative paths of the sandbox start, as for the workload itself.
+const WORKDIR: &str = "/work";
+
+/// Arguments of `chitin run`.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Exit code: the command's own; 124 time limit reached; 125 chitin failed; 126 not executable;
+127 not found; 128+n ended by signal n.
+
+Examples:
+  chitin run -- python3 -c 'print(6 * 7)'
+  head -c 1G /dev/urandom | chitin run -- sha256sum
+  chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
+  chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'"
+)]
+pub struct Args {
+    /// Start a copy of this template instead of booting
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "memory", "console"])]
+    template: Option<String>,
+
+    /// Virtual CPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+
+    /// Memory in MiB, 64 to 16384; files the workload writes live in it too
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    memory: u64,
+
+    /// End the sandbox after so long, boot included: 90s, 5m, 1h
+    #[arg(long, value_name = "DUR", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+
+    /// Set an environment variable; K alone passes this host's value on
+    #[arg(long, value_name = "K=V")]
+    env: Vec<OsString>,
+
+    /// Start in this directory
+    #[arg(long, value_name = "DIR", default_value = WORKDIR)]
+    workdir: OsString,
+
+    /// Hand a credential over: env:VAR, file:PATH or exec:CMD; the workload reads the file that $NAME_FILE names
+    #[arg(long, value_name = "NAME=SRC")]
+    secret: Vec<SecretSpec>,
+
+    /// Put the secret NAME into the environment variable NAME instead, where everything the workload starts sees it
+    #[arg(long, value_name = "NAME")]
+    secret_env: Vec<String>,
+
+    /// Copy a file or directory in before the start; DST is what it becomes, DST/ what it goes into
+    #[arg(long, value_name = "SRC:DST", value_parser = parse_copy_in)]
+    copy_in: Vec<Copy>,
+
+    /// Copy a file or directory out after the end; DST is what it becomes, DST/ what it goes into
+    #[arg(long, value_name = "SRC:DST", value_parser = parse_copy_out)]
+    copy_out: Vec<Copy>,
+
+    /// Show the guest's serial console on standard error
+    #[arg(long)]
+    console: bool,
+
+    /// Write a JSON record of the run
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+
+    /// The command to run, and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+/// `SRC:DST`, both sides resolved: a target that ends in a slash has the source's name added.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Copy {
+    source: PathBuf,
+    target: PathBuf,
+}
+
+fn parse_copy_in(text: &str) -> Result<Copy, String> {
+    // The host's path may hold a colon, as Windows archives and timestamps do.
+    let copy = text.rsplit_once(':').and_then(|(source, target)| copy(source, target));
+    let Copy { source, target } = copy.ok_or("it is not SRC:DST")?;
+    Ok(Copy { source, target: in_sandbox(&target) })
+}
+
+fn parse_copy_out(text: &str) -> Result<Copy, String> {
+    let copy = text.split_once(':').and_then(|(source, target)| copy(source, target));
+    let Copy { source, target } = copy.ok_or("it is not SRC:DST")?;
+    Ok(Copy { source: in_sandbox(&source), target })
+}
+
+fn copy(source: &str, target: &str) -> Option<Copy> {
+    if source.is_empty() || target.is_empty() {
+        return None;
+    }
+    let mut copy = Copy { source: source.into(), target: target.into() };
+    if target.ends_with('/') {
+        copy.target.push(copy.source.file_name()?);
+    }
+    Some(copy)
+}
+
+fn in_sandbox(path: &Path) -> PathBuf {
+    Path::new(WORKDIR).join(path)
+}
+
+/// What is known of a run so far; the report's raw material, also when the run fails.
+#[derive(Default)]
+struct Progress {
+    ended: Option<(Exit, Usage)>,
+    phases: Phases,
+}
+
+pub async fn run(args: Args) -> Result<u8, Failure> {
+    let mut progress = Progress::default();
+    let outcome = run_sandbox(&args, &mut progress).await;
+    if let Some(path) = &args.report {
+        let (exit, usage) = progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
+        let report = Report {
+            chitin: env!("CARGO_PKG_VERSION"),
+            tier: "ironclaw",
+            command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+            exit_code: outcome.as_ref().map_or_else(Failure::exit_code, |code| *code),
+            exit,
+            usage,
+            error: outcome.as_ref().err().map(Failure::line),
+            phases: progress.phases,
+        };
+        match (report.write(path), &outcome) {
+            (Err(error), Ok(_)) => return Err(error),
+            // Two things have failed; the first is returned, and the second is not lost.
+            (Err(error), Err(_)) => error.print(),
+            (Ok(()), _) => {}
+        }
+    }
+    outcome
+}
+
+async fn run_sandbox(args: &Args, progress: &mut Progress) -> Result<u8, Failure> {
+    let env = environment(&args.env)?;
+    let secrets = secrets(args)?;
+    for copy in &args.copy_in {
+        // Before anything is booted for it.
+        std::fs::symlink_metadata(&copy.source)
+            .map_err(|source| Failure::Io { what: format!("copy in {}", copy.source.display()), source })?;
+    }
+    let mut signals = Signals::listen()?;
+
+    let mut builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).console(args.console);
+    if let Some(timeout) = args.timeout {
+        builder = builder.timeout(timeout);
+    }
+    if let Some(template) = &args.template {
+        builder = builder.template(template);
+    }
+    for secret in secrets {
+        builder = builder.secret_spec(secret);
+    }
+    let sandbox = tokio::select! {
+        started = builder.start() => started?,
+        // Dropping the unfinished start ends what it has begun.
+        number = signals.next() => return Ok(128 + number),
+    };
+    let outcome = work(&sandbox, args, env, &mut signals, progress).await;
+    progress.phases = sandbox.phases();
+    sandbox.stop().await;
+    outcome
+}
+
+async fn work(
+    sandbox: &Sandbox,
+    args: &Args,
+    env: Vec<(OsString, OsString)>,
+    signals: &mut Signals,
+    progress: &mut Progress,
+) -> Result<u8, Failure> {
+    let copying_in = async {
+        for copy in &args.copy_in {
+            sandbox.copy_in(&copy.source, &copy.target).await?;
+        }
+        Ok::<_, Failure>(())
+    };
+    tokio::select! {
+        copied = copying_in => copied?,
+        number = signals.next() => return Ok(128 + number),
+    }
+
+    let mut command = sandbox.command(&args.command[0]).args(&args.command[1..]).current_dir(&args.workdir);
+    for (name, value) in env {
+        command = command.env(name, value);
+    }
+    let process = command.piped_stdin().spawn()?;
+    let Some((exit, usage)) = attend(process, signals).await? else { return Ok(128 + signals.last) };
+    let code = exit_code(&exit, &args.command[0]);
+    progress.ended = Some((exit, usage));
+
+    let copying_out = async {
+        for copy in &args.copy_out {
+            match sandbox.copy_out(&copy.source, &copy.target).await {
+                Ok(_) => {}
+                // A workload that failed may not have made it, and its own exit code says more.
+                Err(error) if code != 0 => Failure::from(error).print(),
+                Err(error) => return Err(Failure::from(error)),
+            }
+        }
+        Ok::<_, Failure>(code)
+    };
+    tokio::select! {
+        code = copying_out => code,
+        number = signals.next() => Ok(128 + number),
+    }
+}
+
+/// Connects the process with our own standard streams until it ends. `None`: a signal came and it did not end.
+async fn attend(mut process: Process, signals: &mut Signals) -> Result<Option<(Exit, Usage)>, Failure> {
+    let stdin = process.stdin.take().map(|mut stdin| {
+        tokio::spawn(async move {
+            // Errors are ends: ours has nothing more to give, or the workload wants no more.
+            let _ = tokio::io::copy(&mut tokio::io::stdin(), &mut stdin).await;
+            let _ = stdin.shutdown().await;
+        })
+    });
+    let stdout = process.stdout.take().map(|stdout| tokio::spawn(deliver(stdout, tokio::io::stdout())));
+    let stderr = process.stderr.take().map(|stderr| tokio::spawn(deliver(stderr, tokio::io::stderr())));
+
+    let ended = end_of(&mut process, signals).await;
+    if let Some(stdin) = stdin {
+        stdin.abort();
+    }
+    for (name, delivery) in [("output", stdout), ("error", stderr)] {
+        let Some(delivery) = delivery else { continue };
+        if matches!(ended, Ok(None)) {
+            // It is still running, and what it goes on to say is not waited for.
+            delivery.abort();
+            continue;
+        }
+        match delivery.await {
+            Ok(Ok(())) | Err(_) => {}
+            Ok(Err(source)) => {
+                return Err(Failure::Io { what: format!("write to standard {name}"), source });
+            }
+        }
+    }
+    ended
+}
+
+async fn end_of(process: &mut Process, signals: &mut Signals) -> Result<Option<(Exit, Usage)>, Failure> {
+    tokio::select! {
+        ended = process.wait() => return Ok(Some(ended?)),
+        number = signals.next() => process.signal(number),
+    }
+    let mut grace = pin!(tokio::time::sleep(GRACE));
+    tokio::select! {
+        ended = process.wait() => Ok(Some(ended?)),
+        () = &mut grace => Ok(None),
+        // Whoever asks twice means it.
+        _ = signals.next() => Ok(None),
+    }
+}
+
+/// Writes all of a stream. A reader that has gone is passed on to the workload, as a shell's pipe would.
+async fn deliver(stream: StreamReader, mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+    let mut stream = BufReader::with_capacity(CHUNK, stream);
+    match tokio::io::copy_buf(&mut stream, &mut to).await {
+        Ok(_) => Ok(()),
+        // BrokenPipe is our reader; ConnectionReset is the sandbox's end, which is reported with its reason.
+        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn exit_code(exit: &Exit, program: &OsString) -> u8 {
+    match exit {
+        Exit::Code(code) => *code,
+        Exit::Signal(number) => 128u8.saturating_add(*number),
+        Exit::NotStarted { error, failure } => {
+            eprintln!("chitin: start {} in the sandbox: {failure}", program.display());
+            match error {
+                StartError::NotFound => 127,
+                StartError::NotExecutable => 126,
+                StartError::Other => CHITIN_FAILED,
+            }
+        }
+    }
+}
+
+fn environment(given: &[OsString]) -> Result<Vec<(OsString, OsString)>, Failure> {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let pair = |bytes: &[u8]| {
+        let equals = bytes.iter().position(|byte| *byte == b'=')?;
+        Some((OsString::from_vec(bytes[..equals].into()), OsString::from_vec(bytes[equals + 1..].into())))
+    };
+    given
+        .iter()
+        .map(|text| match pair(text.as_bytes()) {
+            Some((name, _)) if name.is_empty() => {
+                Err(Failure::Usage(format!("--env {}: the name is empty", text.display())))
+            }
+            Some(pair) => Ok(pair),
+            None => match std::env::var_os(text) {
+                Some(value) => Ok((text.clone(), value)),
+                None => Err(Failure::Usage(format!(
+                    "--env {0}: {0} is not set here; give {0}=VALUE",
+                    text.display()
+                ))),
+            },
+        })
+        .collect()
+}
+
+fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
+    let mut secrets = args.secret.clone();
+    for name in &args.secret_env {
+        let Some(secret) = secrets.iter_mut().find(|secret| secret.name == *name) else {
+            return Err(Failure::Usage(format!("--secret-env {name}: there is no --secret {name}=SRC")));
+        };
+        secret.delivery = Delivery::Env;
+    }
+    Ok(secrets)
+}
+
+/// The signals that mean "end", which are for the workload to hear first.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    /// The number of the last one that came.
+    last: u8,
+}
+
+impl Signals {
+    fn listen() -> Result<Signals, Failure> {
+        let listen =
+            |kind| signal(kind).map_err(|source| Failure::Io { what: "listen for signals".into(), source });
+        Ok(Signals {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+            last: 0,
+        })
+    }
+
+    /// The number of the next signal.
+    async fn next(&mut self) -> u8 {
+        self.last = tokio::select! {
+            _ = self.interrupt.recv() => 2,
+            _ = self.terminate.recv() => 15,
+            _ = self.hangup.recv() => 1,
+        };
+        self.last
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_name_a_target_or_a_place_to_go_into() {
+        let copy = |source: &str, target: &str| Ok(Copy { source: source.into(), target: target.into() });
+        assert_eq!(parse_copy_in("data/a.csv:/work/b.csv"), copy("data/a.csv", "/work/b.csv"));
+        assert_eq!(parse_copy_in("data/a.csv:/work/"), copy("data/a.csv", "/work/a.csv"));
+        assert_eq!(parse_copy_in("a:b:/x"), copy("a:b", "/x"));
+        assert_eq!(parse_copy_in("a.py:b.py"), copy("a.py", "/work/b.py"));
+        assert_eq!(parse_copy_out("out:reports/"), copy("/work/out", "reports/out"));
+        assert_eq!(parse_copy_out("/tmp/x:y"), copy("/tmp/x", "y"));
+        for bad in ["", "a", "a:", ":b", "..:/work/"] {
+            assert!(parse_copy_in(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_environment_is_pairs_or_names_that_are_set() {
+        let given = ["A=1", "B=", "C=x=y"].map(OsString::from);
+        let pairs = [("A", "1"), ("B", ""), ("C", "x=y")].map(|(k, v)| (k.into(), v.into()));
+        assert_eq!(environment(&given).unwrap(), pairs);
+        for bad in ["=1", "CHITIN_NO_SUCH"] {
+            assert!(environment(&[bad.into()]).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! How a sandbox ends: with its channel, whatever still runs in it.
+
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::system::RebootCommand;
+
+/// Rounds of [`kill_descendants`]: children of what was killed become ours and are seen in the next one. A fork
+/// bomb could go on for ever; a container runtime then ends what is left with PID 1.
+const KILL_ROUNDS: usize = 200;
+
+/// Resets the machine, which with `reboot=t` is a triple fault and needs no device. There is nothing to flush: all
+/// that can be written is memory.
+pub fn reset_machine() -> ! {
+    let refused = rustix::system::reboot(RebootCommand::Restart);
+    crate::log(format_args!("cannot reset the machine: {refused:?}"));
+    // The end of PID 1 is a kernel panic, which resets the machine as well.
+    std::process::exit(1)
+}
+
+/// Ends every process this one has started, and theirs: this process is their subreaper.
+pub fn kill_descendants() {
+    for _ in 0..KILL_ROUNDS {
+        let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+        for pid in children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,238 @@
+//! What a workload cannot do, and how it gets its credentials.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use chitin_protocol::{Delivery, Exit, MAX_SECRET};
+use support::Agent;
+
+fn status_of(agent: &mut Agent, argv: &[&str]) -> String {
+    let running = agent.run(argv);
+    agent.output(running)
+}
+
+/// The value of a line `NAME:\tvalue` of /proc/self/status.
+fn field<'a>(status: &'a str, name: &str) -> &'a str {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":"));
+    line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
+}
+
+#[test]
+fn the_workload_has_given_everything_up() {
+    let mut agent = Agent::up();
+    let status = status_of(&mut agent, &["cat", "/proc/self/status"]);
+    assert_eq!(field(&status, "NoNewPrivs"), "1");
+    assert_eq!(field(&status, "Seccomp"), "2");
+    assert_eq!(field(&status, "SigBlk"), "0000000000000000");
+    assert_eq!(field(&status, "SigIgn"), "0000000000000000");
+    if support::needs_root("giving capabilities and groups up") {
+        // CAP_NET_BIND_SERVICE is number 10, and all that is left.
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(field(&status, set), "0000000000000400", "{set}");
+        }
+        assert_eq!(field(&status, "Uid"), "1000\t1000\t1000\t1000");
+        assert_eq!(field(&status, "Gid"), "1000\t1000\t1000\t1000");
+        assert_eq!(field(&status, "Groups"), "");
+    } else {
+        for set in ["CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(field(&status, set), "0000000000000000", "{set}");
+        }
+    }
+}
+
+#[test]
+fn a_workload_that_is_root_is_a_poor_root() {
+    if !support::needs_root("a workload with user id 0") {
+        return;
+    }
+    let mut agent = Agent::up();
+    let mut start = agent.plain(&["cat", "/proc/self/status"]);
+    (start.uid, start.gid) = (0, 0);
+    let running = agent.start(start);
+    let status = agent.output(running);
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(&status, set), "0000000000000400", "{set}");
+    }
+}
+
+#[test]
+fn it_can_serve_a_low_port_and_not_reach_the_agent() {
+    if !support::needs_root("keeping the right to bind low ports") {
+        return;
+    }
+    let mut agent = Agent::up();
+    let pid = agent.child.id();
+    // An address of its own, so that it meets no server of this machine.
+    let bind = "import socket; s = socket.socket(); s.bind(('127.99.1.2', 81)); print('bound')";
+    assert_eq!(status_of(&mut agent, &["python3", "-c", bind]), "bound\n");
+    let attacks = format!(
+        "kill -9 {pid} 2>/dev/null && echo killed; cat /proc/{pid}/environ 2>/dev/null && echo read; \
+         ls /proc/{pid}/fd 2>/dev/null && echo listed; ls -l /proc/{pid}/root 2>/dev/null | grep '>' ; \
+         dd if=/proc/{pid}/mem count=1 2>/dev/null && echo dumped; true"
+    );
+    let running = agent.shell(&attacks);
+    assert_eq!(agent.output(running), "");
+}
+
+#[test]
+fn it_inherits_three_descriptors_and_no_more() {
+    let mut agent = Agent::up();
+    // Listed by a child, and without a pipe: either would be among them.
+    let running = agent.shell("ls /proc/$$/fd; ulimit -c; ulimit -Sn; umask");
+    assert_eq!(agent.output(running), "0\n1\n2\n0\n1024\n0022\n");
+}
+
+#[test]
+fn it_is_a_session_of_its_own() {
+    let mut agent = Agent::up();
+    let running = agent.shell("cut -d' ' -f5,6 /proc/$$/stat; echo $$ $$");
+    let text = agent.output(running);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], lines[1], "process group and session are the process");
+}
+
+/// What system calls say, by errno; 0 for success.
+const PROBE: &str = "
+import ctypes, socket, errno, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*a):
+    ctypes.set_errno(0)
+    r = libc.syscall(*[ctypes.c_long(x) for x in a])
+    return errno.errorcode.get(ctypes.get_errno(), '?') if r < 0 else 'ok'
+X32 = 0x40000000
+print('vsock', call(41, 40, 1, 0), call(41, 40, 5, 0), call(41, 40, 2, 0))
+print('vsock, upper half set', call(41, 40 | 1 << 32, 1, 0))
+print('vsock, x32', call(41 | X32, 40, 1, 0))
+print('unix', call(41, 1, 1, 0), 'inet', call(41, 2, 1, 0))
+print('absent', *[call(n, 0, 0, 0, 0, 0) for n in (425, 426, 427, 321, 323, 298, 248, 249, 250)])
+print('absent, x32', *[call(n | X32, 0, 0, 0, 0, 0) for n in (425, 321, 250)])
+";
+
+#[test]
+fn the_channel_is_out_of_its_reach() {
+    let mut agent = Agent::up();
+    let text = status_of(&mut agent, &["python3", "-c", PROBE]);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "vsock EAFNOSUPPORT EAFNOSUPPORT EAFNOSUPPORT",
+            "vsock, upper half set EAFNOSUPPORT",
+            "vsock, x32 EAFNOSUPPORT",
+            "unix ok inet ok",
+            "absent ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS ENOSYS",
+            "absent, x32 ENOSYS ENOSYS ENOSYS",
+        ]
+    );
+}
+
+#[test]
+fn the_32_bit_door_is_shut() {
+    let mut agent = Agent::up();
+    // mov eax, 20 (getpid of i386); int 0x80; ret
+    let probe = "
+import ctypes, mmap
+m = mmap.mmap(-1, 4096, prot=7)
+m.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))
+f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
+print(f())
+";
+    let running = agent.run(&["python3", "-c", probe]);
+    // SIGSYS from the filter; SIGSEGV where the kernel has no such door.
+    assert!(matches!(agent.exit(running), Exit::Signal(31 | 11)));
+}
+
+#[test]
+fn a_credential_in_memory_is_in_memory_only() {
+    let mut agent = Agent::up();
+    let value = b"s3cret\0with any bytes\xff\n";
+    agent.secret("API_TOKEN", value, Delivery::Memory).unwrap();
+    let running = agent.shell("cat \"$API_TOKEN_FILE\"");
+    assert_eq!(agent.exit(running), Exit::Code(0));
+    assert_eq!(agent.output.remove(&running.stdout).unwrap(), value);
+
+    // Each process reads from the beginning, by name or by number, however often.
+    let probe = "
+import os, errno
+path = os.environ['API_TOKEN_FILE']
+fd = int(path.rsplit('/', 1)[1])
+def refused(f, *a):
+    try: f(*a)
+    except OSError as e: return errno.errorcode[e.errno]
+    return 'allowed'
+print(fd, len(os.read(fd, 100)), len(open(path, 'rb').read()))
+print(refused(os.write, fd, b'x'), refused(os.ftruncate, fd, 0), refused(os.fchmod, fd, 0o777) )
+print(sorted(os.environ), b's3cret' in open('/proc/self/environ', 'rb').read())
+print(sorted(map(int, os.listdir('/proc/%d/fd' % os.getpid())))[3:4])
+";
+    for _ in 0..2 {
+        let text = status_of(&mut agent, &["python3", "-c", probe]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], format!("512 {0} {0}", value.len()));
+        assert!(lines[1].starts_with("EBADF EINVAL"), "{}", lines[1]);
+        if support::is_root() {
+            assert_eq!(lines[1], "EBADF EINVAL EPERM");
+        }
+        assert!(lines[2].contains("'API_TOKEN_FILE'") && lines[2].ends_with("False"), "{}", lines[2]);
+    }
+    if support::needs_root("a memfd of another owner") {
+        let running = agent.shell("echo x > \"$API_TOKEN_FILE\"");
+        assert_ne!(agent.exit(running), Exit::Code(0));
+        // And whoever the workload is, it can read it.
+        let mut start = agent.plain(&["sh", "-c", "cat \"$API_TOKEN_FILE\" | wc -c"]);
+        (start.uid, start.gid) = (4242, 4242);
+        let running = agent.start(start);
+        assert_eq!(agent.output(running).trim(), value.len().to_string());
+    }
+}
+
+#[test]
+fn a_credential_is_in_the_environment_only_if_asked_for() {
+    let mut agent = Agent::up();
+    agent.secret("TOKEN", b"s3cret", Delivery::Env).unwrap();
+    agent.secret("OTHER", b"hidden", Delivery::Memory).unwrap();
+    let running = agent.shell("tr '\\0' '\\n' </proc/self/environ; ls /proc/$$/fd");
+    let text = agent.output(running);
+    assert_eq!(
+        text,
+        "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\nOTHER_FILE=/proc/self/fd/512\n0\n1\n2\n512\n"
+    );
+    // A later one replaces it, also in kind; and what the host says in `env` does not hide it.
+    agent.secret("OTHER", b"changed", Delivery::Memory).unwrap();
+    agent.secret("TOKEN", b"changed too", Delivery::Memory).unwrap();
+    let mut start = agent.plain(&["sh", "-c", "cat $OTHER_FILE; echo; cat $TOKEN_FILE; echo $TOKEN"]);
+    start.env.push((b"OTHER_FILE".to_vec(), b"/etc/passwd".to_vec()));
+    let running = agent.start(start);
+    assert_eq!(agent.output(running), "changed\nchanged too\n");
+}
+
+#[test]
+fn credentials_are_checked_and_bounded() {
+    let mut agent = Agent::up();
+    for name in ["", "1A", "A=B", "A-B", &"A".repeat(129)] {
+        let failure = agent.secret(name, b"x", Delivery::Memory).unwrap_err();
+        assert!(!failure.to_string().contains('\n'), "{failure}");
+    }
+    agent.secret("BIG", &[b'x'; MAX_SECRET], Delivery::Memory).unwrap();
+    assert!(agent.secret("BIGGER", &[b'x'; MAX_SECRET + 1], Delivery::Memory).is_err());
+    assert!(agent.secret("NUL", b"a\0b", Delivery::Env).is_err());
+    for number in 1..64 {
+        agent.secret(&format!("N{number}"), b"x", Delivery::Memory).unwrap();
+    }
+    assert!(agent.secret("ONE_MORE", b"x", Delivery::Memory).is_err());
+    let running = agent.shell("wc -c <$BIG_FILE; set -- /proc/$$/fd/5??; echo $#");
+    assert_eq!(agent.output(running), "65536\n64\n");
+}
+
+#[test]
+fn the_agent_itself_holds_no_value_where_others_look() {
+    let mut agent = Agent::up();
+    agent.secret("TOKEN", b"canary-4711", Delivery::Memory).unwrap();
+    let pid = agent.child.id();
+    for file in ["environ", "cmdline", "maps"] {
+        // Unreadable is as good: it is not dumpable.
+        let text = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        assert!(!text.windows(11).any(|window| window == b"canary-4711"), "{file}");
+    }
+}

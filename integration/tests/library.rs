@@ -1,0 +1,89 @@
+//! The library: what the command line cannot show.
+
+use std::time::Duration;
+
+use chitin::{Artifacts, Error, Exit, Sandbox, SecretSource};
+use chitin_integration::{binary, workspace};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+fn builder() -> chitin::Builder {
+    let built = workspace().join("target/artifacts");
+    Sandbox::builder().artifacts(Artifacts {
+        kernel: built.join("vmlinux"),
+        root_image: built.join("root.img"),
+        monitor: binary("chitin-vmm"),
+    })
+}
+
+#[tokio::test]
+async fn many_commands_share_a_sandbox() {
+    let sandbox = builder().start().await.unwrap();
+    let outputs: Vec<_> = (0..10)
+        .map(|i| sandbox.command("sh").args(["-c", &format!("echo {i}; exit {i}")]).output())
+        .collect();
+    for (i, output) in outputs.into_iter().enumerate() {
+        let output = output.await.unwrap();
+        assert_eq!(output.exit, Exit::Code(u8::try_from(i).unwrap()));
+        assert_eq!(output.stdout, format!("{i}\n").as_bytes());
+        assert!(output.usage.max_rss_kib > 0);
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn commands_can_be_talked_to_and_signalled() {
+    let sandbox = builder().start().await.unwrap();
+    let mut process = sandbox.command("cat").piped_stdin().spawn().unwrap();
+    let (mut stdin, mut stdout) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+    let mut answer = [0; 5];
+    for _ in 0..3 {
+        stdin.write_all(b"hello").await.unwrap();
+        stdout.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"hello");
+    }
+    process.signal(15);
+    assert_eq!(process.wait().await.unwrap().0, Exit::Signal(15));
+    // A stopped reader stops its own command only.
+    let mut flood = sandbox.command("yes").spawn().unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
+    flood.signal(9);
+    assert_eq!(flood.wait().await.unwrap().0, Exit::Signal(9));
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn secrets_and_files_reach_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token");
+    std::fs::write(&token, "t0ken").unwrap();
+    let sandbox = builder().secret("TOKEN", SecretSource::File(token.clone())).start().await.unwrap();
+    sandbox.copy_in(&token, "/work/copied").await.unwrap();
+    for _ in 0..2 {
+        let output =
+            sandbox.command("sh").args(["-c", "cat $TOKEN_FILE /work/copied"]).output().await.unwrap();
+        assert_eq!(output.stdout, b"t0kent0ken");
+    }
+    let error = sandbox.copy_out("/proc/kmsg", dir.path().join("kmsg")).await.unwrap_err();
+    assert!(error.to_string().contains("sandbox") || matches!(error, Error::Copy { .. }), "{error:?}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_time_limit_ends_all_that_waits() {
+    let sandbox = builder().timeout(Duration::from_secs(30)).start().await.unwrap();
+    let mut process = sandbox.command("sleep").arg("600").spawn().unwrap();
+    let error = process.wait().await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    let error = sandbox.command("true").output().await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_stopped_sandbox_says_so() {
+    let sandbox = builder().start().await.unwrap();
+    let mut process = sandbox.command("sleep").arg("600").spawn().unwrap();
+    sandbox.stop().await;
+    let error = process.wait().await.unwrap_err();
+    assert!(matches!(error, Error::Stopped), "{error:?}");
+}

@@ -1,0 +1,90 @@
+//! A credential reaches the workload and nothing else.
+
+use std::fs;
+
+use chitin_integration::{chitin, file};
+
+const CANARY: &str = "canary-8d1f02c97b";
+
+#[test]
+fn a_secret_is_read_from_the_file_its_variable_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "token", format!("{CANARY}\n")).unwrap();
+    for source in ["env:TOKEN_HERE".to_owned(), format!("file:{path}"), format!("exec:cat {path}")] {
+        let outcome = chitin("run --secret")
+            .arg(format!("API_TOKEN={source}"))
+            .args(["--", "sh", "-c", "cat $API_TOKEN_FILE; echo; cat $API_TOKEN_FILE"])
+            .env("TOKEN_HERE", CANARY)
+            .outcome();
+        assert_eq!(outcome.ok(), format!("{CANARY}\n{CANARY}"), "{source}");
+    }
+}
+
+#[test]
+fn it_is_in_no_file_no_environment_and_no_command_line() {
+    // The pattern is put together in the guest, so that the script itself does not hold what it looks for.
+    let script = "p=canary-8d1f; p=${p}02c97b; \
+                  cat /proc/cmdline /proc/[0-9]*/cmdline /proc/self/environ /proc/1/environ 2>/dev/null | tr '\\0' '\\n' | grep -c $p; env | grep -c $p; \
+                  find / /work /tmp /run /dev/shm -xdev -type f 2>/dev/null | xargs -d '\\n' grep -ls $p; \
+                  printf '%s' $API_TOKEN_FILE";
+    let outcome = chitin("run --secret API_TOKEN=env:API_TOKEN -- sh -c")
+        .arg(script)
+        .env("API_TOKEN", CANARY)
+        .outcome();
+    assert!(outcome.ok().starts_with("0\n0\n/proc/self/fd/"), "{outcome:?}");
+}
+
+#[test]
+fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it() {
+    let script = "echo x > $API_TOKEN_FILE; echo $?; cat $API_TOKEN_FILE; echo; echo up; sleep 600";
+    let mut running =
+        chitin("run --secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", CANARY).spawn();
+    assert_ne!(running.line(), "0");
+    assert_eq!(running.line(), CANARY);
+    assert_eq!(running.line(), "up");
+    for process in running.processes() {
+        let own = fs::read_link(process.join("exe")).is_ok_and(|exe| exe.ends_with("chitin"));
+        let shown = |name: &str| {
+            let bytes = fs::read(process.join(name)).unwrap_or_default();
+            bytes.windows(CANARY.len()).any(|window| window == CANARY.as_bytes())
+        };
+        assert!(!shown("cmdline"), "{process:?}");
+        // The variable was given to `chitin` itself by whoever called it; it must not pass it on.
+        assert!(own || !shown("environ"), "{process:?}");
+    }
+    running.child.kill().unwrap();
+    running.wait();
+    running.assert_nothing_left();
+}
+
+#[test]
+fn in_the_environment_only_when_asked_for() {
+    let args = "run --secret API_TOKEN=env:API_TOKEN --secret-env API_TOKEN -- sh -c";
+    let outcome =
+        chitin(args).arg("echo $API_TOKEN; echo ${API_TOKEN_FILE-unset}").env("API_TOKEN", CANARY).outcome();
+    assert_eq!(outcome.ok(), format!("{CANARY}\nunset"));
+    chitin("run --secret-env API_TOKEN -- true").outcome().refused("there is no --secret API_TOKEN=SRC");
+}
+
+#[test]
+fn it_is_not_in_the_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = dir.path().join("report.json");
+    let outcome = chitin("run --secret API_TOKEN=env:API_TOKEN --report")
+        .arg(&report)
+        .args(["--", "sh", "-c", "cat $API_TOKEN_FILE >/dev/null"])
+        .env("API_TOKEN", CANARY)
+        .outcome();
+    outcome.ok();
+    assert!(!fs::read_to_string(report).unwrap().contains(CANARY));
+    assert!(!outcome.stderr.contains(CANARY));
+}
+
+#[test]
+fn a_source_that_fails_stops_the_run_before_it_starts() {
+    chitin("run --secret T=env:CHITIN_NO_SUCH -- true").outcome().refused("CHITIN_NO_SUCH is not set");
+    chitin("run --secret T=file:/nonexistent -- true").outcome().refused("read /nonexistent");
+    chitin("run --secret").arg("T=exec:exit 4").args(["--", "true"]).outcome().refused("`exit 4` failed");
+    chitin("run --secret T=vault -- true").outcome().refused("env:VAR, file:PATH, exec:CMD");
+    chitin("run --secret 1T=env:HOME -- true").outcome().refused("environment variable");
+}

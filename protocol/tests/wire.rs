@@ -1,0 +1,52 @@
+//! The wire surface, byte for byte. A change here is a change of the protocol: it needs a review, a line in
+//! `docs/protocol.md`, and a higher `VERSION` once a release has shipped.
+
+use chitin_protocol::{
+    Delivery, Exit, Failure, Reseed, Secret, SecretBytes, Start, StartError, ToGuest, ToHost, Usage,
+};
+
+#[test]
+fn the_wire_surface_is_frozen() {
+    let start = Start {
+        process: 1,
+        argv: vec![b"sh".to_vec()],
+        env: vec![(b"K".to_vec(), b"V".to_vec())],
+        cwd: b"/".to_vec(),
+        uid: 1000,
+        gid: 1000,
+        stdin: Some(2),
+        stdout: 4,
+        stderr: 6,
+    };
+    let secret =
+        Secret { request: 3, name: "T".into(), value: SecretBytes::new(vec![9]), delivery: Delivery::Env };
+    let reseed =
+        Reseed { request: 7, entropy: SecretBytes::new(vec![1, 2]), unix_ns: 300, instance: [3; 16] };
+    let to_guest = [
+        (ToGuest::Start(start), "0001010273680101 4b0156012fe807e807010204 06"),
+        (ToGuest::Signal { process: 1, signal: 15 }, "01010f"),
+        (ToGuest::Secret(secret), "02030154010901"),
+        (ToGuest::Put { request: 4, path: b"/a".to_vec(), stream: 8 }, "0304022f6108"),
+        (ToGuest::Get { request: 5, path: b"/a".to_vec(), stream: 10 }, "0405022f610a"),
+        (ToGuest::Freeze { request: 6 }, "0506"),
+        (ToGuest::Reseed(reseed), "0607 02 0102 ac02 03030303030303030303030303030303"),
+    ];
+    let failure = Failure { what: "open /a".into(), errno: 2 };
+    let not_started = Exit::NotStarted { error: StartError::NotFound, failure: failure.clone() };
+    let usage = Usage { user_us: 1, system_us: 2, max_rss_kib: 3 };
+    let to_host = [
+        (ToHost::Ready { started_ns: 1, ready_ns: 300 }, "0001ac02"),
+        (ToHost::Exited { process: 1, exit: Exit::Code(7), usage }, "01010007010203"),
+        (ToHost::Exited { process: 1, exit: Exit::Signal(9), usage }, "01010109010203"),
+        (ToHost::Exited { process: 1, exit: not_started, usage }, "01010200076f70656e202f6104010203"),
+        (ToHost::Done { request: 4, result: Ok(()) }, "020400"),
+        (ToHost::Done { request: 4, result: Err(failure) }, "020401076f70656e202f6104"),
+    ];
+    let hex = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    for (message, wire) in to_guest {
+        assert_eq!(hex(postcard::to_allocvec(&message).unwrap()), wire.replace(' ', ""), "{message:?}");
+    }
+    for (message, wire) in to_host {
+        assert_eq!(hex(postcard::to_allocvec(&message).unwrap()), wire.replace(' ', ""), "{message:?}");
+    }
+}

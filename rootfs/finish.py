@@ -1,0 +1,126 @@
+"""Completes an unpacked root tree: trust roots, bytecode, and a check that every shared library is there.
+
+Run by `cargo xtask rootfs` with the tree's own interpreter, so the builder needs no Python and the bytecode is of the
+right version. Everything is done in sorted order and by one process: two runs give the same bytes.
+"""
+
+import ctypes
+import os
+import py_compile
+import ssl
+import struct
+import sys
+
+LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib")
+
+
+def files(tree, below=""):
+    """Paths of regular files, relative to the tree, sorted; links are not followed."""
+    for directory, directories, names in os.walk(os.path.join(tree, below)):
+        directories.sort()
+        for name in sorted(names):
+            path = os.path.join(directory, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                yield os.path.relpath(path, tree)
+
+
+def subject_hashes(tree):
+    """Returns DER -> the name under which OpenSSL looks a certificate up."""
+    crypto = ctypes.CDLL(os.path.join(tree, "usr/lib/x86_64-linux-gnu/libcrypto.so.3"))
+    crypto.d2i_X509.restype = ctypes.c_void_p
+    crypto.d2i_X509.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_long]
+    crypto.X509_subject_name_hash.restype = ctypes.c_ulong
+    crypto.X509_subject_name_hash.argtypes = [ctypes.c_void_p]
+
+    def name_of(der):
+        certificate = crypto.d2i_X509(None, ctypes.byref(ctypes.c_char_p(der)), len(der))
+        if not certificate:
+            raise SystemExit("OpenSSL cannot read one of the certificates")
+        return f"{crypto.X509_subject_name_hash(certificate) & 0xFFFFFFFF:08x}"
+
+    return name_of
+
+
+def trust_roots(tree):
+    """What update-ca-certificates does: one bundle, and a link per certificate named by the hash of its subject."""
+    name_of = subject_hashes(tree)
+    certs = os.path.join(tree, "etc/ssl/certs")
+    os.makedirs(certs, exist_ok=True)
+    bundle, taken = [], {}
+    for path in files(tree, "usr/share/ca-certificates"):
+        if not path.endswith(".crt"):
+            continue
+        with open(os.path.join(tree, path), encoding="ascii") as source:
+            pem = source.read()
+        bundle.append(pem if pem.endswith("\n") else pem + "\n")
+        name = name_of(ssl.PEM_cert_to_DER_cert(pem))
+        number = taken[name] = taken.get(name, -1) + 1
+        os.symlink("/" + path, os.path.join(certs, f"{name}.{number}"))
+    if len(bundle) < 50:
+        raise SystemExit(f"only {len(bundle)} trust roots: has the layout of ca-certificates changed?")
+    with open(os.path.join(certs, "ca-certificates.crt"), "w", encoding="ascii") as target:
+        target.write("".join(bundle))
+    return len(bundle)
+
+
+def bytecode(tree):
+    """Compiles the standard library. Unchecked: the image cannot change, so Python need not compare times."""
+    count = 0
+    for path in files(tree, "usr/lib/python3.11"):
+        if path.endswith(".py"):
+            py_compile.compile(
+                os.path.join(tree, path),
+                dfile="/" + path,
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
+            count += 1
+    return count
+
+
+def needed(path):
+    """Names of the shared libraries that an ELF file asks for; none for any other file."""
+    with open(path, "rb") as source:
+        data = source.read()
+    if data[:6] != b"\x7fELF\x02\x01":
+        return []
+    offset, size, count = struct.unpack_from("<Q14xHH", data, 32)
+    headers = [struct.unpack_from("<IIQQQQ", data, offset + size * index) for index in range(count)]
+
+    def file_offset(address):
+        for kind, _, start, virtual, _, length in headers:
+            if kind == 1 and virtual <= address < virtual + length:
+                return start + address - virtual
+        raise SystemExit(f"{path}: dynamic section points outside the file")
+
+    for kind, _, start, _, _, length in headers:
+        if kind == 2:
+            entries = list(struct.iter_unpack("<QQ", data[start : start + length]))
+            strings = file_offset(next(value for tag, value in entries if tag == 5))
+            begins = [strings + value for tag, value in entries if tag == 1]
+            return [data[begin : data.index(b"\0", begin)].decode() for begin in begins]
+    return []
+
+
+def check_libraries(tree):
+    """Fails if a program or library needs another that skipping or pruning took away."""
+    present = set()
+    for directory in LIBRARIES:
+        present.update(os.listdir(os.path.join(tree, directory)))
+    missing, count = [], 0
+    for path in files(tree, "usr"):
+        names = needed(os.path.join(tree, path))
+        count += bool(names)
+        missing += [f"{path} needs {name}" for name in names if name not in present]
+    if missing:
+        raise SystemExit("libraries are missing:\n  " + "\n  ".join(missing))
+    return count
+
+
+def main():
+    tree = os.path.abspath(sys.argv[1])
+    roots, modules, programs = trust_roots(tree), bytecode(tree), check_libraries(tree)
+    print(f"{roots} trust roots, {modules} Python modules compiled, libraries of {programs} programs present")
+
+
+main()

@@ -1,0 +1,483 @@
+//! The host's end of the channel: a task that moves bytes, and streams that look like any other to tokio.
+//!
+//! One lock guards the protocol's state machine and every stream's inbox. It is held for memory copies only, never
+//! across I/O or an await. The driver task alone reads and writes the socket; readers and writers wake it when they
+//! have queued something.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use chitin_protocol::{
+    Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost, TooLarge,
+    Usage,
+};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, oneshot, watch};
+
+use crate::phases::now_ns;
+
+/// Why a channel no longer works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Closed {
+    /// The other end is gone.
+    Eof,
+    /// Reading or writing failed.
+    Io(io::ErrorKind),
+    /// The agent broke the protocol.
+    Fault(Fault),
+    /// This side ended it: the sandbox was stopped, or its time was up.
+    Local,
+}
+
+/// When things happened on the channel, `CLOCK_MONOTONIC` nanoseconds of the host.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen {
+    /// The agent's first message was read.
+    pub ready: Option<u64>,
+    /// How long the agent took from its first instruction to that message, nanoseconds.
+    pub agent_took: u64,
+    /// The first byte of any workload's output was read.
+    pub output: Option<u64>,
+    /// A workload's end was read, the latest.
+    pub exited: Option<u64>,
+}
+
+type Ended = (Exit, Usage);
+
+/// A handle on the channel; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Channel {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Wakes the driver: there is output to write, or the channel was closed.
+    driver: Notify,
+    status: watch::Sender<Status>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Status {
+    ready: bool,
+    closed: Option<Closed>,
+}
+
+#[derive(Debug)]
+struct State {
+    connection: Connection<Host>,
+    streams: HashMap<StreamId, Stream>,
+    processes: HashMap<u32, oneshot::Sender<Ended>>,
+    requests: HashMap<u32, oneshot::Sender<Result<(), Failure>>>,
+    /// The last name given to a process or a request.
+    last_name: u32,
+    seen: Seen,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Stream {
+    /// Received and not yet read; bounded by the protocol's window.
+    inbox: VecDeque<u8>,
+    ended: bool,
+    reset: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl Stream {
+    fn wake(&mut self) {
+        for waker in [self.reader.take(), self.writer.take()].into_iter().flatten() {
+            waker.wake();
+        }
+    }
+}
+
+impl Channel {
+    /// Takes over a connected socket and starts to drive it. Must be called within a tokio runtime.
+    pub fn new(socket: UnixStream) -> Channel {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                connection: Connection::new(),
+                streams: HashMap::new(),
+                processes: HashMap::new(),
+                requests: HashMap::new(),
+                last_name: 0,
+                seen: Seen::default(),
+                closed: false,
+            }),
+            driver: Notify::new(),
+            status: watch::Sender::new(Status::default()),
+        });
+        let channel = Channel { shared: shared.clone() };
+        tokio::spawn(async move {
+            let why = drive(&shared, socket).await;
+            shared.close(why);
+        });
+        channel
+    }
+
+    /// Waits for the agent's first message.
+    pub async fn ready(&self) -> Result<(), Closed> {
+        let mut status = self.shared.status.subscribe();
+        match status.wait_for(|status| status.ready || status.closed.is_some()).await {
+            Ok(status) => match &status.closed {
+                Some(why) => Err(why.clone()),
+                None => Ok(()),
+            },
+            Err(_) => Err(Closed::Local),
+        }
+    }
+
+    /// Why the channel was closed. Waits until it is.
+    pub async fn closed(&self) -> Closed {
+        let mut status = self.shared.status.subscribe();
+        match status.wait_for(|status| status.closed.is_some()).await {
+            Ok(status) => status.closed.clone().unwrap_or(Closed::Local),
+            Err(_) => Closed::Local,
+        }
+    }
+
+    /// Ends the channel from this side. Everything that waits on it fails.
+    pub fn close(&self) {
+        self.shared.close(Closed::Local);
+    }
+
+    pub fn seen(&self) -> Seen {
+        self.shared.lock().seen
+    }
+
+    /// A name for a process or a request, never given before.
+    pub fn name(&self) -> u32 {
+        let mut state = self.shared.lock();
+        state.last_name += 1;
+        state.last_name
+    }
+
+    /// Opens a stream on which this side sends.
+    pub fn open_writer(&self) -> Option<StreamWriter> {
+        self.open(Direction::Send).map(|id| StreamWriter { channel: self.clone(), id })
+    }
+
+    /// Opens a stream on which this side receives.
+    pub fn open_reader(&self) -> Option<StreamReader> {
+        self.open(Direction::Receive).map(|id| StreamReader { channel: self.clone(), id })
+    }
+
+    fn open(&self, direction: Direction) -> Option<StreamId> {
+        let mut state = self.shared.lock();
+        let id = state.connection.open(direction)?;
+        state.streams.insert(id, Stream::default());
+        Some(id)
+    }
+
+    /// Sends `start`; what comes back resolves when the process has ended, or fails when the channel has.
+    pub fn start(&self, start: Start) -> Result<oneshot::Receiver<Ended>, TooLarge> {
+        let (sender, receiver) = oneshot::channel();
+        let process = start.process;
+        let mut state = self.shared.lock();
+        state.connection.send_message(&ToGuest::Start(start))?;
+        if !state.closed {
+            state.processes.insert(process, sender);
+        }
+        drop(state);
+        self.shared.driver.notify_one();
+        Ok(receiver)
+    }
+
+    /// Sends a request; what comes back resolves with the agent's answer.
+    pub fn request(
+        &self,
+        request: u32,
+        message: &ToGuest,
+    ) -> Result<oneshot::Receiver<Result<(), Failure>>, TooLarge> {
+        let (sender, receiver) = oneshot::channel();
+        let mut state = self.shared.lock();
+        state.connection.send_message(message)?;
+        if !state.closed {
+            state.requests.insert(request, sender);
+        }
+        drop(state);
+        self.shared.driver.notify_one();
+        Ok(receiver)
+    }
+
+    /// Sends a signal to a process.
+    pub fn signal(&self, process: u32, signal: u8) {
+        // A few bytes always fit a frame.
+        let sent = self.shared.lock().connection.send_message(&ToGuest::Signal { process, signal });
+        debug_assert_eq!(sent, Ok(()));
+        self.shared.driver.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock would be a bug in this file; the state machine stays consistent between calls.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self, why: Closed) {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.closed, true) {
+            return;
+        }
+        // Dropping the senders is what tells those who wait.
+        state.processes.clear();
+        state.requests.clear();
+        state.streams.values_mut().for_each(Stream::wake);
+        drop(state);
+        self.status.send_modify(|status| status.closed = Some(why));
+        self.driver.notify_one();
+    }
+}
+
+/// Moves bytes until the channel ends, and says why it did.
+async fn drive(shared: &Shared, socket: UnixStream) -> Closed {
+    // A peer that no longer listens may have said why: what it wrote last is read before the channel is given up.
+    let mut listens = true;
+    loop {
+        listens = listens && write_out(shared, &socket).is_ok();
+        let interest = match shared.lock() {
+            state if state.closed => return Closed::Local,
+            state if listens && !state.connection.output().is_empty() => {
+                Interest::READABLE | Interest::WRITABLE
+            }
+            _ => Interest::READABLE,
+        };
+        tokio::select! {
+            ready = socket.ready(interest) => match ready {
+                Ok(ready) if ready.is_readable() => match read_in(shared, &socket) {
+                    Ok(()) => {}
+                    Err(why) => return why,
+                },
+                Ok(_) => {}
+                Err(error) => return Closed::Io(error.kind()),
+            },
+            () = shared.driver.notified() => {}
+        }
+    }
+}
+
+fn write_out(shared: &Shared, socket: &UnixStream) -> io::Result<()> {
+    let mut state = shared.lock();
+    let mut wrote = false;
+    while !state.connection.output().is_empty() {
+        match socket.try_write(state.connection.output()) {
+            Ok(count) => {
+                state.connection.wrote(count);
+                wrote = true;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    if wrote {
+        // Writers may have been stopped by a full output buffer.
+        for stream in state.streams.values_mut() {
+            if let Some(waker) = stream.writer.take() {
+                waker.wake();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_in(shared: &Shared, socket: &UnixStream) -> Result<(), Closed> {
+    let mut state = shared.lock();
+    match socket.try_read(state.connection.space()) {
+        Ok(0) => return Err(Closed::Eof),
+        Ok(count) => state.connection.filled(count),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        Err(error) => return Err(Closed::Io(error.kind())),
+    }
+    while state.handle_event(shared).map_err(Closed::Fault)? {}
+    Ok(())
+}
+
+impl State {
+    /// Handles one event; false when there is none.
+    fn handle_event(&mut self, shared: &Shared) -> Result<bool, Fault> {
+        match self.connection.next_event()? {
+            None => return Ok(false),
+            Some(Event::Established { .. }) => {}
+            Some(Event::Message(message)) => self.handle_message(message, shared)?,
+            Some(Event::Data { stream, bytes }) => {
+                self.seen.output.get_or_insert_with(now_ns);
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.inbox.extend(bytes);
+                    stream.wake();
+                }
+            }
+            Some(Event::End { stream }) => {
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.ended = true;
+                    stream.wake();
+                }
+            }
+            Some(Event::Reset { stream }) => {
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.reset = true;
+                    stream.wake();
+                }
+            }
+            Some(Event::Credit { stream }) => {
+                if let Some(stream) = self.streams.get_mut(&stream) {
+                    stream.wake();
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn handle_message(&mut self, message: ToHost, shared: &Shared) -> Result<(), Fault> {
+        match message {
+            ToHost::Ready { started_ns, ready_ns } => {
+                if self.seen.ready.is_some() {
+                    return Err(Fault::Unexpected { what: "ready twice" });
+                }
+                self.seen.ready = Some(now_ns());
+                self.seen.agent_took = ready_ns.saturating_sub(started_ns);
+                shared.status.send_modify(|status| status.ready = true);
+            }
+            ToHost::Exited { process, exit, usage } => {
+                let Some(sender) = self.processes.remove(&process) else {
+                    return Err(Fault::Unexpected { what: "the end of a process nobody started" });
+                };
+                self.seen.exited = Some(now_ns());
+                // Whoever started it may have stopped caring.
+                let _ = sender.send((exit, usage));
+            }
+            ToHost::Done { request, result } => {
+                let Some(sender) = self.requests.remove(&request) else {
+                    return Err(Fault::Unexpected { what: "an answer nobody asked for" });
+                };
+                let _ = sender.send(result);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Receives what the sandbox sends on one stream. Dropping it tells the sender to stop (a workload gets `SIGPIPE`).
+#[derive(Debug)]
+pub struct StreamReader {
+    channel: Channel,
+    id: StreamId,
+}
+
+impl StreamReader {
+    pub(crate) fn id(&self) -> StreamId {
+        self.id
+    }
+}
+
+impl AsyncRead for StreamReader {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.channel.shared.lock();
+        let state = &mut *state;
+        let Some(stream) = state.streams.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
+        if stream.inbox.is_empty() {
+            return if stream.ended {
+                Poll::Ready(Ok(()))
+            } else if stream.reset || state.closed {
+                Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+            } else {
+                stream.reader = Some(cx.waker().clone());
+                Poll::Pending
+            };
+        }
+        let mut taken = 0;
+        while buf.remaining() > 0 && !stream.inbox.is_empty() {
+            let (front, _) = stream.inbox.as_slices();
+            let count = front.len().min(buf.remaining());
+            buf.put_slice(&front[..count]);
+            stream.inbox.drain(..count);
+            taken += count;
+        }
+        state.connection.consumed(self.id, taken);
+        if !state.connection.output().is_empty() {
+            self.channel.shared.driver.notify_one();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for StreamReader {
+    fn drop(&mut self) {
+        let mut state = self.channel.shared.lock();
+        state.streams.remove(&self.id);
+        state.connection.reset(self.id);
+        drop(state);
+        self.channel.shared.driver.notify_one();
+    }
+}
+
+/// Sends to the sandbox on one stream. Shutting it down or dropping it is the end of file at the other side.
+#[derive(Debug)]
+pub struct StreamWriter {
+    channel: Channel,
+    id: StreamId,
+}
+
+impl StreamWriter {
+    pub(crate) fn id(&self) -> StreamId {
+        self.id
+    }
+
+    /// Tells the other side that what was sent is not to be used: an end that is not an end of file.
+    pub(crate) fn abort(&self) {
+        self.channel.shared.lock().connection.reset(self.id);
+        self.channel.shared.driver.notify_one();
+    }
+
+    fn end(&self) {
+        self.channel.shared.lock().connection.end(self.id);
+        self.channel.shared.driver.notify_one();
+    }
+}
+
+impl AsyncWrite for StreamWriter {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let mut state = self.channel.shared.lock();
+        let state = &mut *state;
+        if state.closed || !state.connection.is_sending(self.id) {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let count = state.connection.send(self.id, bytes);
+        if count == 0 && !bytes.is_empty() {
+            if let Some(stream) = state.streams.get_mut(&self.id) {
+                stream.writer = Some(cx.waker().clone());
+            }
+            return Poll::Pending;
+        }
+        self.channel.shared.driver.notify_one();
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // What was taken is on its way, and the driver never holds it back.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for StreamWriter {
+    fn drop(&mut self) {
+        self.end();
+        self.channel.shared.lock().streams.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+#[path = "channel_test.rs"]
+mod tests;

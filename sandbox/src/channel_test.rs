@@ -1,0 +1,201 @@
+use std::future::Future;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream as StdStream;
+use std::time::Duration;
+
+use chitin_protocol::{Guest, WINDOW};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+
+/// An agent played by a thread, blocking and simple: it reads frames and hands them to `script`.
+struct Agent {
+    socket: StdStream,
+    connection: Connection<Guest>,
+}
+
+impl Agent {
+    fn send(&mut self, message: &ToHost) {
+        self.connection.send_message(message).unwrap();
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        while !self.connection.output().is_empty() {
+            match self.socket.write(self.connection.output()) {
+                Ok(count) => self.connection.wrote(count),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Waits for the next message; data that comes before it goes into `data`.
+    fn message(&mut self, data: &mut Vec<u8>) -> Option<ToGuest> {
+        loop {
+            loop {
+                let (stream, count) = match self.connection.next_event().unwrap() {
+                    None => break,
+                    Some(Event::Message(message)) => return Some(message),
+                    Some(Event::Data { stream, bytes }) => {
+                        data.extend(bytes);
+                        (stream, bytes.len())
+                    }
+                    Some(Event::End { .. }) => return None,
+                    Some(_) => continue,
+                };
+                self.connection.consumed(stream, count);
+            }
+            self.flush();
+            let count = self.socket.read(self.connection.space()).unwrap();
+            if count == 0 {
+                return None;
+            }
+            self.connection.filled(count);
+        }
+    }
+}
+
+fn usage() -> Usage {
+    Usage::default()
+}
+
+/// Runs `host` against an agent that does `script`; nothing may take longer than ten seconds.
+async fn against<T>(script: impl FnOnce(Agent) + Send + 'static, host: impl AsyncFnOnce(Channel) -> T) -> T {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let socket = theirs.into_std().unwrap();
+    socket.set_nonblocking(false).unwrap();
+    let agent = std::thread::spawn(move || script(Agent { socket, connection: Connection::new() }));
+    let result = within(host(Channel::new(ours))).await;
+    within(tokio::task::spawn_blocking(move || agent.join().unwrap())).await.unwrap();
+    result
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(10), future).await.expect("in time")
+}
+
+fn start(channel: &Channel) -> (oneshot::Receiver<Ended>, Option<StreamWriter>, StreamReader, StreamReader) {
+    let (stdin, stdout, stderr) = (channel.open_writer(), channel.open_reader(), channel.open_reader());
+    let (stdout, stderr) = (stdout.unwrap(), stderr.unwrap());
+    let ended = channel.start(Start {
+        process: channel.name(),
+        argv: vec![b"cat".to_vec()],
+        env: vec![],
+        cwd: b"/".to_vec(),
+        uid: 1000,
+        gid: 1000,
+        stdin: stdin.as_ref().map(StreamWriter::id),
+        stdout: stdout.id(),
+        stderr: stderr.id(),
+    });
+    (ended.unwrap(), stdin, stdout, stderr)
+}
+
+#[tokio::test]
+async fn a_process_echoes_more_than_any_buffer_holds() {
+    const SIZE: usize = 20 * WINDOW as usize + 12_345;
+    let script = |mut agent: Agent| {
+        agent.send(&ToHost::Ready { started_ns: 5, ready_ns: 12 });
+        let Some(ToGuest::Start(start)) = agent.message(&mut vec![]) else { panic!("no start") };
+        let stdin = start.stdin.unwrap();
+        agent.connection.accept(stdin, Direction::Receive).unwrap();
+        agent.connection.accept(start.stdout, Direction::Send).unwrap();
+        agent.connection.accept(start.stderr, Direction::Send).unwrap();
+        let mut data = vec![];
+        assert_eq!(agent.message(&mut data), None);
+        let mut rest = data.as_slice();
+        while !rest.is_empty() {
+            let sent = agent.connection.send(start.stdout, rest);
+            rest = &rest[sent..];
+            agent.flush();
+            if sent == 0 {
+                // Out of credit: whatever comes next is more of it.
+                let count = agent.socket.read(agent.connection.space()).unwrap();
+                agent.connection.filled(count);
+                while agent.connection.next_event().unwrap().is_some() {}
+            }
+        }
+        agent.connection.end(start.stdout);
+        agent.connection.end(start.stderr);
+        agent.send(&ToHost::Exited { process: start.process, exit: Exit::Code(3), usage: usage() });
+        agent.message(&mut vec![]);
+    };
+    against(script, async |channel| {
+        channel.ready().await.unwrap();
+        assert_eq!(channel.seen().agent_took, 7);
+        let (ended, stdin, mut stdout, mut stderr) = start(&channel);
+        let sent: Vec<u8> = (0..=250u8).cycle().take(SIZE).collect();
+        let (mut out, mut err) = (vec![], vec![]);
+        let sending = async {
+            let mut stdin = stdin.unwrap();
+            stdin.write_all(&sent).await.unwrap();
+            stdin.shutdown().await.unwrap();
+        };
+        let (_, read, none) =
+            tokio::join!(sending, stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
+        assert_eq!((read.unwrap(), none.unwrap()), (SIZE, 0));
+        assert!(out == sent);
+        assert_eq!(ended.await.unwrap().0, Exit::Code(3));
+        assert!(channel.seen().output.is_some() && channel.seen().exited.is_some());
+        channel.close();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_end_of_the_channel_reaches_everybody_who_waits() {
+    let script = |mut agent: Agent| {
+        agent.send(&ToHost::Ready { started_ns: 0, ready_ns: 0 });
+        agent.message(&mut vec![]);
+    };
+    against(script, async |channel| {
+        channel.ready().await.unwrap();
+        let (ended, stdin, mut stdout, _stderr) = start(&channel);
+        assert_eq!(channel.closed().await, Closed::Eof);
+        assert!(ended.await.is_err());
+        let error = stdout.read(&mut [0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        let error = stdin.unwrap().write(b"x").await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        // And those who come later.
+        assert!(start(&channel).0.await.is_err());
+    })
+    .await;
+}
+
+async fn closed_by(script: impl FnOnce(Agent) + Send + 'static) -> Closed {
+    against(script, async |channel| channel.closed().await).await
+}
+
+#[tokio::test]
+async fn a_lying_agent_ends_its_own_sandbox() {
+    let unasked = |message: ToHost| {
+        move |mut agent: Agent| {
+            agent.send(&ToHost::Ready { started_ns: 0, ready_ns: 0 });
+            agent.send(&message);
+        }
+    };
+    let exited = ToHost::Exited { process: 9, exit: Exit::Code(0), usage: usage() };
+    for message in
+        [exited, ToHost::Done { request: 9, result: Ok(()) }, ToHost::Ready { started_ns: 0, ready_ns: 0 }]
+    {
+        let why = closed_by(unasked(message)).await;
+        assert!(matches!(why, Closed::Fault(Fault::Unexpected { .. })), "{why:?}");
+    }
+    let noise = |mut agent: Agent| agent.socket.write_all(b"HTTP/1.1 400 Bad Request\r\n").unwrap();
+    assert_eq!(closed_by(noise).await, Closed::Fault(Fault::NoHello { kind: b'H' }));
+}
+
+#[tokio::test]
+async fn an_agent_whose_clock_runs_backwards_harms_no_arithmetic() {
+    let script = |mut agent: Agent| {
+        agent.send(&ToHost::Ready { started_ns: u64::MAX, ready_ns: 0 });
+        agent.message(&mut vec![]);
+    };
+    against(script, async |channel| {
+        channel.ready().await.unwrap();
+        assert_eq!(channel.seen().agent_took, 0);
+        channel.close();
+    })
+    .await;
+}

@@ -1,0 +1,87 @@
+//! What this host can do, and why not: found out by trying, not by looking.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Artifacts;
+
+/// A probe takes microseconds on hardware and some 15 ms on an emulation. One that hangs is a finding.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Diagnosis {
+    /// Whether a microVM can run here: every check is well.
+    pub ironclaw: bool,
+    /// One by one.
+    pub checks: Vec<Check>,
+}
+
+/// One thing that has to be well.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// Whether it is well.
+    pub ok: bool,
+    /// What was found, and what to do where it is not well.
+    pub detail: String,
+}
+
+/// What `chitin-vmm --probe` prints, as far as it matters here.
+#[derive(Debug, Deserialize)]
+struct Probe {
+    usable: bool,
+    reason: Option<String>,
+    elapsed_ns: Option<u64>,
+}
+
+/// Looks at everything a microVM needs. Ends within some ten seconds, whatever the host does.
+pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
+    let file = |name: &str, path: &std::path::Path, remedy: &str| Check {
+        name: name.into(),
+        ok: path.is_file(),
+        detail: if path.is_file() {
+            path.display().to_string()
+        } else {
+            format!("not at {}: {remedy}", path.display())
+        },
+    };
+    let checks = vec![
+        file("monitor", &artifacts.monitor, "build it with `cargo build --release -p chitin-vmm`"),
+        file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
+        file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
+        probe(artifacts).await,
+    ];
+    Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks }
+}
+
+/// Runs a tiny guest.
+async fn probe(artifacts: &Artifacts) -> Check {
+    let (ok, detail) = match run_probe(artifacts).await {
+        Ok(probe) => {
+            let took = probe.elapsed_ns.map(|ns| format!("a probe guest ran in {} µs", ns / 1000));
+            (probe.usable, probe.reason.or(took).unwrap_or_default())
+        }
+        Err(reason) => (false, format!("the probe guest could not be run: {reason}")),
+    };
+    Check { name: "KVM".into(), ok, detail }
+}
+
+async fn run_probe(artifacts: &Artifacts) -> Result<Probe, String> {
+    let output = tokio::process::Command::new(&artifacts.monitor)
+        .arg("--probe")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(PROBE_LIMIT, output)
+        .await
+        .map_err(|_| format!("it has not ended within {} s", PROBE_LIMIT.as_secs()))?
+        .map_err(|error| error.to_string())?;
+    serde_json::from_slice(&output.stdout).map_err(|error| {
+        format!("{}, {error}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())
+    })
+}

@@ -1,0 +1,149 @@
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use chitin_protocol::{Failure, Fault};
+
+/// What can go wrong with a sandbox. Each variant says what failed and on what; its source, if any, says why.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file Chitin itself needs is not there.
+    #[error("no {what} at {}: {remedy}", path.display())]
+    Artifact {
+        /// What it is, in words.
+        what: &'static str,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The monitor's process could not be started.
+    #[error("start {}", path.display())]
+    Spawn {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something asked for is out of range.
+    #[error(transparent)]
+    Spec(#[from] chitin_vmm::SpecError),
+    /// The host refused something every process may usually do.
+    #[error("{what}")]
+    Host {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The monitor could not start the guest. The message is the monitor's own.
+    #[error("start the microVM: {reason}")]
+    Monitor {
+        /// What the monitor says, with the remedy.
+        reason: String,
+    },
+    /// The guest ended before it was told to.
+    #[error("{0}")]
+    GuestEnded(GuestEnd),
+    /// The guest did not come up.
+    #[error("the guest has not answered for {} s: run with --console to see why", limit.as_secs())]
+    BootTimeout {
+        /// How long it was given.
+        limit: Duration,
+    },
+    /// The agent broke the protocol. The sandbox has been ended.
+    #[error("the agent in the sandbox broke the protocol, so the sandbox was ended: {0}")]
+    Protocol(Fault),
+    /// The sandbox's time was up.
+    #[error("the time limit of {} was reached", humane(*limit))]
+    Timeout {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The sandbox has been stopped.
+    #[error("the sandbox has been stopped")]
+    Stopped,
+    /// A secret could not be had.
+    #[error("secret {name}: {reason}")]
+    Secret {
+        /// Its name.
+        name: String,
+        /// What failed on which source; never the value.
+        reason: String,
+    },
+    /// A template cannot be had or used.
+    #[error(transparent)]
+    Template(#[from] crate::TemplateError),
+    /// The command that was to warm a template up has failed.
+    #[error("the warm-up command failed ({exit:?}): {}", stderr.trim())]
+    WarmUp {
+        /// How it ended.
+        exit: chitin_protocol::Exit,
+        /// What it wrote to standard error.
+        stderr: String,
+    },
+    /// Command line and environment do not fit one message.
+    #[error(
+        "the command and its environment take {len} bytes, over the limit of {}: hand large data in as a file",
+        chitin_protocol::MAX_CONTROL
+    )]
+    CommandTooLong {
+        /// Their encoded length in bytes.
+        len: usize,
+    },
+    /// Too much is going on in one sandbox.
+    #[error("more than {} streams at once in one sandbox", chitin_protocol::MAX_STREAMS)]
+    TooManyStreams,
+    /// A copy failed on the host's side.
+    #[error("copy {direction} {what}")]
+    Copy {
+        /// `in` or `out`.
+        direction: &'static str,
+        /// From where to where.
+        what: String,
+        /// Why.
+        source: chitin_tree::Error,
+    },
+    /// A copy out held links that lead out of what was copied. Everything else has been copied.
+    #[error("copy out {what}: {count} links lead outside of what is copied and were left out: {}", examples.join(", "))]
+    LinksRefused {
+        /// From where to where.
+        what: String,
+        /// How many.
+        count: u64,
+        /// The first few.
+        examples: Vec<String>,
+    },
+    /// The agent could not do what it was asked.
+    #[error("in the sandbox")]
+    Guest(#[source] Failure),
+}
+
+/// How a guest ended that was not told to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the guest ended before it was told to: {reason}")]
+pub struct GuestEnd {
+    /// Who ended it and why, in words.
+    pub reason: String,
+    /// The last messages of the guest kernel. Untrusted text.
+    pub log: String,
+}
+
+impl Error {
+    /// The last messages of the guest kernel, where they may explain the error. Untrusted text.
+    pub fn guest_log(&self) -> Option<&str> {
+        match self {
+            Error::GuestEnded(end) if !end.log.is_empty() => Some(&end.log),
+            _ => None,
+        }
+    }
+}
+
+fn humane(limit: Duration) -> String {
+    if limit.subsec_nanos() == 0 {
+        format!("{} s", limit.as_secs())
+    } else {
+        format!("{} ms", limit.as_millis())
+    }
+}

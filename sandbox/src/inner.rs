@@ -1,0 +1,101 @@
+//! What a sandbox shares with its processes: the channel, its monitor, and the reason for their end.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
+use tokio::sync::{Mutex, oneshot, watch};
+use tokio::time::Instant;
+use zeroize::Zeroizing;
+
+use crate::channel::{Channel, Closed};
+use crate::template::fill_random;
+use crate::tier::ironclaw::{End, Monitor, Reported};
+use crate::{Error, GuestEnd};
+
+/// A sandbox's random identity.
+const INSTANCE_BYTES: usize = 16;
+
+/// An answer of the agent on its way.
+pub(crate) type Answer = oneshot::Receiver<Result<(), Failure>>;
+
+/// How long a monitor may take to say how its guest ended, once the channel is gone.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What a sandbox shares with its processes.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub channel: Channel,
+    pub memory_bytes: u64,
+    pub monitor: Mutex<Monitor>,
+    pub reported: watch::Receiver<Reported>,
+    /// When the monitor was started, `CLOCK_MONOTONIC` nanoseconds.
+    pub spawned: u64,
+    /// The moment at which the time is up, and the limit that makes it.
+    pub timeout: Option<(Instant, Duration)>,
+}
+
+impl Inner {
+    /// Asks the agent and waits for its answer.
+    pub async fn request(&self, request: u32, message: &ToGuest) -> Result<(), Error> {
+        let answer = self.ask(request, message)?;
+        self.answered(answer).await
+    }
+
+    /// Asks the agent; [`answered`](Self::answered) waits.
+    pub fn ask(&self, request: u32, message: &ToGuest) -> Result<Answer, Error> {
+        self.channel.request(request, message).map_err(|error| Error::CommandTooLong { len: error.len })
+    }
+
+    /// Waits for an answer.
+    pub async fn answered(&self, answer: Answer) -> Result<(), Error> {
+        match answer.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(failure)) => Err(Error::Guest(failure)),
+            Err(_) => Err(self.why_closed().await),
+        }
+    }
+
+    /// Makes a restored guest one of its own, before anything else is asked of it.
+    pub fn reseed(&self) -> Result<Answer, Error> {
+        let mut random = Zeroizing::new([0; MIN_ENTROPY + INSTANCE_BYTES]);
+        fill_random(&mut *random).map_err(|source| Error::Host { what: "get random bytes", source })?;
+        let (entropy, instance) = random.split_at(MIN_ENTROPY);
+        let request = self.channel.name();
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let reseed = Reseed {
+            request,
+            entropy: SecretBytes::new(entropy.to_vec()),
+            unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
+            instance: instance.try_into().unwrap_or_default(),
+        };
+        self.ask(request, &ToGuest::Reseed(reseed))
+    }
+
+    /// The error to report when the channel has closed: what lies behind it rather than that it did.
+    pub async fn why_closed(&self) -> Error {
+        let closed = self.channel.closed().await;
+        if let Some((deadline, limit)) = self.timeout
+            && deadline <= Instant::now()
+        {
+            return Error::Timeout { limit };
+        }
+        match closed {
+            Closed::Local => Error::Stopped,
+            Closed::Fault(fault) => Error::Protocol(fault),
+            Closed::Eof | Closed::Io(_) => self.last_words().await,
+        }
+    }
+
+    async fn last_words(&self) -> Error {
+        let mut monitor = self.monitor.lock().await;
+        match tokio::time::timeout(LAST_WORDS, monitor.ended()).await {
+            Ok(End::Failed(reason)) => Error::Monitor { reason },
+            Ok(End::Saved) => Error::Stopped,
+            Ok(End::Guest(end)) => Error::GuestEnded(end),
+            Err(_) => Error::GuestEnded(GuestEnd {
+                reason: "it closed the channel and went on running".into(),
+                log: String::new(),
+            }),
+        }
+    }
+}

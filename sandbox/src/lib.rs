@@ -1,0 +1,49 @@
+//! Chitin runs untrusted agent code behind a hardware wall.
+//!
+//! A [`Sandbox`] is a microVM with a tiny Linux in it, no network interface and no shared file system. What the
+//! workload needs is handed in, and what it made is handed out, over one channel to the agent inside.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), chitin::Error> {
+//! use chitin::{Sandbox, SecretSource};
+//!
+//! let sandbox = Sandbox::builder()
+//!     .memory_mib(256)
+//!     .timeout(std::time::Duration::from_secs(60))
+//!     .secret("API_TOKEN", SecretSource::Env("API_TOKEN".into()))
+//!     .start()
+//!     .await?;
+//! sandbox.copy_in("data.csv", "/work/data.csv").await?;
+//! let output = sandbox.command("python3").args(["-c", "print(6 * 7)"]).output().await?;
+//! assert_eq!(output.stdout, b"42\n");
+//! sandbox.copy_out("/work/report", "report").await?;
+//! sandbox.stop().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Dropping a [`Sandbox`] ends it. So does the death of the process that holds it, however it dies.
+#![forbid(unsafe_code)]
+
+mod artifacts;
+mod channel;
+mod copy;
+pub mod doctor;
+mod error;
+mod inner;
+mod phases;
+mod process;
+mod sandbox;
+mod secret;
+mod template;
+mod tier;
+
+pub use artifacts::Artifacts;
+pub use channel::{StreamReader, StreamWriter};
+pub use chitin_protocol::{Delivery, Exit, StartError, Usage};
+pub use error::{Error, GuestEnd};
+pub use phases::Phases;
+pub use process::{Command, Output, Process};
+pub use sandbox::{Builder, Sandbox};
+pub use secret::{SecretSource, SecretSpec};
+pub use template::{Manifest, TemplateError, Templates};

@@ -1,0 +1,369 @@
+//! A sandbox from start to stop.
+//!
+//! ```text
+//!   Builder ──start──▶ launching ──agent's hello──▶ running ──stop, drop, time limit──▶ ended
+//!                          │                           │
+//!                          └── monitor fails,          └── guest dies, agent breaks the protocol ──▶ ended
+//!                              boot limit ──▶ ended
+//! ```
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chitin_protocol::{Delivery, Exit, Secret, ToGuest};
+use chitin_tree::Summary;
+use chitin_vmm::VmSpec;
+use chitin_vmm::control::Request;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::channel::Channel;
+use crate::inner::Inner;
+use crate::secret::{SecretSource, SecretSpec};
+use crate::template::{self, Manifest, Templates};
+use crate::tier::ironclaw::{self, Files};
+use crate::{Artifacts, Command, Error, Phases, copy};
+
+/// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
+/// emulated, loaded host it has been seen to take twenty.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// What a sandbox is to be.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    artifacts: Artifacts,
+    vcpus: u32,
+    memory_mib: u64,
+    console: bool,
+    timeout: Option<Duration>,
+    secrets: Vec<SecretSpec>,
+    templates: Option<Templates>,
+    template: Option<String>,
+}
+
+impl Builder {
+    /// Uses other files than [`Artifacts::locate`] finds.
+    pub fn artifacts(mut self, artifacts: Artifacts) -> Builder {
+        self.artifacts = artifacts;
+        self
+    }
+
+    /// Virtual CPUs, 1 to [`chitin_vmm::spec::MAX_VCPUS`]; 1 if not set.
+    pub fn vcpus(mut self, vcpus: u32) -> Builder {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// Memory in MiB, [`chitin_vmm::spec::MIN_MEMORY_MIB`] to [`chitin_vmm::spec::MAX_MEMORY_MIB`]; 256 if not set.
+    /// Files the workload writes live in it too.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Builder {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Gives the guest a serial console that goes to this process's standard error.
+    pub fn console(mut self, console: bool) -> Builder {
+        self.console = console;
+        self
+    }
+
+    /// Ends the sandbox, whatever it does, when so much time has gone by since its start.
+    pub fn timeout(mut self, timeout: Duration) -> Builder {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Hands a credential over, in memory: the workload reads it from the file that `NAME_FILE` names.
+    pub fn secret(self, name: impl Into<String>, source: SecretSource) -> Builder {
+        self.secret_spec(SecretSpec { name: name.into(), source, delivery: Delivery::Memory })
+    }
+
+    /// Hands a credential over, in a way of its own.
+    pub fn secret_spec(mut self, secret: SecretSpec) -> Builder {
+        self.secrets.push(secret);
+        self
+    }
+
+    /// Keeps templates in another place than [`Templates::locate`] finds.
+    pub fn templates(mut self, templates: Templates) -> Builder {
+        self.templates = Some(templates);
+        self
+    }
+
+    /// Starts a copy of this template instead of booting. Number of CPUs and size of memory are the template's.
+    pub fn template(mut self, name: impl Into<String>) -> Builder {
+        self.template = Some(name.into());
+        self
+    }
+
+    /// Fetches the secrets, boots, and returns when the agent has answered and holds the secrets.
+    ///
+    /// # Errors
+    /// Whatever is missing or out of range, before anything is started; then whatever the boot fails with. Nothing is
+    /// left running.
+    pub async fn start(self) -> Result<Sandbox, Error> {
+        let started = Instant::now();
+        let (mut spec, mut files) = (self.spec()?, None);
+        self.artifacts.check()?;
+        if let Some(name) = &self.template {
+            let templates = self.place()?;
+            let manifest = templates.inspect(name)?;
+            (spec.vcpus, spec.memory_mib) = (manifest.vcpus, manifest.memory_mib);
+            self.restore(&mut spec)?;
+            files = Some(templates.open(name)?);
+        }
+        let mut values = Vec::new();
+        for secret in &self.secrets {
+            values.push((secret.name.clone(), secret.delivery, secret.fetch().await?));
+        }
+        let sandbox = self.launch(&spec, files.as_ref(), started)?;
+        let mut answers = Vec::new();
+        if files.is_some() {
+            // Said before the agent has said anything: it is the first thing a copy reads.
+            answers.push(sandbox.inner.reseed()?);
+        }
+        for (name, delivery, value) in values {
+            let request = sandbox.inner.channel.name();
+            let secret = Secret { request, name, value: value.to_bytes(), delivery };
+            answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
+        }
+        sandbox.up().await?;
+        for answer in answers {
+            sandbox.inner.answered(answer).await?;
+        }
+        Ok(sandbox)
+    }
+
+    /// Boots, runs `warm_up` in a shell, saves what there is then as a template of that name, and tries it out once, which
+    /// tells which pages a copy needs first. A template of that name is replaced when all has gone well.
+    ///
+    /// # Errors
+    /// As for [`start`](Builder::start); secrets are refused; the warm-up command fails.
+    pub async fn build_template(self, name: &str, warm_up: Option<&str>) -> Result<Manifest, Error> {
+        if let Some(secret) = self.secrets.first() {
+            let reason = "a template would be a copy of it on disk".into();
+            return Err(Error::Secret { name: secret.name.clone(), reason });
+        }
+        let started = Instant::now();
+        let mut spec = self.spec()?;
+        self.artifacts.check()?;
+        let draft = self.place()?.draft(name)?;
+
+        spec.template = true;
+        let sandbox = self.launch(&spec, None, started)?;
+        sandbox.up().await?;
+        if let Some(script) = warm_up {
+            let output = sandbox.command("/bin/sh").args(["-c", script]).output().await?;
+            if output.exit != Exit::Code(0) {
+                let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+                return Err(Error::WarmUp { exit: output.exit, stderr });
+            }
+        }
+        // What a copy starts first is started once here, so that the saved kernel knows the way.
+        sandbox.trial().await?;
+        let request = sandbox.inner.channel.name();
+        sandbox.inner.request(request, &ToGuest::Freeze { request }).await?;
+        let binding = self.binding()?;
+        let files = draft.files()?;
+        sandbox.save(&Request::Snapshot { binding }, &files).await?;
+
+        spec.template = false;
+        self.restore(&mut spec)?;
+        spec.record = true;
+        let copy = self.launch(&spec, Some(&draft.saved()?), Instant::now())?;
+        let reseeded = copy.inner.reseed()?;
+        copy.up().await?;
+        copy.inner.answered(reseeded).await?;
+        copy.trial().await?;
+        copy.record(&draft.new_state()?, &draft.key()?).await?;
+
+        let manifest = Manifest {
+            name: name.into(),
+            chitin: env!("CARGO_PKG_VERSION").into(),
+            created: template::now(),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory_mib,
+            warm_up: warm_up.map(str::to_owned),
+            memory_bytes: 0,
+        };
+        Ok(draft.publish(manifest)?)
+    }
+
+    fn place(&self) -> Result<Templates, Error> {
+        match &self.templates {
+            Some(templates) => Ok(templates.clone()),
+            None => Ok(Templates::locate()?),
+        }
+    }
+
+    fn binding(&self) -> Result<String, Error> {
+        template::binding(&self.artifacts.root_image)
+            .map_err(|source| Error::Host { what: "look at the root image", source })
+    }
+
+    /// Makes it the specification of a copy.
+    fn restore(&self, spec: &mut VmSpec) -> Result<(), Error> {
+        spec.restore = true;
+        spec.kernel = PathBuf::new();
+        spec.binding = self.binding()?;
+        Ok(())
+    }
+
+    /// Starts a monitor and everything that watches it. Dropping what comes back ends it.
+    fn launch(&self, spec: &VmSpec, files: Option<&Files>, started: Instant) -> Result<Sandbox, Error> {
+        let (monitor, socket) = ironclaw::launch(&self.artifacts, spec, files)?;
+        let inner = Arc::new(Inner {
+            channel: Channel::new(socket),
+            spawned: monitor.spawned,
+            reported: monitor.reported.clone(),
+            monitor: Mutex::new(monitor),
+            memory_bytes: spec.memory_bytes(),
+            timeout: self.timeout.map(|limit| (started + limit, limit)),
+        });
+        let clock = inner.timeout.map(|(deadline, _)| {
+            let channel = inner.channel.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep_until(deadline).await;
+                channel.close();
+            })
+        });
+        Ok(Sandbox { inner, clock })
+    }
+
+    fn spec(&self) -> Result<VmSpec, Error> {
+        let mut spec = VmSpec::new(&self.artifacts.kernel, &self.artifacts.root_image);
+        // What does not fit the field is out of range too: let the one check say so, with the range.
+        spec.vcpus = u8::try_from(self.vcpus).unwrap_or(u8::MAX);
+        spec.memory_mib = u32::try_from(self.memory_mib).unwrap_or(u32::MAX);
+        spec.console = self.console;
+        spec.validate()?;
+        Ok(spec)
+    }
+}
+
+/// A running sandbox. Dropping it ends it.
+pub struct Sandbox {
+    inner: Arc<Inner>,
+    clock: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Sandbox {
+    /// A sandbox with the defaults: one vCPU, 256 MiB, no console, no time limit, no secrets.
+    pub fn builder() -> Builder {
+        let defaults = VmSpec::new("", "");
+        Builder {
+            artifacts: Artifacts::locate(),
+            vcpus: defaults.vcpus.into(),
+            memory_mib: defaults.memory_mib.into(),
+            console: defaults.console,
+            timeout: None,
+            secrets: Vec::new(),
+            templates: None,
+            template: None,
+        }
+    }
+
+    /// A command to run in the sandbox, as the user `agent`. Any number may run at once.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        Command::new(self.inner.clone(), program.as_ref().to_owned())
+    }
+
+    /// Copies a file, link or directory of the host to `target`, an absolute path that it becomes. What is there is
+    /// replaced, and directories are merged.
+    ///
+    /// # Errors
+    /// What failed, on which path, at which side. Devices, sockets and pipes are refused.
+    pub async fn copy_in(
+        &self,
+        source: impl AsRef<Path>,
+        target: impl AsRef<Path>,
+    ) -> Result<Summary, Error> {
+        copy::copy_in(&self.inner, source.as_ref(), target.as_ref()).await
+    }
+
+    /// Copies a file or directory of the sandbox, an absolute path, to `target`, which it becomes.
+    ///
+    /// # Errors
+    /// What failed, on which path, at which side. Links that lead out of the copied tree are left out and reported as
+    /// [`Error::LinksRefused`] once the rest has been copied.
+    pub async fn copy_out(
+        &self,
+        source: impl AsRef<Path>,
+        target: impl AsRef<Path>,
+    ) -> Result<Summary, Error> {
+        copy::copy_out(&self.inner, source.as_ref(), target.as_ref()).await
+    }
+
+    /// Where the time has gone so far.
+    pub fn phases(&self) -> Phases {
+        let seen = self.inner.channel.seen();
+        let entered = self.inner.reported.borrow().entered;
+        let since = |moment: Option<u64>| moment.map(|at| at.saturating_sub(self.inner.spawned));
+        Phases {
+            spawned: self.inner.spawned,
+            entered_ns: since(entered),
+            kernel_ns: since(seen.ready.map(|at| at.saturating_sub(seen.agent_took))),
+            agent_ns: since(seen.ready),
+            exec_ns: since(seen.output),
+            exit_ns: since(seen.exited),
+        }
+    }
+
+    /// Waits for the agent.
+    async fn up(&self) -> Result<(), Error> {
+        match tokio::time::timeout(BOOT_LIMIT, self.inner.channel.ready()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(self.inner.why_closed().await),
+            Err(_) => Err(Error::BootTimeout { limit: BOOT_LIMIT }),
+        }
+    }
+
+    /// Runs what most copies run first: a small program that prints something.
+    async fn trial(&self) -> Result<(), Error> {
+        self.command("/bin/echo").arg("chitin").output().await.map(drop)
+    }
+
+    /// Has the frozen guest saved, which ends it.
+    async fn save(&self, request: &Request, files: &Files) -> Result<(), Error> {
+        let mut monitor = self.inner.monitor.lock().await;
+        let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
+        if frozen.is_err() {
+            return Err(Error::BootTimeout { limit: BOOT_LIMIT });
+        }
+        let fds = [files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()];
+        monitor.finish(request, &fds).await
+    }
+
+    /// Has written down what the guest has used so far, which ends it.
+    async fn record(&self, state: &File, key: &File) -> Result<(), Error> {
+        let mut monitor = self.inner.monitor.lock().await;
+        monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await
+    }
+
+    /// Ends the sandbox and waits until nothing of it is left.
+    pub async fn stop(self) {
+        self.inner.channel.close();
+        self.inner.monitor.lock().await.stop().await;
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // A process may still hold the rest of it.
+        self.inner.channel.close();
+        if let Some(clock) = self.clock.take() {
+            clock.abort();
+        }
+    }
+}
+
+impl fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sandbox").field("phases", &self.phases()).finish_non_exhaustive()
+    }
+}

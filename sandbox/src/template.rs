@@ -1,0 +1,465 @@
+//! Templates: sandboxes that were booted, warmed up and saved, to be copied in a fraction of the time a boot takes.
+//!
+//! ```text
+//!   TEMPLATES/           $CHITIN_TEMPLATES, else $XDG_DATA_HOME/chitin/templates
+//!     key                32 random bytes, mode 0600: what every template here is authenticated with
+//!     NAME/
+//!       template.json    what it is, for people
+//!       state            registers and devices, with a MAC (see `vmm/src/state.rs`)
+//!       memory           guest memory, sparse; mapped copy-on-write by every copy
+//!       seal             a MAC that ties `memory` to `state`
+//! ```
+//!
+//! The MAC of the state is verified before anything in it is read. Memory is too large to be hashed at every start, so
+//! the seal covers its identity instead: device, inode, size, and the times of its last change, of which the last
+//! (`ctime`) cannot be set by anybody. A memory file that was written to, replaced or moved is refused.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use hmac::{Hmac, Mac};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use zeroize::Zeroizing;
+
+use crate::tier::ironclaw::Files;
+
+const KEY_BYTES: usize = 32;
+const MAC_BYTES: usize = 32;
+
+/// Longest name of a template.
+const MAX_NAME: usize = 64;
+
+/// Largest `template.json` that is read.
+const MAX_MANIFEST: u64 = 64 * 1024;
+
+/// What can be wrong with a template.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// The name could not be a directory's.
+    #[error(
+        "`{0}` is no name of a template: letters, digits, `.`, `_` and `-`, at most {MAX_NAME}, the first one not `.` or `-`"
+    )]
+    Name(String),
+    /// There is no template of that name.
+    #[error("there is no template `{name}` in {}: `chitin template ls` shows those there are", dir.display())]
+    Missing {
+        /// The name.
+        name: String,
+        /// Where it was looked for.
+        dir: PathBuf,
+    },
+    /// A file of it cannot be used.
+    #[error("{operation} {}", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// `template.json` is not one of ours.
+    #[error("{} is damaged: build the template again", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The memory file is not the one that was sealed.
+    #[error(
+        "the memory of template `{0}` was changed, replaced or moved, or the key is another: build the template again"
+    )]
+    Seal(String),
+    /// There is no place for templates.
+    #[error("no home directory: name a directory for templates in CHITIN_TEMPLATES")]
+    NoHome,
+}
+
+/// What a template is: the content of its `template.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Its name.
+    pub name: String,
+    /// The version of Chitin that built it.
+    pub chitin: String,
+    /// When, seconds since 1970 UTC.
+    pub created: u64,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The command that warmed it up.
+    pub warm_up: Option<String>,
+    /// Bytes that the memory file takes on disk.
+    pub memory_bytes: u64,
+}
+
+/// The place where a user's templates are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Templates {
+    dir: PathBuf,
+}
+
+impl Templates {
+    /// `$CHITIN_TEMPLATES`, else `chitin/templates` in the user's data directory.
+    ///
+    /// # Errors
+    /// [`TemplateError::NoHome`] where neither is known.
+    pub fn locate() -> Result<Templates, TemplateError> {
+        let home = || std::env::home_dir().map(|home| home.join(".local/share"));
+        let dir = match std::env::var_os("CHITIN_TEMPLATES") {
+            Some(dir) => PathBuf::from(dir),
+            None => std::env::var_os("XDG_DATA_HOME")
+                .map(PathBuf::from)
+                .or_else(home)
+                .ok_or(TemplateError::NoHome)?
+                .join("chitin/templates"),
+        };
+        Ok(Templates { dir })
+    }
+
+    /// All of them, by name.
+    ///
+    /// # Errors
+    /// The directory or a manifest cannot be read.
+    pub fn list(&self) -> Result<Vec<Manifest>, TemplateError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(failed("list", &self.dir))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(failed("list", &self.dir))?.file_name();
+            // The key, and templates that are just being built.
+            if let Some(name) = name.to_str().filter(|name| check_name(name).is_ok())
+                && self.dir.join(name).is_dir()
+            {
+                found.push(self.inspect(name)?);
+            }
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// What one is.
+    ///
+    /// # Errors
+    /// There is none of that name, or its manifest cannot be read.
+    pub fn inspect(&self, name: &str) -> Result<Manifest, TemplateError> {
+        let path = self.existing(name)?.join("template.json");
+        let mut json = Vec::new();
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        file.take(MAX_MANIFEST).read_to_end(&mut json).map_err(failed("read", &path))?;
+        serde_json::from_slice(&json).map_err(|source| TemplateError::Manifest { path, source })
+    }
+
+    /// Removes one. Its copies that are running are not touched.
+    ///
+    /// # Errors
+    /// There is none of that name, or its files cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<(), TemplateError> {
+        let dir = self.existing(name)?;
+        fs::remove_dir_all(&dir).map_err(failed("remove", &dir))
+    }
+
+    fn existing(&self, name: &str) -> Result<PathBuf, TemplateError> {
+        check_name(name)?;
+        let path = self.dir.join(name);
+        if path.is_dir() {
+            return Ok(path);
+        }
+        Err(TemplateError::Missing { name: name.into(), dir: self.dir.clone() })
+    }
+
+    /// Opens the files of one, after the seal has been verified.
+    pub(crate) fn open(&self, name: &str) -> Result<Files, TemplateError> {
+        let dir = self.existing(name)?;
+        let open = |file: &str| {
+            let path = dir.join(file);
+            File::open(&path).map_err(failed("open", &path))
+        };
+        let (memory, state) = (open("memory")?, open("state")?);
+        let path = dir.join("seal");
+        let sealed = fs::read(&path).map_err(failed("read", &path))?;
+        let key = self.key()?;
+        let mac = seal(&*key, &memory, &state).map_err(failed("look at", &dir))?;
+        mac.verify_slice(&sealed).map_err(|_| TemplateError::Seal(name.into()))?;
+        Ok(Files { memory, state, key: self.key_file()? })
+    }
+
+    /// Makes a place for a new one, which [`Draft::publish`] gives its name.
+    pub(crate) fn draft(&self, name: &str) -> Result<Draft, TemplateError> {
+        check_name(name)?;
+        private_dir().recursive(true).create(&self.dir).map_err(failed("create", &self.dir))?;
+        let dir = self.dir.join(format!(".{name}.{}", std::process::id()));
+        private_dir().create(&dir).map_err(failed("create", &dir))?;
+        Ok(Draft { templates: self.clone(), name: name.into(), dir, published: false })
+    }
+
+    fn key(&self) -> Result<Zeroizing<[u8; KEY_BYTES]>, TemplateError> {
+        let mut key = Zeroizing::new([0; KEY_BYTES]);
+        self.key_file()?.read_exact(&mut *key).map_err(failed("read", &self.dir.join("key")))?;
+        Ok(key)
+    }
+
+    /// Opens the key, made when it is first needed.
+    fn key_file(&self) -> Result<File, TemplateError> {
+        let path = self.dir.join("key");
+        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(mut file) => {
+                let mut key = Zeroizing::new([0; KEY_BYTES]);
+                fill_random(&mut *key).map_err(failed("make", &path))?;
+                file.write_all(&*key).map_err(failed("write", &path))?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(failed("create", &path)(error)),
+        }
+        File::open(&path).map_err(failed("open", &path))
+    }
+}
+
+/// A template that is being built. Dropped without being published, it leaves nothing.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    templates: Templates,
+    name: String,
+    dir: PathBuf,
+    published: bool,
+}
+
+impl Draft {
+    /// Files to save a guest into.
+    pub fn files(&self) -> Result<Files, TemplateError> {
+        Ok(Files {
+            memory: self.create("memory")?,
+            state: self.create("state")?,
+            key: self.templates.key_file()?,
+        })
+    }
+
+    /// The saved files, to be read.
+    pub fn saved(&self) -> Result<Files, TemplateError> {
+        let open = |file: &str| {
+            let path = self.dir.join(file);
+            File::open(&path).map_err(failed("open", &path))
+        };
+        Ok(Files { memory: open("memory")?, state: open("state")?, key: self.templates.key_file()? })
+    }
+
+    /// A file for a state that knows more, which replaces the first one.
+    pub fn new_state(&self) -> Result<File, TemplateError> {
+        self.create("state.new")
+    }
+
+    /// The key, opened anew: each reader reads it once.
+    pub fn key(&self) -> Result<File, TemplateError> {
+        self.templates.key_file()
+    }
+
+    fn create(&self, file: &str) -> Result<File, TemplateError> {
+        let path = self.dir.join(file);
+        let create = OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path);
+        create.map_err(failed("create", &path))
+    }
+
+    /// Seals it and gives it its name, in place of one that has that name already.
+    pub fn publish(mut self, mut manifest: Manifest) -> Result<Manifest, TemplateError> {
+        let at = |file: &str| self.dir.join(file);
+        fs::rename(at("state.new"), at("state")).map_err(failed("rename", &at("state.new")))?;
+        let memory = File::open(at("memory")).map_err(failed("open", &at("memory")))?;
+        let state = File::open(at("state")).map_err(failed("open", &at("state")))?;
+        let metadata = memory.metadata().map_err(failed("look at", &at("memory")))?;
+        manifest.memory_bytes = metadata.blocks() * 512;
+        let mac = seal(&*self.templates.key()?, &memory, &state).map_err(failed("look at", &self.dir))?;
+        fs::write(at("seal"), mac.finalize().into_bytes()).map_err(failed("write", &at("seal")))?;
+        let json = serde_json::to_vec_pretty(&manifest)
+            .map_err(|source| TemplateError::Manifest { path: at("template.json"), source })?;
+        fs::write(at("template.json"), json).map_err(failed("write", &at("template.json")))?;
+
+        let target = self.templates.dir.join(&self.name);
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(failed("replace", &target))?;
+        }
+        fs::rename(&self.dir, &target).map_err(failed("rename", &self.dir))?;
+        self.published = true;
+        Ok(manifest)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.published {
+            // It is of no use to anybody, and nobody is left to be told.
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+fn private_dir() -> fs::DirBuilder {
+    let mut builder = fs::DirBuilder::new();
+    builder.mode(0o700);
+    builder
+}
+
+fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError {
+    let path = path.to_owned();
+    move |source| TemplateError::File { operation, path, source }
+}
+
+/// The MAC of a memory file's identity and of the state that goes with it, which its own MAC stands for.
+fn seal(key: &[u8], memory: &File, state: &File) -> io::Result<Hmac<Sha256>> {
+    use std::os::unix::fs::FileExt;
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).map_err(io::Error::other)?;
+    let metadata = memory.metadata()?;
+    mac.update(b"chitin template memory 1");
+    for number in [
+        metadata.dev(),
+        metadata.ino(),
+        metadata.size(),
+        metadata.mtime().cast_unsigned(),
+        metadata.mtime_nsec().cast_unsigned(),
+        metadata.ctime().cast_unsigned(),
+        metadata.ctime_nsec().cast_unsigned(),
+    ] {
+        mac.update(&number.to_le_bytes());
+    }
+    let mut state_mac = [0; MAC_BYTES];
+    let length = state.metadata()?.len();
+    state.read_exact_at(&mut state_mac, length.saturating_sub(MAC_BYTES as u64))?;
+    mac.update(&state_mac);
+    Ok(mac)
+}
+
+/// What a guest's files must be where it is restored: the image that it has mapped, and whose pages it knows.
+pub(crate) fn binding(root_image: &Path) -> io::Result<String> {
+    let image = fs::metadata(root_image)?;
+    Ok(format!(
+        "chitin {}; root image of {} bytes, inode {}, changed {}.{:09}",
+        env!("CARGO_PKG_VERSION"),
+        image.len(),
+        image.ino(),
+        image.mtime(),
+        image.mtime_nsec()
+    ))
+}
+
+/// Fills a buffer from the kernel's generator.
+pub(crate) fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
+    while !buffer.is_empty() {
+        let count = rustix::rand::getrandom(&mut *buffer, rustix::rand::GetRandomFlags::empty())?;
+        buffer = &mut buffer[count..];
+    }
+    Ok(())
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn check_name(name: &str) -> Result<(), TemplateError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let starts = !name.is_empty() && !name.starts_with(['.', '-']);
+    // The key lies beside the templates.
+    if starts && name.len() <= MAX_NAME && name.bytes().all(plain) && name != "key" {
+        return Ok(());
+    }
+    Err(TemplateError::Name(name.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn templates() -> (tempfile::TempDir, Templates) {
+        let dir = tempfile::tempdir().unwrap();
+        let templates = Templates { dir: dir.path().join("templates") };
+        (dir, templates)
+    }
+
+    fn build(templates: &Templates, name: &str) -> Manifest {
+        let draft = templates.draft(name).unwrap();
+        let files = draft.files().unwrap();
+        (&files.memory).write_all(b"memory").unwrap();
+        (&files.state).write_all(&[7; 100]).unwrap();
+        draft.saved().unwrap();
+        (&draft.new_state().unwrap()).write_all(&[8; 100]).unwrap();
+        let manifest = Manifest {
+            name: name.into(),
+            chitin: "0".into(),
+            created: 1,
+            vcpus: 1,
+            memory_mib: 64,
+            warm_up: None,
+            memory_bytes: 0,
+        };
+        draft.publish(manifest).unwrap()
+    }
+
+    #[test]
+    fn they_are_listed_inspected_replaced_and_removed() {
+        let (_dir, templates) = templates();
+        assert_eq!(templates.list().unwrap(), []);
+        let (b, a) = (build(&templates, "b"), build(&templates, "a.1"));
+        assert_eq!(templates.list().unwrap(), [a, b.clone()]);
+        assert_eq!(templates.inspect("b").unwrap(), b);
+        build(&templates, "b");
+        templates.open("b").unwrap();
+        templates.remove("b").unwrap();
+        assert!(matches!(templates.inspect("b"), Err(TemplateError::Missing { .. })));
+        assert!(matches!(templates.remove("b"), Err(TemplateError::Missing { .. })));
+    }
+
+    #[test]
+    fn a_draft_that_is_dropped_leaves_nothing() {
+        let (_dir, templates) = templates();
+        let draft = templates.draft("x").unwrap();
+        draft.files().unwrap();
+        drop(draft);
+        let left: Vec<_> = fs::read_dir(&templates.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["key"]);
+    }
+
+    #[test]
+    fn names_are_file_names_and_no_paths() {
+        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "-x", "key", "a b", "ä", &"x".repeat(65)] {
+            assert!(matches!(check_name(bad), Err(TemplateError::Name(_))), "{bad}");
+        }
+        for good in ["a", "py3.11", "A_b-c"] {
+            check_name(good).unwrap();
+        }
+    }
+
+    #[test]
+    fn memory_that_was_touched_is_refused() {
+        let (_dir, templates) = templates();
+        let touch: [fn(&Path); 4] = [
+            |dir| fs::write(dir.join("memory"), "MEMORY").unwrap(),
+            |dir| {
+                fs::copy(dir.join("memory"), dir.join("copy")).unwrap();
+                fs::rename(dir.join("copy"), dir.join("memory")).unwrap();
+            },
+            |dir| {
+                fs::remove_file(dir.join("state")).unwrap();
+                fs::write(dir.join("state"), [9; 100]).unwrap();
+            },
+            |dir| fs::write(dir.parent().unwrap().join("key"), [1; 32]).unwrap(),
+        ];
+        for touch in touch {
+            build(&templates, "t");
+            templates.open("t").unwrap();
+            let dir = templates.dir.join("t");
+            for file in ["memory", "state"] {
+                use std::os::unix::fs::PermissionsExt;
+                fs::set_permissions(dir.join(file), fs::Permissions::from_mode(0o600)).unwrap();
+            }
+            touch(&dir);
+            assert!(matches!(templates.open("t"), Err(TemplateError::Seal(_))));
+        }
+    }
+}

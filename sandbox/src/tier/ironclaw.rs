@@ -1,0 +1,230 @@
+//! The microVM tier: one `chitin-vmm` process per sandbox.
+//!
+//! Two socket pairs tie the monitor to this process and leave no name anywhere: the control socket is its standard
+//! input, and the channel's descriptor rides on a packet of the control socket. The monitor ends when its control socket
+//! closes, which happens also when this process is killed.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use chitin_vmm::control::{Message, Request, TemplateEvent};
+use chitin_vmm::{EndReason, Event, VmSpec};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
+    socketpair,
+};
+use tokio::net::{UnixDatagram, UnixStream};
+use tokio::process::Child;
+use tokio::sync::watch;
+
+use crate::phases::now_ns;
+use crate::{Artifacts, Error, GuestEnd};
+
+/// The largest packet taken from a monitor: its last one carries 32 KiB of log, each byte at most six in JSON.
+const MAX_EVENT: usize = 256 * 1024;
+
+/// The most descriptors on one packet: a channel and the three files of a template.
+const MAX_FDS: usize = 4;
+
+/// What a monitor has reported.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Reported {
+    pub entered: Option<u64>,
+    /// The guest waits to be saved.
+    pub frozen: bool,
+    pub end: Option<End>,
+}
+
+/// How a monitor ended.
+#[derive(Debug, Clone)]
+pub(crate) enum End {
+    /// It never started the guest.
+    Failed(String),
+    /// The guest had been running.
+    Guest(GuestEnd),
+    /// The guest was saved, or what it uses was recorded.
+    Saved,
+}
+
+/// The files of a saved guest.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pub memory: File,
+    pub state: File,
+    pub key: File,
+}
+
+/// A running monitor. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    child: Child,
+    /// Closing this end is what stops the monitor.
+    control: Option<Arc<UnixDatagram>>,
+    listener: Option<tokio::task::JoinHandle<()>>,
+    pub reported: watch::Receiver<Reported>,
+    /// When the process was started, `CLOCK_MONOTONIC` nanoseconds.
+    pub spawned: u64,
+}
+
+/// Starts a monitor, with the files of the guest if it is to be restored; the stream is the channel to the agent that
+/// will answer on it.
+pub(crate) fn launch(
+    artifacts: &Artifacts,
+    spec: &VmSpec,
+    files: Option<&Files>,
+) -> Result<(Monitor, UnixStream), Error> {
+    let pair = host("create a socket pair");
+    let (control, control_theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| pair(errno.into()))?;
+    let (channel, channel_theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
+    let channel_theirs = channel_theirs.into_std().map_err(host("hand over the channel"))?;
+
+    let spawned = now_ns();
+    let child = tokio::process::Command::new(&artifacts.monitor)
+        // Our environment may hold the very secrets that are handed over; the monitor needs nothing of it.
+        .env_clear()
+        .stdin(Stdio::from(control_theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        // Ctrl-C at a terminal is for us to handle; it must not reach the monitor first.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|source| Error::Spawn { path: artifacts.monitor.clone(), source })?;
+
+    let mut fds = vec![channel_theirs.as_fd()];
+    if let Some(files) = files {
+        fds.extend([files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()]);
+    }
+    send(&control, spec, &fds)?;
+
+    let control = Arc::new(watch(control).map_err(host("watch the monitor"))?);
+    let (sender, reported) = watch::channel(Reported::default());
+    let listener = tokio::spawn(listen(control.clone(), sender));
+    let monitor = Monitor { child, control: Some(control), listener: Some(listener), reported, spawned };
+    Ok((monitor, channel))
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// Sends one packet of JSON with descriptors.
+fn send(control: impl AsFd, packet: &impl serde::Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+    let what = "send a request to the monitor";
+    let json = serde_json::to_vec(packet).map_err(|error| host(what)(error.into()))?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(fds));
+    // A monitor that is dead already is found out by whoever waits for its answer.
+    match sendmsg(control, &[IoSlice::new(&json)], &mut ancillary, SendFlags::NOSIGNAL) {
+        Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Ok(()),
+        Err(errno) => Err(host(what)(errno.into())),
+    }
+}
+
+/// `recv(2)` is the same for sequenced packets as for datagrams, but that it returns 0 bytes at the end.
+fn watch(control: OwnedFd) -> io::Result<UnixDatagram> {
+    let control = std::os::unix::net::UnixDatagram::from(control);
+    control.set_nonblocking(true)?;
+    UnixDatagram::from_std(control)
+}
+
+/// Publishes what the monitor reports, until it has ended.
+async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
+    let mut packet = vec![0; MAX_EVENT];
+    let end = loop {
+        let message = match control.recv(&mut packet).await {
+            Ok(0) | Err(_) => {
+                break End::Failed("the monitor ended without a word; it may have been killed".into());
+            }
+            Ok(count) => serde_json::from_slice(&packet[..count]),
+        };
+        match message {
+            Ok(Message::Event(Event::Entered { at_ns })) => {
+                reported.send_modify(|reported| reported.entered = Some(at_ns));
+            }
+            Ok(Message::Event(Event::Ended { reason, detail, log })) => {
+                break End::Guest(GuestEnd { reason: in_words(reason, detail), log });
+            }
+            Ok(Message::Event(Event::Failed { error })) => break End::Failed(error),
+            Ok(Message::Template(TemplateEvent::Frozen)) => {
+                reported.send_modify(|reported| reported.frozen = true);
+            }
+            Ok(Message::Template(TemplateEvent::Saved { .. } | TemplateEvent::Recorded { .. })) => {
+                break End::Saved;
+            }
+            Ok(Message::Template(TemplateEvent::Prepared)) => {}
+            Err(error) => break End::Failed(format!("the monitor reports what is no event: {error}")),
+        }
+    };
+    reported.send_modify(|reported| reported.end = Some(end));
+}
+
+fn in_words(reason: EndReason, detail: Option<String>) -> String {
+    let reason = match reason {
+        EndReason::Reset => "it panicked, rebooted or crashed",
+        EndReason::Stopped => "its monitor was told to stop",
+        EndReason::Fault => "it broke the rules of a device",
+        EndReason::Kvm => "KVM could not go on",
+    };
+    match detail {
+        Some(detail) => format!("{reason} ({detail})"),
+        None => reason.into(),
+    }
+}
+
+impl Monitor {
+    /// How the monitor ended. Waits until it has.
+    pub async fn ended(&mut self) -> End {
+        match self.reported.wait_for(|reported| reported.end.is_some()).await {
+            Ok(reported) => reported.end.clone(),
+            Err(_) => None,
+        }
+        .unwrap_or_else(|| End::Failed("the monitor was stopped".into()))
+    }
+
+    /// Waits until the guest waits to be saved; false if it has ended instead.
+    pub async fn frozen(&mut self) -> bool {
+        let done = self.reported.wait_for(|reported| reported.frozen || reported.end.is_some()).await;
+        done.is_ok_and(|reported| reported.end.is_none())
+    }
+
+    /// Asks for something that the monitor answers with its end.
+    pub async fn finish(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        if let Some(control) = &self.control {
+            send(control, request, fds)?;
+        }
+        match self.ended().await {
+            End::Saved => Ok(()),
+            End::Failed(reason) => Err(Error::Monitor { reason }),
+            End::Guest(end) => Err(Error::GuestEnded(end)),
+        }
+    }
+
+    /// Ends the monitor and waits until its process is gone.
+    pub async fn stop(&mut self) {
+        self.control = None;
+        if let Some(listener) = self.listener.take() {
+            listener.abort();
+            // Aborted or ended, the socket is closed once the task is gone.
+            let _ = listener.await;
+        }
+        // A guest's memory is worth nothing now: there is no reason to ask first.
+        let _ = self.child.start_kill();
+        let _ = self.child.wait().await;
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            listener.abort();
+        }
+    }
+}

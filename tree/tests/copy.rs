@@ -1,0 +1,427 @@
+//! What a copy keeps, replaces, merges and refuses, between two honest sides.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use chitin_tree::{
+    Error, Kind, Limit, Links, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs, receive, send,
+};
+use common::{agent, host, look, names, sent};
+use tempfile::tempdir;
+
+fn mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+/// Copies within one process, and checks that both sides count the same.
+fn copy(from: &Path, to: &Path, options: &ReceiveOptions) -> Result<chitin_tree::Summary, Error> {
+    let (reader, writer) = std::io::pipe().unwrap();
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(move || send(from, writer, &SendOptions::host()));
+        let received = receive(reader, to, options)?;
+        let sent = sending.join().unwrap().unwrap();
+        assert_eq!(
+            (sent.files, sent.directories, sent.bytes),
+            (received.files, received.directories, received.bytes)
+        );
+        Ok(received)
+    })
+}
+
+#[test]
+fn a_tree_arrives_as_it_was() {
+    let dir = tempdir().unwrap();
+    let from = dir.path().join("from");
+    fs::create_dir_all(from.join("sub/deep/empty")).unwrap();
+    fs::write(from.join("empty"), "").unwrap();
+    fs::write(from.join("small"), "hello").unwrap();
+    fs::write(from.join("large"), (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
+    fs::write(from.join("sub").join(OsStr::from_bytes(b"not\xffutf8\n\x1b[1m")), "x").unwrap();
+    fs::write(from.join("sub").join("n".repeat(255)), "long").unwrap();
+    symlink("small", from.join("link")).unwrap();
+    symlink("../../small", from.join("sub/deep/up")).unwrap();
+    symlink(OsStr::from_bytes(b"nowhere\xfe"), from.join("dangling")).unwrap();
+    fs::hard_link(from.join("small"), from.join("twin")).unwrap();
+    let old = SystemTime::UNIX_EPOCH - Duration::new(1_000_000, 1);
+    File::options().write(true).open(from.join("small")).unwrap().set_modified(old).unwrap();
+    for (name, bits) in
+        [("small", 0o600), ("large", 0o444), ("empty", 0o000), ("sub/deep/empty", 0o700), ("sub/deep", 0o555)]
+    {
+        mode(&from.join(name), bits);
+    }
+
+    for (name, options) in [("host", host()), ("agent", agent())] {
+        let to = dir.path().join(name);
+        // As somebody other than root, the file of mode 000 could not be read.
+        if rustix::process::geteuid().is_root() {
+            let summary = copy(&from, &to, &options).unwrap();
+            assert_eq!(look(&from), look(&to));
+            assert_eq!((summary.files, summary.directories, summary.links, summary.refused), (6, 4, 3, 0));
+            assert_eq!(to.join("twin").metadata().unwrap().nlink(), 1);
+        }
+    }
+    mode(&from.join("sub/deep"), 0o755);
+}
+
+#[test]
+fn the_same_tree_gives_the_same_bytes() {
+    let dir = tempdir().unwrap();
+    for name in ["b", "a", "C", "aa", "a.b", "ü"] {
+        fs::write(dir.path().join(name), name).unwrap();
+    }
+    let bytes = sent(dir.path());
+    assert_eq!(bytes, sent(dir.path()));
+    let to = dir.path().join("to");
+    receive(bytes.as_slice(), &to, &host()).unwrap();
+    assert_eq!(bytes, sent(&to));
+}
+
+#[test]
+fn a_single_file_arrives_and_replaces() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::write(&from, "new").unwrap();
+    copy(&from, &to, &host()).unwrap();
+    assert_eq!(fs::read(&to).unwrap(), b"new");
+
+    // The old file itself is not touched, whoever else has it open or linked.
+    fs::write(&to, "old").unwrap();
+    mode(&to, 0o400);
+    fs::hard_link(&to, dir.path().join("other name")).unwrap();
+    let mut opened = File::open(&to).unwrap();
+    copy(&from, &to, &host()).unwrap();
+    let mut text = String::new();
+    opened.read_to_string(&mut text).unwrap();
+    assert_eq!((text.as_str(), fs::read(dir.path().join("other name")).unwrap()), ("old", b"old".to_vec()));
+    assert_eq!(fs::read(&to).unwrap(), b"new");
+    assert_eq!(names(dir.path()), ["from", "other name", "to"]);
+}
+
+#[test]
+fn set_user_id_does_not_travel() {
+    let dir = tempdir().unwrap();
+    let from = dir.path().join("from");
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("su"), "").unwrap();
+    mode(&from.join("su"), 0o6755);
+    mode(&from, 0o1777);
+    copy(&from, &dir.path().join("to"), &host()).unwrap();
+    assert_eq!(dir.path().join("to").metadata().unwrap().mode() & 0o7777, 0o777);
+    assert_eq!(dir.path().join("to/su").metadata().unwrap().mode() & 0o7777, 0o755);
+}
+
+#[test]
+fn holes_stay_holes() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    let file = File::create(&from).unwrap();
+    file.set_len(2 << 30).unwrap();
+    file.write_all_at(b"first", 0).unwrap();
+    file.write_all_at(b"middle", (1 << 30) + 4093).unwrap();
+    let bytes = sent(&from);
+    assert!(bytes.len() < 64 << 10, "{} bytes for two islands", bytes.len());
+
+    receive(bytes.as_slice(), &to, &host()).unwrap();
+    let meta = to.metadata().unwrap();
+    assert_eq!(meta.len(), 2 << 30);
+    assert!(meta.blocks() < 1024, "{} blocks", meta.blocks());
+    let copy = File::open(&to).unwrap();
+    let mut text = [0; 8];
+    copy.read_exact_at(&mut text, (1 << 30) + 4092).unwrap();
+    assert_eq!(&text, b"\0middle\0");
+
+    // All hole, and data at the very end.
+    let file = File::create(&from).unwrap();
+    file.set_len(1 << 30).unwrap();
+    assert!(sent(&from).len() < 64);
+    file.write_all_at(b"end", (1 << 30) - 3).unwrap();
+    receive(sent(&from).as_slice(), &to, &host()).unwrap();
+    assert_eq!(to.metadata().unwrap().len(), 1 << 30);
+    File::open(&to).unwrap().read_exact_at(&mut text[..3], (1 << 30) - 3).unwrap();
+    assert_eq!(&text[..3], b"end");
+}
+
+#[test]
+fn directories_merge_and_keep_what_they_are() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::create_dir_all(from.join("sub")).unwrap();
+    fs::write(from.join("sub/a"), "new").unwrap();
+    mode(&from, 0o777);
+    mode(&from.join("sub"), 0o777);
+    fs::create_dir_all(to.join("sub")).unwrap();
+    fs::write(to.join("sub/a"), "old").unwrap();
+    fs::write(to.join("sub/b"), "kept").unwrap();
+    mode(&to, 0o700);
+    mode(&to.join("sub"), 0o750);
+    copy(&from, &to, &host()).unwrap();
+    assert_eq!(fs::read(to.join("sub/a")).unwrap(), b"new");
+    assert_eq!(fs::read(to.join("sub/b")).unwrap(), b"kept");
+    assert_eq!(to.metadata().unwrap().mode() & 0o777, 0o700);
+    assert_eq!(to.join("sub").metadata().unwrap().mode() & 0o777, 0o750);
+}
+
+#[test]
+fn kinds_do_not_replace_each_other() {
+    let dir = tempdir().unwrap();
+    let (file, from) = (dir.path().join("file"), dir.path().join("from"));
+    fs::write(&file, "x").unwrap();
+    fs::create_dir(&from).unwrap();
+    let in_the_way = |result: Result<_, Error>, there: Kind, comes: Kind| match result {
+        Err(Error::Refused { refusal, .. }) => assert_eq!(refusal, Refusal::InTheWay { there, comes }),
+        other => panic!("{other:?}"),
+    };
+    let to = dir.path().join("to");
+    fs::create_dir(&to).unwrap();
+    in_the_way(copy(&file, &to, &host()), Kind::Directory, Kind::File);
+    in_the_way(copy(&file, Path::new("/"), &host()), Kind::Directory, Kind::File);
+    in_the_way(copy(&file, Path::new("/"), &agent()), Kind::Directory, Kind::File);
+    fs::remove_dir(&to).unwrap();
+    fs::write(&to, "kept").unwrap();
+    in_the_way(copy(&from, &to, &host()), Kind::File, Kind::Directory);
+    assert_eq!(fs::read(&to).unwrap(), b"kept");
+    fs::remove_file(&to).unwrap();
+    symlink(&from, &to).unwrap();
+    in_the_way(copy(&from, &to, &agent()), Kind::Symlink, Kind::Directory);
+    fs::remove_file(&to).unwrap();
+    let _socket = UnixListener::bind(&to).unwrap();
+    in_the_way(copy(&file, &to, &host()), Kind::Socket, Kind::File);
+    in_the_way(copy(&file, Path::new("/dev/null"), &host()), Kind::Device, Kind::File);
+    in_the_way(copy(&from, Path::new("/dev/null"), &host()), Kind::Device, Kind::Directory);
+}
+
+#[test]
+fn what_is_in_the_way_deeper_down_is_found_too() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    fs::create_dir(&to).unwrap();
+    fs::write(from.join("a"), "x").unwrap();
+    let _socket = UnixListener::bind(to.join("a")).unwrap();
+    let error = copy(&from, &to, &host()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!("copy {}/a: a file does not replace the socket that is there", to.display())
+    );
+    fs::remove_file(to.join("a")).unwrap();
+    fs::create_dir(to.join("a")).unwrap();
+    let error = copy(&from, &to, &host()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!("copy {}/a: a file does not replace the directory that is there", to.display())
+    );
+    assert_eq!(names(&to), ["a"]);
+}
+
+#[test]
+fn a_users_own_links_are_followed_to_the_root() {
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("real")).unwrap();
+    fs::write(path("real/a"), "x").unwrap();
+    symlink("real", path("link")).unwrap();
+    assert_eq!(sent(&path("link")), sent(&path("real")));
+    assert_eq!(sent(&path("link/a")), sent(&path("real/a")));
+
+    fs::create_dir(path("results")).unwrap();
+    symlink("results", path("out")).unwrap();
+    copy(&path("real"), &path("out"), &host()).unwrap();
+    assert_eq!(names(&path("results")), ["a"]);
+    copy(&path("real"), &path("out/"), &host()).unwrap();
+    symlink("results/a", path("a")).unwrap();
+    fs::write(path("results/a"), "old").unwrap();
+    copy(&path("real/a"), &path("a"), &host()).unwrap();
+    assert_eq!(fs::read(path("results/a")).unwrap(), b"x");
+    assert!(path("a").is_symlink());
+
+    symlink("nowhere", path("dangling")).unwrap();
+    let error = copy(&path("real"), &path("dangling"), &host()).unwrap_err();
+    assert!(error.to_string().starts_with("follow the link "), "{error}");
+    assert!(matches!(
+        send(path("dangling"), std::io::sink(), &SendOptions::host()),
+        Err(Error::Local { .. })
+    ));
+}
+
+#[test]
+fn in_a_sandbox_no_link_is_followed() {
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+    fs::create_dir(path("real")).unwrap();
+    fs::write(path("real/a"), "x").unwrap();
+    symlink("real", path("link")).unwrap();
+    symlink("a", path("real/b")).unwrap();
+    send(path("real/a"), std::io::sink(), &SendOptions::agent()).unwrap();
+    for name in ["link", "link/a", "real/b"] {
+        let error = send(path(name), std::io::sink(), &SendOptions::agent()).unwrap_err();
+        assert!(matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }), "{name}: {error}");
+    }
+    let tree = sent(&path("real"));
+    let error = receive(tree.as_slice(), path("link/new"), &agent()).unwrap_err();
+    assert!(matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }), "{error}");
+    let error = create_dirs(path("link/new"), 0o755, None).unwrap_err();
+    assert!(matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }), "{error}");
+    for bad in ["relative", "/tmp/../etc", ""] {
+        let error = receive(tree.as_slice(), bad, &agent()).unwrap_err();
+        assert!(matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }), "{bad}: {error}");
+        let error = create_dirs(bad, 0o755, None).unwrap_err();
+        assert!(matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }), "{bad}: {error}");
+    }
+    assert_eq!(names(&path("real")), ["a", "b"]);
+    // A file does replace a link: nothing is followed by that.
+    fs::remove_file(path("link")).unwrap();
+    symlink("real/a", path("link")).unwrap();
+    fs::write(path("new"), "new").unwrap();
+    receive(sent(&path("new")).as_slice(), path("link"), &agent()).unwrap();
+    assert_eq!(
+        (fs::read(path("link")).unwrap(), fs::read(path("real/a")).unwrap()),
+        (b"new".to_vec(), b"x".to_vec())
+    );
+}
+
+#[test]
+fn directories_are_made_on_the_way() {
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+    create_dirs(path("a/b/c"), 0o751, None).unwrap();
+    create_dirs(path("a/b/c"), 0o700, None).unwrap();
+    create_dirs("/", 0o700, None).unwrap();
+    for name in ["a", "a/b", "a/b/c"] {
+        assert_eq!(path(name).metadata().unwrap().mode() & 0o7777, 0o751);
+    }
+    fs::write(path("file"), "").unwrap();
+    let error = create_dirs(path("file/x"), 0o755, None).unwrap_err();
+    assert_eq!(error.errno(), rustix::io::Errno::NOTDIR.raw_os_error(), "{error}");
+}
+
+#[test]
+fn owners_are_given_by_root() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root may give files away");
+        return;
+    }
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+    fs::create_dir_all(path("from/sub")).unwrap();
+    fs::write(path("from/sub/a"), "").unwrap();
+    symlink("a", path("from/sub/l")).unwrap();
+    create_dirs(path("x/y"), 0o755, Some((1000, 1001))).unwrap();
+    receive(sent(&path("from")).as_slice(), path("x/y/to"), &ReceiveOptions::agent((1000, 1001), 0)).unwrap();
+    for name in ["x", "x/y", "x/y/to", "x/y/to/sub", "x/y/to/sub/a", "x/y/to/sub/l"] {
+        let meta = path(name).symlink_metadata().unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (1000, 1001), "{name}");
+    }
+}
+
+#[test]
+fn only_files_directories_and_links_can_be_copied() {
+    let dir = tempdir().unwrap();
+    let refused = |path: &Path, options: &SendOptions| match send(path, std::io::sink(), options) {
+        Err(Error::Refused { path, refusal }) => (path, refusal),
+        other => panic!("{other:?}"),
+    };
+    let path = dir.path().canonicalize().unwrap();
+    let socket = path.join("x.sock");
+    let _socket = UnixListener::bind(&socket).unwrap();
+    for options in [SendOptions::host(), SendOptions::agent()] {
+        assert_eq!(refused(&socket, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
+        assert_eq!(refused(&path, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
+        assert_eq!(refused(Path::new("/dev/null"), &options).1, Refusal::Special(Kind::Device));
+        assert_eq!(refused(Path::new("/proc/self/net"), &SendOptions::host()).1, Refusal::KernelFiles);
+        assert_eq!(refused(Path::new("/proc/cpuinfo"), &options).1, Refusal::KernelFiles);
+        assert_eq!(refused(Path::new("/sys/kernel"), &options).1, Refusal::KernelFiles);
+    }
+    let error = send(&socket, std::io::sink(), &SendOptions::host()).unwrap_err();
+    assert_eq!(error.to_string(), format!("copy {}: a socket cannot be copied", socket.display()));
+    fs::remove_file(&socket).unwrap();
+    let made = rustix::fs::mknodat(
+        rustix::fs::CWD,
+        path.join("fifo"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    );
+    made.unwrap();
+    assert_eq!(refused(&path, &SendOptions::agent()).1, Refusal::Special(Kind::Fifo));
+}
+
+#[test]
+fn a_sender_has_limits_too() {
+    let dir = tempdir().unwrap();
+    for name in 0..10 {
+        fs::write(dir.path().join(name.to_string()), "").unwrap();
+    }
+    let options = SendOptions { max_entries: 10, lookup: Lookup::Follow };
+    let error = send(dir.path(), std::io::sink(), &options).unwrap_err();
+    assert!(matches!(error, Error::Limit { limit: Limit::Entries(10), .. }), "{error}");
+    send(dir.path(), std::io::sink(), &SendOptions { max_entries: 11, ..options }).unwrap();
+
+    let deep = dir.path().join("d/".repeat(128));
+    fs::create_dir_all(&deep).unwrap();
+    let error = send(dir.path(), std::io::sink(), &SendOptions::host()).unwrap_err();
+    assert!(matches!(error, Error::Limit { limit: Limit::Depth, .. }), "{error}");
+    fs::remove_dir(&deep).unwrap();
+    let to = tempdir().unwrap();
+    copy(dir.path(), &to.path().join("to"), &host()).unwrap();
+    assert_eq!(look(dir.path()), look(&to.path().join("to")));
+}
+
+#[test]
+fn a_file_that_grows_or_shrinks_is_copied_as_far_as_it_is_there() {
+    /// Changes the file after its head and the first of its bytes have gone out.
+    struct Meddler<'a>(&'a File, Option<u64>, Vec<u8>);
+    impl Write for Meddler<'_> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if self.2.len() > 1000
+                && let Some(size) = self.1.take()
+            {
+                self.0.set_len(size)?;
+            }
+            self.2.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    for (size, least, most) in
+        [(1 << 20, 600_000, 600_000), (300_000, 300_000, 300_000), (0, 100_000, 300_000)]
+    {
+        fs::write(&from, vec![7; 600_000]).unwrap();
+        let file = File::options().write(true).open(&from).unwrap();
+        let mut meddler = Meddler(&file, Some(size), Vec::new());
+        send(&from, &mut meddler, &SendOptions::host()).unwrap();
+        receive(meddler.2.as_slice(), &to, &host()).unwrap();
+        let copied = fs::read(&to).unwrap();
+        assert!((least..=most).contains(&copied.len()), "{} of {size}", copied.len());
+        assert!(copied.iter().all(|byte| *byte == 7));
+    }
+}
+
+#[test]
+fn nothing_is_copied_from_or_to_where_nothing_is() {
+    let dir = tempdir().unwrap();
+    for options in [SendOptions::host(), SendOptions::agent()] {
+        let error = send(dir.path().join("no/such"), std::io::sink(), &options).unwrap_err();
+        assert_eq!(error.errno(), rustix::io::Errno::NOENT.raw_os_error(), "{error}");
+    }
+    fs::write(dir.path().join("a"), "").unwrap();
+    let tree = sent(&dir.path().join("a"));
+    for options in [host(), agent()] {
+        let error = receive(tree.as_slice(), dir.path().join("no/such"), &options).unwrap_err();
+        assert_eq!(error.errno(), rustix::io::Errno::NOENT.raw_os_error(), "{error}");
+    }
+    let options = ReceiveOptions { links: Links::Keep, ..host() };
+    receive(tree.as_slice(), dir.path().join("b"), &options).unwrap();
+}

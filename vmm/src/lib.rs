@@ -1,0 +1,37 @@
+//! The Chitin monitor: runs one microVM with one vsock channel and one read-only image, and no other device.
+//!
+//! Minimal means a minimal attack surface: there is no PCI, no ACPI, no firmware, no network card and no shared file system,
+//! and what is not there cannot be attacked. See [`Monitor`] for how to run one, and [`probe`] for whether this host can.
+
+pub mod arch;
+pub mod bus;
+pub mod console;
+pub mod control;
+pub mod heap;
+pub mod image;
+pub mod kernel;
+pub mod kvm;
+pub mod memory;
+pub mod monitor;
+pub mod probe;
+pub mod ramoops;
+pub mod spec;
+pub mod state;
+pub mod vcpu;
+pub mod virtio;
+
+pub use control::{EndReason, Event, Message, Request, TemplateEvent};
+pub use monitor::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper};
+pub use spec::{SpecError, VmSpec};
+
+/// An error and its causes as one line, for people.
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line.replace('\n', " ")
+}

@@ -1,0 +1,198 @@
+//! `chitin-vmm`: one process per microVM, started by `chitin`.
+
+#![no_main]
+
+use std::ffi::{CStr, c_char, c_int};
+use std::io::Write;
+use std::mem::MaybeUninit;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+
+use chitin_vmm::control::{Control, ControlError, Message};
+use chitin_vmm::heap::Heap;
+use chitin_vmm::{Ended, Event, Monitor, MonitorBuilder, MonitorError, VmSpec, one_line, probe};
+
+const HELP: &str = "\
+Runs one microVM. `chitin run` starts this program; it is rarely started by hand.
+
+Usage: chitin-vmm              take a specification and a channel from standard input (a control socket)
+       chitin-vmm SPEC.json    run without a channel; events are lines of JSON on standard output
+       chitin-vmm --probe      say whether this host can run microVMs, as JSON
+
+Options:
+  -h, --help       print this
+  -V, --version    print the version
+
+Examples:
+  echo '{\"kernel\": \"vmlinux\", \"root_image\": \"root.img\", \"memory_mib\": 128, \"console\": true}' >spec.json
+  chitin-vmm spec.json
+  chitin-vmm --probe
+";
+
+#[global_allocator]
+static HEAP: Heap = Heap::new();
+
+const SUCCESS: c_int = 0;
+/// Something was wrong with the microVM or the host.
+const FAILED: c_int = 1;
+/// Something was wrong with the command line.
+const USAGE: c_int = 2;
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    #[error("read specification {path}")]
+    ReadSpec { path: String, source: std::io::Error },
+    #[error("specification {path}")]
+    ParseSpec { path: String, source: serde_json::Error },
+    #[error("{operation}")]
+    Host { operation: &'static str, source: std::io::Error },
+}
+
+/// The entry point, called by the C library. Without the one of Rust's standard library, which prepares for what this
+/// program does not do (messages about stack overflows, on every thread), and takes 2 % of the time it takes to restore a guest.
+///
+/// # Safety
+/// `argv` has `argc` strings, as C has it.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
+    // SAFETY: a number, and what to do about it. Writing to a channel whose other end is gone is an error, not the end.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let count = usize::try_from(argc).unwrap_or(0);
+    let args: Vec<_> = (1..count)
+        .map(|at| {
+            // SAFETY: the caller's promise.
+            let arg = unsafe { CStr::from_ptr(*argv.add(at)) };
+            arg.to_string_lossy()
+        })
+        .collect();
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let code = match args.as_slice() {
+        [] => controlled(),
+        ["-h" | "--help"] => print(HELP),
+        ["-V" | "--version"] => print(concat!("chitin-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
+        ["--probe"] => {
+            let verdict = probe::run();
+            let json = serde_json::to_string(&verdict).unwrap_or_default();
+            print(&format!("{json}\n"));
+            if verdict.usable { SUCCESS } else { FAILED }
+        }
+        [option, ..] if option.starts_with('-') => usage(&format!("unknown option `{option}`")),
+        [path] => standalone(path),
+        _ => usage("more than one specification"),
+    };
+    let _ = std::io::stdout().flush();
+    code
+}
+
+fn print(text: &str) -> c_int {
+    // A reader that is gone has seen enough.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    SUCCESS
+}
+
+fn usage(problem: &str) -> c_int {
+    eprintln!("chitin-vmm: {problem}: see `chitin-vmm --help`");
+    USAGE
+}
+
+/// Runs what the host asks for over the control socket.
+fn controlled() -> c_int {
+    let control = match Control::from_stdin() {
+        Ok(control) => Rc::new(control),
+        Err(error) => return usage(&error.to_string()),
+    };
+    let result = (|| {
+        let (spec, channel, files) = control.receive()?;
+        let events = Rc::clone(&control);
+        let builder =
+            Monitor::builder().spec(spec).channel(channel).files(files).control(Rc::clone(&control));
+        run(builder, move |event| {
+            // A host that is gone is noticed by the socket's closing.
+            let _ = events.send(&event);
+        })
+    })();
+    report(result, |event| {
+        let _ = control.send(&event);
+    })
+}
+
+/// Runs a specification from a file, without a channel.
+fn standalone(path: &str) -> c_int {
+    let emit = |event: Message| {
+        if let Message::Event(Event::Failed { error }) = &event {
+            eprintln!("chitin-vmm: {error}");
+        }
+        let json = serde_json::to_string(&event).unwrap_or_default();
+        print(&format!("{json}\n"));
+    };
+    report(read_spec(Path::new(path)).and_then(|spec| run(Monitor::builder().spec(spec), emit)), emit)
+}
+
+fn read_spec(path: &Path) -> Result<VmSpec, Error> {
+    let name = path.display().to_string();
+    let json = std::fs::read(path).map_err(|source| Error::ReadSpec { path: name.clone(), source })?;
+    serde_json::from_slice(&json).map_err(|source| Error::ParseSpec { path: name, source })
+}
+
+fn run(builder: MonitorBuilder, emit: impl FnMut(Message) + 'static) -> Result<Message, Error> {
+    let monitor = builder.stop_on(signals()?).on_event(emit).build()?;
+    // Nothing of a guest's own is in its memory yet.
+    harden()?;
+    let Ended { end, log, made, .. } = monitor.run()?;
+    Ok(made.map_or_else(|| Event::Ended { reason: end.reason, detail: end.detail, log }.into(), Into::into))
+}
+
+fn report(result: Result<Message, Error>, emit: impl Fn(Message)) -> c_int {
+    match result {
+        Ok(ended) => {
+            emit(ended);
+            SUCCESS
+        }
+        Err(error) => {
+            emit(Event::Failed { error: one_line(&error) }.into());
+            FAILED
+        }
+    }
+}
+
+/// Keeps guest memory, and with it a guest's secrets, out of core dumps and away from other processes of this user.
+fn harden() -> Result<(), Error> {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `none` is a valid limit, read during the call.
+    if unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } != 0 {
+        return Err(host("disable core dumps")(std::io::Error::last_os_error()));
+    }
+    // SAFETY: takes numbers only.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        return Err(host("make the process undumpable")(std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// A descriptor that becomes readable when this process is asked to end. From here on the signals do nothing else, in this
+/// thread and those it starts.
+fn signals() -> Result<OwnedFd, Error> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: `set` is initialized by the first call; the others only read and change it.
+    let fd = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGTERM);
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGINT);
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+        libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    };
+    if fd < 0 {
+        return Err(host("create a signalfd")(std::io::Error::last_os_error()));
+    }
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn host(operation: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Host { operation, source }
+}

@@ -1,0 +1,165 @@
+//! `cargo xtask kernel`: the guest kernel, from Debian's kernel source and `kernel-config/`.
+//!
+//! The result is cached under the hash of source version, configuration, patches and compiler. The same four give the
+//! same bytes: time, user and host of the build are fixed.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::debian::{self, Package};
+use crate::process::{command, describe, last_lines, output, start_failure};
+use crate::progress::Progress;
+use crate::{cache, workspace};
+
+mod config;
+
+const SOURCE: &str = "linux-source-6.12";
+const SOURCE_VERSION: &str = "6.12.117-1~deb12u1";
+/// Steps that make prints for our configuration: only the length of the progress bar.
+const STEPS: u64 = 1450;
+
+/// Build the guest kernel, target/artifacts/vmlinux
+#[derive(Debug, Default, clap::Args)]
+pub struct Args {
+    /// Print the path of the cache entry, with .config and System.map of the build beside vmlinux
+    #[arg(long)]
+    print_entry: bool,
+}
+
+/// Builds, or finds, the kernel and publishes it.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let entry = find_or_build()?;
+    let published = cache::publish(&entry.join("vmlinux"), "vmlinux")?;
+    if args.print_entry {
+        println!("{}", entry.display());
+    } else {
+        eprintln!("{}", published.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The cache entry with `vmlinux`, `config` and `System.map`.
+pub fn find_or_build() -> Result<PathBuf> {
+    let fragments = config::read_fragments(&workspace::root().join("kernel-config"))?;
+    let patches = patches()?;
+    let mut patch_key = cache::Key::new("patches", 1);
+    for patch in &patches {
+        patch_key = patch_key.file(patch)?;
+    }
+    let patch_key = patch_key.finish();
+    let compiler = output(&mut command("gcc", ["--version"]))?;
+    let linker = output(&mut command("ld", ["--version"]))?;
+    let first_line = |text: &str| text.lines().next().unwrap_or_default().to_owned();
+    let (compiler, linker) = (first_line(&compiler), first_line(&linker));
+    let key = |source: &Package| {
+        let key = cache::Key::new("kernel", 1).text("source", &source.to_string());
+        let key = key.text("config", &fragments.text).text("patches", &patch_key);
+        key.text("compiler", &compiler).text("linker", &linker)
+    };
+
+    let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
+    let mut used = package.clone();
+    let entry = cache::entry("kernel", key(&package), |dir| {
+        used = build(dir, &package, &patches, &fragments)?;
+        Ok(())
+    })?;
+    debian::file_under_substitute(entry, used == package, || format!("kernel-{}", key(&used).finish()))
+}
+
+/// `kernel-config/patches/*.patch`, in the order of their names.
+fn patches() -> Result<Vec<PathBuf>> {
+    let dir = workspace::root().join("kernel-config/patches");
+    let items = fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))?;
+    let mut paths: Vec<PathBuf> = items.filter_map(|item| Some(item.ok()?.path())).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    paths.sort();
+    Ok(paths)
+}
+
+fn build(
+    dir: &Path,
+    package: &Package,
+    patches: &[PathBuf],
+    fragments: &config::Fragments,
+) -> Result<Package> {
+    let scratch = debian::scratch(dir, "build")?;
+    let progress = Progress::start(&format!("Fetching and unpacking {package}"), 0);
+    let (used, deb) = package.download(&scratch, || debian::candidate(SOURCE))?;
+    debian::unpack(&deb, &scratch)?;
+    let archive = scratch.join(format!("usr/src/{SOURCE}.tar.xz"));
+    output(
+        command("tar", ["--extract", "--strip-components=1", "--file"])
+            .arg(&archive)
+            .arg("--directory")
+            .arg(&scratch),
+    )?;
+    for patch in patches {
+        // No fuzz: a patch that does not fit exactly was written for another kernel.
+        let mut apply = command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
+        output(apply.arg(patch).current_dir(&scratch))?;
+    }
+    progress.finish();
+
+    configure(&scratch, fragments)?;
+    compile(&scratch)?;
+    for (from, to) in [("vmlinux", "vmlinux"), (".config", "config"), ("System.map", "System.map")] {
+        fs::rename(scratch.join(from), dir.join(to)).with_context(|| format!("the build made no {from}"))?;
+    }
+    cache::remove_tree(&scratch)?;
+    Ok(used)
+}
+
+/// Makes `.config` of "everything off" plus the fragments, and checks that it says what they asked for.
+fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
+    fs::write(source.join("chitin.config"), &fragments.text)?;
+    output(
+        command("make", ["--silent", "allnoconfig", "KCONFIG_ALLCONFIG=chitin.config"]).current_dir(source),
+    )?;
+    let result = fs::read_to_string(source.join(".config")).context("make allnoconfig left no .config")?;
+    let broken = config::mismatches(&fragments.options, &config::parse(&result));
+    ensure!(
+        broken.is_empty(),
+        "Kconfig did not take {} of the options in kernel-config (a dependency is missing, or something selects them):\n{}",
+        broken.len(),
+        broken.join("\n")
+    );
+    Ok(())
+}
+
+fn compile(source: &Path) -> Result<()> {
+    let jobs = thread::available_parallelism().map_or(2, usize::from);
+    let mut make = command("make", [format!("-j{jobs}").as_str(), "vmlinux"]);
+    make.current_dir(source);
+    // What would differ from one build to the next.
+    make.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01T00:00:00Z").env("KBUILD_BUILD_USER", "chitin");
+    make.env("KBUILD_BUILD_HOST", "chitin").env("KBUILD_BUILD_VERSION", "1").env("LC_ALL", "C");
+    make.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = make.spawn().with_context(|| start_failure(&make))?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let complaints = thread::spawn(move || {
+        let mut text = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let _ = stderr.read_to_end(&mut text);
+        }
+        text
+    });
+    let mut progress = Progress::start("Building the guest kernel", STEPS);
+    for line in stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
+        // A line per step: "  CC      kernel/fork.o".
+        if line?.starts_with("  ") {
+            progress.tick();
+        }
+    }
+    let status = child.wait().context("wait for make")?;
+    let complaints = complaints.join().unwrap_or_default();
+    if !status.success() {
+        bail!("{} failed ({status}):\n{}", describe(&make), last_lines(&complaints, 20));
+    }
+    progress.finish();
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! `cargo xtask`: everything that builds, runs or measures this workspace and is not `cargo` itself.
+//!
+//! One file per command. To add one: a module with `pub struct Args` (clap) and `pub fn run(args) -> Result<ExitCode>`,
+//! and a line in [`Task`] and in [`main`].
+
+mod cache;
+mod debian;
+mod demo;
+mod duration;
+mod kernel;
+mod microvm;
+mod nested;
+mod process;
+mod progress;
+mod rootfs;
+mod setup;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest
+    Setup(setup::Args),
+    /// Build the guest kernel, target/artifacts/vmlinux
+    Kernel(kernel::Args),
+    /// Build the read-only root image, target/artifacts/root.img
+    Rootfs(rootfs::Args),
+    /// Run a command on an emulated machine that has a usable /dev/kvm
+    Nested(nested::Args),
+    /// Install and build what is missing, then run an agent's script in a microVM
+    Demo(demo::Args),
+    /// Run every check and every test
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Setup(args) => setup::run(&args),
+        Task::Kernel(args) => kernel::run(&args),
+        Task::Rootfs(args) => rootfs::run(&args),
+        Task::Nested(args) => nested::run(&args),
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => test::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        // 125: we failed, as opposed to the command we were to run.
+        ExitCode::from(125)
+    })
+}

@@ -1,0 +1,95 @@
+//! Where microVMs can run: on this host, or on an emulated one.
+
+use std::io::{self, Write};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Parser;
+use serde::Deserialize;
+
+use crate::process::{command, start_failure};
+use crate::{nested, workspace};
+
+#[derive(Deserialize)]
+struct Diagnosis {
+    ironclaw: bool,
+    checks: Vec<Check>,
+}
+
+#[derive(Deserialize)]
+struct Check {
+    name: String,
+    ok: bool,
+    detail: String,
+}
+
+/// Builds `chitin` and its monitor, as they are shipped.
+pub fn build_binaries() -> Result<()> {
+    let mut build =
+        command("cargo", ["build", "--release", "--package", "chitin-cli", "--package", "chitin-vmm"]);
+    let status = build.current_dir(workspace::root()).status().with_context(|| start_failure(&build))?;
+    ensure!(status.success(), "chitin does not build");
+    Ok(())
+}
+
+/// Asks `chitin doctor`, and says in one line why not where it is not.
+pub fn usable() -> Result<bool> {
+    let mut command = Command::new(workspace::target().join("release/chitin"));
+    command.args(["doctor", "--json"]).stdin(Stdio::null());
+    let asked = command.output().with_context(|| start_failure(&command))?;
+    let diagnosis: Diagnosis =
+        serde_json::from_slice(&asked.stdout).context("read what chitin doctor says")?;
+    let reasons: Vec<String> = diagnosis
+        .checks
+        .iter()
+        .filter(|check| !check.ok)
+        .map(|check| format!("{}: {}", check.name, check.detail))
+        .collect();
+    if !diagnosis.ironclaw {
+        eprintln!("microVMs run in the emulated KVM host, because here they cannot: {}", reasons.join("; "));
+    }
+    Ok(diagnosis.ironclaw)
+}
+
+/// Runs `count` commands, each on an emulated host of its own. The first one's output is seen as it comes, that of the
+/// others when they have ended.
+///
+/// The exit code is the first that is not 0.
+pub fn nested_in_parallel(count: usize, command: impl Fn(usize) -> Vec<String>) -> Result<ExitCode> {
+    let xtask = std::env::current_exe().context("find this program")?;
+    let start = |part: usize| {
+        let mut nested = Command::new(&xtask);
+        // The time a whole suite takes there.
+        nested.args(["nested", "--timeout", "40m", "--"]).args(command(part)).stdin(Stdio::null());
+        if part > 0 {
+            nested.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        nested.spawn().with_context(|| start_failure(&nested))
+    };
+    let children = (0..count).map(start).collect::<Result<Vec<_>>>()?;
+    // All pipes are read at once: one that is full would stop its host.
+    let waiting: Vec<_> =
+        children.into_iter().map(|child| thread::spawn(|| child.wait_with_output())).collect();
+    let mut code = ExitCode::SUCCESS;
+    for waiting in waiting {
+        let output = waiting.join().map_err(|_| anyhow!("the wait for an emulated host failed"))??;
+        io::stdout().write_all(&output.stdout)?;
+        io::stderr().write_all(&output.stderr)?;
+        if code == ExitCode::SUCCESS && !output.status.success() {
+            code = ExitCode::from(output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1));
+        }
+    }
+    Ok(code)
+}
+
+/// Runs a command on the emulated host, with options of `cargo xtask nested`.
+pub fn nested_with(options: &[&str], command: &[impl AsRef<str>]) -> Result<ExitCode> {
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: nested::Args,
+    }
+    let words = ["nested"].iter().chain(options).chain(&["--"]).copied();
+    nested::run(&Line::try_parse_from(words.chain(command.iter().map(AsRef::as_ref)))?.args)
+}

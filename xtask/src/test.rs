@@ -1,0 +1,87 @@
+//! `cargo xtask test`: every check and every test there is, ending in the summary of those that boot microVMs.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{describe, output, start_failure};
+use crate::{kernel, microvm, rootfs, setup, workspace};
+
+/// Emulated hosts at once, of 4 GiB each.
+const MAX_HOSTS: usize = 4;
+
+/// Run every check and every test
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only the tests whose names hold this; no lints, no units
+    filter: Option<String>,
+}
+
+/// Installs and builds what is missing, then tests.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let code = setup::run(&setup::Args::default())?;
+    if code != ExitCode::SUCCESS {
+        return Ok(code);
+    }
+    if args.filter.is_none() {
+        cargo(&["fmt", "--all", "--check"])?;
+        cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    }
+    kernel::run(&kernel::Args::default())?;
+    rootfs::run(&rootfs::Args::default())?;
+    microvm::build_binaries()?;
+    if args.filter.is_none() {
+        cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;
+        cargo(&["test", "--workspace", "--doc", "--quiet"])?;
+    }
+    integration(args.filter.as_deref())
+}
+
+/// The tests that boot microVMs, on this host or on the emulated one.
+fn integration(filter: Option<&str>) -> Result<ExitCode> {
+    let package = ["--package", "chitin-integration"];
+    let profile = ["--profile", "microvm"];
+    let filter = filter.into_iter().collect::<Vec<_>>();
+    if microvm::usable()? {
+        return cargo(&[&["nextest", "run"], &package[..], &profile, &filter].concat());
+    }
+    // Compiled here: the emulated host has the same files but a CPU a hundred times slower. It gets the two lists that
+    // cargo would make for nextest.
+    let dir = workspace::target().join("nested-out");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let binaries = dir.join("binaries.json");
+    let metadata = dir.join("metadata.json");
+    let list = ["nextest", "list", "--list-type", "binaries-only", "--message-format", "json"];
+    save(&binaries, Command::new("cargo").args([&list, &package[..]].concat()))?;
+    save(&metadata, Command::new("cargo").args(["metadata", "--format-version", "1"]))?;
+    let mut command = vec!["cargo-nextest", "nextest", "run"];
+    let (binaries, metadata) = (binaries.to_string_lossy(), metadata.to_string_lossy());
+    command.extend(["--binaries-metadata", &binaries, "--cargo-metadata", &metadata]);
+    command.extend(profile);
+    command.extend(filter);
+    // A CPU of the emulated host is one thread here, so there is one such host for each of ours, up to a memory's worth.
+    let hosts = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_HOSTS));
+    microvm::nested_in_parallel(hosts, |part| {
+        let partition = format!("count:{}/{hosts}", part + 1);
+        command.iter().map(|word| (*word).to_owned()).chain(["--partition".to_owned(), partition]).collect()
+    })
+}
+
+fn cargo(args: &[&str]) -> Result<ExitCode> {
+    let mut command = Command::new("cargo");
+    command.args(args).current_dir(workspace::root()).stdin(Stdio::null());
+    eprintln!("running: {}", describe(&command));
+    let status = command.status().with_context(|| start_failure(&command))?;
+    if !status.success() {
+        bail!("{} failed ({status})", describe(&command));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn save(path: &Path, command: &mut Command) -> Result<()> {
+    let text = output(command.current_dir(workspace::root()).stdin(Stdio::null()))?;
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
