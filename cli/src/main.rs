@@ -4,6 +4,7 @@
 mod bench;
 mod doctor;
 mod failure;
+mod policy;
 mod report;
 mod run;
 mod template;
@@ -29,6 +30,9 @@ enum Command {
     /// Sandboxes that were booted and saved, to start copies of
     #[command(subcommand)]
     Template(template::Command),
+    /// What a sandbox may do, in a file
+    #[command(subcommand)]
+    Policy(policy::Command),
     /// Say what this host can do, and why not
     Doctor(doctor::Args),
     /// Measure
@@ -73,6 +77,7 @@ fn execute(command: Command) -> Result<u8, Failure> {
         match command {
             Command::Run(args) => run::run(args).await,
             Command::Template(command) => template::run(command).await,
+            Command::Policy(command) => policy::run(command),
             Command::Doctor(args) => doctor::run(&args).await,
             Command::Bench(command) => bench::run(command).await,
         }

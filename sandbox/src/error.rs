@@ -72,6 +72,9 @@ pub enum Error {
         /// What failed on which source; never the value.
         reason: String,
     },
+    /// A policy cannot be read, or cannot be kept.
+    #[error(transparent)]
+    Policy(#[from] crate::PolicyError),
     /// A template cannot be had or used.
     #[error(transparent)]
     Template(#[from] crate::TemplateError),

@@ -1,0 +1,417 @@
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::*;
+
+/// The two shapes of the design, letter by letter.
+const FIRST: &str = "\
+runtime: ironclaw
+hardening:
+  strip_agent_capabilities: true      # all dropped but net bind
+  readonly_root_filesystem: true
+  credential_source: vault://openclaw/creds
+";
+
+const SECOND: &str = "\
+plugin: \"web_scraper\"
+sandbox:
+  profile: \"restricted-net\"
+  filesystem:
+    - access: \"read-only\"
+      path: \"/shared/config.yaml\"
+  network:
+    allowed_egress:
+      - \"api.example.com:443\"
+  syscall_filter: \"default_deny\"
+";
+
+fn parse(text: &str) -> Policy {
+    Policy::parse(text, "p.yaml").unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+/// Asserts that a text is refused at this line and column, in words that hold `words`.
+#[track_caller]
+fn refused(text: &str, place: (usize, usize), words: &str) {
+    match Policy::parse(text, "p.yaml") {
+        Err(PolicyError::Invalid { place: Place { line, column }, what, .. }) => {
+            assert!(what.contains(words), "no `{words}` in `{what}`");
+            assert_eq!((line, column), place, "{what}");
+        }
+        other => panic!("{other:?}\n{text}"),
+    }
+}
+
+#[test]
+fn the_first_shape() {
+    let policy = parse(FIRST);
+    assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::Default));
+    let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
+    assert_eq!(policy.vault, [VaultSecret { name: None, source }]);
+    // Nothing asks vaults yet, so nothing runs without what it was to get.
+    let refusal = policy.check_tier(Runtime::Ironclaw).unwrap_err().to_string();
+    assert!(refusal.contains("hardening.credential_source"), "{refusal}");
+    assert!(policy.explain().contains("vault://openclaw/creds"));
+}
+
+#[test]
+fn the_second_shape() {
+    let policy = parse(SECOND);
+    assert_eq!(policy.plugin.as_deref(), Some("web_scraper"));
+    assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::RestrictedNet));
+    assert_eq!(policy.syscalls, SyscallFilter::DefaultDeny);
+    let path = PathBuf::from("/shared/config.yaml");
+    assert_eq!(policy.files, [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]);
+    assert!(policy.files_confined);
+    assert_eq!(policy.egress, [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]);
+    let refusal = policy.check_tier(Runtime::Ironclaw).unwrap_err().to_string();
+    assert!(refusal.contains("sandbox.network.allowed_egress"), "{refusal}");
+}
+
+#[test]
+fn everything_at_once() {
+    let policy = parse(
+        "
+plugin: everything
+runtime: nanoclaw
+fallback: [nemoclaw, ironclaw]
+image: /srv/images/big.img
+hardening: {strip_agent_capabilities: true}
+sandbox:
+  profile: trusted
+  syscall_filter: default_deny
+  filesystem:
+    - {access: read-write, path: /work/out, source: /srv/out}
+    - {access: read-only, path: /data/a b, source: /srv/in}
+  network: {allowed_egress: ['*.Example.com:8443']}
+resources: {vcpus: 8, memory_mib: 512, timeout: 1m 30s, pids: 100, disk_mib: 256}
+secrets:
+  - {name: TOKEN, source: 'env:HOST_TOKEN'}
+  - {name: KEY, source: 'file:/etc/key', delivery: env}
+  - {name: DB, source: 'vault://kv/db/main#password'}
+",
+    );
+    assert_eq!(
+        (policy.runtime, policy.fallback.as_slice()),
+        (Runtime::Nanoclaw, &[Runtime::Nemoclaw, Runtime::Ironclaw][..])
+    );
+    assert_eq!(policy.image, Some("/srv/images/big.img".into()));
+    assert_eq!(policy.files[0].access, Access::ReadWrite);
+    assert_eq!(policy.files[1].path, Path::new("/data/a b"));
+    assert_eq!(policy.egress[0].to_string(), "*.example.com:8443");
+    let timeout = Some(Duration::from_secs(90));
+    let limits = Limits { vcpus: 8, memory_mib: 512, timeout, pids: 100, disk_mib: Some(256) };
+    assert_eq!(policy.limits, limits);
+    assert_eq!(policy.secrets.len(), 2);
+    assert_eq!(policy.vault[0].name.as_deref(), Some("DB"));
+    let words = policy.explain();
+    for part in [
+        "/work/out",
+        "/data/a b",
+        "*.example.com:8443",
+        "HOST_TOKEN",
+        "/etc/key",
+        "1m 30s",
+        "nemoclaw and ironclaw",
+    ] {
+        assert!(words.contains(part), "no {part} in {words}");
+    }
+}
+
+#[test]
+fn a_profile_fills_in_what_a_file_leaves_out() {
+    for spec in &PROFILES {
+        let policy = parse(&format!("sandbox: {{profile: {}}}", spec.profile));
+        assert_eq!(policy.profile.spec().profile, spec.profile);
+        assert_eq!((policy.limits, policy.syscalls), (spec.resources, spec.syscalls));
+        assert_eq!(policy.files_confined, spec.files_confined);
+        // And the names of table, file and schema are one.
+        assert!(Policy::schema().contains(&format!("\"{}\"", spec.profile.name())));
+    }
+    // A list of files confines whatever the profile, also an empty one.
+    assert!(parse("sandbox: {filesystem: []}").files_confined);
+    assert!(!parse("plugin: x").files_confined);
+    // Less memory than the profile reckons with takes its share of the files along.
+    let small = parse("sandbox: {profile: restricted}\nresources: {memory_mib: 64}");
+    assert_eq!(small.limits.disk_mib, Some(32));
+}
+
+#[test]
+fn a_profile_is_not_loosened() {
+    refused(
+        "sandbox:\n  profile: restricted\n  syscall_filter: default_allow\n",
+        (3, 19),
+        "demands default_deny",
+    );
+    refused(
+        "sandbox:\n  profile: restricted\n  network:\n    allowed_egress: ['a.b:1']\n",
+        (4, 21),
+        "restricted-net",
+    );
+    let env = "sandbox: {profile: restricted}\nsecrets:\n  - {name: A, source: 'env:A', delivery: env}\n";
+    refused(env, (3, 42), "out of the environment");
+    parse("sandbox: {profile: restricted, network: {allowed_egress: []}}");
+}
+
+#[test]
+fn what_is_not_known_is_refused_where_it_stands() {
+    refused("runtime: ironclaw\nhardning: {}\n", (2, 1), "no key `hardning`");
+    refused("resources:\n  memory_mb: 1\n", (2, 3), "vcpus, memory_mib, timeout, pids, disk_mib");
+    refused(
+        "sandbox:\n  filesystem:\n    - access: read-only\n      path: /a\n      mode: 7\n",
+        (5, 7),
+        "`mode`",
+    );
+    refused("runtime: docker\n", (1, 10), "ironclaw, nanoclaw, nemoclaw");
+    refused("sandbox: {profile: paranoid}\n", (1, 20), "restricted, restricted-net, default, trusted");
+    refused("sandbox: {syscall_filter: none}\n", (1, 27), "default_allow, default_deny");
+    refused("<<: {runtime: ironclaw}\n", (1, 1), "no key `<<`");
+}
+
+#[test]
+fn a_key_is_given_once() {
+    refused(
+        "runtime: ironclaw\nplugin: a\nruntime: nemoclaw\n",
+        (3, 1),
+        "`runtime` is given twice, first in line 1",
+    );
+    refused("resources: {pids: 1, pids: 2}\n", (1, 22), "twice");
+    refused("? [a]\n: 1\n", (1, 3), "a key that is no word");
+    refused("1: 2\n", (1, 1), "a key that is no word");
+    refused("fallback: [nanoclaw, nanoclaw]\n", (1, 22), "there already");
+    refused("runtime: nanoclaw\nfallback: [nanoclaw]\n", (2, 12), "there already");
+    refused(
+        "secrets:\n- {name: A, source: 'env:A'}\n- {name: A, source: 'env:B'}\n",
+        (3, 10),
+        "there already",
+    );
+}
+
+#[test]
+fn a_type_is_the_fields_own() {
+    refused("resources: {pids: \"12\"}\n", (1, 19), "a whole number is wanted here, not the text `12`");
+    refused("resources: {pids: 1.5}\n", (1, 19), "a whole number");
+    refused("resources: {pids: 0x10}\n", (1, 19), "a whole number");
+    refused("resources: {vcpus: 9}\n", (1, 20), "1 to 8");
+    refused("resources: {vcpus: -1}\n", (1, 20), "1 to 8");
+    refused("resources: {memory_mib: 99999999999999999999}\n", (1, 25), "a whole number");
+    refused("resources: {timeout: 90}\n", (1, 22), "not the number 90");
+    refused("resources: {timeout: 0s}\n", (1, 22), "nothing");
+    refused("resources: {timeout: soon}\n", (1, 22), "90s");
+    refused("resources: [1]\n", (1, 12), "not a list");
+    refused("resources:\n", (1, 10), "not nothing");
+    refused("plugin: 7\n", (1, 9), "not the number 7");
+    refused("plugin: [a]\n", (1, 9), "not a list");
+    refused("fallback: nanoclaw\n", (1, 11), "not the text");
+    refused("runtime: {}\n", (1, 10), "ironclaw, nanoclaw, nemoclaw");
+    refused(
+        "hardening: {strip_agent_capabilities: yes}\n",
+        (1, 39),
+        "`true` is wanted here, not the text `yes`",
+    );
+    refused("hardening: {readonly_root_filesystem: false}\n", (1, 39), "cannot be switched off");
+    refused("sandbox: {filesystem: [{access: read-only}]}\n", (1, 24), "`path` is missing");
+    refused("just text\n", (1, 1), "not the text");
+    refused("- a\n", (1, 1), "not a list");
+}
+
+#[test]
+fn a_path_means_what_it_says() {
+    let rule = |path: &str| format!("sandbox:\n  filesystem:\n  - access: read-only\n    path: {path}\n");
+    for (path, words) in [
+        ("etc/passwd", "relative"),
+        ("./a", "relative"),
+        ("/a/../b", "`..`"),
+        ("/..", "`..`"),
+        ("/a/./b", "plain"),
+        ("/a//b", "plain"),
+        ("/a/", "plain"),
+        ("/", "plain"),
+        ("\"/a\\0b\"", "NUL"),
+        ("\"/a\\nb\"", "control character"),
+        ("/proc/self", "kernel's"),
+        ("/sys", "kernel's"),
+        ("/dev/shm/x", "kernel's"),
+        ("/work/in", "outside"),
+        ("/tmp", "outside"),
+    ] {
+        refused(&rule(path), (4, 11), words);
+    }
+    let write = |path: &str| rule(path).replace("read-only", "read-write");
+    for path in ["/data", "/work", "/tmp", "/var/tmp/x", "/workshop/x"] {
+        refused(&write(path), (4, 11), "below /work or /tmp");
+    }
+    parse(&write("/work/a"));
+    parse(&rule("/workshop/x"));
+    refused(&format!("{}  - access: read-only\n    path: /a/b/c\n", rule("/a/b")), (6, 11), "in each other");
+    refused("image: root.img\n", (1, 8), "relative");
+    refused("secrets: [{name: A, source: 'file:key'}]\n", (1, 29), "relative");
+}
+
+#[test]
+fn endpoints_are_names_with_ports() {
+    let list = |endpoint: &str| format!("sandbox: {{network: {{allowed_egress: ['{endpoint}']}}}}\n");
+    for bad in [
+        "example.com",
+        "example.com:0",
+        "example.com:65536",
+        "example.com:https",
+        ":443",
+        "*:443",
+        "*.com:443",
+        "a..b:1",
+        "-a.b:1",
+        "a b:1",
+        "http://a.b:1",
+        "10.0.0.1:80",
+        "[::1]:80",
+        "169.254.169.254:80",
+        "a.*.b:1",
+        &format!("{}:1", "a".repeat(64)),
+        &format!("{}b:1", "a.".repeat(127)),
+    ] {
+        refused(&list(bad), (1, 38), "is not HOST:PORT");
+    }
+    for good in ["a:1", "api.example.com:443", "*.example.com:65535", "my_host-1.x:80"] {
+        parse(&list(good));
+    }
+}
+
+#[test]
+fn sources_of_credentials() {
+    let secret = |source: &str| format!("secrets:\n- name: A\n  source: {source}\n");
+    refused(&secret("'vault://'"), (3, 11), "vault://MOUNT/PATH");
+    refused(&secret("'vault://mount'"), (3, 11), "vault://MOUNT/PATH");
+    refused(&secret("'vault://mount/a/../b'"), (3, 11), "vault://MOUNT/PATH");
+    refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
+    refused(&secret("'env:'"), (3, 11), "none of");
+    // What may be a value pasted in is not repeated.
+    let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
+    assert!(!error.contains("4711"), "{error}");
+    refused("secrets: [{name: 1A, source: 'env:A'}]\n", (1, 18), "environment variable");
+    refused("hardening: {credential_source: 'env:A'}\n", (1, 32), "vault://MOUNT/PATH");
+}
+
+#[test]
+fn what_makes_one_text_mean_another_is_refused() {
+    refused("plugin: &a x\n", (1, 12), "an anchor");
+    refused("plugin: x\nruntime: *a\n", (2, 10), "an alias");
+    refused("resources: &r {}\n", (1, 15), "an anchor");
+    refused("plugin: !!str x\n", (1, 9), "a tag");
+    refused("sandbox: !include other.yaml\n", (1, 10), "a tag");
+    refused("runtime: ironclaw\n---\nruntime: nemoclaw\n", (2, 1), "a second document");
+    refused("%YAML 1.1\n---\nruntime: ironclaw\n", (1, 1), "directive");
+    refused("", (1, 1), "empty");
+    refused("# only a comment\n", (1, 1), "empty");
+    refused("~\n", (1, 1), "empty");
+    refused("plugin: [a\n", (1, 9), "unclosed");
+    refused("plugin: 'a\n", (2, 1), "");
+    refused("plugin: a\n\truntime: ironclaw\n", (1, 9), "tab");
+}
+
+#[test]
+fn a_bomb_does_not_go_off() {
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..9 {
+        let aliases = vec![format!("*a{}", level - 1); 9].join(", ");
+        bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
+    }
+    refused(&bomb, (1, 9), "an anchor");
+    for deep in ["[".repeat(30_000), "{a: ".repeat(10_000), "- ".repeat(30_000), "a:\n ".repeat(20)] {
+        let error = Policy::parse(&deep, "p.yaml").unwrap_err();
+        assert!(matches!(error, PolicyError::Invalid { .. }), "{error:?}");
+    }
+    let many = format!("sandbox: {{network: {{allowed_egress: [{}]}}}}", "'a.b:1', ".repeat(65));
+    refused(&many, (1, 37), "64 is the most");
+    let long = format!("plugin: {}\n", "x".repeat(60_000));
+    refused(&long, (1, 9), "128 characters");
+}
+
+#[test]
+fn a_file_is_read_within_bounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.yaml");
+    assert!(matches!(Policy::load(&path), Err(PolicyError::Read { .. })));
+    assert!(matches!(Policy::load(dir.path()), Err(PolicyError::Read { .. })));
+    std::fs::write(&path, format!("plugin: a\n#{}", "x".repeat(64 * 1024))).unwrap();
+    assert!(matches!(Policy::load(&path), Err(PolicyError::TooLarge { .. })));
+    // Endless ones too.
+    assert!(matches!(Policy::load("/dev/zero"), Err(PolicyError::TooLarge { .. })));
+    std::fs::write(&path, b"plugin: a\xff\n").unwrap();
+    assert!(matches!(Policy::load(&path), Err(PolicyError::NoText { at: 9, .. })));
+    std::fs::write(&path, FIRST).unwrap();
+    let policy = Policy::load(&path).unwrap();
+    assert_eq!(policy.origin, path.display().to_string());
+    assert_eq!(policy.digest, parse(FIRST).digest);
+    assert_eq!(policy.digest.len(), 64);
+    assert_ne!(policy.digest, parse(SECOND).digest);
+}
+
+#[test]
+fn files_fit_the_memory() {
+    refused("resources:\n  memory_mib: 128\n  disk_mib: 65\n", (3, 13), "half of its 128 MiB");
+    refused("resources: {disk_mib: 200}\n", (1, 23), "half of its 256 MiB");
+}
+
+#[test]
+fn less_may_be_asked_for_and_not_more() {
+    let policy = parse("resources: {vcpus: 2, timeout: 10s}");
+    assert_eq!(policy.tighten("cpus", None, policy.limits.vcpus).unwrap(), 2);
+    assert_eq!(policy.tighten("cpus", Some(1), policy.limits.vcpus).unwrap(), 1);
+    let error = policy.tighten("--cpus", Some(3), policy.limits.vcpus).unwrap_err().to_string();
+    assert!(error.contains("--cpus 3 is more than the 2"), "{error}");
+    let time = |seconds| policy.tighten_timeout(Some(Duration::from_secs(seconds)));
+    assert_eq!(policy.tighten_timeout(None).unwrap(), Some(Duration::from_secs(10)));
+    assert_eq!(time(5).unwrap(), Some(Duration::from_secs(5)));
+    let error = time(11).unwrap_err().to_string();
+    assert!(error.contains("11s is more than the 10s"), "{error}");
+    let unlimited = parse("plugin: x");
+    assert_eq!(unlimited.tighten_timeout(None).unwrap(), None);
+}
+
+#[test]
+fn the_schema_knows_no_null_either() {
+    assert!(!Policy::schema().contains("\"null\""), "{}", Policy::schema());
+}
+
+#[test]
+fn the_schema_is_the_committed_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.schema.json");
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == Policy::schema(),
+        "docs/policy.schema.json is not current: write it again with `chitin policy schema > docs/policy.schema.json`"
+    );
+}
+
+#[test]
+fn the_documented_profiles_are_these() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    for ProfileSpec { profile, purpose, syscalls, files_confined, egress, env_secrets, resources } in
+        &PROFILES
+    {
+        let files = if *files_confined { "denied" } else { "readable" };
+        let egress = if *egress { "as listed" } else { "refused" };
+        let env = if *env_secrets { "allowed" } else { "refused" };
+        let Limits { vcpus, memory_mib, timeout, pids, disk_mib } = resources;
+        let time = timeout.map_or("unlimited".into(), |limit| humantime::format_duration(limit).to_string());
+        let disk = disk_mib.map_or("half of the memory".into(), |disk| format!("{disk} MiB"));
+        let line = format!(
+            "| `{profile}` | {purpose} | `{}` | {files} | {egress} | {env} | {vcpus} | {memory_mib} | {disk} | {pids} | {time} |",
+            syscalls.name()
+        );
+        assert!(text.contains(&line), "docs/policy.md lacks the line\n{line}");
+    }
+}
+
+#[test]
+fn the_documented_files_are_policies() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let blocks: Vec<&str> =
+        text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert!(blocks.contains(&FIRST) && blocks.contains(&SECOND));
+    for block in blocks {
+        parse(block);
+    }
+}

@@ -1,0 +1,136 @@
+//! Who keeps which field on which tier. Each field is kept or refused on each tier; the match has no wildcard, so a new field
+//! or tier is a decision here.
+
+use super::file::Runtime;
+use super::{Policy, SyscallFilter};
+
+/// A field of the file that somebody has to keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// `image`
+    Image,
+    /// `hardening.strip_agent_capabilities`
+    Capabilities,
+    /// `hardening.readonly_root_filesystem`
+    ReadonlyRoot,
+    /// `hardening.credential_source`
+    CredentialSource,
+    /// `sandbox.filesystem`
+    Filesystem,
+    /// `sandbox.network.allowed_egress`
+    Egress,
+    /// `sandbox.syscall_filter`
+    SyscallFilter,
+    /// `resources.vcpus`
+    Vcpus,
+    /// `resources.memory_mib`
+    Memory,
+    /// `resources.timeout`
+    Timeout,
+    /// `resources.pids`
+    Pids,
+    /// `resources.disk_mib`
+    Disk,
+    /// `secrets`
+    Secrets,
+}
+
+/// What becomes of a field on a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is kept; by what.
+    Kept(&'static str),
+    /// A run is refused; why.
+    Refused(&'static str),
+}
+
+const NO_TIER: &str = "this tier cannot be run yet";
+const NO_BROKER: &str = "nothing dials for a sandbox yet: run it without, or wait for the egress broker";
+const NO_VAULT: &str =
+    "vaults are not asked yet: name a source of this host (env:, file:, exec:) in `secrets`";
+
+impl Field {
+    /// All of them, in the order of the file.
+    pub const ALL: [Field; 13] = [
+        Field::Image,
+        Field::Capabilities,
+        Field::ReadonlyRoot,
+        Field::CredentialSource,
+        Field::Filesystem,
+        Field::Egress,
+        Field::SyscallFilter,
+        Field::Vcpus,
+        Field::Memory,
+        Field::Timeout,
+        Field::Pids,
+        Field::Disk,
+        Field::Secrets,
+    ];
+
+    /// Its keys in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Field::Image => "image",
+            Field::Capabilities => "hardening.strip_agent_capabilities",
+            Field::ReadonlyRoot => "hardening.readonly_root_filesystem",
+            Field::CredentialSource => "hardening.credential_source",
+            Field::Filesystem => "sandbox.filesystem",
+            Field::Egress => "sandbox.network.allowed_egress",
+            Field::SyscallFilter => "sandbox.syscall_filter",
+            Field::Vcpus => "resources.vcpus",
+            Field::Memory => "resources.memory_mib",
+            Field::Timeout => "resources.timeout",
+            Field::Pids => "resources.pids",
+            Field::Disk => "resources.disk_mib",
+            Field::Secrets => "secrets",
+        }
+    }
+}
+
+impl Policy {
+    /// What becomes of a field of this policy on a tier, its profile's part included.
+    pub fn verdict(&self, field: Field, tier: Runtime) -> Verdict {
+        match field {
+            Field::CredentialSource if self.vault.iter().any(|secret| secret.name.is_none()) => {
+                return Verdict::Refused(NO_VAULT);
+            }
+            Field::Secrets if self.vault.iter().any(|secret| secret.name.is_some()) => {
+                return Verdict::Refused(NO_VAULT);
+            }
+            Field::Egress if !self.egress.is_empty() => return Verdict::Refused(NO_BROKER),
+            _ => {}
+        }
+        match tier {
+            Runtime::Ironclaw => Verdict::Kept(self.microvm(field)),
+            Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Refused(NO_TIER),
+        }
+    }
+
+    fn microvm(&self, field: Field) -> &'static str {
+        match field {
+            Field::Image => "the guest's root, read-only",
+            Field::Capabilities => {
+                "the agent drops all but net bind, also from the bounding set, before the workload starts"
+            }
+            Field::ReadonlyRoot => "the workload's root is mounted read-only, and it has no right to mount",
+            Field::CredentialSource => "there is none",
+            Field::Filesystem if self.files_confined => {
+                "copies, and the guest kernel's Landlock for all the rest"
+            }
+            Field::Filesystem => "nothing of the host is in the guest",
+            Field::Egress => "the guest has no network interface but loopback",
+            Field::SyscallFilter => match self.syscalls {
+                SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
+                SyscallFilter::DefaultAllow => "seccomp: what no workload needs fails with ENOSYS",
+            },
+            Field::Vcpus => "the microVM has no more",
+            Field::Memory => "the microVM has no more",
+            Field::Timeout => "this host ends the microVM",
+            Field::Pids => "a cgroup of the guest",
+            Field::Disk => "the size of the one tmpfs that takes all writes",
+            Field::Secrets => {
+                "handed over after the start, in memory; not in the image, the command line or a template"
+            }
+        }
+    }
+}
