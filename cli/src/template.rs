@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Sandbox, Templates};
+use chitin::{Manifest, Sandbox, Templates, Warming};
 
 use crate::failure::Failure;
 
@@ -37,6 +37,10 @@ pub struct BuildArgs {
     #[arg(long, value_name = "CMD")]
     warm_up: Option<String>,
 
+    /// What copies will run first, if known: the pages it uses are made ready in each copy
+    #[arg(long, value_name = "CMD")]
+    first: Option<String>,
+
     /// Virtual CPUs, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
@@ -59,7 +63,9 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Build(args) => {
             let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).templates(templates);
-            let manifest = builder.build_template(&args.name.name, args.warm_up.as_deref()).await?;
+            let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
+            let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
+            let manifest = builder.build_template(&args.name.name, &warming).await?;
             println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
         }
         Command::Ls => {

@@ -75,6 +75,12 @@ pub enum Error {
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
+    /// A pool cannot be of this size.
+    #[error("a pool of {size}: from 1 to {} monitors can wait", crate::MAX_POOL)]
+    PoolSize {
+        /// What was asked for.
+        size: usize,
+    },
     /// A template cannot be had or used.
     #[error(transparent)]
     Template(#[from] crate::TemplateError),

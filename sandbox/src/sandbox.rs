@@ -7,7 +7,7 @@
 //!                              boot limit ──▶ ended
 //! ```
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -19,24 +19,50 @@ use chitin_protocol::{Delivery, Exit, Secret, ToGuest};
 use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
+use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::channel::Channel;
 use crate::inner::Inner;
-use crate::secret::{SecretSource, SecretSpec};
+use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
-use crate::tier::ironclaw::{self, Files};
-use crate::{Artifacts, Command, Error, Phases, copy};
+use crate::tier::ironclaw::{self, Files, Monitor};
+use crate::{Artifacts, Command, Error, Phases, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
 /// emulated, loaded host it has been seen to take twenty.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A small static program of every root image that prints its arguments: what there is to run where the sandbox itself is
+/// the point.
+pub const ECHO: &str = "/usr/lib/chitin/echo";
+
+/// What a template is to know before it is saved.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Warming {
+    /// Run in a shell; what it leaves running goes on in each copy.
+    pub warm_up: Option<String>,
+    /// What copies will run first, [`ECHO`] if empty: the pages it uses are made ready in each copy before it runs. Run
+    /// twice for that, and whether it succeeds does not matter.
+    pub first: Vec<OsString>,
+}
+
+/// What a monitor is given.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub spec: VmSpec,
+    /// Of a guest that is restored.
+    pub files: Option<Files>,
+}
+
+/// Secrets with their names.
+pub(crate) type Values = Vec<(String, Delivery, SecretValue)>;
 
 /// What a sandbox is to be.
 #[derive(Debug, Clone)]
 pub struct Builder {
-    artifacts: Artifacts,
+    pub(crate) artifacts: Artifacts,
     vcpus: u32,
     memory_mib: u64,
     console: bool,
@@ -108,6 +134,22 @@ impl Builder {
     /// left running.
     pub async fn start(self) -> Result<Sandbox, Error> {
         let started = Instant::now();
+        let plan = self.plan()?;
+        let values = self.values().await?;
+        let sandbox = self.launch(&plan.spec, plan.files.as_ref(), started)?;
+        self.up(sandbox, plan.files.is_some(), values).await
+    }
+
+    /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
+    ///
+    /// # Errors
+    /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`](crate::pool::MAX_POOL).
+    pub async fn pool(self, size: usize) -> Result<Pool, Error> {
+        Pool::new(self, size).await
+    }
+
+    /// What a monitor is given.
+    pub(crate) fn plan(&self) -> Result<Plan, Error> {
         let (mut spec, mut files) = (self.spec()?, None);
         self.artifacts.check()?;
         if let Some(name) = &self.template {
@@ -117,13 +159,22 @@ impl Builder {
             self.restore(&mut spec)?;
             files = Some(templates.open(name)?);
         }
+        Ok(Plan { spec, files })
+    }
+
+    /// Fetches the secrets.
+    pub(crate) async fn values(&self) -> Result<Values, Error> {
         let mut values = Vec::new();
         for secret in &self.secrets {
             values.push((secret.name.clone(), secret.delivery, secret.fetch().await?));
         }
-        let sandbox = self.launch(&spec, files.as_ref(), started)?;
+        Ok(values)
+    }
+
+    /// Waits for the agent, which gets the secrets, after it has been made another one where it is a copy.
+    pub(crate) async fn up(&self, sandbox: Sandbox, copy: bool, values: Values) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
-        if files.is_some() {
+        if copy {
             // Said before the agent has said anything: it is the first thing a copy reads.
             answers.push(sandbox.inner.reseed()?);
         }
@@ -139,12 +190,12 @@ impl Builder {
         Ok(sandbox)
     }
 
-    /// Boots, runs `warm_up` in a shell, saves what there is then as a template of that name, and tries it out once, which
-    /// tells which pages a copy needs first. A template of that name is replaced when all has gone well.
+    /// Boots, warms up, saves what there is then as a template of that name, and tries it out once, which tells which pages
+    /// a copy needs first. A template of that name is replaced when all has gone well.
     ///
     /// # Errors
     /// As for [`start`](Builder::start); secrets are refused; the warm-up command fails.
-    pub async fn build_template(self, name: &str, warm_up: Option<&str>) -> Result<Manifest, Error> {
+    pub async fn build_template(self, name: &str, warming: &Warming) -> Result<Manifest, Error> {
         if let Some(secret) = self.secrets.first() {
             let reason = "a template would be a copy of it on disk".into();
             return Err(Error::Secret { name: secret.name.clone(), reason });
@@ -157,7 +208,7 @@ impl Builder {
         spec.template = true;
         let sandbox = self.launch(&spec, None, started)?;
         sandbox.up().await?;
-        if let Some(script) = warm_up {
+        if let Some(script) = &warming.warm_up {
             let output = sandbox.command("/bin/sh").args(["-c", script]).output().await?;
             if output.exit != Exit::Code(0) {
                 let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -165,7 +216,7 @@ impl Builder {
             }
         }
         // What a copy starts first is started once here, so that the saved kernel knows the way.
-        sandbox.trial().await?;
+        sandbox.trial(&warming.first).await?;
         let request = sandbox.inner.channel.name();
         sandbox.inner.request(request, &ToGuest::Freeze { request }).await?;
         let binding = self.binding()?;
@@ -179,7 +230,7 @@ impl Builder {
         let reseeded = copy.inner.reseed()?;
         copy.up().await?;
         copy.inner.answered(reseeded).await?;
-        copy.trial().await?;
+        copy.trial(&warming.first).await?;
         copy.record(&draft.new_state()?, &draft.key()?).await?;
 
         let manifest = Manifest {
@@ -188,7 +239,7 @@ impl Builder {
             created: template::now(),
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
-            warm_up: warm_up.map(str::to_owned),
+            warm_up: warming.warm_up.clone(),
             memory_bytes: 0,
         };
         Ok(draft.publish(manifest)?)
@@ -217,6 +268,17 @@ impl Builder {
     /// Starts a monitor and everything that watches it. Dropping what comes back ends it.
     fn launch(&self, spec: &VmSpec, files: Option<&Files>, started: Instant) -> Result<Sandbox, Error> {
         let (monitor, socket) = ironclaw::launch(&self.artifacts, spec, files)?;
+        Ok(self.watch(monitor, socket, spec, started))
+    }
+
+    /// A sandbox whose time counts from `started`.
+    pub(crate) fn watch(
+        &self,
+        monitor: Monitor,
+        socket: UnixStream,
+        spec: &VmSpec,
+        started: Instant,
+    ) -> Sandbox {
         let inner = Arc::new(Inner {
             channel: Channel::new(socket),
             spawned: monitor.spawned,
@@ -232,7 +294,7 @@ impl Builder {
                 channel.close();
             })
         });
-        Ok(Sandbox { inner, clock })
+        Sandbox { inner, clock }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -323,9 +385,13 @@ impl Sandbox {
         }
     }
 
-    /// Runs what most copies run first: a small program that prints something.
-    async fn trial(&self) -> Result<(), Error> {
-        self.command("/bin/echo").arg("chitin").output().await.map(drop)
+    /// Runs what copies will run first.
+    async fn trial(&self, argv: &[OsString]) -> Result<(), Error> {
+        let command = match argv.split_first() {
+            Some((program, arguments)) => self.command(program).args(arguments),
+            None => self.command(ECHO).arg("chitin"),
+        };
+        command.output().await.map(drop)
     }
 
     /// Has the frozen guest saved, which ends it.

@@ -14,6 +14,7 @@ mod process;
 mod progress;
 mod rootfs;
 mod setup;
+mod static_build;
 mod test;
 mod workspace;
 

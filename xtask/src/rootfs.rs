@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! packages.lock ── download ──▶ packages ─┐
-//! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ──▶ base tree ─┐
-//! guest-agent/ ── cargo build ──────────────────────────────▶ /init ──────────────┴─ mkfs.erofs ──▶ root.img
+//! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ──▶ base tree ──────────────┐
+//! guest-agent/, benches/echo/ ── cargo build ──────▶ /init, /usr/lib/chitin/echo ──────────────┴─ mkfs.erofs ──▶ root.img
 //! ```
 //!
 //! Packages, base tree and image are cached apart: another agent needs neither network nor unpacking.
@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cache::{self, Key};
 use crate::process::{command, output};
-use crate::workspace;
+use crate::{static_build, workspace};
 use apt::Apt;
 use lock::{Lock, Pin};
 use recipe::Recipe;
@@ -33,7 +33,9 @@ mod tree;
 
 /// Raise it when this code makes something else of the same inputs.
 const BUILDER: u32 = 1;
-const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
+
+/// What is ours in the image: package, which is also the name of its binary, and path in the image.
+const PROGRAMS: [(&str, &str); 2] = [("chitin-agent", "init"), ("chitin-echo", "usr/lib/chitin/echo")];
 
 /// Arguments of `cargo xtask rootfs`.
 #[derive(Debug, Default, clap::Args)]
@@ -66,12 +68,12 @@ struct Manifest<'a> {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let started = Instant::now();
     let builder = Builder::new()?;
-    let agent = builder.agent()?;
+    let programs = static_build::build(&PROGRAMS.map(|(package, _)| package))?;
     if args.update {
         builder.update_lock()?;
     }
     let (base, packages) = builder.base(builder.packages(args)?, args)?;
-    let entry = builder.image(&base, &packages, &agent)?;
+    let entry = builder.image(&base, &packages, &programs)?;
     let manifest = entry.join("root.json");
     let text = fs::read(&manifest).with_context(|| format!("read {}", manifest.display()))?;
     let text: serde_json::Value =
@@ -87,7 +89,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         started.elapsed().as_secs_f32(),
     );
     if args.check_reproducible {
-        builder.check_reproducible(&packages, &agent, &published)?;
+        builder.check_reproducible(&packages, &programs, &published)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -114,39 +116,6 @@ impl Builder {
         let recipe_text = read(&path)?;
         let recipe = Recipe::parse(&recipe_text).with_context(|| format!("in {}", path.display()))?;
         Ok(Self { rootfs, cache: workspace::cache()?, recipe_text, recipe })
-    }
-
-    /// Builds the agent and returns its path.
-    fn agent(&self) -> Result<PathBuf> {
-        let cargo_home = std::env::var_os("CARGO_HOME")
-            .map_or_else(|| std::env::home_dir().unwrap_or_default().join(".cargo"), PathBuf::from);
-        // Panic messages carry source paths: without this, the image would depend on where it was built.
-        let remap = [(&workspace::root(), "/chitin"), (&cargo_home, "/cargo")]
-            .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
-        let config = format!("target.{AGENT_TARGET}.rustflags={}", serde_json::to_string(&remap)?);
-        let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .current_dir(workspace::root())
-            .args([
-                "build",
-                "--quiet",
-                "--profile",
-                "agent",
-                "--package",
-                "chitin-agent",
-                "--target",
-                AGENT_TARGET,
-            ])
-            .arg("--config")
-            .arg(config)
-            .arg("--target-dir")
-            .arg(workspace::target())
-            .status()
-            .context("run cargo")?;
-        ensure!(
-            status.success(),
-            "the agent does not build; if its target is missing: `rustup target add {AGENT_TARGET}` or `cargo xtask setup`"
-        );
-        Ok(workspace::target().join(AGENT_TARGET).join("agent/chitin-agent"))
     }
 
     fn lock_path(&self) -> PathBuf {
@@ -311,20 +280,22 @@ impl Builder {
         Ok(())
     }
 
-    /// Base tree and agent to image and manifest; returns their directory.
-    fn image(&self, base: &Path, packages: &Packages, agent: &Path) -> Result<PathBuf> {
+    /// Base tree and our programs to image and manifest; returns their directory.
+    fn image(&self, base: &Path, packages: &Packages, programs: &Path) -> Result<PathBuf> {
         let erofs_utils = image::tools_version()?;
-        let agent_sha256 = digest_file(agent)?;
-        let key = Key::new("rootfs", BUILDER)
+        let agent_sha256 = digest_file(&programs.join("chitin-agent"))?;
+        let mut key = Key::new("rootfs", BUILDER)
             .text("base", &base.file_name().unwrap_or_default().to_string_lossy())
-            .text("agent", &agent_sha256)
             .text("erofs-utils", &erofs_utils)
             // The same packages can be the pinned ones for one checkout and substitutes for another.
             .text("as locked", &packages.as_locked.to_string());
+        for (package, _) in PROGRAMS {
+            key = key.text(package, &digest_file(&programs.join(package))?);
+        }
         cache::entry("rootfs", key, |entry| {
             eprintln!("rootfs: making the image");
             let image = entry.join("root.img");
-            let size = self.make_image(base, agent, &image)?;
+            let size = self.make_image(base, programs, &image)?;
             let manifest = Manifest {
                 sha256: &digest_file(&image)?,
                 size,
@@ -339,27 +310,32 @@ impl Builder {
         })
     }
 
-    fn make_image(&self, base: &Path, agent: &Path, image: &Path) -> Result<u64> {
+    fn make_image(&self, base: &Path, programs: &Path, image: &Path) -> Result<u64> {
         // A copy, because the base must stay what its key says; modes, because cached files are read-only.
         let stage = self.staging(&self.cache)?;
         let root = stage.path().join("root");
         tree::ensure_directory(&root)?;
         tree::copy_over(base, &root)?;
-        let init = tree::inside(&root, "init")?;
-        fs::copy(agent, &init).context("copy the agent")?;
-        fs::set_permissions(&init, Permissions::from_mode(0o755)).context("make the agent executable")?;
+        for (package, path) in PROGRAMS {
+            let to = tree::inside(&root, path)?;
+            fs::create_dir_all(to.parent().unwrap_or(&root))
+                .with_context(|| format!("make room for /{path}"))?;
+            fs::copy(programs.join(package), &to).with_context(|| format!("copy {package}"))?;
+            fs::set_permissions(&to, Permissions::from_mode(0o755))
+                .with_context(|| format!("make /{path} executable"))?;
+        }
         tree::set_modes(&root, &self.recipe.directory)?;
         image::make(&root, image, &self.recipe)
     }
 
     /// Makes tree and image again, in another place, and compares with the published image.
-    fn check_reproducible(&self, packages: &Packages, agent: &Path, published: &Path) -> Result<()> {
+    fn check_reproducible(&self, packages: &Packages, programs: &Path, published: &Path) -> Result<()> {
         let elsewhere = tempfile::Builder::new().prefix("chitin-rootfs-again-").tempdir()?;
         let tree = elsewhere.path().join("another/tree");
         fs::create_dir_all(&tree)?;
         self.assemble(&packages.lock, &tree)?;
         let image = elsewhere.path().join("again.img");
-        self.make_image(&tree, agent, &image)?;
+        self.make_image(&tree, programs, &image)?;
         let (first, again) = (digest_file(published)?, digest_file(&image)?);
         if first != again {
             let kept = elsewhere.keep();

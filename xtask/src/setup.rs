@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::process::{command, describe, exists, output, start_failure};
+use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
 const PACKAGES: [(&str, &str); 11] = [
@@ -20,8 +21,6 @@ const PACKAGES: [(&str, &str); 11] = [
     ("fakeroot", "gives the root image's files their owners without being root"),
     ("ca-certificates", "downloads"),
 ];
-
-const MUSL: &str = "x86_64-unknown-linux-musl";
 
 /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest
 #[derive(Debug, Default, clap::Args)]

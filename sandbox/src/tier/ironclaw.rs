@@ -34,6 +34,8 @@ const MAX_FDS: usize = 4;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Reported {
     pub entered: Option<u64>,
+    /// The guest waits for its channel.
+    pub prepared: bool,
     /// The guest waits to be saved.
     pub frozen: bool,
     pub end: Option<End>,
@@ -77,12 +79,32 @@ pub(crate) fn launch(
     spec: &VmSpec,
     files: Option<&Files>,
 ) -> Result<(Monitor, UnixStream), Error> {
-    let pair = host("create a socket pair");
+    let (channel, theirs) = channel()?;
+    let monitor = spawn(artifacts, spec, files, Some(theirs))?;
+    Ok((monitor, channel))
+}
+
+/// Starts a monitor that makes everything ready and then waits for [`Monitor::go`].
+pub(crate) fn prepare(artifacts: &Artifacts, spec: &VmSpec, files: Option<&Files>) -> Result<Monitor, Error> {
+    let spec = VmSpec { prepared: true, ..spec.clone() };
+    spawn(artifacts, &spec, files, None)
+}
+
+/// Our end of a channel, and the monitor's.
+fn channel() -> Result<(UnixStream, OwnedFd), Error> {
+    let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
+    Ok((ours, theirs.into_std().map_err(host("hand over the channel"))?.into()))
+}
+
+fn spawn(
+    artifacts: &Artifacts,
+    spec: &VmSpec,
+    files: Option<&Files>,
+    channel: Option<OwnedFd>,
+) -> Result<Monitor, Error> {
     let (control, control_theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| pair(errno.into()))?;
-    let (channel, channel_theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
-    let channel_theirs = channel_theirs.into_std().map_err(host("hand over the channel"))?;
+            .map_err(|errno| host("create a socket pair")(errno.into()))?;
 
     let spawned = now_ns();
     let child = tokio::process::Command::new(&artifacts.monitor)
@@ -97,7 +119,7 @@ pub(crate) fn launch(
         .spawn()
         .map_err(|source| Error::Spawn { path: artifacts.monitor.clone(), source })?;
 
-    let mut fds = vec![channel_theirs.as_fd()];
+    let mut fds: Vec<_> = channel.iter().map(AsFd::as_fd).collect();
     if let Some(files) = files {
         fds.extend([files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()]);
     }
@@ -106,8 +128,7 @@ pub(crate) fn launch(
     let control = Arc::new(watch(control).map_err(host("watch the monitor"))?);
     let (sender, reported) = watch::channel(Reported::default());
     let listener = tokio::spawn(listen(control.clone(), sender));
-    let monitor = Monitor { child, control: Some(control), listener: Some(listener), reported, spawned };
-    Ok((monitor, channel))
+    Ok(Monitor { child, control: Some(control), listener: Some(listener), reported, spawned })
 }
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
@@ -159,7 +180,9 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
             Ok(Message::Template(TemplateEvent::Saved { .. } | TemplateEvent::Recorded { .. })) => {
                 break End::Saved;
             }
-            Ok(Message::Template(TemplateEvent::Prepared)) => {}
+            Ok(Message::Template(TemplateEvent::Prepared)) => {
+                reported.send_modify(|reported| reported.prepared = true);
+            }
             Err(error) => break End::Failed(format!("the monitor reports what is no event: {error}")),
         }
     };
@@ -187,6 +210,22 @@ impl Monitor {
             Err(_) => None,
         }
         .unwrap_or_else(|| End::Failed("the monitor was stopped".into()))
+    }
+
+    /// Waits until everything is ready; false if it has ended instead.
+    pub async fn prepared(&mut self) -> bool {
+        let done = self.reported.wait_for(|reported| reported.prepared || reported.end.is_some()).await;
+        done.is_ok_and(|reported| reported.end.is_none())
+    }
+
+    /// Has a monitor that was prepared run its guest, whose time starts now; the stream is the channel to the agent.
+    pub fn go(&mut self) -> Result<UnixStream, Error> {
+        let (channel, theirs) = channel()?;
+        self.spawned = now_ns();
+        if let Some(control) = &self.control {
+            send(control, &Request::Go {}, &[theirs.as_fd()])?;
+        }
+        Ok(channel)
     }
 
     /// Waits until the guest waits to be saved; false if it has ended instead.

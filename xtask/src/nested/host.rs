@@ -9,14 +9,13 @@ use super::initrd::{Initrd, dependencies};
 use crate::debian::{self, Package};
 use crate::process::{command, output};
 use crate::progress::Progress;
-use crate::{cache, workspace};
+use crate::{cache, static_build, workspace};
 
 /// The generic flavour: the cloud flavour has no 9p.
 const KERNEL: &str = "linux-image-6.12.117+deb12-amd64";
 const KERNEL_VERSION: &str = "6.12.117-1~deb12u1";
 /// What the machine needs beyond what is built in. Dependencies are followed.
 const MODULES: [&str; 4] = ["9pnet_virtio", "9p", "overlay", "kvm-amd"];
-const TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// Files QEMU boots.
 pub struct Host {
@@ -151,12 +150,8 @@ fn read_module(files: &[PathBuf], name: &str) -> Result<Vec<u8>> {
 }
 
 fn build_init() -> Result<Vec<u8>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let progress = Progress::start("Building PID 1 of the emulated machine", 0);
-    let arguments =
-        ["build", "--quiet", "--package", "chitin-nested-init", "--profile", "agent", "--target", TARGET];
-    output(command(cargo, arguments).current_dir(workspace::root()))?;
+    let binary = static_build::build(&["chitin-nested-init"])?.join("chitin-nested-init");
     progress.finish();
-    let binary = workspace::target().join(TARGET).join("agent/chitin-nested-init");
     fs::read(&binary).with_context(|| format!("read {}", binary.display()))
 }

@@ -1,0 +1,183 @@
+//! What sandboxes take of the host's memory.
+//!
+//! A monitor's mappings are of two kinds: those of the guest (its RAM and its root image), which it keeps out of core dumps
+//! (`dd` among the `VmFlags` of `/proc/PID/smaps`, see proc_pid_smaps(5)), and its own.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use chitin::Sandbox;
+use serde::Serialize;
+
+use super::stats::{self, Row};
+use super::{Output, Temporary, Workload, plot};
+use crate::failure::Failure;
+
+/// Arguments of `chitin bench memory`.
+#[derive(clap::Args)]
+#[command(
+    after_help = "KiB of each monitor, after the first command in its sandbox, while all of them live. `guest` is the guest's memory that nobody
+shares; `shared` what it uses of kernel, root image and template, once for all of them; `monitor` all else.
+
+Examples:
+  chitin bench memory --sandboxes 8
+  chitin bench memory -- python3 -c 'print(1)'"
+)]
+pub struct Args {
+    /// How many sandboxes at once, booted and copied each
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    sandboxes: u32,
+
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+
+    #[command(flatten)]
+    output: Output,
+
+    #[command(flatten)]
+    workload: Workload,
+}
+
+#[derive(Serialize)]
+struct Report {
+    chitin: &'static str,
+    memory_mib: u64,
+    booted: Vec<Row>,
+    copied: Vec<Row>,
+}
+
+/// Bytes of one monitor.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Use {
+    guest: u64,
+    shared: u64,
+    monitor: u64,
+    /// Its share of what it shares, and all else.
+    proportional: u64,
+}
+
+pub async fn run(args: Args) -> Result<u8, Failure> {
+    let builder = Sandbox::builder().memory_mib(args.memory);
+    let booted = measure(&builder, &args).await?;
+    let template = Temporary::build(args.memory, None, args.workload.argv.clone()).await?;
+    let copied = measure(&Sandbox::builder().template(&template.name), &args).await?;
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.memory, booted, copied };
+    println!("{} sandboxes of {} MiB each; KiB", args.sandboxes, args.memory);
+    stats::print("booted", &report.booted, 1024.0);
+    stats::print("copied", &report.copied, 1024.0);
+    args.output.write(&report, || plot::memory(&report.booted, &report.copied))?;
+    Ok(0)
+}
+
+async fn measure(builder: &chitin::Builder, args: &Args) -> Result<Vec<Row>, Failure> {
+    let mut sandboxes = Vec::new();
+    for _ in 0..args.sandboxes {
+        let sandbox = builder.clone().start().await?;
+        let output = args.workload.command(&sandbox).output().await?;
+        args.workload.check(&output.exit, !output.stdout.is_empty())?;
+        sandboxes.push(sandbox);
+    }
+    let used = children(std::process::id())
+        .and_then(|monitors| monitors.iter().map(|pid| used(*pid)).collect::<io::Result<Vec<_>>>())
+        .map_err(|source| Failure::Io {
+            what: "read the memory maps of monitors, which is for root alone".into(),
+            source,
+        })?;
+    for sandbox in sandboxes {
+        sandbox.stop().await;
+    }
+    // What a monitor runs beside the guest (its keeper) has no guest memory of its own.
+    let rows = |name, of: fn(&Use) -> u64| Row::of(name, used.iter().map(of).collect());
+    Ok([
+        rows("guest", |used| used.guest),
+        rows("shared", |used| used.shared),
+        rows("monitor", |used| used.monitor),
+        rows("pss", |used| used.proportional),
+    ]
+    .into_iter()
+    .flatten()
+    .collect())
+}
+
+/// Processes that this one started.
+fn children(parent: u32) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{parent}/task"))? {
+        // A task that has ended has no children any more.
+        let list = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
+        found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    Ok(found)
+}
+
+/// One monitor with whatever it has started itself.
+fn used(pid: u32) -> io::Result<Use> {
+    let mut sum = parse(&fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?);
+    for child in children(pid)? {
+        let more = used(child)?;
+        sum.guest += more.guest;
+        sum.shared = sum.shared.max(more.shared);
+        sum.monitor += more.monitor;
+        sum.proportional += more.proportional;
+    }
+    Ok(sum)
+}
+
+/// Sums up the fields of `/proc/PID/smaps`, which are in KiB.
+fn parse(smaps: &str) -> Use {
+    let mut sum = Use::default();
+    let (mut private, mut resident, mut proportional) = (0, 0, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or_default();
+        let bytes = || words.next().and_then(|count| count.parse::<u64>().ok()).unwrap_or(0) * 1024;
+        match name {
+            "Rss:" => resident = { bytes }(),
+            "Pss:" => proportional = { bytes }(),
+            // What was written to, which is the guest's own even where nobody else maps the rest of the file.
+            "Anonymous:" => private = { bytes }(),
+            "VmFlags:" => {
+                let guest = line.split_whitespace().any(|flag| flag == "dd");
+                if guest {
+                    sum.guest += private;
+                    sum.shared += resident - private.min(resident);
+                } else {
+                    sum.monitor += resident;
+                }
+                sum.proportional += proportional;
+                (private, resident, proportional) = (0, 0, 0);
+            }
+            _ => {}
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_that_are_not_dumped_are_the_guests() {
+        let smaps = "\
+7f0000000000-7f0008000000 rw-p 00000000 00:00 0 
+Size:             131072 kB
+Rss:                 100 kB
+Pss:                  90 kB
+Pss_Dirty:            60 kB
+Anonymous:            60 kB
+VmFlags: rd wr mr mw me dd nr nh 
+7f0010000000-7f0010001000 r-xp 00000000 fe:00 12 /usr/bin/chitin-vmm
+Size:                  4 kB
+Rss:                   4 kB
+Pss:                   2 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me 
+";
+        let kib = |count: u64| count * 1024;
+        let expected = Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
+        assert_eq!(parse(smaps), expected);
+    }
+}

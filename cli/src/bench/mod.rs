@@ -1,0 +1,136 @@
+//! `chitin bench`: how long things take, by phase, and what they take of the host.
+
+mod exec;
+mod memory;
+mod plot;
+mod start;
+mod stats;
+mod throughput;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use chitin::{ECHO, Exit, Sandbox, Templates, Warming};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::report::write_json;
+
+/// What to measure.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Cold boots: from starting the monitor to the end of a small command
+    Boot(start::BootArgs),
+    /// Copies of a template: from starting the monitor, or asking a pool, to the end of a small command
+    Restore(start::RestoreArgs),
+    /// Round trips on a running sandbox: from asking for a small command to its end
+    Exec(exec::Args),
+    /// Memory that sandboxes take of the host, after one command
+    Memory(memory::Args),
+    /// Bytes per second through a command's standard input and output
+    Throughput(throughput::Args),
+}
+
+pub async fn run(command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Boot(args) => start::boot(args).await,
+        Command::Restore(args) => start::restore(args).await,
+        Command::Exec(args) => exec::run(args).await,
+        Command::Memory(args) => memory::run(args).await,
+        Command::Throughput(args) => throughput::run(args).await,
+    }
+}
+
+/// What is run in the sandboxes.
+#[derive(clap::Args, Clone)]
+struct Workload {
+    /// The command to run instead of an echo of some bytes; it has to print something
+    #[arg(value_name = "CMD", trailing_var_arg = true)]
+    argv: Vec<OsString>,
+}
+
+impl Workload {
+    fn command(&self, sandbox: &Sandbox) -> chitin::Command {
+        match self.argv.split_first() {
+            Some((program, arguments)) => sandbox.command(program).args(arguments),
+            None => sandbox.command(ECHO).arg("chitin"),
+        }
+    }
+
+    /// Whether the command did what it was to do.
+    fn check(&self, exit: &Exit, printed: bool) -> Result<(), Failure> {
+        match (exit, printed) {
+            (Exit::Code(0), true) => Ok(()),
+            (Exit::Code(0), false) => {
+                Err(Failure::Usage("the command prints nothing: nothing to measure".into()))
+            }
+            _ => Err(Failure::Usage(format!("the command in the sandbox went wrong: {exit:?}"))),
+        }
+    }
+}
+
+/// Where the results go, beside the table.
+#[derive(clap::Args)]
+struct Output {
+    /// Write every run and the summary as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Draw the phases and how the times are distributed
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+impl Output {
+    fn write(&self, report: &impl Serialize, plot: impl FnOnce() -> String) -> Result<(), Failure> {
+        if let Some(path) = &self.json {
+            write_json(path, report)?;
+        }
+        if let Some(path) = &self.plot {
+            let what = || format!("write {}", path.display());
+            std::fs::write(path, plot()).map_err(|source| Failure::Io { what: what(), source })?;
+        }
+        Ok(())
+    }
+}
+
+/// A template that is there as long as this is.
+struct Temporary {
+    templates: Templates,
+    name: String,
+}
+
+impl Temporary {
+    /// Builds one whose copies will run this first.
+    async fn build(
+        memory_mib: u64,
+        warm_up: Option<String>,
+        first: Vec<OsString>,
+    ) -> Result<Temporary, Failure> {
+        let templates = Templates::locate().map_err(chitin::Error::from)?;
+        let name = format!("bench-{}", std::process::id());
+        let warming = Warming { warm_up, first };
+        Sandbox::builder().memory_mib(memory_mib).build_template(&name, &warming).await?;
+        Ok(Temporary { templates, name })
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Err(error) = self.templates.remove(&self.name) {
+            eprintln!("chitin: {}", Failure::Sandbox(error.into()).line());
+        }
+    }
+}
+
+fn progress(runs: u32, what: &'static str) -> ProgressBar {
+    let target = match std::io::stderr().is_terminal() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    };
+    let style = ProgressStyle::with_template(&format!("{{bar:40}} {{pos}}/{{len}} {what}"))
+        .unwrap_or(ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(Some(runs.into()), target).with_style(style)
+}

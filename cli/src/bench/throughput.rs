@@ -1,0 +1,118 @@
+//! Bytes through the channel: into a command's standard input, and out of its standard output.
+
+use std::time::{Duration, Instant};
+
+use chitin::{Exit, Sandbox};
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::stats::{self, Row};
+use super::{Output, plot, progress};
+use crate::failure::Failure;
+
+const MIB: u64 = 1 << 20;
+
+/// Arguments of `chitin bench throughput`.
+#[derive(clap::Args)]
+#[command(
+    after_help = "MiB per second, from the first byte to the end of the command: `in` is what `cat >/dev/null` reads, `out` what
+`head -c SIZE /dev/zero` writes.
+
+Examples:
+  chitin bench throughput --size 256"
+)]
+pub struct Args {
+    /// How often, in each direction
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+
+    /// MiB to be moved each time
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    size: u64,
+
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Report {
+    chitin: &'static str,
+    size_mib: u64,
+    /// Bytes per second.
+    summary: Vec<Row>,
+}
+
+pub async fn run(args: Args) -> Result<u8, Failure> {
+    let sandbox = Sandbox::builder().memory_mib(args.memory).start().await?;
+    let progress = progress(2 * args.runs, "transfers");
+    let (mut into, mut out) = (Vec::new(), Vec::new());
+    // The first of each finds buffers and the guest's page cache cold, and is not counted.
+    for run in 0..=args.runs {
+        let times = (send(&sandbox, args.size).await?, receive(&sandbox, args.size).await?);
+        if run > 0 {
+            into.push(rate(args.size, times.0));
+            out.push(rate(args.size, times.1));
+            progress.inc(2);
+        }
+    }
+    progress.finish_and_clear();
+    sandbox.stop().await;
+    let summary = [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect();
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), size_mib: args.size, summary };
+    let title = format!("{} MiB through a command's standard input and output", args.size);
+    println!("{title}; MiB per second");
+    stats::print("direction", &report.summary, stats::scaled(MIB, 1.0));
+    args.output.write(&report, || plot::rates(&title, &report.summary))?;
+    Ok(0)
+}
+
+async fn send(sandbox: &Sandbox, mib: u64) -> Result<Duration, Failure> {
+    let piece = vec![0x5a; 64 * 1024];
+    let mut process = sandbox.command("/bin/sh").args(["-c", "exec cat >/dev/null"]).piped_stdin().spawn()?;
+    let started = Instant::now();
+    if let Some(mut stdin) = process.stdin.take() {
+        for _ in 0..mib * MIB / piece.len() as u64 {
+            // What breaks this breaks the wait below too, and that says why.
+            if stdin.write_all(&piece).await.is_err() {
+                break;
+            }
+        }
+    }
+    let (exit, _) = process.wait().await?;
+    check(&exit, true)?;
+    Ok(started.elapsed())
+}
+
+async fn receive(sandbox: &Sandbox, mib: u64) -> Result<Duration, Failure> {
+    let bytes = (mib * MIB).to_string();
+    let mut process = sandbox.command("/usr/bin/head").args(["-c", &bytes, "/dev/zero"]).spawn()?;
+    let mut received = 0;
+    let mut piece = vec![0; 64 * 1024];
+    let mut started = None;
+    if let Some(stdout) = &mut process.stdout {
+        while let Ok(count @ 1..) = stdout.read(&mut piece).await {
+            started.get_or_insert_with(Instant::now);
+            received += count as u64;
+        }
+    }
+    let (exit, _) = process.wait().await?;
+    check(&exit, received == mib * MIB)?;
+    Ok(started.map_or(Duration::MAX, |started| started.elapsed()))
+}
+
+fn check(exit: &Exit, all: bool) -> Result<(), Failure> {
+    match exit {
+        Exit::Code(0) if all => Ok(()),
+        _ => Err(Failure::Usage(format!("the transfer went wrong: {exit:?}"))),
+    }
+}
+
+/// Bytes per second.
+fn rate(mib: u64, took: Duration) -> u64 {
+    let nanoseconds = took.as_nanos().max(1);
+    u64::try_from(u128::from(mib * MIB) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
+}

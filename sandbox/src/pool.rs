@@ -1,0 +1,173 @@
+//! Sandboxes that are all but started.
+//!
+//! ```text
+//!             one is missing                  ready                    start
+//!   (nothing) ──────────────▶ being prepared ──────▶ waiting ──────────────────▶ a sandbox
+//!                                   │                   │
+//!                                   └── fails ──────────┴── dies ──▶ gone, replaced
+//! ```
+//!
+//! A monitor that waits has opened its files, made its VM, filled its memory and restored its vCPUs. What is left is to give
+//! it a channel. It has seen no secret, and its guest has not run.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::sandbox::BOOT_LIMIT;
+use crate::tier::ironclaw::{self, End, Monitor};
+use crate::{Builder, Error, Sandbox};
+
+/// The most monitors that wait in one pool. Each is a process with some ten descriptors and a few MiB; a service that needs
+/// more of them at the same moment is short of CPUs first.
+pub const MAX_POOL: usize = 256;
+
+/// How long after a monitor was taken the next one is prepared, while others still wait: what the new sandbox does first is
+/// worth more than a pool that is full again sooner.
+const BREATHER: Duration = Duration::from_millis(100);
+
+/// What cannot be prepared now is not tried again at once.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// A number of monitors that wait for a sandbox to become. Dropping it ends those that still wait, and none that was started.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    filler: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    builder: Builder,
+    size: usize,
+    waiting: Mutex<VecDeque<Monitor>>,
+    /// How many wait.
+    count: watch::Sender<usize>,
+}
+
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Monitor>> {
+        // A list of processes is whole at every moment.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one that has waited longest and still lives.
+    fn take(&self) -> Option<Monitor> {
+        let mut waiting = self.waiting();
+        loop {
+            let monitor = waiting.pop_front()?;
+            if monitor.reported.borrow().end.is_none() {
+                return Some(monitor);
+            }
+        }
+    }
+
+    fn publish_count(&self) {
+        let count = self.waiting().len();
+        self.count.send_replace(count);
+    }
+}
+
+impl Pool {
+    /// Prepares the first one, and the others in the background.
+    pub(crate) async fn new(builder: Builder, size: usize) -> Result<Pool, Error> {
+        if !(1..=MAX_POOL).contains(&size) {
+            return Err(Error::PoolSize { size });
+        }
+        let first = prepare(&builder).await?;
+        let shared = Arc::new(Shared {
+            builder,
+            size,
+            waiting: Mutex::new(VecDeque::from([first])),
+            count: watch::Sender::new(1),
+        });
+        let filler = tokio::spawn(fill(shared.clone()));
+        Ok(Pool { shared, filler })
+    }
+
+    /// Starts a sandbox: from a monitor that waits, or as [`Builder::start`] does where none is ready.
+    ///
+    /// # Errors
+    /// As for [`Builder::start`].
+    pub async fn start(&self) -> Result<Sandbox, Error> {
+        let started = Instant::now();
+        let builder = &self.shared.builder;
+        let values = builder.values().await?;
+        let sandbox = match self.shared.take() {
+            Some(mut monitor) => {
+                let plan = builder.plan()?;
+                let channel = monitor.go()?;
+                let sandbox = builder.watch(monitor, channel, &plan.spec, started);
+                builder.up(sandbox, plan.files.is_some(), values).await
+            }
+            None => builder.clone().start().await,
+        };
+        self.shared.publish_count();
+        sandbox
+    }
+
+    /// How many wait.
+    pub fn ready(&self) -> usize {
+        self.shared.waiting().len()
+    }
+
+    /// Waits until the pool is full.
+    ///
+    /// # Errors
+    /// [`Error::BootTimeout`] if that takes so long that something must be wrong.
+    pub async fn filled(&self) -> Result<(), Error> {
+        let mut count = self.shared.count.subscribe();
+        let full = count.wait_for(|count| *count >= self.shared.size);
+        match tokio::time::timeout(BOOT_LIMIT, full).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::BootTimeout { limit: BOOT_LIMIT }),
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.filler.abort();
+        self.shared.waiting().clear();
+    }
+}
+
+/// Keeps the pool full.
+async fn fill(shared: Arc<Shared>) {
+    let mut count = shared.count.subscribe();
+    loop {
+        if count.wait_for(|count| *count < shared.size).await.is_err() {
+            return;
+        }
+        if *shared.count.borrow() > 0 {
+            tokio::time::sleep(BREATHER).await;
+        }
+        match prepare(&shared.builder).await {
+            Ok(monitor) => {
+                shared.waiting().push_back(monitor);
+                shared.publish_count();
+            }
+            // Whoever starts a sandbox meanwhile is told why it cannot be done.
+            Err(_) => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+/// A monitor that has done all it can do without a channel.
+async fn prepare(builder: &Builder) -> Result<Monitor, Error> {
+    let plan = builder.plan()?;
+    let mut monitor = ironclaw::prepare(&builder.artifacts, &plan.spec, plan.files.as_ref())?;
+    match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
+        Ok(true) => Ok(monitor),
+        Ok(false) => Err(match monitor.ended().await {
+            End::Failed(reason) => Error::Monitor { reason },
+            End::Guest(end) => Error::GuestEnded(end),
+            End::Saved => Error::Stopped,
+        }),
+        Err(_) => Err(Error::BootTimeout { limit: BOOT_LIMIT }),
+    }
+}
