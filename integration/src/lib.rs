@@ -248,3 +248,18 @@ pub fn file(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> io::Result<Str
     fs::write(&path, content)?;
     Ok(path.into_os_string().into_string().expect("UTF-8 path"))
 }
+
+/// A library sandbox of the files that `cargo xtask` builds.
+pub fn builder() -> chitin::Builder {
+    let built = workspace().join("target/artifacts");
+    chitin::Sandbox::builder().artifacts(chitin::Artifacts {
+        kernel: built.join("vmlinux"),
+        root_image: built.join("root.img"),
+        monitor: binary("chitin-vmm"),
+    })
+}
+
+/// Seconds since 1970, to compare a guest's clock with.
+pub fn unix_time() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970").as_secs()
+}

@@ -2,18 +2,9 @@
 
 use std::time::Duration;
 
-use chitin::{Artifacts, Error, Exit, Sandbox, SecretSource};
-use chitin_integration::{binary, workspace};
+use chitin::{Error, Exit, SecretSource};
+use chitin_integration::builder;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-fn builder() -> chitin::Builder {
-    let built = workspace().join("target/artifacts");
-    Sandbox::builder().artifacts(Artifacts {
-        kernel: built.join("vmlinux"),
-        root_image: built.join("root.img"),
-        monitor: binary("chitin-vmm"),
-    })
-}
 
 #[tokio::test]
 async fn many_commands_share_a_sandbox() {

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use chitin_integration::{Chitin, chitin};
+use chitin_integration::{Chitin, chitin, unix_time};
 
 fn with(templates: &Path, args: &str) -> Chitin {
     chitin(args).env("CHITIN_TEMPLATES", templates)
@@ -40,10 +40,6 @@ fn copies_go_on_where_the_template_stopped_and_share_nothing() {
     }
     with(dir.path(), "template rm t").outcome().ok();
     with(dir.path(), "run --template t -- true").outcome().refused("there is no template `t`");
-}
-
-fn unix_time() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970").as_secs()
 }
 
 #[test]

@@ -75,6 +75,15 @@ pub enum Error {
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
+    /// It was not started for that.
+    #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`")]
+    NotForkable,
+    /// That many copies cannot be made at once.
+    #[error("{count} copies at once: at most {}", crate::MAX_FORKS)]
+    ForkCount {
+        /// What was asked for.
+        count: usize,
+    },
     /// A pool cannot be of this size.
     #[error("a pool of {size}: from 1 to {} monitors can wait", crate::MAX_POOL)]
     PoolSize {

@@ -24,6 +24,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::channel::Channel;
+use crate::fork::Origin;
 use crate::inner::Inner;
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
@@ -70,6 +71,7 @@ pub struct Builder {
     secrets: Vec<SecretSpec>,
     templates: Option<Templates>,
     template: Option<String>,
+    forkable: bool,
 }
 
 impl Builder {
@@ -127,6 +129,12 @@ impl Builder {
         self
     }
 
+    /// Lets the sandbox be [forked](Sandbox::fork). Its monitor then allows the guest a second connection.
+    pub fn forkable(mut self, forkable: bool) -> Builder {
+        self.forkable = forkable;
+        self
+    }
+
     /// Fetches the secrets, boots, and returns when the agent has answered and holds the secrets.
     ///
     /// # Errors
@@ -175,7 +183,8 @@ impl Builder {
     pub(crate) async fn up(&self, sandbox: Sandbox, copy: bool, values: Values) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
         if copy {
-            // Said before the agent has said anything: it is the first thing a copy reads.
+            // It is the first thing that a copy is told, and not before it listens: the time is in it.
+            sandbox.up().await?;
             answers.push(sandbox.inner.reseed()?);
         }
         for (name, delivery, value) in values {
@@ -219,13 +228,11 @@ impl Builder {
         sandbox.trial(&warming.first).await?;
         let request = sandbox.inner.channel.name();
         sandbox.inner.request(request, &ToGuest::Freeze { request }).await?;
-        let binding = self.binding()?;
         let files = draft.files()?;
+        let binding = self.restore(&mut spec)?;
         sandbox.save(&Request::Snapshot { binding }, &files).await?;
 
-        spec.template = false;
-        self.restore(&mut spec)?;
-        spec.record = true;
+        (spec.template, spec.record) = (false, true);
         let copy = self.launch(&spec, Some(&draft.saved()?), Instant::now())?;
         let reseeded = copy.inner.reseed()?;
         copy.up().await?;
@@ -252,21 +259,22 @@ impl Builder {
         }
     }
 
-    fn binding(&self) -> Result<String, Error> {
-        template::binding(&self.artifacts.root_image)
-            .map_err(|source| Error::Host { what: "look at the root image", source })
-    }
-
-    /// Makes it the specification of a copy.
-    fn restore(&self, spec: &mut VmSpec) -> Result<(), Error> {
+    /// Makes it the specification of a copy. Returns what a saved guest is bound to.
+    pub(crate) fn restore(&self, spec: &mut VmSpec) -> Result<String, Error> {
         spec.restore = true;
         spec.kernel = PathBuf::new();
-        spec.binding = self.binding()?;
-        Ok(())
+        spec.binding = template::binding(&self.artifacts.root_image)
+            .map_err(|source| Error::Host { what: "look at the root image", source })?;
+        Ok(spec.binding.clone())
     }
 
     /// Starts a monitor and everything that watches it. Dropping what comes back ends it.
-    fn launch(&self, spec: &VmSpec, files: Option<&Files>, started: Instant) -> Result<Sandbox, Error> {
+    pub(crate) fn launch(
+        &self,
+        spec: &VmSpec,
+        files: Option<&Files>,
+        started: Instant,
+    ) -> Result<Sandbox, Error> {
         let (monitor, socket) = ironclaw::launch(&self.artifacts, spec, files)?;
         Ok(self.watch(monitor, socket, spec, started))
     }
@@ -294,7 +302,8 @@ impl Builder {
                 channel.close();
             })
         });
-        Sandbox { inner, clock }
+        let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
+        Sandbox { inner, clock, origin: self.forkable.then(origin) }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -303,6 +312,7 @@ impl Builder {
         spec.vcpus = u8::try_from(self.vcpus).unwrap_or(u8::MAX);
         spec.memory_mib = u32::try_from(self.memory_mib).unwrap_or(u32::MAX);
         spec.console = self.console;
+        spec.template = self.forkable;
         spec.validate()?;
         Ok(spec)
     }
@@ -310,8 +320,10 @@ impl Builder {
 
 /// A running sandbox. Dropping it ends it.
 pub struct Sandbox {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
     clock: Option<tokio::task::JoinHandle<()>>,
+    /// To be forked from.
+    pub(crate) origin: Option<Box<Origin>>,
 }
 
 impl Sandbox {
@@ -327,6 +339,7 @@ impl Sandbox {
             secrets: Vec::new(),
             templates: None,
             template: None,
+            forkable: false,
         }
     }
 
@@ -395,7 +408,7 @@ impl Sandbox {
     }
 
     /// Has the frozen guest saved, which ends it.
-    async fn save(&self, request: &Request, files: &Files) -> Result<(), Error> {
+    pub(crate) async fn save(&self, request: &Request, files: &Files) -> Result<(), Error> {
         let mut monitor = self.inner.monitor.lock().await;
         let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
         if frozen.is_err() {

@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 
 use crate::tier::ironclaw::Files;
 
-const KEY_BYTES: usize = 32;
+pub(crate) const KEY_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
 
 /// Longest name of a template.
@@ -121,6 +121,11 @@ impl Templates {
                 .join("chitin/templates"),
         };
         Ok(Templates { dir })
+    }
+
+    /// Those in a directory, which is made when the first one is built.
+    pub fn at(dir: impl Into<PathBuf>) -> Templates {
+        Templates { dir: dir.into() }
     }
 
     /// All of them, by name.
