@@ -3,6 +3,7 @@
 //! One file per command. To add one: a module with `pub struct Args` (clap) and `pub fn run(args) -> Result<ExitCode>`,
 //! and a line in [`Task`] and in [`main`].
 
+mod bench;
 mod cache;
 mod debian;
 mod demo;
@@ -41,6 +42,8 @@ enum Task {
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
     Demo(demo::Args),
+    /// Measure everything with the deterministic clock, and compare with the committed figures
+    Bench(bench::Args),
     /// Run every check and every test
     Test(test::Args),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Rootfs(args) => rootfs::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Test(args) => test::run(&args),
     };
     result.unwrap_or_else(|error| {
