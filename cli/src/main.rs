@@ -1,6 +1,7 @@
 //! The command line of Chitin: arguments in, a sandbox run, an exit code out.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod bench;
 mod doctor;
 mod failure;
@@ -35,6 +36,8 @@ enum Command {
     Policy(policy::Command),
     /// Say what this host can do, and why not
     Doctor(doctor::Args),
+    /// Attack sandboxes from inside, and say what held
+    Audit(audit::Args),
     /// Measure
     #[command(subcommand)]
     Bench(bench::Command),
@@ -79,6 +82,7 @@ fn execute(command: Command) -> Result<u8, Failure> {
             Command::Template(command) => template::run(command).await,
             Command::Policy(command) => policy::run(command),
             Command::Doctor(args) => doctor::run(&args).await,
+            Command::Audit(args) => audit::run(&args).await,
             Command::Bench(command) => bench::run(command).await,
         }
     });

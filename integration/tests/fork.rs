@@ -25,7 +25,7 @@ os.rename(\"/tmp/answer.part\", \"/tmp/answer\")
 ' >/dev/null 2>&1 & sleep 1; echo warm";
 
 const ASK: &str =
-    "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; cat /proc/sys/kernel/random/boot_id; uname -n
+    "date +%s.%N; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; cat /proc/sys/kernel/random/boot_id; uname -n
 echo > /tmp/go; while ! test -e /tmp/answer; do sleep 0.02; done; cat /tmp/answer; echo; date +%s.%N";
 
 async fn printed(sandbox: &Sandbox, script: &str) -> String {

@@ -75,6 +75,12 @@ pub enum Error {
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
+    /// An audit could not be carried out.
+    #[error("audit: {what}")]
+    Audit {
+        /// What went wrong.
+        what: String,
+    },
     /// It was not started for that.
     #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`")]
     NotForkable,

@@ -26,6 +26,7 @@
 #![forbid(unsafe_code)]
 
 mod artifacts;
+pub mod audit;
 mod channel;
 mod copy;
 pub mod doctor;

@@ -94,6 +94,11 @@ impl Builder {
         self
     }
 
+    /// The memory in MiB that was asked for.
+    pub(crate) fn memory(&self) -> u64 {
+        self.memory_mib
+    }
+
     /// Gives the guest a serial console that goes to this process's standard error.
     pub fn console(mut self, console: bool) -> Builder {
         self.console = console;
