@@ -38,8 +38,8 @@ fn only_scratch_directories_are_writable() {
     let Some(mut agent) = sandbox() else { return };
     let running = agent.shell(
         "for d in / /etc /usr/bin /run /mnt /dev /proc /sys /sys/fs/cgroup /root; do \
-           (: > $d/x) 2>/dev/null && echo writable: $d; done; \
-         for d in /work /tmp /var/tmp /dev/shm; do echo x > $d/x && cat $d/x && rm $d/x || echo not writable: $d; done",
+           (: > $d/.chitin) 2>/dev/null && echo writable: $d; done; \
+         for d in /work /tmp /var/tmp /dev/shm; do echo x > $d/.chitin && cat $d/.chitin && rm $d/.chitin || echo not writable: $d; done",
     );
     assert_eq!(agent.output(running), "x\nx\nx\nx\n");
 
