@@ -10,6 +10,7 @@ use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use crate::failure::Failure;
+use crate::jail::NoJail;
 use crate::report::write_json;
 
 /// What to measure.
@@ -46,6 +47,9 @@ pub struct BootArgs {
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
 
+    #[command(flatten)]
+    jail: NoJail,
+
     /// Write every run and the summary as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -73,6 +77,9 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "MIB", default_value_t = 128, conflicts_with = "template")]
     memory: u64,
 
+    #[command(flatten)]
+    jail: NoJail,
+
     /// Write every run and the summary as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -94,6 +101,9 @@ pub struct ExecArgs {
     /// Memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 
     /// Write every run and the summary as JSON
     #[arg(long, value_name = "FILE")]
@@ -154,7 +164,8 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
 }
 
 async fn boot(args: BootArgs) -> Result<u8, Failure> {
-    let sandbox = || Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory);
+    let jail = args.jail.announced();
+    let sandbox = || Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).jail(jail);
     // The first boot finds the files not yet in the page cache, and KVM and allocator cold.
     let runs = run_all(args.runs, sandbox).await?;
     println!("{} cold boots, {} vCPU, {} MiB; milliseconds since spawn", args.runs, args.cpus, args.memory);
@@ -163,16 +174,17 @@ async fn boot(args: BootArgs) -> Result<u8, Failure> {
 
 async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
     let templates = Templates::locate().map_err(chitin::Error::from)?;
+    let jail = args.jail.announced();
     let built = match args.template {
         Some(_) => None,
         None => {
             let name = format!("bench-{}", std::process::id());
-            Sandbox::builder().memory_mib(args.memory).build_template(&name, None).await?;
+            Sandbox::builder().memory_mib(args.memory).jail(jail).build_template(&name, None).await?;
             Some(name)
         }
     };
     let name = args.template.or(built.clone()).unwrap_or_default();
-    let runs = run_all(args.runs, || Sandbox::builder().template(&name)).await;
+    let runs = run_all(args.runs, || Sandbox::builder().template(&name).jail(jail)).await;
     if let Some(built) = built {
         templates.remove(&built).map_err(chitin::Error::from)?;
     }
@@ -203,7 +215,8 @@ fn report(runs: Vec<Run>, json: Option<&Path>) -> Result<u8, Failure> {
 }
 
 async fn exec(args: ExecArgs) -> Result<u8, Failure> {
-    let sandbox = Sandbox::builder().memory_mib(args.memory).start().await?;
+    let builder = Sandbox::builder().memory_mib(args.memory).jail(args.jail.announced());
+    let sandbox = builder.start().await?;
     for _ in 0..UNCOUNTED_EXECS {
         exec_once(&sandbox).await?;
     }

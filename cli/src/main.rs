@@ -5,6 +5,7 @@ mod bench;
 mod doctor;
 mod failure;
 mod policy;
+mod jail;
 mod report;
 mod run;
 mod template;

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use chitin::{Manifest, Sandbox, Templates};
 
 use crate::failure::Failure;
+use crate::jail::NoJail;
 
 /// What to do with templates.
 #[derive(clap::Subcommand)]
@@ -44,6 +45,9 @@ pub struct BuildArgs {
     /// Memory in MiB, 64 to 16384
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 }
 
 /// Which one.
@@ -59,6 +63,7 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Build(args) => {
             let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).templates(templates);
+            let builder = builder.jail(args.jail.announced());
             let manifest = builder.build_template(&args.name.name, args.warm_up.as_deref()).await?;
             println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
         }

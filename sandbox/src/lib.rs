@@ -42,6 +42,7 @@ mod tier;
 pub use artifacts::Artifacts;
 pub use channel::{StreamReader, StreamWriter};
 pub use chitin_protocol::{Delivery, Exit, StartError, Usage};
+pub use chitin_vmm::jail::Jail;
 pub use error::{Error, GuestEnd};
 pub use phases::Phases;
 pub use policy::{Policy, PolicyError};

@@ -32,8 +32,8 @@ use event_manager::{EventManager, SubscriberOps};
 use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use builder::MonitorBuilder;
 use builder::{Memory, Transport};
+pub use builder::{MonitorBuilder, Parts};
 use desk::{Desk, Outcome, Request, Subscriber, Turn, Watch};
 pub use error::MonitorError;
 use error::host;

@@ -113,7 +113,7 @@ impl Desk<'_> {
             let at_ns = notice.entered_at.load(Ordering::Acquire);
             if at_ns != 0 && !self.entered {
                 self.entered = true;
-                (self.on_event)(Event::Entered { at_ns }.into());
+                (self.on_event)(Event::Entered { at_ns, jail: None }.into());
             }
             if self.outcome.stop.get() {
                 return Ok(Turn::End(End::new(EndReason::Stopped)));
