@@ -150,8 +150,8 @@ mod tests {
         mouth.write_all(&[b'x'; 5000]).unwrap();
         assert_eq!(last_words(&ear).len(), 2048);
         // The other end is still open: that does not hold anybody up.
-        last_words(&ear);
-        assert_eq!(last_words(&ear), "");
+        let left: usize = (0..3).map(|_| last_words(&ear).len()).sum();
+        assert_eq!(left, 5000 - 2048);
     }
 
     #[test]
