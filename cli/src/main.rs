@@ -4,8 +4,8 @@
 mod bench;
 mod doctor;
 mod failure;
-mod policy;
 mod jail;
+mod policy;
 mod report;
 mod run;
 mod template;

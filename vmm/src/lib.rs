@@ -16,6 +16,7 @@ pub mod memory;
 pub mod monitor;
 pub mod probe;
 pub mod ramoops;
+pub mod seccomp;
 pub mod spec;
 pub mod state;
 pub mod vcpu;

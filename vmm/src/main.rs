@@ -202,6 +202,7 @@ fn run(
     let monitor = builder
         .spec(spec)
         .parts(parts)
+        .filters(jail.is_some())
         .stop_on(signals()?)
         .on_event(move |mut event| {
             if let Message::Event(Event::Entered { jail: told, .. }) = &mut event {

@@ -336,7 +336,8 @@ fn a_signal_is_passed_on_and_ends_the_guest_in_good_order() {
     let keeper = libc::pid_t::try_from(monitor.keeper.id()).unwrap();
     // SAFETY: a process of ours.
     unsafe { libc::kill(keeper, libc::SIGTERM) };
-    assert!(matches!(monitor.event(), Message::Event(Event::Ended { .. })));
+    let event = monitor.event();
+    assert!(matches!(event, Message::Event(Event::Ended { .. })), "{event:?}");
     assert!(monitor.keeper.wait().unwrap().success());
 }
 

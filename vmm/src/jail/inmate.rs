@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
-use std::sync::OnceLock;
 
 use super::{Jail, JailError, check, prctl};
+use crate::seccomp;
 use crate::spec::VmSpec;
 
 /// Where the empty root is mounted before it becomes the root. It is there wherever `/dev/kvm` is.
@@ -18,9 +18,6 @@ const MAX_FILES: u64 = 64;
 
 /// The highest capability that a kernel might know: they are bits of a u64.
 const MAX_CAPABILITY: libc::c_ulong = 63;
-
-/// Open to the end: what is wrong is said there.
-static MOUTH: OnceLock<OwnedFd> = OnceLock::new();
 
 /// A process that is not jailed yet.
 pub struct Inmate {
@@ -75,9 +72,10 @@ impl Inmate {
         }
         limits(needs).map_err(step("set limits"))?;
         prctl(libc::PR_SET_DUMPABLE, 0).map_err(step("become undumpable"))?;
-        prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(step("renounce new privileges"))?;
         drop_capabilities().map_err(step("drop all capabilities"))?;
-        let _ = MOUTH.set(self.mouth);
+        seccomp::prepare(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
+        // Open to the end: what is wrong is said there.
+        std::mem::forget(self.mouth);
         Ok(Jail { uid, without: Vec::new() })
     }
 

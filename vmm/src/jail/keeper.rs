@@ -130,6 +130,7 @@ fn last_words(ear: &File) -> String {
 fn in_words(signal: c_int, words: &str) -> String {
     let why = match signal {
         libc::SIGKILL => "the monitor was killed (signal 9): by somebody, or because memory ran out".into(),
+        libc::SIGSYS => "the monitor asked the kernel for what its filter forbids, and was ended".into(),
         signal => format!("the monitor was ended by signal {signal}"),
     };
     if words.is_empty() { why } else { format!("{why}; it said: {words}") }
@@ -157,6 +158,7 @@ mod tests {
     #[test]
     fn ends_are_told_in_words() {
         assert!(in_words(9, "").ends_with("or because memory ran out"));
+        assert!(in_words(libc::SIGSYS, "x").contains("its filter forbids"));
         assert_eq!(in_words(6, "panicked"), "the monitor was ended by signal 6; it said: panicked");
     }
 }

@@ -41,6 +41,7 @@ pub struct MonitorBuilder {
     channel: Option<UnixStream>,
     files: Option<TemplateFiles>,
     parts: Option<Parts>,
+    filters: bool,
     control: Option<Rc<Control>>,
     stop_on: Vec<OwnedFd>,
     on_event: Option<Box<dyn FnMut(Message)>>,
@@ -69,6 +70,13 @@ impl MonitorBuilder {
     /// What the microVM is made of, where that was opened beforehand; otherwise [`build`](Self::build) opens it.
     pub fn parts(mut self, parts: Parts) -> Self {
         self.parts = Some(parts);
+        self
+    }
+
+    /// Filters the system calls of every vCPU's thread and, for good, of the thread that calls [`Monitor::run`]: for a program
+    /// that has nothing else to do, and has called [`seccomp::prepare`](crate::seccomp::prepare).
+    pub fn filters(mut self, filters: bool) -> Self {
+        self.filters = filters;
         self
     }
 
@@ -195,6 +203,7 @@ impl MonitorBuilder {
             transports,
             slot,
             restored,
+            filters: self.filters,
             kvm: spec.template.then_some(kvm),
             vm,
             memory: Memory { ram, image },
