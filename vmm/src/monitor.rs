@@ -17,6 +17,8 @@ mod builder;
 mod desk;
 mod error;
 mod save;
+#[cfg(debug_assertions)]
+mod trial;
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -47,7 +47,10 @@ fn pair(kind: i32) -> (OwnedFd, OwnedFd) {
 }
 
 /// `hlt`, and again: with the interrupt controllers in KVM the vCPU sleeps there.
-fn kernel() -> Vec<u8> {
+const SLEEP: [u8; 3] = [0xf4, 0xeb, 0xfd];
+
+/// A guest of these instructions.
+fn kernel(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; 0x2000];
     elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
     let fields =
@@ -56,7 +59,7 @@ fn kernel() -> Vec<u8> {
         elf[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
     (elf[54], elf[56]) = (56, 1);
-    elf[0x1000..0x1003].copy_from_slice(&[0xf4, 0xeb, 0xfd]);
+    elf[0x1000..][..code.len()].copy_from_slice(code);
     elf
 }
 
@@ -71,21 +74,21 @@ fn image() -> Vec<u8> {
 impl Monitor {
     /// Starts one, and waits until its guest runs.
     fn start(change: impl FnOnce(&mut VmSpec), prepare: impl FnOnce(&mut Command)) -> Monitor {
-        let mut monitor = Monitor::launch(change, prepare);
+        let mut monitor = Monitor::launch(&SLEEP, change, prepare);
         match monitor.event() {
             Message::Event(Event::Entered { .. }) => monitor,
             other => panic!("{other:?}"),
         }
     }
 
-    fn launch(change: impl FnOnce(&mut VmSpec), prepare: impl FnOnce(&mut Command)) -> Monitor {
+    fn launch(code: &[u8], change: impl FnOnce(&mut VmSpec), prepare: impl FnOnce(&mut Command)) -> Monitor {
         let files = tempfile::tempdir().unwrap();
         let path = |name: &str, contents: &[u8]| {
             let path = files.path().join(name);
             fs::write(&path, contents).unwrap();
             path
         };
-        let mut spec = VmSpec::new(path("kernel", &kernel()), path("image", &image()));
+        let mut spec = VmSpec::new(path("kernel", &kernel(code)), path("image", &image()));
         spec.memory_mib = 64;
         change(&mut spec);
         let (control, theirs) = pair(libc::SOCK_SEQPACKET);
@@ -359,4 +362,71 @@ fn what_this_host_can_do_is_found_out_by_trying() {
     let survey: Survey = serde_json::from_slice(&output.stdout).unwrap();
     assert!(survey.usable && survey.reason.is_none(), "{survey:?}");
     assert_eq!(survey.jail.unwrap().uid.is_some(), is_root());
+}
+
+/// Has a guest ask for what no thread may do (`vmm/src/monitor/trial.rs`); what is said of it.
+fn tried(letter: u8, jail: bool) -> Option<String> {
+    // mov edx, 0x7e0; mov al, letter; out dx, al; and sleep.
+    let code = [&[0xba, 0xe0, 0x07, 0, 0, 0xb0, letter, 0xee], &SLEEP[..]].concat();
+    let mut monitor = Monitor::launch(&code, |spec| spec.jail = jail, same);
+    let until = Instant::now() + if jail { LIMIT } else { Duration::from_secs(1) };
+    while Instant::now() < until {
+        let mut poll = libc::pollfd {
+            fd: monitor.control.as_ref().unwrap().0.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid entry.
+        if unsafe { libc::poll(&raw mut poll, 1, 100) } == 1 {
+            match monitor.event() {
+                Message::Event(Event::Entered { .. }) => {}
+                Message::Event(Event::Failed { error }) => {
+                    assert_eq!(monitor.keeper.wait().unwrap().code(), Some(1));
+                    return Some(error);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    None
+}
+
+#[test]
+fn each_thread_is_ended_by_a_call_that_is_not_its_own_and_the_call_is_named() {
+    for (letter, call) in [
+        (b'S', "socket, number 41"),
+        (b'O', "openat, number 257"),
+        (b'E', "execve, number 59"),
+        (b'X', "mmap, number 9"),
+        (b'P', "mprotect, number 10"),
+        (b'K', "ioctl, number 16"),
+        (b'T', "ioctl, number 16"),
+        (b'R', "kill, number 62"),
+    ] {
+        for (letter, thread) in [(letter, "a vCPU's thread"), (letter.to_ascii_lowercase(), "the VMM thread")]
+        {
+            let error = tried(letter, true).unwrap_or_else(|| panic!("{call} of {thread} was let through"));
+            let words =
+                format!("its filter forbids, and was ended; it said: {thread} made the system call {call}");
+            assert!(error.contains(&words), "{error}");
+        }
+    }
+}
+
+#[test]
+fn without_a_jail_it_is_let_through() {
+    // That the test above sees filters, and not what happens anyway.
+    for letter in [b'S', b's'] {
+        assert_eq!(tried(letter, false), None);
+    }
+}
+
+#[test]
+fn every_thread_has_a_filter() {
+    let monitor = Monitor::start(|spec| spec.vcpus = 3, same);
+    let tasks = fs::read_dir(proc(monitor.inmate(), "task")).unwrap();
+    let filtered: Vec<_> = tasks
+        .map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap().contains("Seccomp:\t2"))
+        .collect();
+    assert!(filtered.len() >= 4 && filtered.iter().all(|filtered| *filtered), "{filtered:?}");
 }
