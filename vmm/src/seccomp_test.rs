@@ -177,3 +177,53 @@ fn the_way_into_the_guest_is_short_and_no_way_is_long() {
         assert!(longest <= 14, "{thread:?} {longest}");
     }
 }
+
+/// The rules as documentation.
+fn tables() -> String {
+    let mut text = String::new();
+    for (thread, title) in [(Thread::Vcpu, "A vCPU's thread"), (Thread::Vmm, "The VMM thread")] {
+        let rules: Vec<_> = calls(thread).filter(|rule| rule.name != "fcntl").collect();
+        text += &format!(
+            "\n### {title}: {} calls\n\n| call | if | for | why |\n|---|---|---|---|\n",
+            rules.len() + 1
+        );
+        for rule in rules {
+            let check = match rule.check {
+                Check::Any => String::new(),
+                Check::Without(argument, bits) => format!("argument {argument} has no bit of {bits:#x}"),
+                Check::OneOf(argument, values) => format!("argument {argument} is one of {values:?}"),
+            };
+            text += &format!("| `{}` | {check} | {} | {} |\n", rule.name, whom(rule.when), rule.why);
+        }
+        for ioctl in ioctls(thread) {
+            text += &format!("| `ioctl` | `{}` | {} | {} |\n", ioctl.name, whom(ioctl.when), ioctl.why);
+        }
+    }
+    text + "\n"
+}
+
+fn whom(when: When) -> &'static str {
+    match when {
+        When::Always => "all",
+        When::Console => "`--console`",
+        When::Restored => "copies of a template",
+        When::Saved => "a template that is made",
+    }
+}
+
+#[test]
+fn rules_are_documented_as_they_are() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/jail.md");
+    let document = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = document.split_once(", from here -->\n").unwrap();
+    let (documented, after) = rest.split_once("<!-- to here -->").unwrap();
+    if std::env::var_os("CHITIN_BLESS").is_some() {
+        std::fs::write(path, format!("{before}, from here -->\n{}<!-- to here -->{after}", tables()))
+            .unwrap();
+    } else {
+        assert!(
+            documented == tables(),
+            "write it again: CHITIN_BLESS=1 cargo nextest run -p chitin-vmm documented"
+        );
+    }
+}
