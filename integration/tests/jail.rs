@@ -234,3 +234,45 @@ fn what_the_host_left_open_does_not_reach_the_monitor() {
     running.wait();
     running.assert_nothing_left();
 }
+
+#[test]
+fn a_control_group_limits_it_and_goes_with_it() {
+    // In the emulated host, and on any whose control groups are all of version 2, root gets one.
+    let groups = || {
+        let entries = fs::read_dir("/sys/fs/cgroup/chitin").unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("vm-")).collect::<Vec<_>>()
+    };
+    let mut running = chitin("run --memory 128 -- sh -c").arg("echo up; sleep 600").spawn();
+    assert_eq!(running.line(), "up");
+    let [_, keeper, inmate] = family(&running);
+    let name = format!("vm-{}", status(&keeper, "Pid"));
+    let group = Path::new("/sys/fs/cgroup/chitin").join(&name);
+    let read = |file: &str| fs::read_to_string(group.join(file)).unwrap().trim().to_owned();
+    assert_eq!(fs::read_to_string(inmate.join("cgroup")).unwrap().trim(), format!("0::/chitin/{name}"));
+    assert_eq!(read("memory.max"), ((128 + 2 + 64) << 20).to_string());
+    assert_eq!((read("cpu.max").as_str(), read("pids.max").as_str()), ("200000 100000", "3"));
+    assert_eq!(read("memory.oom.group"), "1");
+    assert_eq!(read("cgroup.procs").lines().count(), 1, "the keeper is not in it");
+    kill(&inmate, Signal::KILL);
+    running.wait();
+    running.assert_nothing_left();
+    assert!(!groups().contains(&name));
+
+    // A keeper that is killed cannot; the next one does it.
+    let mut running = sh("echo up; sleep 600").spawn();
+    assert_eq!(running.line(), "up");
+    let [_, keeper, _] = family(&running);
+    let name = format!("vm-{}", status(&keeper, "Pid"));
+    kill(&keeper, Signal::KILL);
+    running.wait();
+    running.assert_nothing_left();
+    assert!(groups().contains(&name), "the test has made one that is left");
+    let dir = tempfile::tempdir().unwrap();
+    let report = dir.path().join("report.json");
+    chitin("run --report").arg(&report).args(["--", "true"]).outcome().ok();
+    assert!(!groups().contains(&name));
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+    assert!(report["jail"]["cgroup"].as_str().unwrap().starts_with("/sys/fs/cgroup/chitin/vm-"), "{report}");
+    assert_eq!(report["jail"]["without"], serde_json::json!([]));
+}

@@ -74,6 +74,9 @@ async fn survey(artifacts: &Artifacts) -> (Check, Option<Jail>) {
             };
             let mut detail =
                 format!("closes: as {user}, own namespaces, empty root, no capabilities, limits");
+            if jail.cgroup.is_some() {
+                detail.push_str(", a control group");
+            }
             for without in &jail.without {
                 detail.push_str("; without ");
                 detail.push_str(without);

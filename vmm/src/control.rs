@@ -395,8 +395,11 @@ mod tests {
         for (event, json) in [
             (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
             (
-                Event::Entered { at_ns: 7, jail: Some(Jail { uid: Some(8), without: vec!["x".into()] }) },
-                r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"without":["x"]}}"#,
+                Event::Entered {
+                    at_ns: 7,
+                    jail: Some(Jail { uid: Some(8), cgroup: None, without: vec!["x".into()] }),
+                },
+                r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"cgroup":null,"without":["x"]}}"#,
             ),
             (ended, r#"{"event":"ended","reason":"reset","detail":null,"log":"x"}"#),
             (Event::Failed { error: "no".into() }, r#"{"event":"failed","error":"no"}"#),

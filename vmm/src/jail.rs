@@ -14,16 +14,19 @@
 //! [`Monitor`](crate::Monitor), which may be embedded in one that has other things to do. Everything that has a path is opened
 //! before; nothing is created, so there is no name that somebody could put something else under.
 
+mod cgroup;
 mod inmate;
 mod keeper;
 mod survey;
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::c_int;
 use serde::{Deserialize, Serialize};
 
+use self::cgroup::Group;
+use crate::spec::VmSpec;
 pub use inmate::{Inmate, Needs};
 pub use keeper::{Fate, Keeper};
 pub use survey::{Survey, survey};
@@ -37,6 +40,8 @@ pub const IDENTITIES: u32 = 0x7000_0000;
 pub struct Jail {
     /// The user it was made on the host, if root started it; otherwise it is the one who did.
     pub uid: Option<u32>,
+    /// Its control group, if it has one.
+    pub cgroup: Option<String>,
     /// What of a jail this host does not have, each with the reason.
     pub without: Vec<String>,
 }
@@ -72,6 +77,9 @@ pub enum Side {
     Inmate(Inmate),
 }
 
+/// Linux 5.7; the C library's headers have it as a number that is too small for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 const NAMESPACES: c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
@@ -79,32 +87,47 @@ const NAMESPACES: c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWIPC
     | libc::CLONE_NEWUTS;
 
-/// Makes two of this process: one that stays outside, and a child in namespaces of its own. To be called with one thread.
+/// Makes two of this process: one that stays outside, and a child in namespaces of its own, and in a control group if there can
+/// be one. To be called with one thread.
 ///
 /// # Errors
 /// The host has no namespaces for us; there is no child then.
-pub fn divide() -> Result<Side, JailError> {
+pub fn divide(spec: &VmSpec) -> Result<Side, JailError> {
     let step = |step| move |source| JailError::Step { step, source };
     // Both live as long as the keeper: that the far end of the first is gone tells that it died.
     let (gate, opener) = pipe(0).map_err(step("make a pipe"))?;
     let (ear, mouth) = pipe(libc::O_NONBLOCK).map_err(step("make a pipe"))?;
     // SAFETY: no arguments.
     let root = unsafe { libc::geteuid() } == 0;
+    let group = Group::make(spec, root);
     let mut pidfd: c_int = -1;
     // SAFETY: plain numbers, of which zero is valid.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = (NAMESPACES | libc::CLONE_PIDFD).cast_unsigned().into();
     args.pidfd = (&raw mut pidfd).addr() as u64;
     args.exit_signal = libc::SIGCHLD.unsigned_abs().into();
+    if let Ok(group) = &group {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = group.as_raw_fd().unsigned_abs().into();
+    }
     // SAFETY: `args` is valid for its size. Without a stack and without shared memory this is fork(2); with one thread nobody
     // else's locks are copied.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
     match libc::pid_t::try_from(pid) {
-        Ok(0) => Ok(Side::Inmate(Inmate::new(gate, mouth, root))),
+        Ok(0) => {
+            let found = match group {
+                // The directory is closed, and the group the keeper's to remove.
+                Ok(group) => Jail { cgroup: Some(group.leave()), ..Jail::default() },
+                Err(why) => {
+                    Jail { without: vec![format!("limits of a control group ({why})")], ..Jail::default() }
+                }
+            };
+            Ok(Side::Inmate(Inmate::new(gate, mouth, root, found)))
+        }
         Ok(pid) if pid > 0 => {
             // SAFETY: the kernel has just made it for us.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root)))
+            Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root, group.ok())))
         }
         _ => Err(refused(io::Error::last_os_error())),
     }

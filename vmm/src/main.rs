@@ -181,7 +181,7 @@ fn run(
     control: Option<&Control>,
     mut emit: impl FnMut(Message) + 'static,
 ) -> Result<Done, Error> {
-    let inmate = match spec.jail.then(jail::divide).transpose()? {
+    let inmate = match spec.jail.then(|| jail::divide(&spec)).transpose()? {
         None => None,
         Some(Side::Inmate(inmate)) => Some(inmate),
         Some(Side::Keeper(keeper)) => {

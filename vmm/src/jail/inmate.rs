@@ -27,6 +27,8 @@ pub struct Inmate {
     mouth: OwnedFd,
     /// Whether it was started by root, and has to become somebody else.
     root: bool,
+    /// What is known of its jail so far.
+    found: Jail,
 }
 
 /// What a process that is to be jailed still needs.
@@ -47,8 +49,8 @@ impl Needs {
 }
 
 impl Inmate {
-    pub(super) fn new(gate: OwnedFd, mouth: OwnedFd, root: bool) -> Self {
-        Self { gate, mouth, root }
+    pub(super) fn new(gate: OwnedFd, mouth: OwnedFd, root: bool, found: Jail) -> Self {
+        Self { gate, mouth, root, found }
     }
 
     /// Closes the jail around this process, for good. What is open stays open.
@@ -76,7 +78,7 @@ impl Inmate {
         seccomp::prepare(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
         // Open to the end: what is wrong is said there.
         std::mem::forget(self.mouth);
-        Ok(Jail { uid, without: Vec::new() })
+        Ok(Jail { uid, ..self.found })
     }
 
     /// Becomes the user that the keeper has made for it, if root started us and the host has such users.

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, pid_t};
 
+use super::cgroup::Group;
 use super::{IDENTITIES, prctl};
 
 /// How much of an inmate's last words is listened to: a line or two. Untrusted.
@@ -21,6 +22,8 @@ pub struct Keeper {
     /// Where the inmate's last words arrive.
     ear: File,
     root: bool,
+    /// Removed when the inmate has ended.
+    _group: Option<Group>,
 }
 
 /// How an inmate ended.
@@ -35,8 +38,15 @@ pub enum Fate {
 }
 
 impl Keeper {
-    pub(super) fn new(inmate: pid_t, pidfd: OwnedFd, opener: OwnedFd, ear: OwnedFd, root: bool) -> Self {
-        Self { inmate, pidfd, opener: opener.into(), ear: ear.into(), root }
+    pub(super) fn new(
+        inmate: pid_t,
+        pidfd: OwnedFd,
+        opener: OwnedFd,
+        ear: OwnedFd,
+        root: bool,
+        group: Option<Group>,
+    ) -> Self {
+        Self { inmate, pidfd, opener: opener.into(), ear: ear.into(), root, _group: group }
     }
 
     /// Gives an inmate of root's a user that nobody else is, lets it go on, and waits for its end. Signals that arrive at

@@ -30,10 +30,11 @@ pub fn survey(signals: &OwnedFd) -> Survey {
         Ok(pipe) => pipe,
         Err(error) => return unusable(format!("make a pipe: {error}")),
     };
-    match divide() {
+    let spec = VmSpec::new("", "");
+    match divide(&spec) {
         Err(error) => unusable(one_line(&error)),
         Ok(Side::Inmate(inmate)) => {
-            let result = inmate.close(Needs::of(&VmSpec::new("", ""), true));
+            let result = inmate.close(Needs::of(&spec, true));
             let found = match result {
                 Ok(jail) => Survey { usable: true, reason: None, jail: Some(jail) },
                 Err(error) => unusable(one_line(&error)),
