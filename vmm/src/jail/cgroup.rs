@@ -3,7 +3,7 @@
 //!
 //! Only version 2, and only where it is ours to use: root has a group `chitin` at the top, as other runtimes have theirs; whoever
 //! else has one beside its own, if its parent was delegated to it. A group is removed when its inmate has ended; one whose keeper
-//! was killed before it could do that is removed by the next.
+//! was killed before it could do that is removed by the next one that can.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -49,7 +49,6 @@ impl Group {
     /// Why there is none, for people.
     pub fn make(spec: &VmSpec, root: bool) -> Result<Group, String> {
         let base = base(root)?;
-        sweep(&base);
         let path = base.join(format!("{PREFIX}{}", std::process::id()));
         let failed = |what: &Path| {
             let what = what.display().to_string();
@@ -90,8 +89,13 @@ impl Drop for Group {
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
                     std::thread::sleep(std::time::Duration::from_millis(1));
                 }
-                _ => return,
+                _ => break,
             }
+        }
+        if self.ours
+            && let Some(base) = self.path.parent()
+        {
+            sweep(base);
         }
     }
 }
