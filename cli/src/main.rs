@@ -5,6 +5,7 @@ mod audit;
 mod bench;
 mod doctor;
 mod failure;
+mod jail;
 mod policy;
 mod report;
 mod run;

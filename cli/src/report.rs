@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use chitin::{Exit, Phases, Usage};
+use chitin::{Exit, Jail, Phases, Usage};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -24,8 +24,20 @@ pub struct Report {
     pub usage: Option<Usage>,
     /// What failed, if Chitin did.
     pub error: Option<String>,
+    /// What the monitor was jailed in.
+    pub jail: JailReport,
     /// Where the time went, nanoseconds since the monitor was started.
     pub phases: Phases,
+}
+
+/// Whether there was a jail, and what it was like.
+#[derive(Debug, Serialize)]
+pub struct JailReport {
+    /// False with `--no-jail`.
+    pub on: bool,
+    /// As the monitor reports it when the guest is entered; none before, and without a jail.
+    #[serde(flatten)]
+    pub closed: Option<Jail>,
 }
 
 impl Report {

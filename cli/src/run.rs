@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
 
-use chitin::{Delivery, Exit, Phases, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage};
+use chitin::{Delivery, Exit, Jail, Phases, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage};
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{CHITIN_FAILED, Failure};
-use crate::report::Report;
+use crate::jail::NoJail;
+use crate::report::{JailReport, Report};
 
 /// How long a workload that was sent a signal may take to end.
 const GRACE: Duration = Duration::from_secs(5);
@@ -79,6 +80,9 @@ pub struct Args {
     #[arg(long)]
     console: bool,
 
+    #[command(flatten)]
+    jail: NoJail,
+
     /// Write a JSON record of the run
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -128,6 +132,7 @@ fn in_sandbox(path: &Path) -> PathBuf {
 struct Progress {
     ended: Option<(Exit, Usage)>,
     phases: Phases,
+    jail: Option<Jail>,
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
@@ -143,6 +148,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
             exit,
             usage,
             error: outcome.as_ref().err().map(Failure::line),
+            jail: JailReport { on: args.jail.wanted(), closed: progress.jail },
             phases: progress.phases,
         };
         match (report.write(path), &outcome) {
@@ -166,6 +172,7 @@ async fn run_sandbox(args: &Args, progress: &mut Progress) -> Result<u8, Failure
     let mut signals = Signals::listen()?;
 
     let mut builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).console(args.console);
+    builder = builder.jail(args.jail.announced());
     if let Some(timeout) = args.timeout {
         builder = builder.timeout(timeout);
     }
@@ -181,7 +188,7 @@ async fn run_sandbox(args: &Args, progress: &mut Progress) -> Result<u8, Failure
         number = signals.next() => return Ok(128 + number),
     };
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;
-    progress.phases = sandbox.phases();
+    (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
     sandbox.stop().await;
     outcome
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use chitin::{Manifest, Sandbox, Templates, Warming};
 
 use crate::failure::Failure;
+use crate::jail::NoJail;
 
 /// What to do with templates.
 #[derive(clap::Subcommand)]
@@ -48,6 +49,9 @@ pub struct BuildArgs {
     /// Memory in MiB, 64 to 16384
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 }
 
 /// Which one.
@@ -65,6 +69,7 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
             let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).templates(templates);
             let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
             let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
+            let builder = builder.jail(args.jail.announced());
             let manifest = builder.build_template(&args.name.name, &warming).await?;
             println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
         }

@@ -3,6 +3,8 @@
 //! The tests boot microVMs, so they need a usable KVM. `cargo xtask test` runs them on the host where `chitin doctor` says
 //! that it has one, and in the emulated KVM host otherwise. Elsewhere they fail, and say so; they are never skipped.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -116,7 +118,7 @@ impl Chitin {
     pub fn spawn(mut self) -> Running {
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = self.command.spawn().expect("start chitin");
-        Running { child, dir: self.dir }
+        Running { child, dir: self.dir, seen: RefCell::default() }
     }
 
     /// Runs it to its end, and asserts that it left no process behind.
@@ -146,6 +148,38 @@ pub struct Running {
     /// The process, with its pipes.
     pub child: Child,
     dir: TempDir,
+    /// Number and start of every process that was found to be of this run.
+    seen: RefCell<BTreeSet<(u32, u64)>>,
+}
+
+/// What is known of a process that has not ended.
+struct Process {
+    path: PathBuf,
+    pid: u32,
+    parent: u32,
+    /// In clock ticks since the host's boot: with it a number that was given again is another process.
+    started: u64,
+    /// Whether it works in the directory of the run.
+    here: bool,
+}
+
+impl Process {
+    fn read(path: PathBuf, dir: &Path) -> Option<Process> {
+        let pid = path.file_name()?.to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(path.join("stat")).ok()?;
+        // Behind the name, which may hold anything: state, parent, and the start as the 22nd of all fields.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let (state, parent, started) = (*fields.first()?, fields.get(1)?, fields.get(19)?);
+        let here = fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == dir);
+        let alive = !["Z", "X"].contains(&state);
+        alive.then_some(Process {
+            pid,
+            parent: parent.parse().ok()?,
+            started: started.parse().ok()?,
+            here,
+            path,
+        })
+    }
 }
 
 impl Running {
@@ -180,14 +214,29 @@ impl Running {
         String::from_utf8(line).expect("UTF-8").trim_end().to_owned()
     }
 
-    /// The processes of this run: `chitin` and its monitor.
+    /// The processes of this run: `chitin`, the monitor's keeper, and the monitor, which is in a jail. Whoever has been seen
+    /// here once is recognized again, also when its parents are gone.
     pub fn processes(&self) -> Vec<PathBuf> {
         let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
         let own = fs::canonicalize(&self.dir).expect("the directory is there");
-        entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            // A zombie has no directory any more.
-            .filter(|path| fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == own))
+        let all: Vec<Process> = entries.filter_map(|entry| Process::read(entry.ok()?.path(), &own)).collect();
+        let mut seen = self.seen.borrow_mut();
+        loop {
+            let children = all
+                .iter()
+                .filter(|process| process.here || seen.iter().any(|(pid, _)| *pid == process.parent));
+            let found: Vec<_> = children
+                .map(|process| (process.pid, process.started))
+                .filter(|id| !seen.contains(id))
+                .collect();
+            if found.is_empty() {
+                break;
+            }
+            seen.extend(found);
+        }
+        all.into_iter()
+            .filter(|process| seen.contains(&(process.pid, process.started)))
+            .map(|process| process.path)
             .collect()
     }
 

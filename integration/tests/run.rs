@@ -139,7 +139,7 @@ fn a_workload_that_will_not_hear_is_ended() {
 fn nothing_survives_a_killed_cli() {
     let mut running = sh("echo up; sleep 600").spawn();
     assert_eq!(running.line(), "up");
-    assert_eq!(running.processes().len(), 2, "chitin and its monitor");
+    assert_eq!(running.processes().len(), 3, "chitin, its monitor, and the keeper of that");
     signal(&running, Signal::KILL);
     assert_eq!(running.wait(), 137);
     running.assert_nothing_left();

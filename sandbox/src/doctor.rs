@@ -3,6 +3,8 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use chitin_vmm::jail::{Jail, Survey};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::Artifacts;
@@ -17,6 +19,8 @@ pub struct Diagnosis {
     pub ironclaw: bool,
     /// One by one.
     pub checks: Vec<Check>,
+    /// What the jail of a monitor is like here; none if it cannot be closed, which is one of the checks.
+    pub jail: Option<Jail>,
 }
 
 /// One thing that has to be well.
@@ -49,18 +53,45 @@ pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
             format!("not at {}: {remedy}", path.display())
         },
     };
-    let checks = vec![
+    let mut checks = vec![
         file("monitor", &artifacts.monitor, "build it with `cargo build --release -p chitin-vmm`"),
         file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
         file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
         probe(artifacts).await,
     ];
-    Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks }
+    let (check, jail) = survey(artifacts).await;
+    checks.push(check);
+    Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail }
+}
+
+/// Closes a jail around nothing.
+async fn survey(artifacts: &Artifacts) -> (Check, Option<Jail>) {
+    let (ok, detail, jail) = match ask::<Survey>(artifacts, "--jail").await {
+        Ok(Survey { usable: true, jail: Some(jail), .. }) => {
+            let user = match jail.uid {
+                Some(_) => "a user of its own",
+                None => "the user who starts it",
+            };
+            let mut detail =
+                format!("closes: as {user}, own namespaces, empty root, no capabilities, limits");
+            if jail.cgroup.is_some() {
+                detail.push_str(", a control group");
+            }
+            for without in &jail.without {
+                detail.push_str("; without ");
+                detail.push_str(without);
+            }
+            (true, detail, Some(jail))
+        }
+        Ok(survey) => (false, survey.reason.unwrap_or_default(), None),
+        Err(reason) => (false, format!("it could not be tried: {reason}"), None),
+    };
+    (Check { name: "jail".into(), ok, detail }, jail)
 }
 
 /// Runs a tiny guest.
 async fn probe(artifacts: &Artifacts) -> Check {
-    let (ok, detail) = match run_probe(artifacts).await {
+    let (ok, detail) = match ask::<Probe>(artifacts, "--probe").await {
         Ok(probe) => {
             let took = probe.elapsed_ns.map(|ns| format!("a probe guest ran in {} µs", ns / 1000));
             (probe.usable, probe.reason.or(took).unwrap_or_default())
@@ -70,9 +101,10 @@ async fn probe(artifacts: &Artifacts) -> Check {
     Check { name: "KVM".into(), ok, detail }
 }
 
-async fn run_probe(artifacts: &Artifacts) -> Result<Probe, String> {
+/// What the monitor's program answers to an option.
+async fn ask<T: DeserializeOwned>(artifacts: &Artifacts, option: &str) -> Result<T, String> {
     let output = tokio::process::Command::new(&artifacts.monitor)
-        .arg("--probe")
+        .arg(option)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true)

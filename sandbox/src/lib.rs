@@ -45,6 +45,7 @@ mod tier;
 pub use artifacts::Artifacts;
 pub use channel::{StreamReader, StreamWriter};
 pub use chitin_protocol::{Delivery, Exit, StartError, Usage};
+pub use chitin_vmm::jail::Jail;
 pub use error::{Error, GuestEnd};
 pub use fork::MAX_FORKS;
 pub use phases::Phases;

@@ -19,6 +19,7 @@ use chitin_protocol::{Delivery, Exit, Secret, ToGuest};
 use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
+use chitin_vmm::jail::Jail;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -67,6 +68,7 @@ pub struct Builder {
     vcpus: u32,
     memory_mib: u64,
     console: bool,
+    jail: bool,
     timeout: Option<Duration>,
     secrets: Vec<SecretSpec>,
     templates: Option<Templates>,
@@ -102,6 +104,13 @@ impl Builder {
     /// Gives the guest a serial console that goes to this process's standard error.
     pub fn console(mut self, console: bool) -> Builder {
         self.console = console;
+        self
+    }
+
+    /// Whether the monitor is jailed, which it is if not set. Without a jail a guest that takes over its monitor has what
+    /// this process has: its files, its network, its user.
+    pub fn jail(mut self, jail: bool) -> Builder {
+        self.jail = jail;
         self
     }
 
@@ -318,6 +327,7 @@ impl Builder {
         spec.memory_mib = u32::try_from(self.memory_mib).unwrap_or(u32::MAX);
         spec.console = self.console;
         spec.template = self.forkable;
+        spec.jail = self.jail;
         spec.validate()?;
         Ok(spec)
     }
@@ -332,7 +342,7 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// A sandbox with the defaults: one vCPU, 256 MiB, no console, no time limit, no secrets.
+    /// A sandbox with the defaults: one vCPU, 256 MiB, a jail, no console, no time limit, no secrets.
     pub fn builder() -> Builder {
         let defaults = VmSpec::new("", "");
         Builder {
@@ -340,6 +350,7 @@ impl Sandbox {
             vcpus: defaults.vcpus.into(),
             memory_mib: defaults.memory_mib.into(),
             console: defaults.console,
+            jail: defaults.jail,
             timeout: None,
             secrets: Vec::new(),
             templates: None,
@@ -392,6 +403,12 @@ impl Sandbox {
             exec_ns: since(seen.output),
             exit_ns: since(seen.exited),
         }
+    }
+
+    /// What the monitor is jailed in, and what of a jail this host does not have; `None` if it was told to do without, or
+    /// has not said so yet.
+    pub fn jail(&self) -> Option<Jail> {
+        self.inner.reported.borrow().jail.clone()
     }
 
     /// Waits for the agent.

@@ -37,6 +37,7 @@ use std::os::unix::net::UnixStream;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::jail::Jail;
 use crate::spec::{MAX_SPEC_BYTES, VmSpec};
 use crate::state::{Key, StateError};
 
@@ -48,6 +49,9 @@ pub enum Event {
     Entered {
         /// `CLOCK_MONOTONIC` in nanoseconds, just before the first `KVM_RUN`.
         at_ns: u64,
+        /// The jail around its monitor; none for one that was told to do without.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        jail: Option<Jail>,
     },
     /// The guest is gone. Always the last event of a monitor that had started.
     Ended {
@@ -389,7 +393,14 @@ mod tests {
     fn events_are_these_bytes_on_the_wire() {
         let ended = Event::Ended { reason: EndReason::Reset, detail: None, log: "x".into() };
         for (event, json) in [
-            (Event::Entered { at_ns: 7 }, r#"{"event":"entered","at_ns":7}"#),
+            (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
+            (
+                Event::Entered {
+                    at_ns: 7,
+                    jail: Some(Jail { uid: Some(8), cgroup: None, without: vec!["x".into()] }),
+                },
+                r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"cgroup":null,"without":["x"]}}"#,
+            ),
             (ended, r#"{"event":"ended","reason":"reset","detail":null,"log":"x"}"#),
             (Event::Failed { error: "no".into() }, r#"{"event":"failed","error":"no"}"#),
         ] {

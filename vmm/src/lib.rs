@@ -9,19 +9,21 @@ pub mod console;
 pub mod control;
 pub mod heap;
 pub mod image;
+pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod memory;
 pub mod monitor;
 pub mod probe;
 pub mod ramoops;
+pub mod seccomp;
 pub mod spec;
 pub mod state;
 pub mod vcpu;
 pub mod virtio;
 
 pub use control::{EndReason, Event, Message, Request, TemplateEvent};
-pub use monitor::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper};
+pub use monitor::{End, Ended, Monitor, MonitorBuilder, MonitorError, Parts, Stopper};
 pub use spec::{SpecError, VmSpec};
 
 /// An error and its causes as one line, for people.

@@ -2,16 +2,17 @@
 
 #![no_main]
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::io::Write;
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 
 use chitin_vmm::control::{Control, ControlError, Message};
 use chitin_vmm::heap::Heap;
-use chitin_vmm::{Ended, Event, Monitor, MonitorBuilder, MonitorError, VmSpec, one_line, probe};
+use chitin_vmm::jail::{self, Fate, JailError, Needs, Side};
+use chitin_vmm::{Ended, Event, Monitor, MonitorBuilder, MonitorError, Parts, VmSpec, one_line, probe};
 
 const HELP: &str = "\
 Runs one microVM. `chitin run` starts this program; it is rarely started by hand.
@@ -19,6 +20,7 @@ Runs one microVM. `chitin run` starts this program; it is rarely started by hand
 Usage: chitin-vmm              take a specification and a channel from standard input (a control socket)
        chitin-vmm SPEC.json    run without a channel; events are lines of JSON on standard output
        chitin-vmm --probe      say whether this host can run microVMs, as JSON
+       chitin-vmm --jail       say what of the jail this host can do, as JSON
 
 Options:
   -h, --help       print this
@@ -49,6 +51,10 @@ enum Error {
     ReadSpec { path: String, source: std::io::Error },
     #[error("specification {path}")]
     ParseSpec { path: String, source: serde_json::Error },
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    #[error("{0}")]
+    Killed(String),
     #[error("{operation}")]
     Host { operation: &'static str, source: std::io::Error },
 }
@@ -62,6 +68,9 @@ enum Error {
 unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     // SAFETY: a number, and what to do about it. Writing to a channel whose other end is gone is an error, not the end.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // Nothing of ours is open yet: what is there was left to us by mistake.
+    // SAFETY: numbers only; nobody here has an owner of these.
+    unsafe { libc::close_range(3, c_uint::MAX, 0) };
     let count = usize::try_from(argc).unwrap_or(0);
     let args: Vec<_> = (1..count)
         .map(|at| {
@@ -81,6 +90,7 @@ unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
             print(&format!("{json}\n"));
             if verdict.usable { SUCCESS } else { FAILED }
         }
+        ["--jail"] => surveyed(),
         [option, ..] if option.starts_with('-') => usage(&format!("unknown option `{option}`")),
         [path] => standalone(path),
         _ => usage("more than one specification"),
@@ -100,25 +110,38 @@ fn usage(problem: &str) -> c_int {
     USAGE
 }
 
+/// Says what a jail on this host is like.
+fn surveyed() -> c_int {
+    match signals() {
+        Ok(signals) => {
+            let survey = jail::survey(&signals);
+            print(&format!("{}\n", serde_json::to_string(&survey).unwrap_or_default()));
+            if survey.usable { SUCCESS } else { FAILED }
+        }
+        Err(error) => usage(&one_line(&error)),
+    }
+}
+
 /// Runs what the host asks for over the control socket.
 fn controlled() -> c_int {
     let control = match Control::from_stdin() {
         Ok(control) => Rc::new(control),
         Err(error) => return usage(&error.to_string()),
     };
-    let result = (|| {
-        let (spec, channel, files) = control.receive()?;
-        let events = Rc::clone(&control);
-        let builder =
-            Monitor::builder().spec(spec).channel(channel).files(files).control(Rc::clone(&control));
-        run(builder, move |event| {
+    let emit = {
+        let control = Rc::clone(&control);
+        move |event| {
             // A host that is gone is noticed by the socket's closing.
-            let _ = events.send(&event);
-        })
-    })();
-    report(result, |event| {
-        let _ = control.send(&event);
-    })
+            let _ = control.send(&event);
+        }
+    };
+    let received = control.receive().map_err(Error::from);
+    let result = received.and_then(|(spec, channel, files)| {
+        let parts = Parts::open(&spec, files)?;
+        let builder = Monitor::builder().channel(channel).control(Rc::clone(&control));
+        run(spec, parts, builder, Some(&control), emit.clone())
+    });
+    report(result, emit)
 }
 
 /// Runs a specification from a file, without a channel.
@@ -130,7 +153,11 @@ fn standalone(path: &str) -> c_int {
         let json = serde_json::to_string(&event).unwrap_or_default();
         print(&format!("{json}\n"));
     };
-    report(read_spec(Path::new(path)).and_then(|spec| run(Monitor::builder().spec(spec), emit)), emit)
+    let result = read_spec(Path::new(path)).and_then(|spec| {
+        let parts = Parts::open(&spec, None)?;
+        run(spec, parts, Monitor::builder(), None, emit)
+    });
+    report(result, emit)
 }
 
 fn read_spec(path: &Path) -> Result<VmSpec, Error> {
@@ -139,18 +166,62 @@ fn read_spec(path: &Path) -> Result<VmSpec, Error> {
     serde_json::from_slice(&json).map_err(|source| Error::ParseSpec { path: name, source })
 }
 
-fn run(builder: MonitorBuilder, emit: impl FnMut(Message) + 'static) -> Result<Message, Error> {
-    let monitor = builder.stop_on(signals()?).on_event(emit).build()?;
-    // Nothing of a guest's own is in its memory yet.
-    harden()?;
-    let Ended { end, log, made, .. } = monitor.run()?;
-    Ok(made.map_or_else(|| Event::Ended { reason: end.reason, detail: end.detail, log }.into(), Into::into))
+/// What has become of this process.
+enum Done {
+    /// It was the monitor, and says this last.
+    Monitor(Message),
+    /// It was the keeper, and the monitor has said everything.
+    Keeper(c_int),
 }
 
-fn report(result: Result<Message, Error>, emit: impl Fn(Message)) -> c_int {
+fn run(
+    spec: VmSpec,
+    mut parts: Parts,
+    builder: MonitorBuilder,
+    control: Option<&Control>,
+    mut emit: impl FnMut(Message) + 'static,
+) -> Result<Done, Error> {
+    let inmate = match spec.jail.then(|| jail::divide(&spec)).transpose()? {
+        None => None,
+        Some(Side::Inmate(inmate)) => Some(inmate),
+        Some(Side::Keeper(keeper)) => {
+            // What it does not have nobody can get from it.
+            drop((parts, builder));
+            return match keeper.watch(&signals()?, control.map(AsRawFd::as_raw_fd)) {
+                Fate::Exited(code) => Ok(Done::Keeper(code)),
+                Fate::Unwanted => Ok(Done::Keeper(SUCCESS)),
+                Fate::Killed(words) => Err(Error::Killed(words)),
+            };
+        }
+    };
+    parts.watch_pages().map_err(Error::from)?;
+    let jail = inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
+    if jail.is_none() {
+        harden()?;
+    }
+    let monitor = builder
+        .spec(spec)
+        .parts(parts)
+        .filters(jail.is_some())
+        .stop_on(signals()?)
+        .on_event(move |mut event| {
+            if let Message::Event(Event::Entered { jail: told, .. }) = &mut event {
+                told.clone_from(&jail);
+            }
+            emit(event);
+        })
+        .build()?;
+    let Ended { end, log, made, .. } = monitor.run()?;
+    let last =
+        made.map_or_else(|| Event::Ended { reason: end.reason, detail: end.detail, log }.into(), Into::into);
+    Ok(Done::Monitor(last))
+}
+
+fn report(result: Result<Done, Error>, mut emit: impl FnMut(Message)) -> c_int {
     match result {
-        Ok(ended) => {
-            emit(ended);
+        Ok(Done::Keeper(code)) => code,
+        Ok(Done::Monitor(last)) => {
+            emit(last);
             SUCCESS
         }
         Err(error) => {
@@ -160,7 +231,8 @@ fn report(result: Result<Message, Error>, emit: impl Fn(Message)) -> c_int {
     }
 }
 
-/// Keeps guest memory, and with it a guest's secrets, out of core dumps and away from other processes of this user.
+/// What is left without a jail: keeps guest memory, and with it a guest's secrets, out of core dumps and away from other
+/// processes of this user.
 fn harden() -> Result<(), Error> {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `none` is a valid limit, read during the call.

@@ -17,6 +17,8 @@ mod builder;
 mod desk;
 mod error;
 mod save;
+#[cfg(debug_assertions)]
+mod trial;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -32,8 +34,8 @@ use event_manager::{EventManager, SubscriberOps};
 use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use builder::MonitorBuilder;
 use builder::{Memory, Transport};
+pub use builder::{MonitorBuilder, Parts};
 use desk::{Desk, Outcome, Request, Subscriber, Turn, Watch};
 pub use error::MonitorError;
 use error::host;
@@ -43,6 +45,8 @@ use crate::control::{Command, Control, EndReason, Message, TemplateEvent};
 use crate::kvm::Vm;
 use crate::memory::working_set::Recorder;
 use crate::ramoops;
+use crate::seccomp::rules::Thread;
+use crate::seccomp::{self, Filters};
 use crate::spec::VmSpec;
 use crate::state::{MachineState, StateError};
 use crate::vcpu::{self, Gate, Pace, RunningVcpu, Vcpu};
@@ -160,6 +164,8 @@ pub struct Monitor {
     slot: ChannelSlot,
     /// What is left to be restored when the guest goes on.
     restored: Option<Restored>,
+    /// Whether the threads' system calls are filtered.
+    filters: bool,
     /// To make a template with.
     kvm: Option<Kvm>,
     vm: Vm,
@@ -201,7 +207,7 @@ impl Monitor {
     /// error but an [`Ended`].
     pub fn run(self) -> Result<Ended, MonitorError> {
         let Self { vcpus, notice, stopper, stop_on, control, on_event, requests, mailbox, .. } = self;
-        let Self { shared, transports, slot, restored, kvm, vm, memory, spec, .. } = self;
+        let Self { shared, transports, slot, restored, filters, kvm, vm, memory, spec, .. } = self;
         vcpu::install_kick_handler().map_err(host("install the signal handler of vCPUs"))?;
         let outcome = Rc::new(Outcome::default());
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(MonitorError::EventLoop)?;
@@ -234,14 +240,23 @@ impl Monitor {
             Ok::<_, MonitorError>(())
         };
         let gate = Arc::new(Gate::default());
-        if !spec.prepared {
-            go(&mut desk)?;
+        let filters = filters.then(|| Filters::of(&spec));
+        // From here on the guest may do what it wants: whatever is not needed to serve it has been done.
+        let enter = |desk: &mut Desk<'_>, vcpus: usize| {
+            go(desk)?;
+            if let Some(filters) = filters {
+                // The only one runs no guest before it has its filter on; of several, each must.
+                gate.await_arrivals(if vcpus > 1 { vcpus } else { 0 });
+                seccomp::no_more_threads(vcpus + 1).map_err(host("limit the number of threads"))?;
+                filters.install(Thread::Vmm).map_err(host("filter system calls"))?;
+            }
             gate.open();
-        }
+            desk.serve(&notice)
+        };
         let mut running = Vec::with_capacity(vcpus.len());
         let mut refused = None;
         for vcpu in vcpus {
-            match vcpu.start(&gate) {
+            match vcpu.start(&gate, filters) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(error) => refused = Some(host("start the thread of a vCPU")(error)),
             }
@@ -250,13 +265,9 @@ impl Monitor {
             Some(error) => Err(error),
             None if spec.prepared => wait_for_go(&mut desk, &notice, &slot).and_then(|end| match end {
                 Some(end) => Ok(Turn::End(end)),
-                None => {
-                    go(&mut desk)?;
-                    gate.open();
-                    desk.serve(&notice)
-                }
+                None => enter(&mut desk, running.len()),
             }),
-            None => desk.serve(&notice),
+            None => enter(&mut desk, running.len()),
         };
 
         // A vCPU may be waiting for an answer to a request: it gets none, and goes on to see that it is to stop.

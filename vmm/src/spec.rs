@@ -68,6 +68,14 @@ pub struct VmSpec {
     /// Whether to find out which pages a restored guest uses, so that they can be prepared for it next time. Slow.
     #[serde(default)]
     pub record: bool,
+    /// Whether the program `chitin-vmm` closes a [jail](crate::jail) around itself before it enters the guest. A
+    /// [`Monitor`](crate::Monitor) in another program does not: it is that program's own affair.
+    #[serde(default = "yes")]
+    pub jail: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_vcpus() -> u8 {
@@ -111,7 +119,7 @@ pub enum SpecError {
 }
 
 impl VmSpec {
-    /// A specification with one vCPU, 256 MiB of memory and no console.
+    /// A specification with one vCPU, 256 MiB of memory, a jail and no console.
     pub fn new(kernel: impl Into<PathBuf>, root_image: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -124,6 +132,7 @@ impl VmSpec {
             binding: String::new(),
             prepared: false,
             record: false,
+            jail: true,
         }
     }
 

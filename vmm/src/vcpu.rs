@@ -22,6 +22,8 @@ use crate::control::EndReason;
 use crate::kvm::save::resume;
 use crate::monitor::{End, Notice};
 use crate::one_line;
+use crate::seccomp::Filters;
+use crate::seccomp::rules::Thread;
 
 /// How often a vCPU that was told to stop is reminded.
 const KICK_INTERVAL: Duration = Duration::from_micros(100);
@@ -97,21 +99,38 @@ pub enum Pace {
 /// Where vCPU threads wait until the guest is to run. Its lock is held for no longer than a look.
 #[derive(Default)]
 pub struct Gate {
-    open: Mutex<bool>,
-    opened: Condvar,
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    open: bool,
+    /// How many have come to it.
+    arrived: usize,
 }
 
 impl Gate {
     /// Lets everybody through, from now on.
     pub fn open(&self) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.opened.notify_all();
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).open = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many have come to it: none of them does anything more before it opens.
+    pub fn await_arrivals(&self, count: usize) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.arrived < count {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     fn pass(&self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*open {
-            open = self.opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.arrived += 1;
+        self.changed.notify_all();
+        while !state.open {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -131,16 +150,22 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts its thread, which waits at the gate and then runs the guest.
+    /// Starts its thread, which puts its filter on, waits at the gate, and then runs the guest.
     ///
     /// # Errors
     /// The host refuses a thread.
-    pub fn start(mut self, gate: &Arc<Gate>) -> std::io::Result<RunningVcpu> {
+    pub fn start(mut self, gate: &Arc<Gate>, filters: Option<Filters>) -> std::io::Result<RunningVcpu> {
         let (machine, gate) = (Arc::clone(&self.machine), Arc::clone(gate));
         let builder = std::thread::Builder::new().name(format!("vcpu{}", self.index)).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
+            let filtered = filters.map_or(Ok(()), |filters| filters.install(Thread::Vcpu));
             gate.pass();
-            let end = self.run();
+            let end = match filtered {
+                Ok(()) => self.run(),
+                Err(error) => {
+                    End::because(EndReason::Kvm, format!("filter the system calls of a vCPU: {error}"))
+                }
+            };
             self.notice.ended(end);
             self
         })?;

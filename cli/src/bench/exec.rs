@@ -9,6 +9,7 @@ use tokio::io::AsyncReadExt;
 use super::stats::{self, Row};
 use super::{Output, Workload, plot, progress};
 use crate::failure::Failure;
+use crate::jail::NoJail;
 
 /// Arguments of `chitin bench exec`.
 #[derive(clap::Args)]
@@ -27,6 +28,9 @@ pub struct Args {
     /// Memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 
     #[command(flatten)]
     output: Output,
@@ -56,7 +60,8 @@ struct Run {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
-    let sandbox = Sandbox::builder().memory_mib(args.memory).start().await?;
+    let builder = Sandbox::builder().memory_mib(args.memory).jail(args.jail.announced());
+    let sandbox = builder.start().await?;
     for _ in 0..UNCOUNTED {
         run_once(&sandbox, &args.workload).await?;
     }

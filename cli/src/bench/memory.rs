@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::stats::{self, Row};
 use super::{Output, Temporary, Workload, plot};
 use crate::failure::Failure;
+use crate::jail::NoJail;
 
 /// Arguments of `chitin bench memory`.
 #[derive(clap::Args)]
@@ -32,6 +33,9 @@ pub struct Args {
     /// Memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 
     #[command(flatten)]
     output: Output,
@@ -59,10 +63,11 @@ struct Use {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
-    let builder = Sandbox::builder().memory_mib(args.memory);
+    let base = Sandbox::builder().jail(args.jail.announced());
+    let builder = base.clone().memory_mib(args.memory);
     let booted = measure(&builder, &args).await?;
-    let template = Temporary::build(args.memory, None, args.workload.argv.clone()).await?;
-    let copied = measure(&Sandbox::builder().template(&template.name), &args).await?;
+    let template = Temporary::build(builder, None, args.workload.argv.clone()).await?;
+    let copied = measure(&base.template(&template.name), &args).await?;
     let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.memory, booted, copied };
     println!("{} sandboxes of {} MiB each; KiB", args.sandboxes, args.memory);
     stats::print("booted", &report.booted, 1024.0);

@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use chitin::{ECHO, Exit, Sandbox, Templates, Warming};
+use chitin::{Builder, ECHO, Exit, Sandbox, Templates, Warming};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -105,14 +105,14 @@ struct Temporary {
 impl Temporary {
     /// Builds one whose copies will run this first.
     async fn build(
-        memory_mib: u64,
+        builder: Builder,
         warm_up: Option<String>,
         first: Vec<OsString>,
     ) -> Result<Temporary, Failure> {
         let templates = Templates::locate().map_err(chitin::Error::from)?;
         let name = format!("bench-{}", std::process::id());
         let warming = Warming { warm_up, first };
-        Sandbox::builder().memory_mib(memory_mib).build_template(&name, &warming).await?;
+        builder.build_template(&name, &warming).await?;
         Ok(Temporary { templates, name })
     }
 }

@@ -9,6 +9,7 @@ use tokio::io::AsyncReadExt;
 use super::stats::{self, Row};
 use super::{Output, Temporary, Workload, plot, progress};
 use crate::failure::Failure;
+use crate::jail::NoJail;
 
 const MILLISECOND: f64 = 1e6;
 
@@ -34,6 +35,9 @@ pub struct BootArgs {
     /// Memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
 
     #[command(flatten)]
     output: Output,
@@ -76,6 +80,9 @@ pub struct RestoreArgs {
     pool: bool,
 
     #[command(flatten)]
+    jail: NoJail,
+
+    #[command(flatten)]
     output: Output,
 
     #[command(flatten)]
@@ -98,7 +105,7 @@ struct Run {
 }
 
 pub async fn boot(args: BootArgs) -> Result<u8, Failure> {
-    let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory);
+    let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).jail(args.jail.announced());
     // The first boot finds the files not yet in the page cache, and KVM and allocator cold.
     let runs = run_all(args.runs, &Source::Builder(builder), &args.workload).await?;
     let title = format!("{} cold boots, {} vCPU, {} MiB", args.runs, args.cpus, args.memory);
@@ -106,12 +113,16 @@ pub async fn boot(args: BootArgs) -> Result<u8, Failure> {
 }
 
 pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
+    let base = Sandbox::builder().jail(args.jail.announced());
     let built = match args.template {
         Some(_) => None,
-        None => Some(Temporary::build(args.memory, args.warm_up, args.workload.argv.clone()).await?),
+        None => {
+            let builder = base.clone().memory_mib(args.memory);
+            Some(Temporary::build(builder, args.warm_up, args.workload.argv.clone()).await?)
+        }
     };
     let name = args.template.or(built.as_ref().map(|built| built.name.clone())).unwrap_or_default();
-    let builder = Sandbox::builder().template(&name);
+    let builder = base.template(&name);
     let source = match args.pool {
         // Two, so that one is always ready.
         true => Source::Pool(builder.pool(2).await?),

@@ -2,7 +2,8 @@
 //!
 //! Two socket pairs tie the monitor to this process and leave no name anywhere: the control socket is its standard
 //! input, and the channel's descriptor rides on a packet of the control socket. The monitor ends when its control socket
-//! closes, which happens also when this process is killed.
+//! closes, which happens also when this process is killed. The process started here is the keeper of a jail, unless that is
+//! turned off: the guest runs in a child of it.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -10,8 +11,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chitin_vmm::control::{Message, Request, TemplateEvent};
+use chitin_vmm::jail::Jail;
 use chitin_vmm::{EndReason, Event, VmSpec};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
@@ -30,12 +33,17 @@ const MAX_EVENT: usize = 256 * 1024;
 /// The most descriptors on one packet: a channel and the three files of a template.
 const MAX_FDS: usize = 4;
 
+/// How long the kernel may take to clear up behind a guest. Past that something is wrong with the host.
+const CLEAR_LIMIT: Duration = Duration::from_secs(20);
+
 /// What a monitor has reported.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Reported {
     pub entered: Option<u64>,
     /// The guest waits for its channel.
     pub prepared: bool,
+    /// What the monitor is jailed in.
+    pub jail: Option<Jail>,
     /// The guest waits to be saved.
     pub frozen: bool,
     pub end: Option<End>,
@@ -63,7 +71,10 @@ pub(crate) struct Files {
 /// A running monitor. Dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Monitor {
+    /// The monitor, or its keeper.
     child: Child,
+    /// Whether it is a keeper.
+    jailed: bool,
     /// Closing this end is what stops the monitor.
     control: Option<Arc<UnixDatagram>>,
     listener: Option<tokio::task::JoinHandle<()>>,
@@ -115,7 +126,8 @@ fn spawn(
         .stderr(Stdio::inherit())
         // Ctrl-C at a terminal is for us to handle; it must not reach the monitor first.
         .process_group(0)
-        .kill_on_drop(true)
+        // A keeper sees the control socket close, and then has to clear up behind its inmate.
+        .kill_on_drop(!spec.jail)
         .spawn()
         .map_err(|source| Error::Spawn { path: artifacts.monitor.clone(), source })?;
 
@@ -128,7 +140,8 @@ fn spawn(
     let control = Arc::new(watch(control).map_err(host("watch the monitor"))?);
     let (sender, reported) = watch::channel(Reported::default());
     let listener = tokio::spawn(listen(control.clone(), sender));
-    Ok(Monitor { child, control: Some(control), listener: Some(listener), reported, spawned })
+    let (control, listener) = (Some(control), Some(listener));
+    Ok(Monitor { child, jailed: spec.jail, control, listener, reported, spawned })
 }
 
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
@@ -167,8 +180,8 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
             Ok(count) => serde_json::from_slice(&packet[..count]),
         };
         match message {
-            Ok(Message::Event(Event::Entered { at_ns })) => {
-                reported.send_modify(|reported| reported.entered = Some(at_ns));
+            Ok(Message::Event(Event::Entered { at_ns, jail })) => {
+                reported.send_modify(|reported| (reported.entered, reported.jail) = (Some(at_ns), jail));
             }
             Ok(Message::Event(Event::Ended { reason, detail, log })) => {
                 break End::Guest(GuestEnd { reason: in_words(reason, detail), log });
@@ -253,6 +266,11 @@ impl Monitor {
             listener.abort();
             // Aborted or ended, the socket is closed once the task is gone.
             let _ = listener.await;
+        }
+        // A keeper kills its inmate when the control socket is closed, and waits for it.
+        let cleared = self.jailed && tokio::time::timeout(CLEAR_LIMIT, self.child.wait()).await.is_ok();
+        if cleared {
+            return;
         }
         // A guest's memory is worth nothing now: there is no reason to ask first.
         let _ = self.child.start_kill();

@@ -31,9 +31,28 @@ const FRAME_WORTH_PAGES: u32 = 16;
 const PRESENT: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
 
+/// Memory file and image, each opened once more.
+pub struct Twins {
+    memory: File,
+    image: File,
+}
+
+impl Twins {
+    /// Opens them once more.
+    ///
+    /// # Errors
+    /// There is no `/proc`, or the files may not be opened.
+    pub fn open(memory: &File, image: &File) -> Result<Self, StateError> {
+        let reopen = |file: &File| File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let failed = |source| StateError::File { operation: "open once more, to record,", source };
+        Ok(Self { memory: reopen(memory).map_err(failed)?, image: reopen(image).map_err(failed)? })
+    }
+}
+
 /// Tells which pages of this process are mapped.
 pub struct Recorder {
     pagemap: File,
+    twins: Twins,
     split: u32,
 }
 
@@ -43,10 +62,10 @@ impl Recorder {
     ///
     /// # Errors
     /// There is no `/proc`.
-    pub fn new() -> Result<Self, StateError> {
+    pub fn new(twins: Twins) -> Result<Self, StateError> {
         let pagemap = File::open("/proc/self/pagemap")
             .map_err(|source| StateError::File { operation: "open /proc/self/pagemap to record", source })?;
-        Ok(Self { pagemap, split: 0 })
+        Ok(Self { pagemap, twins, split: 0 })
     }
 
     /// Maps parts of the memory file, as [`file::map`](super::file::map) does, page by page.
@@ -54,7 +73,6 @@ impl Recorder {
     /// # Errors
     /// The host refuses a mapping.
     pub fn map(&mut self, ram: &GuestRam, file: &File, parts: &[PageRun]) -> Result<(), MemoryError> {
-        let twin = reopen(file).map_err(|source| MemoryError::MapFile { address: 0, bytes: 0, source })?;
         for region in ram.iter() {
             // SAFETY: the whole of a mapping that is ours; advice changes nothing that can be seen.
             unsafe { libc::madvise(region.as_ptr().cast(), size(region.len()), libc::MADV_NOHUGEPAGE) };
@@ -66,7 +84,7 @@ impl Recorder {
                 let (address, _) = locate(ram, offset).ok_or(outside)?;
                 // Neighbours of the same file would be joined into one mapping; those of two files are not, even if these
                 // are the same file opened twice.
-                let file = if page % 2 == 0 { file } else { &twin };
+                let file = if page % 2 == 0 { file } else { &self.twins.memory };
                 map_file(ram, address, file, offset, PAGE_BYTES)?;
             }
         }
@@ -91,9 +109,8 @@ impl Recorder {
         }
         let failed =
             |bytes| MemoryError::MapFile { address: 0, bytes, source: std::io::Error::last_os_error() };
-        let twin = reopen(file).map_err(|source| MemoryError::MapFile { address: 0, bytes: 0, source })?;
         for page in 0..pages {
-            let file = if page % 2 == 0 { file } else { &twin };
+            let file = if page % 2 == 0 { file } else { &self.twins.image };
             let offset = u64::from(page) * PAGE_BYTES;
             let Ok(at) = libc::off_t::try_from(offset) else { return Ok(()) };
             // SAFETY: a page of a mapping that is ours is replaced by the same page of the same file.
@@ -166,10 +183,6 @@ fn add(runs: &mut Vec<PageRun>, page: u32) {
         _ if !full => runs.push(PageRun { first: page, count: 1 }),
         _ => {}
     }
-}
-
-fn reopen(file: &File) -> std::io::Result<File> {
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 fn size(bytes: u64) -> usize {
@@ -278,13 +291,13 @@ mod tests {
         let contents = File::open(contents.path()).unwrap();
         let parts = [run(0, 1024)];
         let ram = memory::create(bytes).unwrap();
-        let mut recorder = Recorder::new().unwrap();
-        assert!(recorder.can_split(&parts));
-        recorder.map(&ram, &contents, &parts).unwrap();
-
         let image_file = tempfile::NamedTempFile::new().unwrap();
         image_file.as_file().set_len(2 << 20).unwrap();
         let image = std::sync::Arc::new(File::open(image_file.path()).unwrap());
+        let mut recorder = Recorder::new(Twins::open(&contents, &image).unwrap()).unwrap();
+        assert!(recorder.can_split(&parts));
+        recorder.map(&ram, &contents, &parts).unwrap();
+
         let image = memory::map_shared(&image, 2 << 20).unwrap();
         recorder.split_image(&image).unwrap();
         assert_eq!(recorder.collect(&ram, &image).unwrap(), WorkingSet::default());

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::{GuestAddress, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,7 +23,7 @@ use crate::control::{Control, Message, TemplateFiles};
 use crate::image;
 use crate::kernel::KernelImage;
 use crate::kvm::{self, KvmError, Vm, save};
-use crate::memory::working_set::{self, Recorder};
+use crate::memory::working_set::{self, Recorder, Twins};
 use crate::memory::{self, GuestRam, PAGE_BYTES, file};
 use crate::spec::{SpecError, VmSpec};
 use crate::state::machine::WorkingSet;
@@ -40,6 +40,8 @@ pub struct MonitorBuilder {
     spec: Option<VmSpec>,
     channel: Option<UnixStream>,
     files: Option<TemplateFiles>,
+    parts: Option<Parts>,
+    filters: bool,
     control: Option<Rc<Control>>,
     stop_on: Vec<OwnedFd>,
     on_event: Option<Box<dyn FnMut(Message)>>,
@@ -62,6 +64,19 @@ impl MonitorBuilder {
     /// The files of a saved guest, for a specification that asks to restore one.
     pub fn files(mut self, files: impl Into<Option<TemplateFiles>>) -> Self {
         self.files = files.into();
+        self
+    }
+
+    /// What the microVM is made of, where that was opened beforehand; otherwise [`build`](Self::build) opens it.
+    pub fn parts(mut self, parts: Parts) -> Self {
+        self.parts = Some(parts);
+        self
+    }
+
+    /// Filters the system calls of every vCPU's thread and, for good, of the thread that calls [`Monitor::run`]: for a program
+    /// that has nothing else to do, and has called [`seccomp::prepare`](crate::seccomp::prepare).
+    pub fn filters(mut self, filters: bool) -> Self {
+        self.filters = filters;
         self
     }
 
@@ -90,26 +105,25 @@ impl MonitorBuilder {
     /// The first thing that is missing, with its remedy.
     pub fn build(self) -> Result<Monitor, MonitorError> {
         let spec = self.spec.unwrap_or_else(|| VmSpec::new("", ""));
-        spec.validate()?;
-        let mut recorder = spec.record.then(Recorder::new).transpose()?;
-        let (image, source) = match self.files {
-            None if !spec.restore => {
-                let source = Source::kernel(&spec)?;
-                (map_image(&spec)?, source)
+        let mut parts = match self.parts {
+            Some(parts) => parts,
+            None => Parts::open(&spec, self.files)?,
+        };
+        parts.watch_pages()?;
+        let Parts { origin, image, mut recorder, kvm, .. } = parts;
+        let (image, source) = match origin {
+            Origin::Kernel(file) => {
+                let source = Source::kernel(&spec, file)?;
+                (map_image(&spec, image)?, source)
             }
-            Some(files) if spec.restore => {
-                let image = map_image(&spec)?;
+            Origin::Template(files) => {
+                let image = map_image(&spec, image)?;
                 let source = Source::template(&spec, files, image.size() as u64)?;
                 (image, source)
             }
-            _ => {
-                return Err(
-                    SpecError::Together("the files of a template and `restore` need each other").into()
-                );
-            }
         };
 
-        let kvm = kvm::open()?;
+        let kvm = kvm?;
         let ram_bytes = spec.memory_bytes();
         let ram = Arc::new(memory::create(ram_bytes)?);
         let mut vm = Vm::new(&kvm)?;
@@ -126,6 +140,12 @@ impl MonitorBuilder {
         let mut devices = Devices::new(&vm, &ram)?;
         devices.add(Box::new(Vsock::new(Arc::clone(&slot), spec.template)))?;
         devices.add(Box::new(Pmem::new(image_address, image.size() as u64)))?;
+        #[cfg(debug_assertions)]
+        {
+            let (requests, event) = (devices.sender.clone(), Arc::clone(&devices.mailbox));
+            let trial = super::trial::Trial(Mailbox { device: usize::MAX, requests, event });
+            devices.machine.ports.insert(super::trial::PORT, 1, Arc::new(Mutex::new(trial)));
+        }
         let Devices { mut machine, windows, shared, transports, requests, mailbox, .. } = devices;
         if spec.console {
             let line = event_fd().map_err(host("create an eventfd"))?;
@@ -188,6 +208,7 @@ impl MonitorBuilder {
             transports,
             slot,
             restored,
+            filters: self.filters,
             kvm: spec.template.then_some(kvm),
             vm,
             memory: Memory { ram, image },
@@ -200,6 +221,60 @@ impl MonitorBuilder {
     }
 }
 
+/// What a microVM is made of, open: whoever has it needs no path any more.
+pub struct Parts {
+    origin: Origin,
+    image: File,
+    /// To record with: the same files opened once more.
+    twins: Option<Twins>,
+    recorder: Option<Recorder>,
+    /// An error waits until the files have been looked at: what is wrong with them is told first.
+    kvm: Result<Kvm, KvmError>,
+}
+
+/// Where a guest comes from, as files.
+enum Origin {
+    Kernel(File),
+    Template(TemplateFiles),
+}
+
+impl Parts {
+    /// Opens what the specification names, and `/dev/kvm`.
+    ///
+    /// # Errors
+    /// The specification is out of range, or the first file that cannot be opened.
+    pub fn open(spec: &VmSpec, files: Option<TemplateFiles>) -> Result<Self, MonitorError> {
+        spec.validate()?;
+        let origin = match files {
+            None if !spec.restore => Origin::Kernel(open("kernel", &spec.kernel)?),
+            Some(files) if spec.restore => Origin::Template(files),
+            _ => {
+                return Err(
+                    SpecError::Together("the files of a template and `restore` need each other").into()
+                );
+            }
+        };
+        let image = open("root image", &spec.root_image)?;
+        let twins = match &origin {
+            Origin::Template(files) if spec.record => Some(Twins::open(&files.memory, &image)?),
+            _ => None,
+        };
+        Ok(Self { origin, image, twins, recorder: None, kvm: kvm::open() })
+    }
+
+    /// Gets ready to find out which pages are used, if that is asked for. To be called in the process that runs the guest,
+    /// before it is made undumpable and while it has a `/proc`; once is enough.
+    ///
+    /// # Errors
+    /// There is no `/proc`.
+    pub fn watch_pages(&mut self) -> Result<(), MonitorError> {
+        if let Some(twins) = self.twins.take() {
+            self.recorder = Some(Recorder::new(twins)?);
+        }
+        Ok(())
+    }
+}
+
 /// Where a guest comes from.
 enum Source {
     /// It boots.
@@ -209,8 +284,7 @@ enum Source {
 }
 
 impl Source {
-    fn kernel(spec: &VmSpec) -> Result<Self, MonitorError> {
-        let file = open("kernel", &spec.kernel)?;
+    fn kernel(spec: &VmSpec, file: File) -> Result<Self, MonitorError> {
         let low_end = GuestAddress(spec.memory_bytes().min(layout::DEVICE_HOLE.0));
         let kernel = KernelImage::read(&file, layout::HIGH_START, low_end)
             .map_err(|source| MonitorError::Kernel { path: spec.kernel.clone(), source })?;
@@ -287,9 +361,9 @@ fn prefault(vcpu: &VcpuFd, ram: &GuestRam, image: GuestAddress, set: &WorkingSet
     }
 }
 
-fn map_image(spec: &VmSpec) -> Result<MmapRegion<()>, MonitorError> {
-    let file = Arc::new(open("root image", &spec.root_image)?);
-    image::map(&file).map_err(|source| MonitorError::Image { path: spec.root_image.clone(), source })
+fn map_image(spec: &VmSpec, file: File) -> Result<MmapRegion<()>, MonitorError> {
+    image::map(&Arc::new(file))
+        .map_err(|source| MonitorError::Image { path: spec.root_image.clone(), source })
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, MonitorError> {

@@ -25,8 +25,17 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// What a vCPU asks of the VMM thread.
 pub(super) enum Request {
-    Start { device: usize, handler: Box<dyn QueueHandler>, kick: Arc<EventFd> },
-    Stop { device: usize, done: SyncSender<()> },
+    Start {
+        device: usize,
+        handler: Box<dyn QueueHandler>,
+        kick: Arc<EventFd>,
+    },
+    Stop {
+        device: usize,
+        done: SyncSender<()>,
+    },
+    #[cfg(debug_assertions)]
+    Trial(u8),
 }
 
 /// One device's way to the VMM thread.
@@ -38,7 +47,7 @@ pub(super) struct Mailbox {
 
 impl Mailbox {
     /// Nobody takes a request once the guest is being ended; then nothing is served either.
-    fn send(&self, request: Request) {
+    pub(super) fn send(&self, request: Request) {
         if self.requests.send(request).is_ok() {
             let _ = self.event.write(1);
         }
@@ -113,7 +122,7 @@ impl Desk<'_> {
             let at_ns = notice.entered_at.load(Ordering::Acquire);
             if at_ns != 0 && !self.entered {
                 self.entered = true;
-                (self.on_event)(Event::Entered { at_ns }.into());
+                (self.on_event)(Event::Entered { at_ns, jail: None }.into());
             }
             if self.outcome.stop.get() {
                 return Ok(Turn::End(End::new(EndReason::Stopped)));
@@ -172,6 +181,8 @@ impl Desk<'_> {
                 }
                 let _ = done.send(());
             }
+            #[cfg(debug_assertions)]
+            Request::Trial(letter) => super::trial::forbidden(letter),
         }
     }
 
