@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use chitin_integration::{Chitin, chitin, file, workspace};
+use chitin::{Exit, Sandbox};
+use chitin_integration::{Chitin, builder, chitin, file, workspace};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -305,4 +306,25 @@ fn a_template_keeps_the_policy_it_was_built_under() {
     // One without a policy can be confined as long as nothing runs in it.
     build("plain", None);
     assert_eq!(copy(&restricted, "plain").ok(), "confined");
+}
+
+/// Whether the root of a sandbox, which is no part of the system, can be listed.
+async fn confined(sandbox: &Sandbox) -> bool {
+    let listed = sandbox.command("ls").arg("/").output().await.expect("run ls");
+    listed.exit != Exit::Code(0)
+}
+
+#[tokio::test]
+async fn pools_and_forks_keep_the_policy() {
+    let builder = || builder().policy(chitin::Policy::parse(RESTRICTED, "p.yaml").expect("a policy"));
+    let pool = builder().pool(1).await.unwrap();
+    pool.filled().await.unwrap();
+    // One that waited, and one that is started because none waits any more.
+    for _ in 0..2 {
+        assert!(confined(&pool.start().await.unwrap()).await);
+    }
+    drop(pool);
+    let mut sandbox = builder().forkable(true).start().await.unwrap();
+    let copies = sandbox.fork(1).await.unwrap();
+    assert!(confined(&sandbox).await && confined(&copies[0]).await);
 }

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::channel::Channel;
 use crate::fork::Origin;
 use crate::inner::Inner;
-use crate::policy::Access;
+use crate::policy::{Access, Runtime};
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Monitor};
@@ -477,7 +477,7 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name());
+        let confine = policy.confine(self.inner.channel.name(), Runtime::Ironclaw);
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 

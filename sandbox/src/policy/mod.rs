@@ -254,8 +254,9 @@ impl Policy {
         }
     }
 
-    /// What the agent has to do about it.
-    pub(crate) fn confine(&self, request: u32) -> Confine {
+    /// What the agent has to do about it on a tier. Of a container, whoever made it bounds processes and disk.
+    pub(crate) fn confine(&self, request: u32, tier: Runtime) -> Confine {
+        let bounded = tier == Runtime::Ironclaw;
         let rule = |file: &SharedFile| FileRule {
             path: file.path.as_os_str().as_bytes().into(),
             writable: file.access == Access::ReadWrite,
@@ -267,8 +268,8 @@ impl Policy {
                 SyscallFilter::DefaultDeny => SystemCalls::DefaultDeny,
             },
             files: self.files_confined.then(|| self.files.iter().map(rule).collect()),
-            max_tasks: Some(self.limits.pids),
-            max_disk: self.limits.disk_mib.map(|mib| u64::from(mib) << 20),
+            max_tasks: bounded.then_some(self.limits.pids),
+            max_disk: self.limits.disk_mib.filter(|_| bounded).map(|mib| u64::from(mib) << 20),
         }
     }
 
