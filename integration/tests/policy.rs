@@ -284,6 +284,24 @@ fn what_cannot_be_kept_is_refused() {
 }
 
 #[test]
+fn a_check_says_beforehand_what_a_run_will_say() {
+    let check = |text: &str| {
+        let policy = policy(text);
+        chitin("policy check").arg(&policy.path).outcome()
+    };
+    let fine = check(RESTRICTED);
+    assert!(fine.ok().contains("On ironclaw all of it is kept:"), "{fine:?}");
+    let refused = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
+    assert!(refused.ok().contains("On ironclaw a run is REFUSED:"), "{refused:?}");
+    assert!(refused.ok().contains("sandbox.network.allowed_egress: REFUSED: "), "{refused:?}");
+    check("sandbox:\n  profile: paranoid\n")
+        .refused("p.yaml, line 2, column 12: `paranoid` is none of restricted,");
+    let schema = chitin("policy schema").outcome();
+    let schema: Value = serde_json::from_str(schema.ok()).expect("JSON");
+    assert_eq!(schema["title"], "Chitin policy");
+}
+
+#[test]
 fn a_template_keeps_the_policy_it_was_built_under() {
     let restricted = policy(RESTRICTED);
     let other = policy("plugin: other\n");
