@@ -12,7 +12,8 @@ use crate::failure::Failure;
 
 Examples:
   chitin policy check scraper.yaml
-  chitin policy schema > policy.schema.json")]
+  chitin policy schema > policy.schema.json
+  chitin run --policy scraper.yaml -- python3 scrape.py")]
 pub enum Command {
     /// Say in words what a policy allows, and what keeps it on which tier
     Check {

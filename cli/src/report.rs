@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use chitin::{Exit, Jail, Phases, Usage};
+use chitin::{Exit, Jail, Phases, Policy, Usage};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -14,6 +14,8 @@ pub struct Report {
     pub chitin: &'static str,
     /// How the sandbox was isolated.
     pub tier: &'static str,
+    /// What it was held to.
+    pub policy: Option<Governed>,
     /// Program and arguments, lossy where they are not UTF-8.
     pub command: Vec<String>,
     /// What `chitin run` exits with.
@@ -38,6 +40,31 @@ pub struct JailReport {
     /// As the monitor reports it when the guest is entered; none before, and without a jail.
     #[serde(flatten)]
     pub closed: Option<Jail>,
+}
+
+/// Which policy a run was held to.
+#[derive(Debug, Serialize)]
+pub struct Governed {
+    /// The file.
+    pub file: String,
+    /// SHA-256 of its bytes, in hexadecimal.
+    pub digest: String,
+    /// Its profile.
+    pub profile: &'static str,
+    /// What it is for.
+    pub plugin: Option<String>,
+}
+
+impl Governed {
+    /// Names a policy.
+    pub fn of(policy: &Policy) -> Governed {
+        Governed {
+            file: policy.origin.clone(),
+            digest: policy.digest.clone(),
+            profile: policy.profile.name(),
+            plugin: policy.plugin.clone(),
+        }
+    }
 }
 
 impl Report {

@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
 
-use chitin::{Delivery, Exit, Jail, Phases, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage};
+use chitin::{
+    Delivery, Exit, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage,
+};
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{CHITIN_FAILED, Failure};
 use crate::jail::NoJail;
-use crate::report::{JailReport, Report};
+use crate::report::{Governed, JailReport, Report};
 
 /// How long a workload that was sent a signal may take to end.
 const GRACE: Duration = Duration::from_secs(5);
@@ -40,13 +42,17 @@ pub struct Args {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "memory", "console"])]
     template: Option<String>,
 
-    /// Virtual CPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    /// Hold the sandbox to this policy; `chitin policy check` says what it allows
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
 
-    /// Memory in MiB, 64 to 16384; files the workload writes live in it too
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
-    memory: u64,
+    /// Virtual CPUs, 1 to 8; without it the policy's, or 1
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+
+    /// Memory in MiB, 64 to 16384, files the workload writes included; without it the policy's, or 256
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
 
     /// End the sandbox after so long, boot included: 90s, 5m, 1h
     #[arg(long, value_name = "DUR", value_parser = humantime::parse_duration)]
@@ -137,12 +143,15 @@ struct Progress {
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
     let mut progress = Progress::default();
-    let outcome = run_sandbox(&args, &mut progress).await;
+    let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
+    let governed = policy.as_ref().map(Governed::of);
+    let outcome = run_sandbox(&args, policy, &mut progress).await;
     if let Some(path) = &args.report {
         let (exit, usage) = progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
         let report = Report {
             chitin: env!("CARGO_PKG_VERSION"),
             tier: "ironclaw",
+            policy: governed,
             command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
             exit_code: outcome.as_ref().map_or_else(Failure::exit_code, |code| *code),
             exit,
@@ -161,7 +170,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     outcome
 }
 
-async fn run_sandbox(args: &Args, progress: &mut Progress) -> Result<u8, Failure> {
+async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progress) -> Result<u8, Failure> {
     let env = environment(&args.env)?;
     let secrets = secrets(args)?;
     for copy in &args.copy_in {
@@ -171,8 +180,16 @@ async fn run_sandbox(args: &Args, progress: &mut Progress) -> Result<u8, Failure
     }
     let mut signals = Signals::listen()?;
 
-    let mut builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).console(args.console);
-    builder = builder.jail(args.jail.announced());
+    let mut builder = Sandbox::builder().console(args.console).jail(args.jail.announced());
+    if let Some(cpus) = args.cpus {
+        builder = builder.vcpus(cpus);
+    }
+    if let Some(memory) = args.memory {
+        builder = builder.memory_mib(memory);
+    }
+    if let Some(policy) = policy {
+        builder = builder.policy(policy);
+    }
     if let Some(timeout) = args.timeout {
         builder = builder.timeout(timeout);
     }
@@ -221,6 +238,9 @@ async fn work(
     progress.ended = Some((exit, usage));
 
     let copying_out = async {
+        if code == 0 {
+            sandbox.copy_back().await?;
+        }
         for copy in &args.copy_out {
             match sandbox.copy_out(&copy.source, &copy.target).await {
                 Ok(_) => {}

@@ -1,8 +1,9 @@
 //! `chitin template`: build, list, look at and remove templates.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Sandbox, Templates, Warming};
+use chitin::{Manifest, Policy, Sandbox, Templates, Warming};
 
 use crate::failure::Failure;
 use crate::jail::NoJail;
@@ -42,13 +43,17 @@ pub struct BuildArgs {
     #[arg(long, value_name = "CMD")]
     first: Option<String>,
 
-    /// Virtual CPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    /// Hold the warm-up to this policy; copies are started with the same, and get its credentials only then
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
 
-    /// Memory in MiB, 64 to 16384
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
-    memory: u64,
+    /// Virtual CPUs, 1 to 8; without it the policy's, or 1
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+
+    /// Memory in MiB, 64 to 16384; without it the policy's, or 256
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
 
     #[command(flatten)]
     jail: NoJail,
@@ -66,7 +71,16 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
     let templates = Templates::locate().map_err(chitin::Error::from)?;
     match command {
         Command::Build(args) => {
-            let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).templates(templates);
+            let mut builder = Sandbox::builder().templates(templates);
+            if let Some(cpus) = args.cpus {
+                builder = builder.vcpus(cpus);
+            }
+            if let Some(memory) = args.memory {
+                builder = builder.memory_mib(memory);
+            }
+            if let Some(policy) = &args.policy {
+                builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
+            }
             let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
             let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
             let builder = builder.jail(args.jail.announced());

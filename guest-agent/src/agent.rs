@@ -14,8 +14,8 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use chitin_protocol::{
-    Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Start, StartError, StreamId,
-    ToGuest, ToHost, Usage,
+    Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Start, StartError,
+    StreamId, ToGuest, ToHost, Usage,
 };
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -97,6 +97,8 @@ pub struct Agent {
     lockdown: Lockdown,
     /// The workload's cgroup; containers have theirs from outside.
     cgroup: Option<Cgroup>,
+    /// The file system that takes all writes, if the agent made it.
+    scratch_disk: Option<OwnedFd>,
     scratch: Box<[u8]>,
 }
 
@@ -123,10 +125,9 @@ impl Agent {
             root::set_kernel_parameters()?;
         }
         let lockdown = Lockdown::begin()?;
-        let (root, hierarchy) = view.map(|view| (view.root, view.cgroup)).unzip();
-        let copies = Copies::new(root)?;
-        let mut cgroup = None;
-        if let Some(hierarchy) = hierarchy {
+        let (mut root, mut cgroup, mut scratch_disk) = (None, None, None);
+        if let Some(root::View { root: writable, cgroup: hierarchy, scratch }) = view {
+            (root, scratch_disk) = (Some(writable), Some(scratch));
             root::complete()?;
             cgroup = match Cgroup::create(&hierarchy) {
                 // Outside a machine of its own the hierarchy is somebody else's.
@@ -137,6 +138,7 @@ impl Agent {
                 created => Some(created?),
             };
         }
+        let copies = Copies::new(root)?;
 
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).context("create", "an epoll")?;
         watch_channel(&poll, &channel)?;
@@ -159,6 +161,7 @@ impl Agent {
             copies,
             lockdown,
             cgroup,
+            scratch_disk,
             scratch: vec![0; MAX_DATA].into_boxed_slice(),
         })
     }
@@ -348,6 +351,10 @@ impl Agent {
                 }
                 self.send(&ToHost::Done { request, result });
             }
+            ToGuest::Confine(confine) => {
+                let result = self.confine(&confine);
+                self.send(&ToHost::Done { request: confine.request, result });
+            }
             ToGuest::Reseed(seed) => {
                 let result = reseed::reseed(&seed).and_then(|()| {
                     let thawed = self.cgroup.as_ref().map_or(Ok(()), Cgroup::thaw);
@@ -360,6 +367,34 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    fn confine(&mut self, confine: &Confine) -> Result<(), Failure> {
+        let refused = |what, errno| Err(failure(what, b"", errno));
+        if self.lockdown.is_confined() {
+            return refused("confine a sandbox twice", Errno::ALREADY);
+        }
+        // What runs already would not be held to it. Of a template, that may be what its warm-up left running.
+        if !self.processes.is_empty() || self.cgroup.as_ref().is_some_and(Cgroup::is_populated) {
+            return refused("confine a sandbox in which processes run", Errno::BUSY);
+        }
+        match (confine.max_tasks, &self.cgroup) {
+            (Some(tasks), Some(cgroup)) => cgroup
+                .limit_tasks(tasks.into())
+                .map_err(|error| failure("limit the number of processes", b"", error.errno))?,
+            (Some(_), None) => return refused("limit processes without a cgroup", Errno::OPNOTSUPP),
+            (None, _) => {}
+        }
+        match (confine.max_disk, &self.scratch_disk) {
+            (Some(bytes), Some(disk)) => root::limit_disk(disk, bytes).map_err(|errno| {
+                failure(&format!("limit what can be written to {bytes} bytes"), b"", errno)
+            })?,
+            (Some(_), None) => {
+                return refused("limit what can be written to another's file system", Errno::OPNOTSUPP);
+            }
+            (None, _) => {}
+        }
+        self.lockdown.confine(confine)
     }
 
     fn freeze(&self) -> Result<(), Failure> {

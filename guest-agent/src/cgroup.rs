@@ -47,6 +47,17 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
+    /// Bounds the number of processes and threads, below what the machine bears.
+    pub fn limit_tasks(&self, limit: u64) -> Result<(), SystemError> {
+        write(&self.directory, "pids.max", &limit.min(task_limit(threads_max())).to_string())
+    }
+
+    /// Whether any process is in it; if that cannot be found out, one may be.
+    pub fn is_populated(&self) -> bool {
+        let events = read_text(&self.directory, "cgroup.events");
+        events.map_or(true, |text| !text.lines().any(|line| line == "populated 0"))
+    }
+
     /// Stops every process in it, and returns when all have stopped.
     pub fn freeze(&self) -> Result<(), SystemError> {
         write(&self.directory, "cgroup.freeze", "1")?;

@@ -29,19 +29,21 @@ enum Step {
     Limits,
     User,
     Directory,
+    Confinement,
     Execute,
     /// The program is there, and what its first line or its ELF header names is not.
     Interpreter,
 }
 
 impl Step {
-    const ALL: [Step; 8] = [
+    const ALL: [Step; 9] = [
         Step::Session,
         Step::Streams,
         Step::Credentials,
         Step::Limits,
         Step::User,
         Step::Directory,
+        Step::Confinement,
         Step::Execute,
         Step::Interpreter,
     ];
@@ -79,6 +81,7 @@ impl Child {
                 (StartError::Other, failure("become user", self.user.to_string().as_bytes(), errno))
             }
             Step::Directory => (StartError::Other, failure("enter", &self.directory, errno)),
+            Step::Confinement => (StartError::Other, failure("confine the process", b"", errno)),
             Step::Execute => (class_of(errno), failure("execute", &self.program, errno)),
             Step::Interpreter => {
                 (StartError::NotExecutable, failure("find the interpreter of", &self.program, errno))
@@ -279,7 +282,7 @@ impl Plan<'_> {
         // As the user: a directory that is closed to it is an error here.
         rustix::process::chdir(self.directory.as_c_str()).map_err(at(Step::Directory))?;
         lockdown::reset_signals();
-        Ok(())
+        self.lockdown.confine_self().map_err(at(Step::Confinement))
     }
 
     /// Opens each memfd anew, for reading and with a file position of its own, at the number it has. Everything

@@ -19,12 +19,15 @@ mod cgroup;
 mod channel;
 mod copies;
 mod end;
+mod filter;
+mod landlock;
 mod launch;
 mod lockdown;
 mod pump;
 mod reseed;
 mod root;
 mod secrets;
+mod syscalls;
 
 use std::fmt::Display;
 

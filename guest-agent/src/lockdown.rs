@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use chitin_protocol::{Confine, Failure, SystemCalls};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
@@ -14,6 +15,8 @@ use seccompiler::{
     TargetArch,
 };
 
+use crate::filter::Filter;
+use crate::landlock::Ruleset;
 use crate::{Context, SystemError};
 
 /// The one capability a workload keeps, so that it can serve port 80 as an ordinary user.
@@ -54,6 +57,14 @@ const ABSENT: [i64; 9] = [
 pub struct Lockdown {
     /// What the agent itself may do. All of it in a microVM.
     permitted: CapabilitySet,
+    /// What a policy adds.
+    confinement: Option<Confinement>,
+}
+
+/// What a child takes upon itself last, before it execs.
+struct Confinement {
+    files: Option<Ruleset>,
+    system_calls: Option<Filter>,
 }
 
 impl Lockdown {
@@ -68,7 +79,32 @@ impl Lockdown {
         }
         rustix::thread::set_no_new_privs(true).context("set", "no_new_privs")?;
         install_filters().context("install", "the system call filter")?;
-        Ok(Lockdown { permitted })
+        Ok(Lockdown { permitted, confinement: None })
+    }
+
+    /// Whether [`confine`](Self::confine) has been called.
+    pub fn is_confined(&self) -> bool {
+        self.confinement.is_some()
+    }
+
+    /// Prepares what every later child is confined by.
+    pub fn confine(&mut self, confine: &Confine) -> Result<(), Failure> {
+        let files = confine.files.as_deref().map(Ruleset::new).transpose()?;
+        let system_calls = match confine.system_calls {
+            SystemCalls::DefaultAllow => None,
+            SystemCalls::DefaultDeny => Some(Filter::default_deny()),
+        };
+        self.confinement = Some(Confinement { files, system_calls });
+        Ok(())
+    }
+
+    /// In the child, behind everything but the exec: it may not be allowed to do anything else afterwards.
+    pub fn confine_self(&self) -> Result<(), Errno> {
+        let Some(Confinement { files, system_calls }) = &self.confinement else { return Ok(()) };
+        if let Some(files) = files {
+            files.restrict()?;
+        }
+        system_calls.as_ref().map_or(Ok(()), Filter::install)
     }
 
     /// In the child: gives every right up but those of the user and [`KEPT`]. Needs the rights it gives up; an
@@ -87,7 +123,11 @@ impl Lockdown {
         let kept = KEPT & self.permitted;
         let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
         rustix::thread::set_capabilities(None, sets)?;
-        rustix::thread::clear_ambient_capability_set()?;
+        match rustix::thread::clear_ambient_capability_set() {
+            // gVisor has no such set: then the exec drops everything, which is more than was asked for.
+            Err(Errno::INVAL) => return Ok(()),
+            other => other?,
+        }
         if !kept.is_empty() {
             rustix::thread::configure_capability_in_ambient_set(kept, true)?;
         }

@@ -20,11 +20,11 @@
 //! add nothing are left out, because each costs boot time: `/dev` needs no file system for six nodes, and `nodev` and
 //! `nosuid` say no more than the workload's missing capabilities and its `no_new_privs` do.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid, XattrFlags, makedev};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{FsPickFlags, MountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::lockdown::check;
@@ -61,6 +61,8 @@ pub struct View {
     pub root: OwnedFd,
     /// The root of the cgroup hierarchy, writable.
     pub cgroup: OwnedFd,
+    /// The tmpfs that takes all that is written. It has no path any more.
+    pub scratch: OwnedFd,
 }
 
 /// Fills descriptors 0 to 2, which the kernel leaves closed if the image has no `/dev/console`, so that nothing
@@ -80,6 +82,8 @@ pub fn fill_standard_descriptors() -> Result<(), SystemError> {
 pub fn build(own_log: bool) -> Result<View, SystemError> {
     rustix::process::umask(Mode::empty());
     mount("tmpfs", SCRATCH, MountFlags::NOSUID, TMPFS_OPTIONS)?;
+    let scratch =
+        rustix::fs::open(SCRATCH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", SCRATCH)?;
     if own_log {
         let path = "/mnt/kmsg";
         node(path, 1, 11, 0o600)?;
@@ -146,7 +150,15 @@ pub fn build(own_log: bool) -> Result<View, SystemError> {
         channel::replace(&null, number).context("replace descriptor", number)?;
     }
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    Ok(View { root, cgroup })
+    Ok(View { root, cgroup, scratch })
+}
+
+/// Bounds what can be written. Fails with EINVAL if more than that is there already.
+pub fn limit_disk(scratch: impl AsFd, bytes: u64) -> Result<(), Errno> {
+    let context =
+        rustix::mount::fspick(scratch, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&context, "size", bytes.to_string())?;
+    rustix::mount::fsconfig_reconfigure(&context)
 }
 
 /// What may be done after the host has been told that the sandbox is up, and before it is asked for anything.

@@ -58,6 +58,42 @@ pub enum ToGuest {
     /// Become a sandbox of one's own: the first message on a channel opened after [`ToGuest::Freeze`], and allowed only
     /// there. Frozen processes run on only after it has been obeyed. Answered by [`ToHost::Done`].
     Reseed(Reseed),
+    /// Hold every process that is started from now on to this, for good. Answered by [`ToHost::Done`]. Refused a second time,
+    /// while processes run, and where any part of it cannot be done.
+    Confine(Confine),
+}
+
+/// What a policy leaves of a process's rights, beyond what no process has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confine {
+    /// Names the answer.
+    pub request: u32,
+    /// Which system calls there are.
+    pub system_calls: SystemCalls,
+    /// What may be opened beside the system and the scratch directories; `None`: everything.
+    pub files: Option<Vec<FileRule>>,
+    /// Processes and threads at once, where the agent has a cgroup; `None`: the agent's own limit.
+    pub max_tasks: Option<u32>,
+    /// Bytes that may be written, where the agent has made the file system; `None`: its own limit.
+    pub max_disk: Option<u64>,
+}
+
+/// A choice of system calls. `docs/policy.md` has the lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SystemCalls {
+    /// All but those that no workload needs.
+    DefaultAllow,
+    /// Those that workloads need, and no others.
+    DefaultDeny,
+}
+
+/// A file, or a directory and all below it, that may be opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRule {
+    /// Absolute path in the sandbox. It exists.
+    pub path: Vec<u8>,
+    /// Whether it may also be written.
+    pub writable: bool,
 }
 
 /// What makes one restored sandbox differ from the next.

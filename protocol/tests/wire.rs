@@ -2,7 +2,8 @@
 //! `docs/protocol.md`, and a higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
-    Delivery, Exit, Failure, Reseed, Secret, SecretBytes, Start, StartError, ToGuest, ToHost, Usage,
+    Confine, Delivery, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start, StartError, SystemCalls,
+    ToGuest, ToHost, Usage,
 };
 
 #[test]
@@ -22,6 +23,13 @@ fn the_wire_surface_is_frozen() {
         Secret { request: 3, name: "T".into(), value: SecretBytes::new(vec![9]), delivery: Delivery::Env };
     let reseed =
         Reseed { request: 7, entropy: SecretBytes::new(vec![1, 2]), unix_ns: 300, instance: [3; 16] };
+    let confine = Confine {
+        request: 8,
+        system_calls: SystemCalls::DefaultDeny,
+        files: Some(vec![FileRule { path: b"/a".to_vec(), writable: true }]),
+        max_tasks: Some(9),
+        max_disk: None,
+    };
     let to_guest = [
         (ToGuest::Start(start), "0001010273680101 4b0156012fe807e807010204 06"),
         (ToGuest::Signal { process: 1, signal: 15 }, "01010f"),
@@ -29,6 +37,7 @@ fn the_wire_surface_is_frozen() {
         (ToGuest::Put { request: 4, path: b"/a".to_vec(), stream: 8 }, "0304022f6108"),
         (ToGuest::Get { request: 5, path: b"/a".to_vec(), stream: 10 }, "0405022f610a"),
         (ToGuest::Freeze { request: 6 }, "0506"),
+        (ToGuest::Confine(confine), "0708 01 01 01022f6101 0109 00"),
         (ToGuest::Reseed(reseed), "0607 02 0102 ac02 03030303030303030303030303030303"),
     ];
     let failure = Failure { what: "open /a".into(), errno: 2 };

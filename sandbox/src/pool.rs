@@ -102,7 +102,7 @@ impl Pool {
                 let plan = builder.plan()?;
                 let channel = monitor.go()?;
                 let sandbox = builder.watch(monitor, channel, &plan.spec, started);
-                builder.up(sandbox, plan.files.is_some(), values).await
+                builder.finish(sandbox, &plan, values).await
             }
             None => builder.clone().start().await,
         };

@@ -27,10 +27,11 @@ use tokio::time::Instant;
 use crate::channel::Channel;
 use crate::fork::Origin;
 use crate::inner::Inner;
+use crate::policy::{Access, Runtime};
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Monitor};
-use crate::{Artifacts, Command, Error, Phases, Pool, copy};
+use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
 /// emulated, loaded host it has been seen to take twenty.
@@ -56,6 +57,8 @@ pub(crate) struct Plan {
     pub spec: VmSpec,
     /// Of a guest that is restored.
     pub files: Option<Files>,
+    /// Whether it already keeps the policy.
+    pub confined: bool,
 }
 
 /// Secrets with their names.
@@ -65,8 +68,9 @@ pub(crate) type Values = Vec<(String, Delivery, SecretValue)>;
 #[derive(Debug, Clone)]
 pub struct Builder {
     pub(crate) artifacts: Artifacts,
-    vcpus: u32,
-    memory_mib: u64,
+    /// Without it, the policy's or the default.
+    vcpus: Option<u32>,
+    memory_mib: Option<u64>,
     console: bool,
     jail: bool,
     timeout: Option<Duration>,
@@ -74,6 +78,7 @@ pub struct Builder {
     templates: Option<Templates>,
     template: Option<String>,
     forkable: bool,
+    policy: Option<Arc<Policy>>,
 }
 
 impl Builder {
@@ -85,20 +90,20 @@ impl Builder {
 
     /// Virtual CPUs, 1 to [`chitin_vmm::spec::MAX_VCPUS`]; 1 if not set.
     pub fn vcpus(mut self, vcpus: u32) -> Builder {
-        self.vcpus = vcpus;
+        self.vcpus = Some(vcpus);
         self
     }
 
     /// Memory in MiB, [`chitin_vmm::spec::MIN_MEMORY_MIB`] to [`chitin_vmm::spec::MAX_MEMORY_MIB`]; 256 if not set.
     /// Files the workload writes live in it too.
     pub fn memory_mib(mut self, memory_mib: u64) -> Builder {
-        self.memory_mib = memory_mib;
+        self.memory_mib = Some(memory_mib);
         self
     }
 
-    /// The memory in MiB that was asked for.
-    pub(crate) fn memory(&self) -> u64 {
-        self.memory_mib
+    /// The memory in MiB that was asked for, or the default.
+    pub(crate) fn memory(&self) -> Result<u64, Error> {
+        Ok(self.spec()?.memory_mib.into())
     }
 
     /// Gives the guest a serial console that goes to this process's standard error.
@@ -149,39 +154,49 @@ impl Builder {
         self
     }
 
-    /// Fetches the secrets, boots, and returns when the agent has answered and holds the secrets.
+    /// Holds the sandbox to a policy. Its credentials and files are handed over at the start; numbers that are set beside it
+    /// may ask for less than it allows, and no credential may be.
+    pub fn policy(mut self, policy: Policy) -> Builder {
+        self.policy = Some(Arc::new(policy));
+        self
+    }
+
+    /// Fetches the secrets, boots, and returns when the agent has answered, holds the secrets and keeps the policy.
     ///
     /// # Errors
     /// Whatever is missing or out of range, before anything is started; then whatever the boot fails with. Nothing is
     /// left running.
-    pub async fn start(self) -> Result<Sandbox, Error> {
+    pub async fn start(mut self) -> Result<Sandbox, Error> {
         let started = Instant::now();
+        self.keep_policy()?;
         let plan = self.plan()?;
         let values = self.values().await?;
         let sandbox = self.launch(&plan.spec, plan.files.as_ref(), started)?;
-        self.up(sandbox, plan.files.is_some(), values).await
+        self.finish(sandbox, &plan, values).await
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
     ///
     /// # Errors
     /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`](crate::pool::MAX_POOL).
-    pub async fn pool(self, size: usize) -> Result<Pool, Error> {
+    pub async fn pool(mut self, size: usize) -> Result<Pool, Error> {
+        self.keep_policy()?;
         Pool::new(self, size).await
     }
 
     /// What a monitor is given.
     pub(crate) fn plan(&self) -> Result<Plan, Error> {
-        let (mut spec, mut files) = (self.spec()?, None);
+        let (mut spec, mut files, mut confined) = (self.spec()?, None, false);
         self.artifacts.check()?;
         if let Some(name) = &self.template {
             let templates = self.place()?;
             let manifest = templates.inspect(name)?;
             (spec.vcpus, spec.memory_mib) = (manifest.vcpus, manifest.memory_mib);
+            confined = self.check_template(&manifest)?;
             self.restore(&mut spec)?;
             files = Some(templates.open(name)?);
         }
-        Ok(Plan { spec, files })
+        Ok(Plan { spec, files, confined })
     }
 
     /// Fetches the secrets.
@@ -191,6 +206,20 @@ impl Builder {
             values.push((secret.name.clone(), secret.delivery, secret.fetch().await?));
         }
         Ok(values)
+    }
+
+    /// Makes what has been launched the sandbox that was asked for.
+    pub(crate) async fn finish(
+        &self,
+        sandbox: Sandbox,
+        plan: &Plan,
+        values: Values,
+    ) -> Result<Sandbox, Error> {
+        let sandbox = self.up(sandbox, plan.files.is_some(), values).await?;
+        if !plan.confined {
+            sandbox.confine().await?;
+        }
+        Ok(sandbox)
     }
 
     /// Waits for the agent, which gets the secrets, after it has been made another one where it is a copy.
@@ -218,12 +247,13 @@ impl Builder {
     ///
     /// # Errors
     /// As for [`start`](Builder::start); secrets are refused; the warm-up command fails.
-    pub async fn build_template(self, name: &str, warming: &Warming) -> Result<Manifest, Error> {
+    pub async fn build_template(mut self, name: &str, warming: &Warming) -> Result<Manifest, Error> {
         if let Some(secret) = self.secrets.first() {
             let reason = "a template would be a copy of it on disk".into();
             return Err(Error::Secret { name: secret.name.clone(), reason });
         }
         let started = Instant::now();
+        self.keep_policy()?;
         let mut spec = self.spec()?;
         self.artifacts.check()?;
         let draft = self.place()?.draft(name)?;
@@ -231,6 +261,7 @@ impl Builder {
         spec.template = true;
         let sandbox = self.launch(&spec, None, started)?;
         sandbox.up().await?;
+        sandbox.confine().await?;
         if let Some(script) = &warming.warm_up {
             let output = sandbox.command("/bin/sh").args(["-c", script]).output().await?;
             if output.exit != Exit::Code(0) {
@@ -261,9 +292,51 @@ impl Builder {
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             warm_up: warming.warm_up.clone(),
+            policy: self.policy.as_ref().map(|policy| policy.digest.clone()),
             memory_bytes: 0,
         };
         Ok(draft.publish(manifest)?)
+    }
+
+    /// Makes the policy's the builder's own, if it can be kept. Doing it again changes nothing.
+    fn keep_policy(&mut self) -> Result<(), PolicyError> {
+        let Some(policy) = &self.policy else { return Ok(()) };
+        policy.tier()?;
+        if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
+            return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
+        }
+        let limits = &policy.limits;
+        let vcpus = policy.tighten("vcpus", self.vcpus.map(u64::from), limits.vcpus)?;
+        self.vcpus = Some(u32::try_from(vcpus).unwrap_or(u32::MAX));
+        self.memory_mib = Some(policy.tighten("memory_mib", self.memory_mib, limits.memory_mib)?);
+        self.timeout = policy.tighten_timeout(self.timeout)?;
+        self.secrets.clone_from(&policy.secrets);
+        if let Some(image) = &policy.image {
+            self.artifacts.root_image.clone_from(image);
+        }
+        Ok(())
+    }
+
+    /// Whether copies of this template are confined as they come. What its warm-up left running is confined by what it was built
+    /// under, so that has to be this policy, or none.
+    fn check_template(&self, manifest: &Manifest) -> Result<bool, PolicyError> {
+        let mine = self.policy.as_ref().map(|policy| &policy.digest);
+        let other =
+            |built: &str| PolicyError::Template { template: manifest.name.clone(), built: built.into() };
+        if let Some(policy) = &self.policy {
+            policy.tighten("the template's vcpus", Some(manifest.vcpus.into()), policy.limits.vcpus)?;
+            policy.tighten(
+                "the template's memory_mib",
+                Some(manifest.memory_mib.into()),
+                policy.limits.memory_mib,
+            )?;
+        }
+        match (&manifest.policy, mine) {
+            (Some(built), Some(mine)) if built == mine => Ok(true),
+            (Some(_), Some(_)) => Err(other("another policy, or another version of this one")),
+            (Some(_), None) => Err(other("a policy, which --policy has to name")),
+            (None, _) => Ok(false),
+        }
     }
 
     fn place(&self) -> Result<Templates, Error> {
@@ -317,14 +390,18 @@ impl Builder {
             })
         });
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
-        Sandbox { inner, clock, origin: self.forkable.then(origin) }
+        Sandbox { inner, clock, origin: self.forkable.then(origin), policy: self.policy.clone() }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
         let mut spec = VmSpec::new(&self.artifacts.kernel, &self.artifacts.root_image);
         // What does not fit the field is out of range too: let the one check say so, with the range.
-        spec.vcpus = u8::try_from(self.vcpus).unwrap_or(u8::MAX);
-        spec.memory_mib = u32::try_from(self.memory_mib).unwrap_or(u32::MAX);
+        if let Some(vcpus) = self.vcpus {
+            spec.vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX);
+        }
+        if let Some(memory_mib) = self.memory_mib {
+            spec.memory_mib = u32::try_from(memory_mib).unwrap_or(u32::MAX);
+        }
         spec.console = self.console;
         spec.template = self.forkable;
         spec.jail = self.jail;
@@ -339,23 +416,24 @@ pub struct Sandbox {
     clock: Option<tokio::task::JoinHandle<()>>,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
+    policy: Option<Arc<Policy>>,
 }
 
 impl Sandbox {
     /// A sandbox with the defaults: one vCPU, 256 MiB, a jail, no console, no time limit, no secrets.
     pub fn builder() -> Builder {
-        let defaults = VmSpec::new("", "");
         Builder {
             artifacts: Artifacts::locate(),
-            vcpus: defaults.vcpus.into(),
-            memory_mib: defaults.memory_mib.into(),
-            console: defaults.console,
-            jail: defaults.jail,
+            vcpus: None,
+            memory_mib: None,
+            console: false,
+            jail: true,
             timeout: None,
             secrets: Vec::new(),
             templates: None,
             template: None,
             forkable: false,
+            policy: None,
         }
     }
 
@@ -388,6 +466,30 @@ impl Sandbox {
         target: impl AsRef<Path>,
     ) -> Result<Summary, Error> {
         copy::copy_out(&self.inner, source.as_ref(), target.as_ref()).await
+    }
+
+    /// Copies what the policy shares for writing back to where it came from. To be called when the workload has succeeded; files
+    /// that it deleted stay.
+    ///
+    /// # Errors
+    /// As for [`copy_out`](Sandbox::copy_out).
+    pub async fn copy_back(&self) -> Result<(), Error> {
+        for file in self.policy.iter().flat_map(|policy| &policy.files) {
+            if file.access == Access::ReadWrite {
+                self.copy_out(&file.path, &file.source).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies in what the policy shares, and has the agent keep the rest of it.
+    async fn confine(&self) -> Result<(), Error> {
+        let Some(policy) = &self.policy else { return Ok(()) };
+        for file in &policy.files {
+            self.copy_in(&file.source, &file.path).await?;
+        }
+        let confine = policy.confine(self.inner.channel.name(), Runtime::Ironclaw);
+        self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 
     /// Where the time has gone so far.

@@ -95,6 +95,9 @@ pub struct Manifest {
     pub memory_mib: u32,
     /// The command that warmed it up.
     pub warm_up: Option<String>,
+    /// The digest of the policy it was built under.
+    #[serde(default)]
+    pub policy: Option<String>,
     /// Bytes that the memory file takes on disk.
     pub memory_bytes: u64,
 }
@@ -401,6 +404,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 64,
             warm_up: None,
+            policy: None,
             memory_bytes: 0,
         };
         draft.publish(manifest).unwrap()

@@ -11,6 +11,7 @@ mod duration;
 mod kernel;
 mod microvm;
 mod nested;
+mod npm;
 mod process;
 mod progress;
 mod rootfs;

@@ -83,6 +83,17 @@ fn missing() -> Result<Vec<Missing>> {
             needs_root: true,
         });
     }
+    if !exists("npm") {
+        // Not among the packages above: an npm that came another way counts as well, and Debian's is three hundred packages.
+        let install =
+            ["apt-get", "install", "--yes", "--no-install-recommends", "npm"].map(str::to_owned).to_vec();
+        missing.push(Missing {
+            what: "npm".into(),
+            why: "fetching the programs, Node and one in Go, that tests run under a policy".into(),
+            install,
+            needs_root: true,
+        });
+    }
     if !musl_target()? {
         missing.push(Missing {
             what: format!("Rust target {MUSL}"),

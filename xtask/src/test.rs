@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{describe, output, start_failure};
-use crate::{kernel, microvm, rootfs, setup, workspace};
+use crate::{kernel, microvm, npm, rootfs, setup, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -32,6 +32,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     kernel::run(&kernel::Args::default())?;
     rootfs::run(&rootfs::Args::default())?;
+    npm::programs()?;
     microvm::build_binaries()?;
     if args.filter.is_none() {
         cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;

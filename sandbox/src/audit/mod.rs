@@ -180,7 +180,7 @@ impl Scene {
             "neighbour_name": mark,
             "neighbour_key": 0x4348_4954,
             "canary_sha256": hex(&Sha256::digest(canary.as_bytes())),
-            "memory_mib": builder.memory(),
+            "memory_mib": builder.memory()?,
         });
         let context = context.to_string();
         let value = tempfile::NamedTempFile::new().map_err(host("hold a credential"))?;

@@ -17,9 +17,11 @@ mod yaml;
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use chitin_protocol::{Confine, FileRule, SystemCalls};
 use schemars::transform::{Transform, transform_subschemas};
 use serde::Deserialize;
 use serde_json::Value;
@@ -236,12 +238,49 @@ impl Policy {
         Ok(())
     }
 
-    /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is
-    /// none.
+    /// The tiers that will do, in this order.
+    pub fn tiers(&self) -> impl Iterator<Item = Runtime> {
+        std::iter::once(self.runtime).chain(self.fallback.iter().copied())
+    }
+
+    /// The first of the [`tiers`](Policy::tiers) that can keep all of it.
     ///
     /// # Errors
-    /// [`PolicyError::Exceeded`].
-    pub fn tighten(&self, what: &'static str, asked: Option<u64>, allowed: u32) -> Result<u64, PolicyError> {
+    /// Why `runtime` cannot, if none can.
+    pub fn tier(&self) -> Result<Runtime, PolicyError> {
+        match self.tiers().find(|tier| self.check_tier(*tier).is_ok()) {
+            Some(tier) => Ok(tier),
+            None => self.check_tier(self.runtime).map(|()| self.runtime),
+        }
+    }
+
+    /// What the agent has to do about it on a tier. Of a container, whoever made it bounds processes and disk.
+    pub(crate) fn confine(&self, request: u32, tier: Runtime) -> Confine {
+        let bounded = tier == Runtime::Ironclaw;
+        let rule = |file: &SharedFile| FileRule {
+            path: file.path.as_os_str().as_bytes().into(),
+            writable: file.access == Access::ReadWrite,
+        };
+        Confine {
+            request,
+            system_calls: match self.syscalls {
+                SyscallFilter::DefaultAllow => SystemCalls::DefaultAllow,
+                SyscallFilter::DefaultDeny => SystemCalls::DefaultDeny,
+            },
+            files: self.files_confined.then(|| self.files.iter().map(rule).collect()),
+            max_tasks: bounded.then_some(self.limits.pids),
+            max_disk: self.limits.disk_mib.filter(|_| bounded).map(|mib| u64::from(mib) << 20),
+        }
+    }
+
+    /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is
+    /// none.
+    pub(crate) fn tighten(
+        &self,
+        what: &'static str,
+        asked: Option<u64>,
+        allowed: u32,
+    ) -> Result<u64, PolicyError> {
         let allowed = u64::from(allowed);
         match asked {
             Some(asked) if asked > allowed => {
@@ -252,10 +291,7 @@ impl Policy {
     }
 
     /// The same for the time limit.
-    ///
-    /// # Errors
-    /// [`PolicyError::Exceeded`].
-    pub fn tighten_timeout(&self, asked: Option<Duration>) -> Result<Option<Duration>, PolicyError> {
+    pub(crate) fn tighten_timeout(&self, asked: Option<Duration>) -> Result<Option<Duration>, PolicyError> {
         match (asked, self.limits.timeout) {
             (Some(asked), Some(allowed)) if asked > allowed => {
                 let words = |limit| humantime::format_duration(limit).to_string();

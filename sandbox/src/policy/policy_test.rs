@@ -309,6 +309,26 @@ fn what_makes_one_text_mean_another_is_refused() {
 }
 
 #[test]
+fn no_text_ends_the_process() {
+    let text =
+        format!("{FIRST}{}", SECOND.replace("sandbox:", "secrets: [{name: A, source: 'env:B'}]\nsandbox:"));
+    parse(&text);
+    for at in 0..text.len() {
+        let _ = Policy::parse(&text[..at], "p.yaml");
+        for character in "&*!{}[]:,-#|>'\"%@`~?\t\n\r\0\u{feff}\u{85}é0 ".chars() {
+            let changed = format!("{}{character}{}", &text[..at], &text[at + 1..]);
+            let added = format!("{}{character}{}", &text[..at], &text[at..]);
+            for text in [changed, added] {
+                if let Err(error) = Policy::parse(&text, "p.yaml") {
+                    let line = error.to_string();
+                    assert!(!line.contains('\n'), "more than one line: {line}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_bomb_does_not_go_off() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..9 {
@@ -344,6 +364,17 @@ fn a_file_is_read_within_bounds() {
     assert_eq!(policy.digest, parse(FIRST).digest);
     assert_eq!(policy.digest.len(), 64);
     assert_ne!(policy.digest, parse(SECOND).digest);
+}
+
+#[test]
+fn the_first_tier_that_can_keep_it_is_taken() {
+    assert_eq!(parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Ironclaw);
+    let order: Vec<Runtime> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
+    assert_eq!(order, [Runtime::Nemoclaw, Runtime::Ironclaw]);
+    // What no tier can keep is refused in the name of the one that was wanted.
+    let refusal =
+        parse("fallback: [nemoclaw]\nsecrets: [{name: A, source: 'vault://a/b'}]").tier().unwrap_err();
+    assert!(matches!(refusal, PolicyError::Refused { tier: Runtime::Ironclaw, .. }), "{refusal}");
 }
 
 #[test]

