@@ -99,22 +99,14 @@ pub fn divide(spec: &VmSpec) -> Result<Side, JailError> {
     let (ear, mouth) = pipe(libc::O_NONBLOCK).map_err(step("make a pipe"))?;
     // SAFETY: no arguments.
     let root = unsafe { libc::geteuid() } == 0;
-    let group = Group::make(spec, root);
-    let mut pidfd: c_int = -1;
-    // SAFETY: plain numbers, of which zero is valid.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = (NAMESPACES | libc::CLONE_PIDFD).cast_unsigned().into();
-    args.pidfd = (&raw mut pidfd).addr() as u64;
-    args.exit_signal = libc::SIGCHLD.unsigned_abs().into();
-    if let Ok(group) = &group {
-        args.flags |= CLONE_INTO_CGROUP;
-        args.cgroup = group.as_raw_fd().unsigned_abs().into();
+    let mut group = Group::make(spec, root);
+    let mut forked = fork(group.as_ref().ok());
+    if group.is_ok() && forked.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
+        group = Err("the kernel cannot start a process in one: Linux 5.7 can".into());
+        forked = fork(None);
     }
-    // SAFETY: `args` is valid for its size. Without a stack and without shared memory this is fork(2); with one thread nobody
-    // else's locks are copied.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
-    match libc::pid_t::try_from(pid) {
-        Ok(0) => {
+    match forked.map_err(refused)? {
+        Fork::Child => {
             let found = match group {
                 // The directory is closed, and the group the keeper's to remove.
                 Ok(group) => Jail { cgroup: Some(group.leave()), ..Jail::default() },
@@ -124,12 +116,35 @@ pub fn divide(spec: &VmSpec) -> Result<Side, JailError> {
             };
             Ok(Side::Inmate(Inmate::new(gate, mouth, root, found)))
         }
-        Ok(pid) if pid > 0 => {
-            // SAFETY: the kernel has just made it for us.
-            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root, group.ok())))
-        }
-        _ => Err(refused(io::Error::last_os_error())),
+        Fork::Parent(pid, pidfd) => Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root, group.ok()))),
+    }
+}
+
+enum Fork {
+    Parent(libc::pid_t, OwnedFd),
+    Child,
+}
+
+/// fork(2) into new namespaces and a group.
+fn fork(group: Option<&Group>) -> io::Result<Fork> {
+    let mut pidfd: c_int = -1;
+    // SAFETY: plain numbers, of which zero is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (NAMESPACES | libc::CLONE_PIDFD).cast_unsigned().into();
+    args.pidfd = (&raw mut pidfd).addr() as u64;
+    args.exit_signal = libc::SIGCHLD.unsigned_abs().into();
+    if let Some(group) = group {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = group.as_raw_fd().unsigned_abs().into();
+    }
+    // SAFETY: `args` is valid for its size. Without a stack and without shared memory this is fork(2); with one thread nobody
+    // else's locks are copied.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    match libc::pid_t::try_from(pid) {
+        Ok(0) => Ok(Fork::Child),
+        // SAFETY: the kernel has just made it for us.
+        Ok(pid) if pid > 0 => Ok(Fork::Parent(pid, unsafe { OwnedFd::from_raw_fd(pidfd) })),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -160,6 +175,18 @@ fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
 
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Leaves the calling thread these capabilities and no other.
+fn keep_capabilities(kept: u32) -> io::Result<()> {
+    // Version 3 of `struct __user_cap_header_struct`, this process; and two times effective, permitted, inheritable.
+    let header = [0x2008_0522u32, 0];
+    let sets = [kept, kept, 0, 0, 0, 0];
+    // SAFETY: both are as long as that version has them, and only read.
+    match unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn prctl(option: c_int, value: libc::c_ulong) -> io::Result<()> {

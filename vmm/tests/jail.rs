@@ -167,6 +167,9 @@ fn it_has_no_capability_no_group_and_no_way_to_get_one() {
         assert_eq!(status(set), "0000000000000000", "{set}");
     }
     assert_eq!(status("NoNewPrivs"), "1");
+    // The keeper may end it, and no more.
+    let keeper = self::status(monitor.keeper.id());
+    assert_eq!(keeper("CapEff"), if is_root() { "0000000000000020" } else { "0000000000000000" });
     if is_root() {
         assert_eq!(status("Groups"), "");
     }

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
 
-use super::{Jail, JailError, check, prctl};
+use super::{Jail, JailError, check, keep_capabilities, prctl};
 use crate::seccomp;
 use crate::spec::VmSpec;
 
@@ -165,12 +165,5 @@ fn drop_capabilities() -> io::Result<()> {
             result => result?,
         }
     }
-    // Version 3 of `struct __user_cap_header_struct`, this process; and two times effective, permitted, inheritable.
-    let header = [0x2008_0522u32, 0];
-    let none = [0u32; 6];
-    // SAFETY: both are as long as that version has them, and only read.
-    match unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    keep_capabilities(0)
 }

@@ -7,10 +7,13 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use libc::{c_int, pid_t};
 
 use super::cgroup::Group;
-use super::{IDENTITIES, prctl};
+use super::{IDENTITIES, keep_capabilities, prctl};
 
 /// How much of an inmate's last words is listened to: a line or two. Untrusted.
 const MAX_WORDS: u64 = 2048;
+
+/// Number 5 of `linux/capability.h`.
+const CAP_KILL: u32 = 1 << 5;
 
 /// Waits for a child in namespaces of its own.
 pub struct Keeper {
@@ -54,6 +57,8 @@ impl Keeper {
     pub fn watch(self, signals: &OwnedFd, control: Option<RawFd>) -> Fate {
         if self.root {
             let id = self.identify().unwrap_or(0);
+            // All that is left to do is to end a process of another user. What cannot be given up does no harm here.
+            let _ = keep_capabilities(CAP_KILL);
             // One that is gone already is found to be below.
             let _ = (&self.opener).write_all(&id.to_le_bytes());
         }
