@@ -54,8 +54,8 @@ fn files_that_are_not_listed_cannot_be_opened() {
     let running = agent.shell(
         "ls /var/log >/dev/null && echo listed; ls /var 2>&1; ls / 2>&1; cat /var/lib/dpkg/status 2>&1; \
          echo x >/work/a && cat /work/a; head -c1 /etc/passwd >/dev/null && echo system; \
-         echo '#!/bin/sh\necho script' >/tmp/s && chmod +x /tmp/s && /tmp/s; echo >/dev/null && echo null; \
-         mv /work/a /tmp/b && cat /tmp/b; ls /proc/self/fd >/dev/null && echo proc",
+         echo '#!/bin/sh\necho script' >/tmp/.chitin && chmod +x /tmp/.chitin && /tmp/.chitin; echo >/dev/null && echo null; \
+         mv /work/a /tmp/.chitin-b && cat /tmp/.chitin-b; ls /proc/self/fd >/dev/null && echo proc",
     );
     let text = agent.output(running);
     let lines: Vec<&str> = text.lines().collect();
