@@ -143,8 +143,9 @@ fn run(builder: MonitorBuilder, emit: impl FnMut(Message) + 'static) -> Result<M
     let monitor = builder.stop_on(signals()?).on_event(emit).build()?;
     // Nothing of a guest's own is in its memory yet.
     harden()?;
-    let Ended { end, log, made, .. } = monitor.run()?;
-    Ok(made.map_or_else(|| Event::Ended { reason: end.reason, detail: end.detail, log }.into(), Into::into))
+    let Ended { end, log, faults, fault, made } = monitor.run()?;
+    let ended = || Event::Ended { reason: end.reason, detail: end.detail, log, faults, fault };
+    Ok(made.map_or_else(|| ended().into(), Into::into))
 }
 
 fn report(result: Result<Message, Error>, emit: impl Fn(Message)) -> c_int {

@@ -7,6 +7,7 @@ mod cache;
 mod debian;
 mod demo;
 mod duration;
+mod hostile;
 mod kernel;
 mod microvm;
 mod nested;
@@ -41,6 +42,8 @@ enum Task {
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
     Demo(demo::Args),
+    /// Have bare guests attack the monitor, and print what became of each
+    Hostile(hostile::Args),
     /// Run every check and every test
     Test(test::Args),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Rootfs(args) => rootfs::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Hostile(args) => hostile::run(&args),
         Task::Test(args) => test::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{describe, output, start_failure};
-use crate::{kernel, microvm, rootfs, setup, workspace};
+use crate::{hostile, kernel, microvm, rootfs, setup, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -36,6 +36,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.filter.is_none() {
         cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;
         cargo(&["test", "--workspace", "--doc", "--quiet"])?;
+        let code = hostile::run(&hostile::Args::default())?;
+        if code != ExitCode::SUCCESS {
+            return Ok(code);
+        }
     }
     integration(args.filter.as_deref())
 }
