@@ -7,6 +7,7 @@ mod cache;
 mod debian;
 mod demo;
 mod duration;
+mod fuzz;
 mod hostile;
 mod kernel;
 mod microvm;
@@ -32,7 +33,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest
+    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest, cargo-fuzz
     Setup(setup::Args),
     /// Build the guest kernel, target/artifacts/vmlinux
     Kernel(kernel::Args),
@@ -42,6 +43,8 @@ enum Task {
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
     Demo(demo::Args),
+    /// Fuzz the parsers that a guest or a file can reach
+    Fuzz(fuzz::Args),
     /// Have bare guests attack the monitor, and print what became of each
     Hostile(hostile::Args),
     /// Run every check and every test
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Rootfs(args) => rootfs::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Hostile(args) => hostile::run(&args),
         Task::Test(args) => test::run(&args),
     };

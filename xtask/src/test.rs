@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{describe, output, start_failure};
-use crate::{hostile, kernel, microvm, rootfs, setup, workspace};
+use crate::{fuzz, hostile, kernel, microvm, rootfs, setup, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -40,6 +40,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         if code != ExitCode::SUCCESS {
             return Ok(code);
         }
+        fuzz::run(&fuzz::Args::default())?;
     }
     integration(args.filter.as_deref())
 }
