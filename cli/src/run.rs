@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chitin::{
     Delivery, Exit, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage,
@@ -139,6 +139,8 @@ struct Progress {
     ended: Option<(Exit, Usage)>,
     phases: Phases,
     jail: Option<Jail>,
+    /// When the time is up, and the limit that makes it.
+    deadline: Option<(Instant, Duration)>,
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
@@ -191,6 +193,7 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
         builder = builder.policy(policy);
     }
     if let Some(timeout) = args.timeout {
+        progress.deadline = Instant::now().checked_add(timeout).map(|at| (at, timeout));
         builder = builder.timeout(timeout);
     }
     if let Some(template) = &args.template {
@@ -233,7 +236,8 @@ async fn work(
         command = command.env(name, value);
     }
     let process = command.piped_stdin().spawn()?;
-    let Some((exit, usage)) = attend(process, signals).await? else { return Ok(128 + signals.last) };
+    let attended = attend(process, signals, progress.deadline).await?;
+    let Some((exit, usage)) = attended else { return Ok(128 + signals.last) };
     let code = exit_code(&exit, &args.command[0]);
     progress.ended = Some((exit, usage));
 
@@ -257,8 +261,15 @@ async fn work(
     }
 }
 
-/// Connects the process with our own standard streams until it ends. `None`: a signal came and it did not end.
-async fn attend(mut process: Process, signals: &mut Signals) -> Result<Option<(Exit, Usage)>, Failure> {
+/// Connects the process with our own standard streams until it ends and all it said is delivered. `None`: a signal came,
+/// and either did not happen.
+///
+/// Whoever reads us may stop to, and then writing takes for ever: that counts against the time limit as well.
+async fn attend(
+    mut process: Process,
+    signals: &mut Signals,
+    deadline: Option<(Instant, Duration)>,
+) -> Result<Option<(Exit, Usage)>, Failure> {
     let stdin = process.stdin.take().map(|mut stdin| {
         tokio::spawn(async move {
             // Errors are ends: ours has nothing more to give, or the workload wants no more.
@@ -280,14 +291,40 @@ async fn attend(mut process: Process, signals: &mut Signals) -> Result<Option<(E
             delivery.abort();
             continue;
         }
-        match delivery.await {
-            Ok(Ok(())) | Err(_) => {}
-            Ok(Err(source)) => {
+        let abort = delivery.abort_handle();
+        let left = match &ended {
+            // The sandbox is gone, and what it said last is waited for only for so long.
+            Err(_) => Some(GRACE),
+            Ok(_) => deadline.map(|(at, _)| at.saturating_duration_since(Instant::now())),
+        };
+        let delivered = tokio::select! {
+            delivered = within(left, delivery) => delivered,
+            _ = signals.next() => {
+                abort.abort();
+                return Ok(None);
+            }
+        };
+        match (delivered, deadline) {
+            (Some(Ok(Ok(())) | Err(_)), _) => {}
+            (Some(Ok(Err(source))), _) => {
                 return Err(Failure::Io { what: format!("write to standard {name}"), source });
             }
+            (None, Some((_, limit))) if ended.is_ok() => {
+                abort.abort();
+                return Err(chitin::Error::Timeout { limit }.into());
+            }
+            (None, _) => abort.abort(),
         }
     }
     ended
+}
+
+/// What comes of it in time; without a limit there is always time.
+async fn within<T>(limit: Option<Duration>, future: impl Future<Output = T>) -> Option<T> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, future).await.ok(),
+        None => Some(future.await),
+    }
 }
 
 async fn end_of(process: &mut Process, signals: &mut Signals) -> Result<Option<(Exit, Usage)>, Failure> {

@@ -61,6 +61,12 @@ pub enum Event {
         detail: Option<String>,
         /// The tail of the guest kernel's messages: at most [`MAX_LOG_BYTES`], lossy UTF-8. Untrusted.
         log: String,
+        /// How often the guest broke a rule of a device, whether or not that was the end of it.
+        #[serde(default)]
+        faults: u64,
+        /// The first rule that it broke, in words.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fault: Option<String>,
     },
     /// The guest never started, or what was asked for could not be done. The last event.
     Failed {
@@ -391,7 +397,8 @@ mod tests {
 
     #[test]
     fn events_are_these_bytes_on_the_wire() {
-        let ended = Event::Ended { reason: EndReason::Reset, detail: None, log: "x".into() };
+        let ended =
+            Event::Ended { reason: EndReason::Reset, detail: None, log: "x".into(), faults: 0, fault: None };
         for (event, json) in [
             (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
             (
@@ -401,7 +408,7 @@ mod tests {
                 },
                 r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"cgroup":null,"without":["x"]}}"#,
             ),
-            (ended, r#"{"event":"ended","reason":"reset","detail":null,"log":"x"}"#),
+            (ended, r#"{"event":"ended","reason":"reset","detail":null,"log":"x","faults":0}"#),
             (Event::Failed { error: "no".into() }, r#"{"event":"failed","error":"no"}"#),
         ] {
             assert_eq!(serde_json::to_string(&event).unwrap(), json);
@@ -552,7 +559,13 @@ mod tests {
         let control = Control(ours);
         // Two bytes of JSON for each: the worst that is left after the log was cleaned.
         let log = "\n".repeat(MAX_LOG_BYTES);
-        let ended = Message::Event(Event::Ended { reason: EndReason::Reset, detail: None, log });
+        let ended = Message::Event(Event::Ended {
+            reason: EndReason::Reset,
+            detail: None,
+            log,
+            faults: 0,
+            fault: None,
+        });
         control.send(&ended).unwrap();
         let mut packet = vec![0; 1 << 20];
         let length = Socket(&theirs).recv_with_fd(&mut packet).unwrap().0;

@@ -211,10 +211,9 @@ fn run(
             emit(event);
         })
         .build()?;
-    let Ended { end, log, made, .. } = monitor.run()?;
-    let last =
-        made.map_or_else(|| Event::Ended { reason: end.reason, detail: end.detail, log }.into(), Into::into);
-    Ok(Done::Monitor(last))
+    let Ended { end, log, faults, fault, made } = monitor.run()?;
+    let ended = || Event::Ended { reason: end.reason, detail: end.detail, log, faults, fault };
+    Ok(Done::Monitor(made.map_or_else(|| ended().into(), Into::into)))
 }
 
 fn report(result: Result<Done, Error>, mut emit: impl FnMut(Message)) -> c_int {

@@ -84,8 +84,10 @@ pub struct Ended {
     pub end: End,
     /// The tail of its kernel's messages; see [`MAX_LOG_BYTES`](crate::control::MAX_LOG_BYTES). Untrusted.
     pub log: String,
-    /// How often it broke a rule of a device without harm.
+    /// How often it broke a rule of a device.
     pub faults: u64,
+    /// The first of these rules, in words.
+    pub fault: Option<String>,
     /// What was made of it instead of letting it go on, if the host asked for that.
     pub made: Option<TemplateEvent>,
 }
@@ -313,7 +315,8 @@ impl Monitor {
             std::mem::forget(memory);
         }
         let faults = shared.iter().map(|shared| shared.faults.total()).sum();
-        Ok(Ended { end: end?, log, faults, made })
+        let fault = shared.iter().find_map(|shared| shared.faults.first()).map(|fault| fault.to_string());
+        Ok(Ended { end: end?, log, faults, fault, made })
     }
 }
 

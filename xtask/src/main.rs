@@ -8,6 +8,8 @@ mod cache;
 mod debian;
 mod demo;
 mod duration;
+mod fuzz;
+mod hostile;
 mod kernel;
 mod microvm;
 mod nested;
@@ -33,7 +35,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest
+    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest, cargo-fuzz
     Setup(setup::Args),
     /// Build the guest kernel, target/artifacts/vmlinux
     Kernel(kernel::Args),
@@ -45,6 +47,10 @@ enum Task {
     Demo(demo::Args),
     /// Measure everything with the deterministic clock, and compare with the committed figures
     Bench(bench::Args),
+    /// Fuzz the parsers that a guest or a file can reach
+    Fuzz(fuzz::Args),
+    /// Have bare guests attack the monitor, and print what became of each
+    Hostile(hostile::Args),
     /// Run every check and every test
     Test(test::Args),
 }
@@ -57,6 +63,8 @@ fn main() -> ExitCode {
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
+        Task::Hostile(args) => hostile::run(&args),
         Task::Test(args) => test::run(&args),
     };
     result.unwrap_or_else(|error| {

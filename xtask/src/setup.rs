@@ -22,7 +22,7 @@ const PACKAGES: [(&str, &str); 11] = [
     ("ca-certificates", "downloads"),
 ];
 
-/// Install what the other commands need: Debian packages, a Rust target, cargo-nextest
+/// Install what the other commands need: Debian packages, a Rust target, cargo-nextest, cargo-fuzz
 #[derive(Debug, Default, clap::Args)]
 pub struct Args {
     /// Only say what is missing; exit code 1 if anything is
@@ -107,6 +107,14 @@ fn missing() -> Result<Vec<Missing>> {
             what: "cargo-nextest".into(),
             why: "cargo xtask test: one process and one time limit per test".into(),
             install: ["cargo", "install", "--locked", "cargo-nextest"].map(str::to_owned).to_vec(),
+            needs_root: false,
+        });
+    }
+    if !exists("cargo-fuzz") {
+        missing.push(Missing {
+            what: "cargo-fuzz".into(),
+            why: "cargo xtask fuzz: instrumented builds of the fuzz targets".into(),
+            install: ["cargo", "install", "--locked", "cargo-fuzz"].map(str::to_owned).to_vec(),
             needs_root: false,
         });
     }

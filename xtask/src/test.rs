@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{describe, output, start_failure};
-use crate::{kernel, microvm, npm, rootfs, setup, workspace};
+use crate::{fuzz, hostile, kernel, microvm, npm, rootfs, setup, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -37,6 +37,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.filter.is_none() {
         cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;
         cargo(&["test", "--workspace", "--doc", "--quiet"])?;
+        let code = hostile::run(&hostile::Args::default())?;
+        if code != ExitCode::SUCCESS {
+            return Ok(code);
+        }
+        fuzz::run(&fuzz::Args::default())?;
     }
     integration(args.filter.as_deref())
 }

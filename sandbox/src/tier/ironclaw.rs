@@ -183,7 +183,9 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
             Ok(Message::Event(Event::Entered { at_ns, jail })) => {
                 reported.send_modify(|reported| (reported.entered, reported.jail) = (Some(at_ns), jail));
             }
-            Ok(Message::Event(Event::Ended { reason, detail, log })) => {
+            Ok(Message::Event(Event::Ended { reason, detail, log, fault, .. })) => {
+                let broken = |fault| format!("before that it broke a rule of a device: {fault}");
+                let detail = detail.or(fault.map(broken));
                 break End::Guest(GuestEnd { reason: in_words(reason, detail), log });
             }
             Ok(Message::Event(Event::Failed { error })) => break End::Failed(error),

@@ -369,8 +369,10 @@ impl<W: Worker> MmioTransport<W> {
     /// No driver could have brought the device into this state.
     pub fn restore(&mut self, state: &DeviceState) -> Result<(), Malformed> {
         let DeviceState { status, interrupts, features, selected, queues, request } = state;
+        // Until a driver says that it is done with them, it may have chosen any: then they are checked.
+        let agreed = *status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
         if ![0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK].contains(status)
-            || features & !self.features() != 0
+            || agreed && features & !self.features() != 0
             || queues.len() != self.queues.len()
         {
             return Err(Malformed("a device is in no state that it can be in"));

@@ -420,6 +420,20 @@ fn a_device_that_is_changing_or_has_failed_is_not_saved() {
 }
 
 #[test]
+fn a_driver_that_is_still_choosing_is_saved_with_any_choice() {
+    let mut guest = Guest::new();
+    for status in [1, 3] {
+        guest.status(status);
+    }
+    guest.write(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
+    let state = guest.device.save(None).unwrap();
+    let mut other = Guest::new();
+    other.device.restore(&state).unwrap();
+    // It is told when it says that it has chosen.
+    assert_eq!(other.status(11), 3);
+}
+
+#[test]
 fn a_state_that_no_driver_could_have_made_is_refused() {
     let mut guest = Guest::new();
     guest.run();

@@ -13,8 +13,8 @@ pub mod queue;
 pub mod vsock;
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -233,19 +233,29 @@ pub enum GuestFault {
     Packet(&'static str),
 }
 
-/// Counts the faults of one device, whichever thread sees them.
+/// Counts the faults of one device, whichever thread sees them. Of any number of them the first is kept: a guest cannot
+/// make this grow, and later ones are often a consequence.
 #[derive(Debug, Default)]
-pub struct FaultCounter(AtomicU64);
+pub struct FaultCounter {
+    total: AtomicU64,
+    first: OnceLock<GuestFault>,
+}
 
 impl FaultCounter {
     /// Notes one fault.
-    pub fn count(&self, _fault: GuestFault) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+    pub fn count(&self, fault: GuestFault) {
+        let _ = self.first.set(fault);
+        self.total.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many there were.
     pub fn total(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// The first of them.
+    pub fn first(&self) -> Option<GuestFault> {
+        self.first.get().copied()
     }
 }
 

@@ -42,6 +42,10 @@ const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
 
+/// How often one notification fills and empties the list of answers before other work gets a turn: enough for a transmit
+/// queue full of packets to be refused. A guest can go on adding packets and buffers for ever.
+const ROUNDS_PER_TURN: usize = 4;
+
 /// The negotiation half.
 pub struct Vsock {
     config: [u8; 8],
@@ -99,7 +103,7 @@ impl VsockHandler {
     fn pump(&mut self) -> Result<Flow, GuestFault> {
         let Self { muxer, queues, .. } = self;
         let [receive, transmit, ..] = queues.as_mut_slice() else { return Ok(Flow::Continue) };
-        loop {
+        for _ in 0..ROUNDS_PER_TURN {
             muxer.flush();
             transmit.drain(|chain| muxer.on_packet(TRANSMIT, chain))?;
             if muxer.has_output() {
@@ -110,6 +114,9 @@ impl VsockHandler {
                 return Ok(muxer.flow());
             }
         }
+        // An eventfd that is full has been written to already.
+        let _ = transmit.kick().write(1);
+        Ok(muxer.flow())
     }
 }
 

@@ -3,6 +3,7 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::credit::BUFFER_BYTES;
 use super::muxer::MAX_ANSWERS;
@@ -28,6 +29,8 @@ struct Guest {
     receive: Driver,
     transmit: Driver,
     handler: Box<dyn QueueHandler>,
+    /// By which the handler asks to be called again.
+    kick: Arc<EventFd>,
     faults: Arc<FaultCounter>,
     sent: u64,
     offered: u64,
@@ -72,11 +75,13 @@ impl Guest {
         let receive = Driver::new(&ram, 0, SIZE);
         let transmit = Driver::new(&ram, 0x4000, SIZE);
         let events = Driver::new(&ram, 0x8000, SIZE);
-        let activation = activation(vec![receive.device(0), transmit.device(1), events.device(2)]);
+        let transmit_queue = transmit.device(1);
+        let kick = Arc::clone(transmit_queue.kick());
+        let activation = activation(vec![receive.device(0), transmit_queue, events.device(2)]);
         let activation = Activation { request, ..activation };
         let faults = Arc::clone(&activation.faults);
         let handler = device.activate(activation);
-        Self { ram, receive, transmit, handler, faults, sent: 0, offered: 0, seen: 0 }
+        Self { ram, receive, transmit, handler, kick, faults, sent: 0, offered: 0, seen: 0 }
     }
 
     /// Gives the device buffers of this size.
@@ -412,8 +417,12 @@ fn resets_are_never_answered_and_floods_of_requests_are_bounded() {
         guest.send(stray);
     }
     assert_eq!(guest.transmit.used().len(), 10_000 + MAX_ANSWERS);
-    // With buffers it goes on where it stopped.
+    // With buffers it goes on where it stopped, and others get their turn in between.
     guest.offer(200, 4096);
+    assert_eq!(guest.transmit.used().len(), 10_000 + MAX_ANSWERS * ROUNDS_PER_TURN);
+    assert_eq!(guest.kick.read().unwrap(), 1);
+    guest.handler.on_kick().unwrap();
+    assert!(guest.kick.read().is_err());
     assert_eq!(guest.transmit.used().len(), 10_200);
     assert_eq!(guest.ops(), [Op::Reset; 200]);
 }
