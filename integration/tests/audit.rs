@@ -4,7 +4,7 @@ use chitin_integration::chitin;
 
 #[test]
 fn every_promise_of_a_microvm_holds() {
-    let outcome = chitin("audit --verbose").outcome();
+    let outcome = chitin("audit --verbose --memory 128").outcome();
     let text = outcome.ok();
     let held = text.lines().filter(|line| line.contains(" held ")).count();
     assert_eq!(held, 18, "{text}");
