@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// How long one `chitin` may take. A boot takes seconds on the emulated host, and several run at once.
+/// How long one `chitin` may take. A boot takes seconds on the emulated host, and twenty that run at once take two minutes.
 pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a monitor may survive whoever held it.

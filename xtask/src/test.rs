@@ -91,3 +91,70 @@ fn save(path: &Path, command: &mut Command) -> Result<()> {
     let text = output(command.current_dir(workspace::root()).stdin(Stdio::null()))?;
     fs::write(path, text).with_context(|| format!("write {}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// The sources of this workspace, as one text.
+    fn sources() -> String {
+        let mut text = String::new();
+        let folders = ["protocol", "tree", "vmm", "guest-agent", "sandbox", "cli", "integration"];
+        let mut dirs: Vec<PathBuf> = folders.iter().map(|name| workspace::root().join(name)).collect();
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(&dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    dirs.push(path);
+                } else if path.extension().is_some_and(|extension| extension == "rs") {
+                    text.push_str(&fs::read_to_string(&path).unwrap());
+                }
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn every_claim_of_the_threat_model_names_tests_that_exist() {
+        let model = fs::read_to_string(workspace::root().join("docs/threat-model.md")).unwrap();
+        let sources = sources();
+        let mut claims = 0;
+        let mut inside = false;
+        for line in model.lines() {
+            let Some((claim, tests)) = line
+                .strip_prefix("| ")
+                .and_then(|line| line.strip_suffix(" |"))
+                .and_then(|line| line.split_once(" | "))
+            else {
+                inside = line.starts_with("|---") && inside;
+                continue;
+            };
+            if tests == "tried by" {
+                inside = true;
+                continue;
+            }
+            if !inside {
+                continue;
+            }
+            let functions = tests.split('`').skip(1).step_by(2);
+            let attacks = tests.split('"').skip(1).step_by(2);
+            let mut named = 0;
+            for test in functions {
+                assert!(sources.contains(&format!("fn {test}(")), "{claim}: there is no test `{test}`");
+                named += 1;
+            }
+            for attack in attacks {
+                assert!(
+                    sources.contains(&format!("\"{attack}\",")),
+                    "{claim}: there is no attack \"{attack}\""
+                );
+                named += 1;
+            }
+            assert!(named > 0, "{claim}: nothing tries to break it");
+            claims += 1;
+        }
+        assert!(claims > 20, "only {claims} claims were found");
+    }
+}

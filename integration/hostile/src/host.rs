@@ -31,6 +31,9 @@ const GONE_LIMIT: Duration = Duration::from_secs(5);
 /// Room for an event with the longest log, each byte of which may take six in JSON.
 const MAX_EVENT: usize = MAX_LOG_BYTES * 6 + 4096;
 
+/// What is in a guest's directory, from its start to its end.
+const FILES: [&str; 3] = ["root.img", "stderr", "vmlinux"];
+
 /// What the host does with the channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Host {
@@ -87,7 +90,12 @@ impl Guest {
         let stderr = File::create(dir.path().join("stderr")).context("create a file")?;
         let mut command = Command::new(monitor);
         // By its directory a process that is left is found.
-        command.stdin(theirs).stdout(stderr.try_clone()?).stderr(stderr).current_dir(&dir);
+        command
+            .stdin(theirs)
+            .stdout(stderr.try_clone()?)
+            .stderr(stderr)
+            .current_dir(&dir)
+            .env("TMPDIR", dir.path());
         let child = command.spawn().with_context(|| format!("start {}", monitor.display()))?;
         drop(command);
         let control = UnixDatagram::from(ours);
@@ -136,6 +144,11 @@ impl Guest {
         ensure!(complaints.is_empty(), "the monitor complains: {complaints}");
         let left = processes_in(self.dir.path())?;
         ensure!(left.is_empty(), "left behind: {left:?}");
+        let mut files = fs::read_dir(&self.dir)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<Vec<_>>>()?;
+        files.sort();
+        ensure!(files == FILES, "files left behind: {files:?}");
         match event {
             Event::Ended { reason, detail, log, faults, fault } => {
                 Ok(Outcome { reason, detail, log, faults, fault, peak_kib })

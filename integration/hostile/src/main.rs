@@ -1,6 +1,7 @@
 //! `cargo xtask hostile`: has guests attack the monitor, and prints what became of each.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,9 @@ const MAX_PEAK_KIB: u64 = 48 * 1024;
 
 /// How long the guest beside the hostile ones may be silent. It speaks every 50 ms where KVM only emulates.
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Guests that come and go before it is looked at what they leave: a descriptor lost with each would show.
+const LIVES: usize = 500;
 
 fn main() -> ExitCode {
     match run() {
@@ -75,7 +79,53 @@ fn run() -> Result<bool> {
         peak_kib / 1024,
         pulse.last
     );
+    if filter.is_empty() {
+        let start = Instant::now();
+        many(&monitor)?;
+        println!(
+            "{:<58} nothing left ({:.1} s)",
+            format!("{LIVES} guests, one after the other"),
+            start.elapsed().as_secs_f64()
+        );
+    }
     Ok(failed == 0)
+}
+
+/// Runs many guests, and compares what this process and the host have before and after.
+fn many(monitor: &Path) -> Result<()> {
+    let harmless = attacks::harmless();
+    let before = (count("/proc/self/fd")?, cgroups()?);
+    for life in 0..LIVES {
+        let outcome = Guest::start(monitor, harmless.program(), harmless.host).and_then(Guest::outcome);
+        let judged = outcome.and_then(|outcome| judge(harmless.expected, &outcome));
+        judged.with_context(|| format!("guest {life} of {LIVES}"))?;
+    }
+    let after = (count("/proc/self/fd")?, cgroups()?);
+    ensure!(before == after, "descriptors and cgroups before {LIVES} guests: {before:?}, after: {after:?}");
+    Ok(())
+}
+
+fn count(dir: &str) -> Result<usize> {
+    Ok(fs::read_dir(dir).with_context(|| format!("list {dir}"))?.count())
+}
+
+/// Cgroups of ours, wherever they are mounted.
+fn cgroups() -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut dirs = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(dir) = dirs.pop() {
+        // One that is not there, or no longer, has nothing in it.
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                dirs.push(entry.path());
+                if entry.file_name().to_string_lossy().contains("chitin") {
+                    found.push(entry.path());
+                }
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn judge(expected: Expected, outcome: &Outcome) -> Result<()> {
