@@ -27,6 +27,7 @@ use rustix::pipe::PipeFlags;
 use crate::cgroup::Cgroup;
 use crate::channel::{CONNECT_TIMEOUT, Channel, Socket};
 use crate::copies::Copies;
+use crate::egress::{self, Dialled, Egress, Link};
 use crate::launch::{self, Child, Streams};
 use crate::lockdown::{Lockdown, check};
 use crate::pump::{Inflow, Outflow, Pump, Step};
@@ -36,6 +37,9 @@ use crate::{Context, Mode, SystemError, boottime_ns, copies, end, failure, resee
 /// Processes of the host's at once; what they start themselves is the cgroup's matter. Each has three of the
 /// connection's 256 streams.
 const MAX_PROCESSES: usize = 64;
+
+/// Bytes of unsent output above which no connection is accepted.
+const DIAL_BACKLOG: usize = 64 * 1024;
 
 /// Events taken from epoll at once; more wait for the next turn.
 const EVENTS: usize = 32;
@@ -94,6 +98,7 @@ pub struct Agent {
     processes: Vec<Process>,
     secrets: Secrets,
     copies: Copies,
+    egress: Egress,
     lockdown: Lockdown,
     /// The workload's cgroup; containers have theirs from outside.
     cgroup: Option<Cgroup>,
@@ -159,6 +164,7 @@ impl Agent {
             processes: Vec::new(),
             secrets: Secrets::default(),
             copies,
+            egress: Egress::default(),
             lockdown,
             cgroup,
             scratch_disk,
@@ -211,11 +217,17 @@ impl Agent {
             OUTPUT => self.writable = true,
             SIGNALS => return self.take_signals(),
             COPIES => self.copies.woken(),
+            name if name >= egress::EVENTS => self.egress.wake(name),
             pump => {
                 let stream = StreamId::try_from(pump & !PUMP).unwrap_or(0);
                 match self.pumps.get_mut(&stream) {
                     Some(Pump::Out(outflow)) => outflow.wake(),
                     Some(Pump::In(inflow)) => inflow.wake(flags.contains(EventFlags::ERR)),
+                    Some(Pump::Link(link)) => link.wake(
+                        broken || flags.contains(EventFlags::IN),
+                        flags.contains(EventFlags::OUT),
+                        flags.contains(EventFlags::ERR),
+                    ),
                     // Dropped while handling an earlier event of the same batch.
                     None => {}
                 }
@@ -245,6 +257,7 @@ impl Agent {
         // Before the pumps: a pipe that a finished copy has closed is not broken.
         self.announce_copies();
         moved |= self.pump();
+        moved |= self.serve_egress();
         self.announce_exits();
         self.announce_copies();
         moved |= self.write()?;
@@ -284,6 +297,7 @@ impl Agent {
             let step = match self.pumps.get_mut(&stream) {
                 Some(Pump::Out(outflow)) => outflow.step(&mut self.connection, stream, &mut self.scratch),
                 Some(Pump::In(inflow)) => inflow.step(&mut self.connection, stream),
+                Some(Pump::Link(link)) => link.step(&mut self.connection, stream, &mut self.scratch),
                 None => Step::Waiting,
             };
             moved |= step != Step::Waiting;
@@ -302,16 +316,17 @@ impl Agent {
                 Event::Data { stream, bytes } => {
                     let left = match self.pumps.get_mut(&stream) {
                         Some(Pump::In(inflow)) => inflow.take(bytes),
+                        Some(Pump::Link(link)) => link.take(bytes),
                         // Its pump is gone and its reset on the way.
                         _ => bytes.len(),
                     };
                     self.connection.consumed(stream, left);
                 }
-                Event::End { stream } => {
-                    if let Some(Pump::In(inflow)) = self.pumps.get_mut(&stream) {
-                        inflow.end();
-                    }
-                }
+                Event::End { stream } => match self.pumps.get_mut(&stream) {
+                    Some(Pump::In(inflow)) => inflow.end(),
+                    Some(Pump::Link(link)) => link.end(),
+                    _ => {}
+                },
                 Event::Reset { stream } => {
                     self.pumps.remove(&stream);
                 }
@@ -365,6 +380,21 @@ impl Agent {
                 }
                 self.send(&ToHost::Done { request: seed.request, result });
             }
+            ToGuest::Egress { request, endpoints } => {
+                let result = self.egress.open(&self.poll, endpoints);
+                if result.is_err() {
+                    self.egress.close();
+                }
+                self.send(&ToHost::Done { request, result });
+            }
+            ToGuest::Connect { request, port, stream } => {
+                self.connection.accept(stream, Direction::Both)?;
+                let link = egress::connect(port).and_then(|socket| Link::connecting(socket, request, port));
+                if let Err(errno) = link.and_then(|link| self.link(stream, link)) {
+                    self.connection.reset(stream);
+                    self.send(&ToHost::Done { request, result: Err(egress::refused(port, errno)) });
+                }
+            }
         }
         Ok(())
     }
@@ -397,6 +427,41 @@ impl Agent {
         self.lockdown.confine(confine)
     }
 
+    /// Moves what comes on `stream` to a socket, and what comes from the socket back.
+    fn link(&mut self, stream: StreamId, link: Link) -> Result<(), Errno> {
+        let name = EventData::new_u64(PUMP | u64::from(stream));
+        epoll::add(&self.poll, link.socket(), name, EventFlags::IN | EventFlags::OUT | EventFlags::ET)?;
+        self.pumps.insert(stream, Pump::Link(link));
+        Ok(())
+    }
+
+    /// Answers questions for names, and hands new connections to the host, as many as there may be.
+    fn serve_egress(&mut self) -> bool {
+        let (denied, mut moved) = self.egress.answer(&self.poll, &mut self.scratch);
+        for message in denied {
+            self.send(&message);
+        }
+        // A host that does not read must not be told more and more: a workload may connect as fast as it can.
+        while self.connection.can_open()
+            && self.connection.output().len() < DIAL_BACKLOG
+            && let Some(Dialled { socket, host, port }) = self.egress.accept()
+        {
+            moved = true;
+            // One that fails here is dropped, which its other side notices.
+            if let Ok(link) = Link::new(socket)
+                && let Some(stream) = self.connection.open(Direction::Both)
+            {
+                self.send(&ToHost::Dial { host, port, stream });
+                if let Err(errno) = self.link(stream, link) {
+                    crate::log(format_args!("cannot watch a connection: {errno}"));
+                    self.connection.reset(stream);
+                }
+            }
+        }
+        moved
+            || (self.connection.can_open() && self.egress.is_knocked() && self.connection.output().is_empty())
+    }
+
     fn freeze(&self) -> Result<(), Failure> {
         let refused = |what, errno| Err(failure(what, b"", errno));
         if !self.secrets.is_empty() {
@@ -421,6 +486,7 @@ impl Agent {
         // What belongs to the old channel: its streams, and the names the host had given.
         self.pumps.clear();
         self.processes.clear();
+        self.egress.close();
         // The host takes one connection at a time: the old one ends before the new one begins.
         rustix::net::shutdown(self.channel.input(), Shutdown::Both).context("end", "the channel")?;
         self.channel = spare.connect()?;

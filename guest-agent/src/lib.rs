@@ -18,6 +18,7 @@ mod agent;
 mod cgroup;
 mod channel;
 mod copies;
+mod egress;
 mod end;
 mod filter;
 mod landlock;

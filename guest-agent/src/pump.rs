@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId};
 use rustix::io::Errno;
 
+use crate::egress::Link;
+
 /// What a step of a pump came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -149,8 +151,10 @@ impl Inflow {
     }
 }
 
-/// Either direction.
+/// Either direction, or both.
 pub enum Pump {
     Out(Outflow),
     In(Inflow),
+    /// Both, on a socket.
+    Link(Link),
 }

@@ -189,7 +189,8 @@ fn clear_parameter(path: &'static str) -> Result<(), SystemError> {
     }
 }
 
-fn raise_loopback() -> Result<(), Errno> {
+/// Sets the loopback interface up, which is all a sandbox has.
+pub fn raise_loopback() -> Result<(), Errno> {
     let socket =
         rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     // SAFETY: all-zero is a valid `ifreq`.

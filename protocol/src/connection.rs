@@ -20,7 +20,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use zeroize::Zeroize;
 
 use crate::frame::{HEADER_LEN, HELLO_LEN, Header, Kind, MAGIC, MAX_DATA};
-use crate::{Fault, MAX_STREAMS, StreamId, ToGuest, ToHost, VERSION, WINDOW};
+use crate::{Fault, MAX_DIALS, MAX_STREAMS, StreamId, ToGuest, ToHost, VERSION, WINDOW};
 
 /// Above this much unsent output no more stream data is taken: enough for four full frames in flight.
 const OUTPUT_HIGH_WATER: usize = 4 * (HEADER_LEN + MAX_DATA);
@@ -340,10 +340,10 @@ impl<R: Role> Connection<R> {
 
     // ---- streams
 
-    /// Opens a stream of this side's own, to be named in the control message sent next. `None` when there are
-    /// [`MAX_STREAMS`] already.
+    /// Opens a stream of this side's own, to be named in the control message sent next. `None` when there are as many
+    /// as there may be: [`MAX_STREAMS`] of the host's, [`MAX_DIALS`] of the agent's.
     pub fn open(&mut self, direction: Direction) -> Option<StreamId> {
-        if self.streams.len() >= MAX_STREAMS {
+        if !self.has_room(R::OPENS_ODD) {
             return None;
         }
         let id = self.last_own.checked_add(2)?;
@@ -358,12 +358,23 @@ impl<R: Role> Connection<R> {
         if !theirs || id <= self.last_peer {
             return Err(Fault::BadStreamId { stream: id });
         }
-        if self.streams.len() >= MAX_STREAMS {
+        if !self.has_room(!R::OPENS_ODD) {
             return Err(Fault::TooManyStreams);
         }
         self.last_peer = id;
         self.insert(id, direction);
         Ok(())
+    }
+
+    /// Whether [`open`](Self::open) would open one.
+    pub fn can_open(&self) -> bool {
+        self.has_room(R::OPENS_ODD)
+    }
+
+    /// Whoever opens a stream has sent the ends of those before it first, so that both sides count the same.
+    fn has_room(&self, odd: bool) -> bool {
+        let limit = if odd { MAX_DIALS } else { MAX_STREAMS };
+        self.streams.len() < limit || self.streams.keys().filter(|id| (*id % 2 == 1) == odd).count() < limit
     }
 
     fn insert(&mut self, id: StreamId, direction: Direction) {

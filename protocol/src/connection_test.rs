@@ -229,7 +229,15 @@ fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
         guest.accept(8 + 2 * n, Direction::Both).unwrap();
     }
     assert_eq!(guest.accept(100_000, Direction::Both), Err(Fault::TooManyStreams));
-    assert_eq!(guest.open(Direction::Both), None);
+    // The other side's are counted on their own.
+    for n in 1..=MAX_DIALS as u32 {
+        assert_eq!(guest.open(Direction::Both), Some(1 + 2 * n));
+        host.accept(1 + 2 * n, Direction::Both).unwrap();
+    }
+    assert!(!guest.can_open() && guest.open(Direction::Both).is_none());
+    assert_eq!(host.accept(1001, Direction::Both), Err(Fault::TooManyStreams));
+    guest.reset(3);
+    assert!(guest.can_open());
     assert_eq!((host.open(Direction::Both), host.open(Direction::Both)), (Some(2), Some(4)));
 }
 

@@ -58,8 +58,12 @@ pub enum Fault {
         /// The id.
         stream: StreamId,
     },
-    /// More than [`crate::MAX_STREAMS`] at once.
-    #[error("more than {} streams at once", crate::MAX_STREAMS)]
+    /// More than [`crate::MAX_STREAMS`] of the host's at once, or [`crate::MAX_DIALS`] of the agent's.
+    #[error(
+        "more streams at once than the {} of a host or the {} of an agent",
+        crate::MAX_STREAMS,
+        crate::MAX_DIALS
+    )]
     TooManyStreams,
     /// Data on a half the peer had ended, or that never existed.
     #[error("data on stream {stream} after its end")]

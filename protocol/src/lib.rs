@@ -21,8 +21,8 @@ pub use connection::{Connection, Direction, Event, Guest, Host, Role, TooLarge};
 pub use fault::Fault;
 pub use frame::{HEADER_LEN, MAX_CONTROL, MAX_DATA};
 pub use message::{
-    Confine, Delivery, Exit, Failure, FileRule, MAX_SECRET, MIN_ENTROPY, Reseed, Secret, SecretBytes, Start,
-    StartError, SystemCalls, ToGuest, ToHost, Usage,
+    Confine, Delivery, Endpoint, Exit, Failure, FileRule, MAX_ENDPOINTS, MAX_SECRET, MIN_ENTROPY, Reseed,
+    Secret, SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost, Usage,
 };
 
 /// The protocol version this crate speaks. Of two hellos the lower version wins.
@@ -36,9 +36,13 @@ pub const VSOCK_PORT: u32 = 1024;
 /// Large enough to keep a 64 KiB pipe busy on both ends over a round trip of milliseconds.
 pub const WINDOW: u32 = 256 * 1024;
 
-/// How many streams may be open at once. Together with [`WINDOW`] it bounds what a peer can make the other
-/// side hold: 64 MiB.
+/// How many of the host's streams may be open at once. Together with [`WINDOW`] it bounds what a peer can make the other
+/// side hold: 64 MiB. Each side's streams are counted on their own: of a common limit both could take the last one at once.
 pub const MAX_STREAMS: usize = 256;
+
+/// How many of the agent's streams may be open at once, each a connection of the workload: twice what a browser or a
+/// package manager opens, and 32 MiB of windows.
+pub const MAX_DIALS: usize = 128;
 
 /// The id of a stream, unique for the life of a connection. Even ids are opened by the host, odd ids by the guest.
 pub type StreamId = u32;

@@ -16,6 +16,9 @@ pub const MAX_SECRET: usize = 64 * 1024;
 /// The least entropy of a [`Reseed`] in bytes: the size of the kernel generator's key.
 pub const MIN_ENTROPY: usize = 32;
 
+/// The most endpoints of one sandbox: each distinct port costs the agent a listener, each name a comparison per lookup.
+pub const MAX_ENDPOINTS: usize = 256;
+
 /// Host → guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToGuest {
@@ -61,6 +64,24 @@ pub enum ToGuest {
     /// Hold every process that is started from now on to this, for good. Answered by [`ToHost::Done`]. Refused a second time,
     /// while processes run, and where any part of it cannot be done.
     Confine(Confine),
+    /// Make these endpoints reachable: answer their names, take connections to them. Answered by [`ToHost::Done`], once it
+    /// is so. Refused while it is so already; a freeze ends it.
+    Egress {
+        /// Names the answer.
+        request: u32,
+        /// What may be dialled, at most [`MAX_ENDPOINTS`]. The host checks each dial again.
+        endpoints: Vec<Endpoint>,
+    },
+    /// Connect `stream` with the server that listens on this port of the sandbox's loopback address. Answered by
+    /// [`ToHost::Done`]; on failure the stream is reset as well.
+    Connect {
+        /// Names the answer.
+        request: u32,
+        /// TCP port of 127.0.0.1.
+        port: u16,
+        /// Carries the connection, both ways.
+        stream: StreamId,
+    },
 }
 
 /// What a policy leaves of a process's rights, beyond what no process has.
@@ -136,6 +157,45 @@ pub enum ToHost {
         /// `Err` says what failed and on what.
         result: Result<(), Failure>,
     },
+    /// A process has connected to an endpoint: connect `stream` with it. There is no answer: the stream carries what the
+    /// endpoint says, and is reset if it cannot be had. Nothing but the endpoint is to be believed of it.
+    Dial {
+        /// A name in lower case, without a final dot.
+        host: String,
+        /// TCP port.
+        port: u16,
+        /// Carries the connection, both ways.
+        stream: StreamId,
+    },
+    /// A process has asked for a name that may not be dialled, for the first time.
+    Denied {
+        /// The name in lower case, without a final dot. Untrusted text.
+        host: String,
+    },
+}
+
+/// What may be dialled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// A name in lower case, without a final dot.
+    pub host: String,
+    /// Whether every name below it is meant, and not it.
+    pub wildcard: bool,
+    /// TCP port.
+    pub port: u16,
+}
+
+impl Endpoint {
+    /// Whether a name, in lower case and without a final dot, is meant by it.
+    pub fn names(&self, host: &str) -> bool {
+        match self.wildcard {
+            false => host == self.host,
+            true => {
+                // Not the domain itself, nor another one that ends alike.
+                host.strip_suffix(&self.host).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+            }
+        }
+    }
 }
 
 /// A process to start.

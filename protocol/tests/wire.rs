@@ -2,8 +2,8 @@
 //! `docs/protocol.md`, and a higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
-    Confine, Delivery, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start, StartError, SystemCalls,
-    ToGuest, ToHost, Usage,
+    Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start, StartError,
+    SystemCalls, ToGuest, ToHost, Usage,
 };
 
 #[test]
@@ -30,6 +30,7 @@ fn the_wire_surface_is_frozen() {
         max_tasks: Some(9),
         max_disk: None,
     };
+    let endpoints = vec![Endpoint { host: "a.b".into(), wildcard: true, port: 443 }];
     let to_guest = [
         (ToGuest::Start(start), "0001010273680101 4b0156012fe807e807010204 06"),
         (ToGuest::Signal { process: 1, signal: 15 }, "01010f"),
@@ -39,6 +40,8 @@ fn the_wire_surface_is_frozen() {
         (ToGuest::Freeze { request: 6 }, "0506"),
         (ToGuest::Confine(confine), "0708 01 01 01022f6101 0109 00"),
         (ToGuest::Reseed(reseed), "0607 02 0102 ac02 03030303030303030303030303030303"),
+        (ToGuest::Egress { request: 8, endpoints }, "0808 01 03612e62 01 bb03"),
+        (ToGuest::Connect { request: 9, port: 80, stream: 12 }, "0909 50 0c"),
     ];
     let failure = Failure { what: "open /a".into(), errno: 2 };
     let not_started = Exit::NotStarted { error: StartError::NotFound, failure: failure.clone() };
@@ -50,6 +53,8 @@ fn the_wire_surface_is_frozen() {
         (ToHost::Exited { process: 1, exit: not_started, usage }, "01010200076f70656e202f6104010203"),
         (ToHost::Done { request: 4, result: Ok(()) }, "020400"),
         (ToHost::Done { request: 4, result: Err(failure) }, "020401076f70656e202f6104"),
+        (ToHost::Dial { host: "a.b".into(), port: 443, stream: 3 }, "03 03612e62 bb03 03"),
+        (ToHost::Denied { host: "c".into() }, "04 0163"),
     ];
     let hex = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     for (message, wire) in to_guest {
@@ -57,5 +62,22 @@ fn the_wire_surface_is_frozen() {
     }
     for (message, wire) in to_host {
         assert_eq!(hex(postcard::to_allocvec(&message).unwrap()), wire.replace(' ', ""), "{message:?}");
+    }
+}
+
+#[test]
+fn a_wildcard_names_what_is_below_it() {
+    let endpoint = |wildcard| Endpoint { host: "example.com".into(), wildcard, port: 443 };
+    assert!(endpoint(false).names("example.com") && !endpoint(false).names("a.example.com"));
+    for (host, named) in [
+        ("a.example.com", true),
+        ("a.b.example.com", true),
+        ("example.com", false),
+        (".example.com", false),
+        ("badexample.com", false),
+        ("a.example.com.", false),
+        ("a.example.co", false),
+    ] {
+        assert_eq!(endpoint(true).names(host), named, "{host}");
     }
 }

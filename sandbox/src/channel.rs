@@ -359,6 +359,9 @@ impl State {
                 };
                 let _ = sender.send(result);
             }
+            ToHost::Dial { .. } | ToHost::Denied { .. } => {
+                return Err(Fault::Unexpected { what: "egress that was not opened" });
+            }
         }
         Ok(())
     }

@@ -43,6 +43,9 @@ pub struct Agent {
     pub usages: HashMap<u32, Usage>,
     pub done: HashMap<u32, Result<(), Failure>>,
     pub ready: bool,
+    /// Connections asked for, oldest first, and names that were refused.
+    pub dials: Vec<(String, u16, StreamId)>,
+    pub denied: Vec<String>,
     /// Streams whose bytes give no credit back.
     pub withhold: Vec<StreamId>,
     next: u32,
@@ -86,6 +89,8 @@ impl Agent {
             usages: HashMap::new(),
             done: HashMap::new(),
             ready: false,
+            dials: Vec::new(),
+            denied: Vec::new(),
             withhold: Vec::new(),
             next: 1,
         }
@@ -135,6 +140,11 @@ impl Agent {
                 Some(Event::Message(ToHost::Done { request, result })) => {
                     assert!(self.done.insert(request, result).is_none());
                 }
+                Some(Event::Message(ToHost::Dial { host, port, stream })) => {
+                    self.connection.accept(stream, Direction::Both).unwrap();
+                    self.dials.push((host, port, stream));
+                }
+                Some(Event::Message(ToHost::Denied { host })) => self.denied.push(host),
                 Some(Event::Data { stream, bytes }) => {
                     self.output.entry(stream).or_default().extend_from_slice(bytes);
                     credit = Some((stream, bytes.len()));
