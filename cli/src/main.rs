@@ -28,7 +28,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a command in a sandbox of its own
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// Sandboxes that were booted and saved, to start copies of
     #[command(subcommand)]
     Template(template::Command),
@@ -79,7 +79,7 @@ fn execute(command: Command) -> Result<u8, Failure> {
         .map_err(|source| Failure::Io { what: "start the runtime".into(), source })?;
     let code = runtime.block_on(async {
         match command {
-            Command::Run(args) => run::run(args).await,
+            Command::Run(args) => run::run(*args).await,
             Command::Template(command) => template::run(command).await,
             Command::Policy(command) => policy::run(command),
             Command::Doctor(args) => doctor::run(&args).await,

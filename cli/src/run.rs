@@ -2,14 +2,17 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
+use chitin::policy::Endpoint;
 use chitin::{
-    Delivery, Exit, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage,
+    Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{CHITIN_FAILED, Failure};
@@ -35,7 +38,10 @@ Examples:
   chitin run -- python3 -c 'print(6 * 7)'
   head -c 1G /dev/urandom | chitin run -- sha256sum
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
-  chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'"
+  chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
+  chitin run --allow api.example.com:443 --audit net.jsonl -- python3 -c \
+    'import urllib.request as r; print(r.urlopen(\"https://api.example.com/\").status)'
+  chitin run -p 8080:8000 -- python3 -m http.server"
 )]
 pub struct Args {
     /// Start a copy of this template instead of booting
@@ -74,6 +80,22 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     secret_env: Vec<String>,
 
+    /// Let the workload connect to HOST:PORT, or to any host below a domain: '*.example.com:443'; TCP only
+    #[arg(long, value_name = "HOST:PORT")]
+    allow: Vec<Endpoint>,
+
+    /// Let allowed hosts resolve to loopback and private addresses: for test servers; whoever owns the name picks the address
+    #[arg(long, requires = "allow")]
+    allow_private: bool,
+
+    /// Add a line of JSON to FILE for each attempt of the workload to reach something
+    #[arg(long, value_name = "FILE", requires = "allow")]
+    audit: Option<PathBuf>,
+
+    /// Lead port HOST of this host's 127.0.0.1 to port GUEST in the sandbox
+    #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST", value_parser = parse_ports)]
+    publish: Vec<Ports>,
+
     /// Copy a file or directory in before the start; DST is what it becomes, DST/ what it goes into
     #[arg(long, value_name = "SRC:DST", value_parser = parse_copy_in)]
     copy_in: Vec<Copy>,
@@ -103,6 +125,20 @@ pub struct Args {
 struct Copy {
     source: PathBuf,
     target: PathBuf,
+}
+
+/// `HOST:GUEST`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ports {
+    host: u16,
+    guest: u16,
+}
+
+fn parse_ports(text: &str) -> Result<Ports, String> {
+    let port = |text: &str| text.parse().ok().filter(|port| *port > 0);
+    let ports =
+        text.split_once(':').and_then(|(host, guest)| Some(Ports { host: port(host)?, guest: port(guest)? }));
+    ports.ok_or_else(|| "it is not HOST:GUEST, two ports from 1 to 65535".into())
 }
 
 fn parse_copy_in(text: &str) -> Result<Copy, String> {
@@ -180,6 +216,7 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
         std::fs::symlink_metadata(&copy.source)
             .map_err(|source| Failure::Io { what: format!("copy in {}", copy.source.display()), source })?;
     }
+    let listeners = listen(&args.publish).await?;
     let mut signals = Signals::listen()?;
 
     let mut builder = Sandbox::builder().console(args.console).jail(args.jail.announced());
@@ -202,15 +239,34 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     for secret in secrets {
         builder = builder.secret_spec(secret);
     }
+    builder = builder.allow_all(args.allow.iter().cloned()).allow_private(args.allow_private);
+    if let Some(path) = &args.audit {
+        builder = builder.audit(path);
+    }
     let sandbox = tokio::select! {
         started = builder.start() => started?,
         // Dropping the unfinished start ends what it has begun.
         number = signals.next() => return Ok(128 + number),
     };
+    let forwards: Vec<Forward> =
+        listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;
     (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
+    drop(forwards);
     sandbox.stop().await;
     outcome
+}
+
+/// Listens before anything is booted for it.
+async fn listen(publish: &[Ports]) -> Result<Vec<(TcpListener, u16)>, Failure> {
+    let mut listeners = Vec::new();
+    for Ports { host, guest } in publish {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *host)).await;
+        let failed =
+            |source| Failure::Io { what: format!("-p {host}:{guest}: listen on 127.0.0.1:{host}"), source };
+        listeners.push((listener.map_err(failed)?, *guest));
+    }
+    Ok(listeners)
 }
 
 async fn work(
@@ -451,6 +507,14 @@ mod tests {
         assert_eq!(parse_copy_out("/tmp/x:y"), copy("/tmp/x", "y"));
         for bad in ["", "a", "a:", ":b", "..:/work/"] {
             assert!(parse_copy_in(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports_come_in_pairs() {
+        assert_eq!(parse_ports("8080:80"), Ok(Ports { host: 8080, guest: 80 }));
+        for bad in ["", "80", "0:80", "80:0", "70000:80", "80:70000", "a:80", "80:", "-1:80", "1:2:3"] {
+            assert!(parse_ports(bad).is_err(), "{bad}");
         }
     }
 

@@ -16,9 +16,10 @@ use chitin_protocol::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::phases::now_ns;
+use crate::policy::MAX_HOST;
 
 /// Why a channel no longer works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,18 @@ pub(crate) struct Seen {
 
 type Ended = (Exit, Usage);
 
+/// Attempts that wait for the broker, which takes each at once. A guest that sends more between two of its turns floods.
+const MAX_KNOCKS: usize = 256;
+
+/// What a workload has tried to reach. All of it is the guest's word.
+#[derive(Debug)]
+pub(crate) enum Knock {
+    /// A connection, and the stream that is to be it: see [`Channel::adopt`].
+    Dial { host: String, port: u16, stream: StreamId },
+    /// A name that the agent has refused.
+    Denied { host: String },
+}
+
 /// A handle on the channel; clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Channel {
@@ -74,6 +87,8 @@ struct State {
     streams: HashMap<StreamId, Stream>,
     processes: HashMap<u32, oneshot::Sender<Ended>>,
     requests: HashMap<u32, oneshot::Sender<Result<(), Failure>>>,
+    /// Who is told what the workload tries to reach, if it may reach anything.
+    knocks: Option<mpsc::Sender<Knock>>,
     /// The last name given to a process or a request.
     last_name: u32,
     seen: Seen,
@@ -107,6 +122,7 @@ impl Channel {
                 streams: HashMap::new(),
                 processes: HashMap::new(),
                 requests: HashMap::new(),
+                knocks: None,
                 last_name: 0,
                 seen: Seen::default(),
                 closed: false,
@@ -167,6 +183,27 @@ impl Channel {
     /// Opens a stream on which this side receives.
     pub fn open_reader(&self) -> Option<StreamReader> {
         self.open(Direction::Receive).map(|id| StreamReader { channel: self.clone(), id })
+    }
+
+    /// Opens a stream both ways.
+    pub fn open_tunnel(&self) -> Option<Tunnel> {
+        self.open(Direction::Both).map(|id| self.adopt(id))
+    }
+
+    /// Takes a stream over that the agent has opened, from a [`Knock`]. To be called once a stream.
+    pub fn adopt(&self, id: StreamId) -> Tunnel {
+        let reader = StreamReader { channel: self.clone(), id };
+        Tunnel { reader, writer: StreamWriter { channel: self.clone(), id } }
+    }
+
+    /// What the workload tries to reach, from now on; until then the agent may not report any.
+    pub fn knocks(&self) -> mpsc::Receiver<Knock> {
+        let (sender, receiver) = mpsc::channel(MAX_KNOCKS);
+        let mut state = self.shared.lock();
+        if !state.closed {
+            state.knocks = Some(sender);
+        }
+        receiver
     }
 
     fn open(&self, direction: Direction) -> Option<StreamId> {
@@ -230,6 +267,7 @@ impl Shared {
         // Dropping the senders is what tells those who wait.
         state.processes.clear();
         state.requests.clear();
+        state.knocks = None;
         state.streams.values_mut().for_each(Stream::wake);
         drop(state);
         self.status.send_modify(|status| status.closed = Some(why));
@@ -308,7 +346,10 @@ impl State {
             Some(Event::Established { .. }) => {}
             Some(Event::Message(message)) => self.handle_message(message, shared)?,
             Some(Event::Data { stream, bytes }) => {
-                self.seen.output.get_or_insert_with(now_ns);
+                // The host's own streams are even: what a workload sends elsewhere is not its output.
+                if stream % 2 == 0 {
+                    self.seen.output.get_or_insert_with(now_ns);
+                }
                 if let Some(stream) = self.streams.get_mut(&stream) {
                     stream.inbox.extend(bytes);
                     stream.wake();
@@ -359,12 +400,33 @@ impl State {
                 };
                 let _ = sender.send(result);
             }
-            ToHost::Dial { .. } | ToHost::Denied { .. } => {
-                return Err(Fault::Unexpected { what: "egress that was not opened" });
+            ToHost::Dial { host, port, stream } => {
+                self.connection.accept(stream, Direction::Both)?;
+                self.streams.insert(stream, Stream::default());
+                if !self.knock(Knock::Dial { host: bounded(host), port, stream })? {
+                    self.streams.remove(&stream);
+                    self.connection.reset(stream);
+                }
+            }
+            ToHost::Denied { host } => {
+                self.knock(Knock::Denied { host: bounded(host) })?;
             }
         }
         Ok(())
     }
+
+    /// Tells the broker. `false`: it has too much to do already.
+    fn knock(&mut self, knock: Knock) -> Result<bool, Fault> {
+        match &self.knocks {
+            Some(knocks) => Ok(knocks.try_send(knock).is_ok()),
+            None => Err(Fault::Unexpected { what: "egress that was not opened" }),
+        }
+    }
+}
+
+/// What waits is bounded also in length. A name that is cut is still too long to be one.
+fn bounded(host: String) -> String {
+    if host.len() > MAX_HOST { host.chars().take(MAX_HOST + 1).collect() } else { host }
 }
 
 /// Receives what the sandbox sends on one stream. Dropping it tells the sender to stop (a workload gets `SIGPIPE`).
@@ -478,6 +540,45 @@ impl Drop for StreamWriter {
     fn drop(&mut self) {
         self.end();
         self.channel.shared.lock().streams.remove(&self.id);
+    }
+}
+
+/// A connection with something in the sandbox, or of something in it: bytes both ways. Shutting it down ends this side's
+/// half; dropping it before both have ended resets it.
+#[derive(Debug)]
+pub struct Tunnel {
+    // Dropped first: its reset is none if both halves have ended.
+    reader: StreamReader,
+    writer: StreamWriter,
+}
+
+impl Tunnel {
+    pub(crate) fn id(&self) -> StreamId {
+        self.reader.id
+    }
+}
+
+impl AsyncRead for Tunnel {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.reader).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Tunnel {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.writer).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.writer).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.writer).poll_shutdown(cx)
     }
 }
 

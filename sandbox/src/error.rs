@@ -75,6 +75,9 @@ pub enum Error {
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
+    /// Egress that cannot be had.
+    #[error(transparent)]
+    Egress(#[from] crate::EgressError),
     /// An audit could not be carried out.
     #[error("audit: {what}")]
     Audit {

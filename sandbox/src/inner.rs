@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use crate::channel::{Channel, Closed};
+use crate::channel::{Channel, Closed, Tunnel};
 use crate::template::fill_random;
 use crate::tier::ironclaw::{End, Monitor, Reported};
 use crate::{Error, GuestEnd};
@@ -53,6 +53,14 @@ impl Inner {
             Ok(Err(failure)) => Err(Error::Guest(failure)),
             Err(_) => Err(self.why_closed().await),
         }
+    }
+
+    /// Connects to a port of the sandbox's loopback address.
+    pub async fn connect(&self, port: u16) -> Result<Tunnel, Error> {
+        let tunnel = self.channel.open_tunnel().ok_or(Error::TooManyStreams)?;
+        let request = self.channel.name();
+        self.request(request, &ToGuest::Connect { request, port, stream: tunnel.id() }).await?;
+        Ok(tunnel)
     }
 
     /// Makes a restored guest one of its own, before anything else is asked of it.

@@ -20,14 +20,15 @@ use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
 use chitin_vmm::jail::Jail;
-use tokio::net::UnixStream;
+use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::channel::Channel;
+use crate::channel::{Channel, Tunnel};
+use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
-use crate::policy::{Access, Runtime};
+use crate::policy::{Access, Endpoint, Runtime};
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Monitor};
@@ -79,6 +80,8 @@ pub struct Builder {
     template: Option<String>,
     forkable: bool,
     policy: Option<Arc<Policy>>,
+    // Boxed: most sandboxes have none.
+    egress: Box<egress::Spec>,
 }
 
 impl Builder {
@@ -161,6 +164,41 @@ impl Builder {
         self
     }
 
+    /// Lets the workload connect to an endpoint, `HOST:PORT` or `*.DOMAIN:PORT`. Without any, it reaches nothing.
+    /// What is no endpoint is an error of [`start`](Builder::start).
+    pub fn allow(mut self, endpoint: impl AsRef<str>) -> Builder {
+        match endpoint.as_ref().parse() {
+            Ok(endpoint) => self.egress.allow([endpoint]),
+            Err(what) => self.egress.wrong = self.egress.wrong.or(Some(what)),
+        }
+        self
+    }
+
+    /// The same for endpoints that have been read already, such as [`Policy::egress`](crate::Policy::egress).
+    pub fn allow_all(mut self, endpoints: impl IntoIterator<Item = Endpoint>) -> Builder {
+        self.egress.allow(endpoints);
+        self
+    }
+
+    /// Lets allowed names resolve to loopback and private addresses. That is for servers of one's own: whoever owns one of
+    /// these names can then point it at anything that listens on this host or its networks.
+    pub fn allow_private(mut self, allow: bool) -> Builder {
+        self.egress.allow_private = allow;
+        self
+    }
+
+    /// Limits what the workload's connections may use.
+    pub fn egress_limits(mut self, limits: EgressLimits) -> Builder {
+        self.egress.limits = limits;
+        self
+    }
+
+    /// Writes a line of JSON to the end of this file for each attempt of the workload to reach something.
+    pub fn audit(mut self, path: impl Into<PathBuf>) -> Builder {
+        self.egress.audit = Some(path.into());
+        self
+    }
+
     /// Fetches the secrets, boots, and returns when the agent has answered, holds the secrets and keeps the policy.
     ///
     /// # Errors
@@ -188,6 +226,7 @@ impl Builder {
     pub(crate) fn plan(&self) -> Result<Plan, Error> {
         let (mut spec, mut files, mut confined) = (self.spec()?, None, false);
         self.artifacts.check()?;
+        self.egress.check()?;
         if let Some(name) = &self.template {
             let templates = self.place()?;
             let manifest = templates.inspect(name)?;
@@ -223,7 +262,12 @@ impl Builder {
     }
 
     /// Waits for the agent, which gets the secrets, after it has been made another one where it is a copy.
-    pub(crate) async fn up(&self, sandbox: Sandbox, copy: bool, values: Values) -> Result<Sandbox, Error> {
+    pub(crate) async fn up(
+        &self,
+        mut sandbox: Sandbox,
+        copy: bool,
+        values: Values,
+    ) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
         if copy {
             // It is the first thing that a copy is told, and not before it listens: the time is in it.
@@ -234,6 +278,14 @@ impl Builder {
             let request = sandbox.inner.channel.name();
             let secret = Secret { request, name, value: value.to_bytes(), delivery };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
+        }
+        if self.egress.is_on() {
+            let channel = sandbox.inner.channel.clone();
+            let broker = Arc::new(Broker::new(&self.egress)?);
+            sandbox.broker = Some(tokio::spawn(broker.serve(channel.clone(), channel.knocks())));
+            let request = channel.name();
+            let endpoints = self.egress.wire();
+            answers.push(sandbox.inner.ask(request, &ToGuest::Egress { request, endpoints })?);
         }
         sandbox.up().await?;
         for answer in answers {
@@ -390,7 +442,8 @@ impl Builder {
             })
         });
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
-        Sandbox { inner, clock, origin: self.forkable.then(origin), policy: self.policy.clone() }
+        let policy = self.policy.clone();
+        Sandbox { inner, clock, broker: None, origin: self.forkable.then(origin), policy }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -414,6 +467,8 @@ impl Builder {
 pub struct Sandbox {
     pub(crate) inner: Arc<Inner>,
     clock: Option<tokio::task::JoinHandle<()>>,
+    /// Dials for it.
+    broker: Option<tokio::task::JoinHandle<()>>,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
     policy: Option<Arc<Policy>>,
@@ -434,6 +489,7 @@ impl Sandbox {
             template: None,
             forkable: false,
             policy: None,
+            egress: Box::default(),
         }
     }
 
@@ -490,6 +546,20 @@ impl Sandbox {
         }
         let confine = policy.confine(self.inner.channel.name(), Runtime::Ironclaw);
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
+    }
+
+    /// Connects to a server in the sandbox that listens on this port of 127.0.0.1, or of any address.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] if nobody listens there.
+    pub async fn connect(&self, port: u16) -> Result<Tunnel, Error> {
+        self.inner.connect(port).await
+    }
+
+    /// Leads every connection that `listener` accepts to this port of the sandbox, until what comes back is dropped or the
+    /// sandbox ends. A connection that nobody takes in the sandbox is reset.
+    pub fn forward(&self, listener: TcpListener, port: u16) -> Forward {
+        Forward::new(self.inner.clone(), listener, port)
     }
 
     /// Where the time has gone so far.
@@ -549,8 +619,12 @@ impl Sandbox {
     }
 
     /// Ends the sandbox and waits until nothing of it is left.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.inner.channel.close();
+        if let Some(broker) = self.broker.take() {
+            // It has nothing to wait for but to write down what it did.
+            let _ = broker.await;
+        }
         self.inner.monitor.lock().await.stop().await;
     }
 }

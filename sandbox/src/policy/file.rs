@@ -21,7 +21,10 @@ const MAX_PATH: usize = 4096;
 const MAX_LABEL: usize = 128;
 
 /// Longest host name (RFC 1035, 2.3.4, without the final dot).
-const MAX_HOST: usize = 253;
+pub(crate) const MAX_HOST: usize = 253;
+
+/// How much of a wrong endpoint is repeated.
+const MAX_SHOWN: usize = 80;
 
 /// The most entries of one list: what each costs (a Landlock rule, a memfd, an address) stays small.
 pub const MAX_ENTRIES: usize = 64;
@@ -278,30 +281,53 @@ impl FromStr for Endpoint {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Endpoint, String> {
-        let wrong = |why: &str| Err(format!("`{text}` is not HOST:PORT: {why}"));
+        // What is wrong may be long, or full of what a terminal would obey.
+        let shown: String = text.chars().take(MAX_SHOWN).flat_map(char::escape_default).collect();
+        let more = if text.chars().nth(MAX_SHOWN).is_some() { "…" } else { "" };
+        let wrong = |why: &str| Err(format!("`{shown}{more}` is not HOST:PORT: {why}"));
         let Some((host, port)) = text.rsplit_once(':') else { return wrong("there is no port") };
         let port = match port.parse() {
             Ok(0) | Err(_) => return wrong("the port is a number from 1 to 65535"),
             Ok(port) => port,
         };
         let (host, wildcard) = host.strip_prefix("*.").map_or((host, false), |domain| (domain, true));
-        if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
+        if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() || is_numeric(host) {
             return wrong("an address is nobody in particular, give a name");
         }
+        // Names of other scripts have a form in letters and digits, which is what is looked up.
+        let host = match host.is_ascii() {
+            true => host.to_ascii_lowercase(),
+            false if host.len() > 4 * MAX_HOST => return wrong("a name has at most 253 bytes"),
+            false => match idna::domain_to_ascii(host) {
+                Ok(host) => host,
+                Err(_) => return wrong("no name can be written so"),
+            },
+        };
         let label = |label: &str| {
             (1..=63).contains(&label.len())
                 && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
                 && !label.starts_with('-')
                 && !label.ends_with('-')
         };
-        if host.len() > MAX_HOST || !host.split('.').all(label) {
+        if host.len() > MAX_HOST {
+            return wrong("a name has at most 253 bytes");
+        }
+        if !host.split('.').all(label) {
             return wrong("names are letters, digits, `-` and dots; `*.` may stand in front");
         }
         if wildcard && !host.contains('.') {
             return wrong("a whole top-level domain is nobody in particular");
         }
-        Ok(Endpoint { host: host.to_ascii_lowercase(), wildcard, port })
+        Ok(Endpoint { host, wildcard, port })
     }
+}
+
+/// Whether resolvers take a name for an address: its last label is a number.
+pub(crate) fn is_numeric(host: &str) -> bool {
+    let last = host.rsplit('.').next().unwrap_or(host);
+    let hex = last.strip_prefix("0x").or(last.strip_prefix("0X"));
+    !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit())
+        || hex.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 impl fmt::Display for Endpoint {

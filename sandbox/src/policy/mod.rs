@@ -28,6 +28,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub use file::{Access, Endpoint, How, Runtime, Source, VaultSource};
+pub(crate) use file::{MAX_HOST, is_numeric};
 pub use profile::{Limits, PROFILES, Profile, ProfileSpec, SyscallFilter};
 pub use tiers::{Field, Verdict};
 pub use yaml::Place;

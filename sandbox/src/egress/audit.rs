@@ -1,0 +1,183 @@
+//! One line of JSON for each attempt to reach something, allowed or not. Never what was sent.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::bucket::Bucket;
+
+/// Lines that a sandbox can cause in a second, and at once. What is over is counted in the next line: a sandbox must not be
+/// able to fill the host's disk.
+const LINES: (f64, f64) = (100.0, 1000.0);
+
+/// Longest name that is repeated.
+const MAX_HOST: usize = 253;
+
+/// What came of an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Verdict {
+    /// It was connected.
+    Allowed,
+    /// The policy forbids it.
+    Refused,
+    /// It was allowed, and there was no connection.
+    Failed,
+}
+
+/// An attempt.
+#[derive(Debug, Serialize)]
+pub(crate) struct Line<'a> {
+    /// When it began, UTC.
+    pub time: String,
+    pub host: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    pub verdict: Verdict,
+    /// In words; of a connection, how it ended, unless both sides ended it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What was dialled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// Bytes from the sandbox.
+    pub sent: u64,
+    /// Bytes to the sandbox.
+    pub received: u64,
+    pub duration_ms: u64,
+    /// Lines that were left out before this one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub omitted: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+impl Line<'_> {
+    /// Of an attempt that began now.
+    pub fn new(host: &str, port: Option<u16>, verdict: Verdict, reason: Option<String>) -> Line<'_> {
+        let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
+        Line {
+            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            host: &host[..end],
+            port,
+            verdict,
+            reason,
+            address: None,
+            sent: 0,
+            received: 0,
+            duration_ms: 0,
+            omitted: 0,
+        }
+    }
+
+    /// It has taken so long.
+    pub fn lasted(&mut self, duration: Duration) {
+        self.duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    }
+}
+
+/// Where lines go.
+#[derive(Debug, Default)]
+pub(crate) struct Audit {
+    state: Option<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    file: File,
+    bucket: Bucket,
+    omitted: u64,
+    /// A line could not be written.
+    broken: bool,
+}
+
+impl Audit {
+    /// Lines are added to this file, which only its owner can read if it is a new one.
+    pub fn open(path: Option<&Path>) -> io::Result<Audit> {
+        let Some(path) = path else { return Ok(Audit::default()) };
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let bucket = Bucket::new(LINES.0, LINES.1);
+        Ok(Audit { state: Some(Mutex::new(State { file, bucket, omitted: 0, broken: false })) })
+    }
+
+    /// Whether what is attempted now can be written down. What cannot is not to be done.
+    pub fn works(&self) -> bool {
+        self.state.as_ref().is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
+    }
+
+    pub fn write(&self, mut line: Line<'_>) {
+        let Some(state) = &self.state else { return };
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        // What was connected is always written: connections are few.
+        if line.verdict != Verdict::Allowed && !state.bucket.take_one() {
+            state.omitted += 1;
+            return;
+        }
+        line.omitted = std::mem::take(&mut state.omitted);
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        // One write, so that lines of several processes do not mix.
+        state.broken |= state.file.write_all(&text).is_err();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_short_json_whatever_the_name_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        let audit = Audit::open(Some(&path)).unwrap();
+        let name = format!("a\0\n\"{}", "ä".repeat(40_000));
+        audit.write(Line::new(&name, Some(443), Verdict::Refused, Some("no".into())));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().count(), 1);
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["host"].as_str().unwrap().chars().count(), MAX_HOST);
+        assert_eq!((&line["verdict"], &line["port"]), (&"refused".into(), &443.into()));
+        assert!(line.get("address").is_none());
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_flood_of_lines_is_counted_and_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        let audit = Audit::open(Some(&path)).unwrap();
+        for _ in 0..5000 {
+            audit.write(Line::new("a", None, Verdict::Refused, None));
+        }
+        audit.write(Line::new("b", None, Verdict::Allowed, None));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines = text.lines().count();
+        assert!((1001..2000).contains(&lines), "{lines}");
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        let omitted: u64 = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+            .filter_map(|line| line["omitted"].as_u64())
+            .sum();
+        assert_eq!((last["host"].as_str(), omitted), (Some("b"), 5001 - lines as u64));
+    }
+
+    #[test]
+    fn a_full_disk_is_noticed() {
+        let audit = Audit::open(Some(Path::new("/dev/full"))).unwrap();
+        assert!(audit.works());
+        audit.write(Line::new("a", None, Verdict::Refused, None));
+        assert!(!audit.works());
+        assert!(Audit::default().works());
+    }
+}

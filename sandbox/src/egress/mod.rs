@@ -1,0 +1,393 @@
+//! Egress without a network, the host's half: a broker that dials what the policy allows, and nothing else.
+//!
+//! ```text
+//!   Dial from the agent ──▶ name and port allowed? ──▶ rate, number ──▶ resolved here ──▶ address public? ──▶ connected
+//!          │                        │                      │                │                  │              │
+//!          └──────── refused, with a line in the audit ◀───┴────────────────┴──────────────────┘      bytes both ways
+//! ```
+//!
+//! The agent checks names too, so that a workload sees a name that is not there. Nothing relies on it: whoever rules the
+//! guest can send any Dial. No packets are parsed here, and the address that was checked is the address that is dialled,
+//! so that a name cannot change its mind in between.
+
+mod address;
+mod audit;
+mod bucket;
+mod forward;
+mod resolve;
+mod splice;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use chitin_protocol::{MAX_DIALS, MAX_ENDPOINTS};
+use rustix::net::sockopt;
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use crate::channel::{Channel, Knock, Tunnel};
+use crate::policy::Endpoint;
+use address::{Range, range};
+use audit::{Audit, Line, Verdict};
+use bucket::Bucket;
+pub use forward::Forward;
+use resolve::{Resolve, System};
+use splice::{Allowance, Broken, Counts, splice};
+
+/// How long a name may take to resolve: the two attempts of the C library's resolver.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a connection may take to be made, all addresses of a name together.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Addresses of one name that are tried. A name can have hundreds.
+const MAX_ADDRESSES: usize = 4;
+
+/// How much egress a sandbox has. What is over is refused or reset, and written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EgressLimits {
+    /// Connections at once, at most 128, which is also the agent's limit.
+    pub connections: usize,
+    /// Connections a second, so that a sandbox cannot be used to flood an endpoint with them; four seconds' worth may come
+    /// at once.
+    pub dials_per_second: u32,
+    /// Bytes of one connection, both ways together.
+    pub connection_bytes: Option<u64>,
+    /// Bytes of all connections of the sandbox.
+    pub total_bytes: Option<u64>,
+    /// Bytes a second of all connections of the sandbox.
+    pub bytes_per_second: Option<NonZeroU64>,
+}
+
+impl Default for EgressLimits {
+    fn default() -> EgressLimits {
+        EgressLimits {
+            connections: MAX_DIALS,
+            dials_per_second: 50,
+            connection_bytes: None,
+            total_bytes: None,
+            bytes_per_second: None,
+        }
+    }
+}
+
+/// What a sandbox may connect to. Nothing, as it begins.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Spec {
+    pub endpoints: Vec<Endpoint>,
+    pub allow_private: bool,
+    pub audit: Option<PathBuf>,
+    pub limits: EgressLimits,
+    /// The first thing that was asked for and makes no sense.
+    pub wrong: Option<String>,
+}
+
+/// What is wrong with the egress that was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum EgressError {
+    /// An endpoint is none.
+    #[error("{what}")]
+    Endpoint {
+        /// Which, and why.
+        what: String,
+    },
+    /// That is a network, not a list.
+    #[error("{count} endpoints: a sandbox may reach at most {MAX_ENDPOINTS}")]
+    TooMany {
+        /// How many were asked for.
+        count: usize,
+    },
+    /// Attempts could not be written down.
+    #[error("write the audit of connections to {}", path.display())]
+    Audit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Spec {
+    /// Adds endpoints: of a command line, of a policy.
+    pub fn allow(&mut self, endpoints: impl IntoIterator<Item = Endpoint>) {
+        for endpoint in endpoints {
+            if !self.endpoints.contains(&endpoint) {
+                self.endpoints.push(endpoint);
+            }
+        }
+    }
+
+    /// Whether it makes sense, before anything is started for it.
+    pub fn check(&self) -> Result<(), EgressError> {
+        if let Some(what) = &self.wrong {
+            return Err(EgressError::Endpoint { what: what.clone() });
+        }
+        if self.endpoints.len() > MAX_ENDPOINTS {
+            return Err(EgressError::TooMany { count: self.endpoints.len() });
+        }
+        self.open_audit().map(drop)
+    }
+
+    /// Whether there is any.
+    pub fn is_on(&self) -> bool {
+        !self.endpoints.is_empty()
+    }
+
+    /// The endpoints as the agent is told them.
+    pub fn wire(&self) -> Vec<chitin_protocol::Endpoint> {
+        self.endpoints.iter().map(wire).collect()
+    }
+
+    fn open_audit(&self) -> Result<Audit, EgressError> {
+        Audit::open(self.audit.as_deref())
+            .map_err(|source| EgressError::Audit { path: self.audit.clone().unwrap_or_default(), source })
+    }
+}
+
+fn wire(endpoint: &Endpoint) -> chitin_protocol::Endpoint {
+    let Endpoint { host, wildcard, port } = endpoint.clone();
+    chitin_protocol::Endpoint { host, wildcard, port }
+}
+
+/// Dials for one sandbox.
+#[derive(Debug)]
+pub(crate) struct Broker {
+    endpoints: Vec<chitin_protocol::Endpoint>,
+    allow_private: bool,
+    audit: Audit,
+    resolver: Box<dyn Resolve>,
+    connections: Arc<Semaphore>,
+    dials: Mutex<Bucket>,
+    allowance: Allowance,
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("no host has such a name")]
+    Name,
+    #[error("an address is not a name")]
+    Literal,
+    #[error("the policy does not list it")]
+    Policy,
+    #[error("too many connections in a short time")]
+    Rate,
+    #[error("too many connections at once")]
+    Number,
+    #[error("the sandbox's limit of bytes was reached")]
+    Bytes,
+    #[error("the audit file cannot be written")]
+    Audit,
+    #[error("it resolves to {}{}", .0.name(), if .0.is_private() { ", which needs --allow-private" } else { "" })]
+    Address(Range),
+    #[error("it resolves to this host")]
+    Itself,
+    #[error("it does not resolve: {0}")]
+    Resolve(io::Error),
+    #[error("it has no address")]
+    NoAddress,
+    #[error("it did not resolve within {} s", RESOLVE_LIMIT.as_secs())]
+    ResolveLimit,
+    #[error("connect: {0}")]
+    Connect(io::Error),
+    #[error("it did not answer within {} s", CONNECT_LIMIT.as_secs())]
+    ConnectLimit,
+    #[error("the sandbox ended")]
+    Ended,
+}
+
+impl Refusal {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Refusal::Name
+            | Refusal::Literal
+            | Refusal::Policy
+            | Refusal::Rate
+            | Refusal::Number
+            | Refusal::Bytes
+            | Refusal::Audit
+            | Refusal::Address(_)
+            | Refusal::Itself => Verdict::Refused,
+            Refusal::Resolve(_)
+            | Refusal::NoAddress
+            | Refusal::ResolveLimit
+            | Refusal::Connect(_)
+            | Refusal::ConnectLimit
+            | Refusal::Ended => Verdict::Failed,
+        }
+    }
+}
+
+impl Broker {
+    pub fn new(spec: &Spec) -> Result<Broker, EgressError> {
+        Broker::with(spec, Box::new(System::default()))
+    }
+
+    fn with(spec: &Spec, resolver: Box<dyn Resolve>) -> Result<Broker, EgressError> {
+        let limits = &spec.limits;
+        let rate = f64::from(limits.dials_per_second.max(1));
+        #[expect(clippy::cast_precision_loss, reason = "a byte more or less")]
+        let bytes = limits.bytes_per_second.map(|rate| Bucket::new(rate.get() as f64, rate.get() as f64));
+        Ok(Broker {
+            endpoints: spec.wire(),
+            allow_private: spec.allow_private,
+            audit: spec.open_audit()?,
+            resolver,
+            connections: Arc::new(Semaphore::new(limits.connections.min(MAX_DIALS))),
+            dials: Mutex::new(Bucket::new(rate, 4.0 * rate)),
+            allowance: Allowance::new(limits.connection_bytes, limits.total_bytes, bytes),
+        })
+    }
+
+    /// Serves a channel until it has closed and every attempt is written down.
+    pub async fn serve(self: Arc<Broker>, channel: Channel, mut knocks: mpsc::Receiver<Knock>) {
+        let mut attempts = JoinSet::new();
+        loop {
+            tokio::select! {
+                knock = knocks.recv() => match knock {
+                    None => break,
+                    Some(Knock::Denied { host }) => {
+                        let reason = Some(Refusal::Policy.to_string());
+                        self.audit.write(Line::new(&host, None, Verdict::Refused, reason));
+                    }
+                    Some(Knock::Dial { host, port, stream }) => {
+                        let tunnel = channel.adopt(stream);
+                        attempts.spawn(self.clone().attempt(channel.clone(), tunnel, host, port));
+                    }
+                },
+                Some(_) = attempts.join_next() => {}
+            }
+        }
+        while attempts.join_next().await.is_some() {}
+    }
+
+    /// One attempt, from the Dial to its line in the audit.
+    async fn attempt(self: Arc<Broker>, channel: Channel, tunnel: Tunnel, host: String, port: u16) {
+        let began = Instant::now();
+        let mut line = Line::new(&host, Some(port), Verdict::Allowed, None);
+        let counts = Counts::default();
+        let dialled = tokio::select! {
+            dialled = self.dial(&host, port) => dialled,
+            _ = channel.closed() => Err(Refusal::Ended),
+        };
+        match dialled {
+            Ok(Dialled { mut stream, address, permit }) => {
+                line.address = Some(address);
+                let outcome = tokio::select! {
+                    outcome = splice(tunnel, &mut stream, &self.allowance, &counts) => outcome,
+                    _ = channel.closed() => Err(Broken::Sandbox),
+                };
+                if let Err(broken) = outcome {
+                    // The other side is to know that it has not heard everything.
+                    let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+                    line.reason = Some(broken.to_string());
+                }
+                drop(permit);
+            }
+            Err(refusal) => {
+                // Dropping the stream resets it.
+                drop(tunnel);
+                line.verdict = refusal.verdict();
+                line.reason = Some(refusal.to_string());
+            }
+        }
+        line.sent = counts.sent.load(Ordering::Relaxed);
+        line.received = counts.received.load(Ordering::Relaxed);
+        line.lasted(began.elapsed());
+        self.audit.write(line);
+    }
+
+    async fn dial(&self, host: &str, port: u16) -> Result<Dialled, Refusal> {
+        check_name(host)?;
+        if !self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(host)) {
+            return Err(Refusal::Policy);
+        }
+        if !self.audit.works() {
+            return Err(Refusal::Audit);
+        }
+        if self.allowance.is_used_up() {
+            return Err(Refusal::Bytes);
+        }
+        if !self.dials.lock().unwrap_or_else(PoisonError::into_inner).take_one() {
+            return Err(Refusal::Rate);
+        }
+        let permit = self.connections.clone().try_acquire_owned().map_err(|_| Refusal::Number)?;
+        let addresses = self.resolve(host).await?;
+        let (stream, address) = connect(&addresses, port).await?;
+        // A name may also resolve to one of this host's public addresses.
+        if !self.allow_private && stream.local_addr().is_ok_and(|local| local.ip() == address) {
+            return Err(Refusal::Itself);
+        }
+        Ok(Dialled { stream, address, permit })
+    }
+
+    /// The addresses of a name that may be dialled.
+    async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, Refusal> {
+        let addresses = match tokio::time::timeout(RESOLVE_LIMIT, self.resolver.resolve(host)).await {
+            Ok(Ok(addresses)) => addresses,
+            Ok(Err(error)) => return Err(Refusal::Resolve(error)),
+            Err(_) => return Err(Refusal::ResolveLimit),
+        };
+        let mut refusal = Refusal::NoAddress;
+        let mut passed = Vec::new();
+        for address in addresses {
+            match range(address) {
+                Some(range) if !(self.allow_private && range.is_private()) => {
+                    refusal = Refusal::Address(range)
+                }
+                _ => passed.push(address),
+            }
+        }
+        passed.truncate(MAX_ADDRESSES);
+        if passed.is_empty() { Err(refusal) } else { Ok(passed) }
+    }
+}
+
+struct Dialled {
+    stream: TcpStream,
+    address: IpAddr,
+    permit: tokio::sync::OwnedSemaphorePermit,
+}
+
+/// Bounds and letters of a name that a guest sends: what the agent's own check lets through.
+fn check_name(host: &str) -> Result<(), Refusal> {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_'))
+    };
+    if host.len() > crate::policy::MAX_HOST || !host.split('.').all(label) {
+        return Err(Refusal::Name);
+    }
+    // Resolvers take 127.1, 0x7f000001 and 2130706433 for addresses.
+    if crate::policy::is_numeric(host) { Err(Refusal::Literal) } else { Ok(()) }
+}
+
+/// Connects to the first address that answers.
+async fn connect(addresses: &[IpAddr], port: u16) -> Result<(TcpStream, IpAddr), Refusal> {
+    let deadline = Instant::now() + CONNECT_LIMIT;
+    let mut refusal = Refusal::ConnectLimit;
+    for (done, address) in addresses.iter().enumerate() {
+        // One that is silent leaves the others their share.
+        let left = u32::try_from(addresses.len() - done).unwrap_or(1);
+        let share = deadline.saturating_duration_since(Instant::now()) / left;
+        match tokio::time::timeout(share, TcpStream::connect(SocketAddr::new(*address, port))).await {
+            Ok(Ok(stream)) => {
+                let _ = stream.set_nodelay(true);
+                return Ok((stream, *address));
+            }
+            Ok(Err(error)) => refusal = Refusal::Connect(error),
+            Err(_) => refusal = Refusal::ConnectLimit,
+        }
+    }
+    Err(refusal)
+}
+
+#[cfg(test)]
+#[path = "egress_test.rs"]
+mod tests;
