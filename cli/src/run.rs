@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use chitin::policy::Endpoint;
 use chitin::{
-    Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader, Usage,
+    Builder, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader,
+    Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -82,7 +82,7 @@ pub struct Args {
 
     /// Let the workload connect to HOST:PORT, or to any host below a domain: '*.example.com:443'; TCP only
     #[arg(long, value_name = "HOST:PORT")]
-    allow: Vec<Endpoint>,
+    allow: Vec<String>,
 
     /// Let allowed hosts resolve to loopback and private addresses: for test servers; whoever owns the name picks the address
     #[arg(long, requires = "allow")]
@@ -239,7 +239,7 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     for secret in secrets {
         builder = builder.secret_spec(secret);
     }
-    builder = builder.allow_all(args.allow.iter().cloned()).allow_private(args.allow_private);
+    builder = args.allow.iter().fold(builder, Builder::allow).allow_private(args.allow_private);
     if let Some(path) = &args.audit {
         builder = builder.audit(path);
     }

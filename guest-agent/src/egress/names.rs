@@ -64,8 +64,14 @@ impl Names {
 
     /// What a connection to this address is meant for, if that may be.
     pub fn at(&self, address: Ipv4Addr, port: u16) -> Option<&str> {
-        let number = usize::try_from(address.to_bits().checked_sub(FIRST)?).ok()?;
-        let name = self.names.get(number.checked_sub(1)?)?;
+        let name = match address {
+            // Programs do not ask for it: `/etc/hosts` says where it is.
+            Ipv4Addr::LOCALHOST => "localhost",
+            _ => {
+                let number = usize::try_from(address.to_bits().checked_sub(FIRST)?).ok()?;
+                self.names.get(number.checked_sub(1)?)?
+            }
+        };
         self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(name)).then_some(name)
     }
 }
@@ -103,6 +109,13 @@ mod tests {
         names.allow(vec![]);
         assert_eq!(names.at(first, 443), None);
         assert_eq!(names.find("a.test"), Found::Nothing);
+    }
+
+    #[test]
+    fn localhost_is_where_it_always_is() {
+        let names = names(&[("localhost", false, 80), ("a.test", false, 443)]);
+        assert_eq!(names.at(Ipv4Addr::LOCALHOST, 80), Some("localhost"));
+        assert_eq!(names.at(Ipv4Addr::LOCALHOST, 443), None);
     }
 
     #[test]
