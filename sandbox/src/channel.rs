@@ -89,6 +89,8 @@ struct State {
     requests: HashMap<u32, oneshot::Sender<Result<(), Failure>>>,
     /// Who is told what the workload tries to reach, if it may reach anything.
     knocks: Option<mpsc::Sender<Knock>>,
+    /// Attempts that the broker was not told of.
+    missed: u64,
     /// The last name given to a process or a request.
     last_name: u32,
     seen: Seen,
@@ -123,6 +125,7 @@ impl Channel {
                 processes: HashMap::new(),
                 requests: HashMap::new(),
                 knocks: None,
+                missed: 0,
                 last_name: 0,
                 seen: Seen::default(),
                 closed: false,
@@ -183,6 +186,11 @@ impl Channel {
     /// Opens a stream on which this side receives.
     pub fn open_reader(&self) -> Option<StreamReader> {
         self.open(Direction::Receive).map(|id| StreamReader { channel: self.clone(), id })
+    }
+
+    /// How many attempts were turned away before the broker heard of them, since this was last asked.
+    pub fn missed(&self) -> u64 {
+        std::mem::take(&mut self.shared.lock().missed)
     }
 
     /// Opens a stream both ways.
@@ -417,10 +425,12 @@ impl State {
 
     /// Tells the broker. `false`: it has too much to do already.
     fn knock(&mut self, knock: Knock) -> Result<bool, Fault> {
-        match &self.knocks {
-            Some(knocks) => Ok(knocks.try_send(knock).is_ok()),
-            None => Err(Fault::Unexpected { what: "egress that was not opened" }),
-        }
+        let Some(knocks) = &self.knocks else {
+            return Err(Fault::Unexpected { what: "egress that was not opened" });
+        };
+        let told = knocks.try_send(knock).is_ok();
+        self.missed += u64::from(!told);
+        Ok(told)
     }
 }
 

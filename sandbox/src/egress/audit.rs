@@ -114,6 +114,13 @@ impl Audit {
         self.state.as_ref().is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
     }
 
+    /// So many lines were left out before they came here.
+    pub fn omit(&self, count: u64) {
+        if let Some(state) = &self.state {
+            state.lock().unwrap_or_else(PoisonError::into_inner).omitted += count;
+        }
+    }
+
     pub fn write(&self, mut line: Line<'_>) {
         let Some(state) = &self.state else { return };
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -263,6 +263,7 @@ impl Broker {
                 },
                 Some(_) = attempts.join_next() => {}
             }
+            self.audit.omit(channel.missed());
         }
         while attempts.join_next().await.is_some() {}
     }
