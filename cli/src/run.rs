@@ -39,8 +39,7 @@ Examples:
   head -c 1G /dev/urandom | chitin run -- sha256sum
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
-  chitin run --allow api.example.com:443 --audit net.jsonl -- python3 -c \
-    'import urllib.request as r; print(r.urlopen(\"https://api.example.com/\").status)'
+  chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
 pub struct Args {
