@@ -84,11 +84,11 @@ pub struct Args {
     allow: Vec<String>,
 
     /// Let allowed hosts resolve to loopback and private addresses: for test servers; whoever owns the name picks the address
-    #[arg(long, requires = "allow")]
+    #[arg(long)]
     allow_private: bool,
 
     /// Add a line of JSON to FILE for each attempt of the workload to reach something
-    #[arg(long, value_name = "FILE", requires = "allow")]
+    #[arg(long, value_name = "FILE")]
     audit: Option<PathBuf>,
 
     /// Lead port HOST of this host's 127.0.0.1 to port GUEST in the sandbox

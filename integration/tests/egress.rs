@@ -218,7 +218,6 @@ fn what_is_no_endpoint_is_refused_in_one_line() {
     ] {
         chitin("run --allow").arg(endpoint).args(["--", "true"]).outcome().refused(words);
     }
-    chitin("run --audit x -- true").outcome().refused("--allow");
     chitin("run --allow a.test:1 --audit /nonexistent/x -- true").outcome().refused("write the audit");
     for ports in ["0:80", "80:0", "70000:80", "80", "a:b"] {
         chitin("run -p").arg(ports).args(["--", "true"]).outcome().refused("two ports from 1 to 65535");

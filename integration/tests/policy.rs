@@ -1,6 +1,7 @@
 //! What a policy says is so: each field seen from inside, or refused.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use chitin::{Exit, Sandbox};
@@ -269,10 +270,6 @@ fn what_cannot_be_kept_is_refused() {
          credential_source: vault://openclaw/creds\n",
         "cannot be kept on ironclaw: hardening.credential_source",
     );
-    refused(
-        "sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n",
-        "sandbox.network.allowed_egress",
-    );
     refused("secrets: [{name: A, source: 'vault://kv/a#b'}]\n", "vaults are not asked yet");
     refused("runtime: ironclaw\nresorces: {}\n", "p.yaml, line 2, column 1: there is no key `resorces`");
     refused(
@@ -284,6 +281,33 @@ fn what_cannot_be_kept_is_refused() {
 }
 
 #[test]
+fn a_policy_says_what_may_be_connected_to() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let held =
+        std::thread::spawn(move || listener.accept().map(|(mut stream, _)| stream.write_all(b"hello")));
+    let text = format!(
+        "sandbox: {{profile: restricted-net, network: {{allowed_egress: ['localhost:{port}', '*.example.com:443']}}}}\n"
+    );
+    let script = format!(
+        "import socket
+print(socket.create_connection(('localhost', {port})).recv(5).decode())
+try:
+    socket.create_connection(('other.example', 443))
+except socket.gaierror:
+    print('none')"
+    );
+    let file = policy(&text);
+    let run = |options: &str| chitin(&format!("run {options} --policy")).arg(&file.path);
+    let outcome = run("--allow-private").args(["--", "python3", "-c"]).arg(&script).outcome();
+    assert_eq!(outcome.ok(), "hello\nnone");
+    held.join().unwrap().unwrap().unwrap();
+    let words = "--allow evil.example:443: the policy";
+    run("--allow evil.example:443").args(["--", "true"]).outcome().refused(words);
+    run("--allow a.example.com:443").args(["--", "true"]).outcome().ok();
+}
+
+#[test]
 fn a_check_says_beforehand_what_a_run_will_say() {
     let check = |text: &str| {
         let policy = policy(text);
@@ -291,9 +315,11 @@ fn a_check_says_beforehand_what_a_run_will_say() {
     };
     let fine = check(RESTRICTED);
     assert!(fine.ok().contains("On ironclaw all of it is kept:"), "{fine:?}");
-    let refused = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
+    let refused = check("secrets: [{name: A, source: 'vault://kv/a#b'}]\n");
     assert!(refused.ok().contains("On ironclaw a run is REFUSED:"), "{refused:?}");
-    assert!(refused.ok().contains("sandbox.network.allowed_egress: REFUSED: "), "{refused:?}");
+    assert!(refused.ok().contains("REFUSED: "), "{refused:?}");
+    let egress = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
+    assert!(egress.ok().contains("a broker on this host dials what is listed"), "{egress:?}");
     check("sandbox:\n  profile: paranoid\n")
         .refused("p.yaml, line 2, column 12: `paranoid` is none of restricted,");
     let schema = chitin("policy schema").outcome();

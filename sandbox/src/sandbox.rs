@@ -357,6 +357,12 @@ impl Builder {
         if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
             return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
         }
+        if let Some(endpoint) = self.egress.endpoints.iter().find(|endpoint| !policy.may_reach(endpoint)) {
+            return Err(PolicyError::Egress { origin: policy.origin.clone(), endpoint: endpoint.clone() });
+        }
+        if self.egress.endpoints.is_empty() {
+            self.egress.allow(policy.egress.iter().cloned());
+        }
         let limits = &policy.limits;
         let vcpus = policy.tighten("vcpus", self.vcpus.map(u64::from), limits.vcpus)?;
         self.vcpus = Some(u32::try_from(vcpus).unwrap_or(u32::MAX));

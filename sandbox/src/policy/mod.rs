@@ -107,6 +107,14 @@ pub enum PolicyError {
         /// The credential.
         name: String,
     },
+    /// An endpoint was asked for that it does not list.
+    #[error("--allow {endpoint}: the policy {origin} does not list it: ask for less, or change the policy")]
+    Egress {
+        /// The file.
+        origin: String,
+        /// The endpoint.
+        endpoint: Endpoint,
+    },
     /// A template was made under something else.
     #[error(
         "the template `{template}` was built under {built}: build it again with `chitin template build --policy`"
@@ -272,6 +280,17 @@ impl Policy {
             max_tasks: bounded.then_some(self.limits.pids),
             max_disk: self.limits.disk_mib.filter(|_| bounded).map(|mib| u64::from(mib) << 20),
         }
+    }
+
+    /// Whether all that an endpoint means is listed.
+    pub fn may_reach(&self, endpoint: &Endpoint) -> bool {
+        let covers = |listed: &Endpoint| {
+            listed == endpoint
+                || listed.wildcard
+                    && listed.port == endpoint.port
+                    && endpoint.host.strip_suffix(&listed.host).is_some_and(|rest| rest.ends_with('.'))
+        };
+        self.egress.iter().any(covers)
     }
 
     /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is

@@ -63,8 +63,16 @@ fn the_second_shape() {
     assert_eq!(policy.files, [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]);
     assert!(policy.files_confined);
     assert_eq!(policy.egress, [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]);
-    let refusal = policy.check_tier(Runtime::Ironclaw).unwrap_err().to_string();
-    assert!(refusal.contains("sandbox.network.allowed_egress"), "{refusal}");
+    policy.check_tier(Runtime::Ironclaw).unwrap();
+    let reach = |endpoint: &str| policy.may_reach(&endpoint.parse().unwrap());
+    assert!(reach("api.example.com:443"));
+    for more in ["api.example.com:80", "example.com:443", "*.example.com:443", "a.api.example.com:443"] {
+        assert!(!reach(more), "{more}");
+    }
+    let wide = parse("sandbox: {network: {allowed_egress: ['*.example.com:443']}}");
+    let reach = |endpoint: &str| wide.may_reach(&endpoint.parse().unwrap());
+    assert!(reach("a.example.com:443") && reach("*.a.example.com:443") && reach("*.example.com:443"));
+    assert!(!reach("example.com:443") && !reach("badexample.com:443") && !reach("a.example.com:80"));
 }
 
 #[test]

@@ -45,7 +45,6 @@ pub enum Verdict {
 }
 
 const NO_TIER: &str = "this tier cannot be run yet";
-const NO_BROKER: &str = "nothing dials for a sandbox yet: run it without, or wait for the egress broker";
 const NO_VAULT: &str =
     "vaults are not asked yet: name a source of this host (env:, file:, exec:) in `secrets`";
 
@@ -97,7 +96,6 @@ impl Policy {
             Field::Secrets if self.vault.iter().any(|secret| secret.name.is_some()) => {
                 return Verdict::Refused(NO_VAULT);
             }
-            Field::Egress if !self.egress.is_empty() => return Verdict::Refused(NO_BROKER),
             _ => {}
         }
         match tier {
@@ -118,6 +116,9 @@ impl Policy {
                 "copies, and the guest kernel's Landlock for all the rest"
             }
             Field::Filesystem => "nothing of the host is in the guest",
+            Field::Egress if !self.egress.is_empty() => {
+                "the guest has no network interface but loopback; a broker on this host dials what is listed"
+            }
             Field::Egress => "the guest has no network interface but loopback",
             Field::SyscallFilter => match self.syscalls {
                 SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
