@@ -10,7 +10,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chitin_integration::{builder, chitin};
+use chitin_integration::{builder, chitin, file, workspace};
 use rustix::net::sockopt;
 use serde_json::Value;
 
@@ -304,6 +304,37 @@ print(urllib.request.urlopen('https://localhost:{port}/', context=context).read(
     drop(forward);
     client.stop().await;
     serving.stop().await;
+}
+
+#[test]
+fn node_fetches_what_its_policy_allows() {
+    let node = workspace().join("target/programs/node");
+    let node = fs::canonicalize(node).expect("no target/programs: `cargo xtask test` fetches them");
+    let port = server(http);
+    let dir = tempfile::tempdir().unwrap();
+    let policy = format!(
+        "sandbox: {{syscall_filter: default_deny, network: {{allowed_egress: ['localhost:{port}', '*.example.com:443']}}}}\n\
+         resources: {{memory_mib: 1024, disk_mib: 400, timeout: 10m}}\n"
+    );
+    let policy = file(dir.path(), "p.yaml", policy).unwrap();
+    let script = format!(
+        "const dns = require('dns').promises;
+(async () => {{
+  console.log((await (await fetch('http://localhost:{port}/')).text()).length);
+  console.log(await dns.resolve4('a.example.com'), (await dns.lookup('b.example.com')).address);
+  for (const name of ['evil.example', 'example.com'])
+    console.log(await fetch('http://' + name + ':{port}/').catch(e => e.cause.code), await dns.resolve4(name).catch(e => e.code));
+}})()"
+    );
+    let outcome = chitin("run --allow-private --policy")
+        .arg(policy)
+        .arg("--copy-in")
+        .arg(format!("{}:node", node.display()))
+        .args(["--", "./node", "-e"])
+        .arg(script)
+        .outcome();
+    let none = "ENOTFOUND ENOTFOUND";
+    assert_eq!(outcome.ok(), format!("300000\n[ '127.64.0.1' ] 127.64.0.2\n{none}\n{none}"));
 }
 
 #[tokio::test]
