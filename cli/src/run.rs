@@ -8,8 +8,8 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError, StreamReader,
-    Usage,
+    Builder, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError,
+    StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
