@@ -81,8 +81,8 @@ pub enum Error {
         /// What went wrong.
         what: String,
     },
-    /// It was not started for that.
-    #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`")]
+    /// It was not started for that, or has been forked.
+    #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once")]
     NotForkable,
     /// That many copies cannot be made at once.
     #[error("{count} copies at once: at most {}", crate::MAX_FORKS)]

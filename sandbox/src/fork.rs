@@ -45,7 +45,8 @@ impl Sandbox {
     /// [`Process`](crate::Process) says that the sandbox was stopped. A copy's time limit counts from now.
     ///
     /// # Errors
-    /// [`Error::NotForkable`] unless it was started [`forkable`](Builder::forkable); the agent refuses, because it was given
+    /// [`Error::NotForkable`] unless it was started [`forkable`](Builder::forkable) and has not been forked yet, itself or what
+    /// it is a copy of; the agent refuses, because it was given
     /// secrets: then the sandbox goes on. Whatever fails after that ends the sandbox, or, where only a copy fails, the copies.
     pub async fn fork(&mut self, count: usize) -> Result<Vec<Sandbox>, Error> {
         if count > MAX_FORKS {
@@ -58,6 +59,9 @@ impl Sandbox {
             return Err(error);
         }
         let Origin { builder, mut spec, started } = *origin;
+        // The agent has opened one more connection than it needs, before it gave up the right to.
+        let builder = builder.forkable(false);
+        spec.template = false;
         let saved = Saved::create().map_err(|source| Error::Host { what: "make files in memory", source })?;
         let binding = builder.restore(&mut spec)?;
         self.save(&Request::Snapshot { binding }, &saved.files()?).await?;
