@@ -67,6 +67,9 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
     let (binaries, metadata) = (binaries.to_string_lossy(), metadata.to_string_lossy());
     command.extend(["--binaries-metadata", &binaries, "--cargo-metadata", &metadata]);
     command.extend(profile);
+    // About one in several hundred guests crashes or hangs there, with a register or a lock it cannot have had; why is not
+    // known, nor that it is the emulation's fault. A test that passes only then is called flaky in the summary.
+    command.extend(["--retries", "2"]);
     command.extend(filter);
     // A CPU of the emulated host is one thread here, so there is one such host for each of ours, up to a memory's worth.
     let hosts = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_HOSTS));
