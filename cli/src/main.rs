@@ -6,6 +6,7 @@ mod bench;
 mod doctor;
 mod failure;
 mod jail;
+mod machine;
 mod policy;
 mod report;
 mod run;

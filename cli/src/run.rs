@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{CHITIN_FAILED, Failure};
-use crate::jail::NoJail;
+use crate::machine::Machine;
 use crate::report::{Governed, JailReport, Report};
 
 /// How long a workload that was sent a signal may take to end.
@@ -51,13 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
 
-    /// Virtual CPUs, 1 to 8; without it the policy's, or 1
-    #[arg(long, value_name = "N")]
-    cpus: Option<u32>,
-
-    /// Memory in MiB, 64 to 16384, files the workload writes included; without it the policy's, or 256
-    #[arg(long, value_name = "MIB")]
-    memory: Option<u64>,
+    #[command(flatten)]
+    machine: Machine,
 
     /// End the sandbox after so long, boot included: 90s, 5m, 1h
     #[arg(long, value_name = "DUR", value_parser = humantime::parse_duration)]
@@ -106,9 +101,6 @@ pub struct Args {
     /// Show the guest's serial console on standard error
     #[arg(long)]
     console: bool,
-
-    #[command(flatten)]
-    jail: NoJail,
 
     /// Write a JSON record of the run
     #[arg(long, value_name = "FILE")]
@@ -194,7 +186,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
             exit,
             usage,
             error: outcome.as_ref().err().map(Failure::line),
-            jail: JailReport { on: args.jail.wanted(), closed: progress.jail },
+            jail: JailReport { on: args.machine.jail.wanted(), closed: progress.jail },
             phases: progress.phases,
         };
         match (report.write(path), &outcome) {
@@ -218,13 +210,7 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     let listeners = listen(&args.publish).await?;
     let mut signals = Signals::listen()?;
 
-    let mut builder = Sandbox::builder().console(args.console).jail(args.jail.announced());
-    if let Some(cpus) = args.cpus {
-        builder = builder.vcpus(cpus);
-    }
-    if let Some(memory) = args.memory {
-        builder = builder.memory_mib(memory);
-    }
+    let mut builder = args.machine.shape(Sandbox::builder().console(args.console));
     if let Some(policy) = policy {
         builder = builder.policy(policy);
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use chitin::{Manifest, Policy, Sandbox, Templates, Warming};
 
 use crate::failure::Failure;
-use crate::jail::NoJail;
+use crate::machine::Machine;
 
 /// What to do with templates.
 #[derive(clap::Subcommand)]
@@ -47,16 +47,8 @@ pub struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
 
-    /// Virtual CPUs, 1 to 8; without it the policy's, or 1
-    #[arg(long, value_name = "N")]
-    cpus: Option<u32>,
-
-    /// Memory in MiB, 64 to 16384; without it the policy's, or 256
-    #[arg(long, value_name = "MIB")]
-    memory: Option<u64>,
-
     #[command(flatten)]
-    jail: NoJail,
+    machine: Machine,
 }
 
 /// Which one.
@@ -71,19 +63,12 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
     let templates = Templates::locate().map_err(chitin::Error::from)?;
     match command {
         Command::Build(args) => {
-            let mut builder = Sandbox::builder().templates(templates);
-            if let Some(cpus) = args.cpus {
-                builder = builder.vcpus(cpus);
-            }
-            if let Some(memory) = args.memory {
-                builder = builder.memory_mib(memory);
-            }
+            let mut builder = args.machine.shape(Sandbox::builder().templates(templates));
             if let Some(policy) = &args.policy {
                 builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
             }
             let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
             let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
-            let builder = builder.jail(args.jail.announced());
             let manifest = builder.build_template(&args.name.name, &warming).await?;
             println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
         }

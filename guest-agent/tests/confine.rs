@@ -4,32 +4,8 @@
 
 mod support;
 
-use std::process::Command;
-
 use chitin_protocol::{Confine, Exit, Failure, FileRule, SystemCalls, ToGuest};
-use support::{AGENT, Agent};
-
-fn sandbox() -> Option<Agent> {
-    if !support::needs_root("building a root file system") {
-        return None;
-    }
-    let mut command = Command::new("unshare");
-    command
-        .args([
-            "--mount",
-            "--propagation=private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--net",
-            "--uts",
-            "--ipc",
-        ])
-        .args(["--cgroup", "--", AGENT, "--stdio", "--build-root"]);
-    let mut agent = Agent::spawn_with(&mut command);
-    agent.until(|agent| agent.ready);
-    Some(agent)
-}
+use support::{Agent, sandbox};
 
 /// Nothing but the answer to it.
 fn nothing(agent: &mut Agent) -> Confine {

@@ -5,33 +5,8 @@
 
 mod support;
 
-use std::process::Command;
-
 use chitin_protocol::{Direction, Exit, ToGuest};
-use support::{AGENT, Agent};
-
-/// The agent as PID 1 with a root of its own making.
-fn sandbox() -> Option<Agent> {
-    if !support::needs_root("building a root file system") {
-        return None;
-    }
-    let mut command = Command::new("unshare");
-    command
-        .args([
-            "--mount",
-            "--propagation=private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--net",
-            "--uts",
-            "--ipc",
-        ])
-        .args(["--cgroup", "--", AGENT, "--stdio", "--build-root"]);
-    let mut agent = Agent::spawn_with(&mut command);
-    agent.until(|agent| agent.ready);
-    Some(agent)
-}
+use support::{Agent, sandbox};
 
 #[test]
 fn only_scratch_directories_are_writable() {

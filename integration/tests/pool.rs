@@ -47,6 +47,11 @@ async fn sandboxes_of_a_pool_are_their_own_and_are_replaced() {
     }
     pool.filled().await.unwrap();
     assert_eq!((pool.ready(), monitors().len()), (2, 2));
+    // Those that wait have all they need.
+    Templates::at(dir.path()).remove("t").unwrap();
+    let sandbox = pool.start().await.unwrap();
+    assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
+    sandbox.stop().await;
     drop(pool);
     gone().await;
 }

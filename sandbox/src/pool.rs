@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::sandbox::BOOT_LIMIT;
+use crate::sandbox::{BOOT_LIMIT, Plan};
 use crate::tier::ironclaw::{self, End, Monitor};
 use crate::{Builder, Error, Sandbox};
 
@@ -44,24 +44,32 @@ pub struct Pool {
 struct Shared {
     builder: Builder,
     size: usize,
-    waiting: Mutex<VecDeque<Monitor>>,
+    waiting: Mutex<VecDeque<Waiting>>,
     /// How many wait.
     count: watch::Sender<usize>,
 }
 
+/// A monitor that has done all it can do without a channel, and what it was given.
+#[derive(Debug)]
+struct Waiting {
+    monitor: Monitor,
+    plan: Plan,
+}
+
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Monitor>> {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
         // A list of processes is whole at every moment.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The one that has waited longest and still lives.
-    fn take(&self) -> Option<Monitor> {
+    fn take(&self) -> Option<Waiting> {
         let mut waiting = self.waiting();
         loop {
-            let monitor = waiting.pop_front()?;
-            if monitor.reported.borrow().end.is_none() {
-                return Some(monitor);
+            let first = waiting.pop_front()?;
+            let lives = first.monitor.reported.borrow().end.is_none();
+            if lives {
+                return Some(first);
             }
         }
     }
@@ -98,8 +106,7 @@ impl Pool {
         let builder = &self.shared.builder;
         let values = builder.values().await?;
         let sandbox = match self.shared.take() {
-            Some(mut monitor) => {
-                let plan = builder.plan()?;
+            Some(Waiting { mut monitor, plan }) => {
                 let channel = monitor.go()?;
                 let sandbox = builder.watch(monitor, channel, &plan.spec, started);
                 builder.finish(sandbox, &plan, values).await
@@ -147,8 +154,8 @@ async fn fill(shared: Arc<Shared>) {
             tokio::time::sleep(BREATHER).await;
         }
         match prepare(&shared.builder).await {
-            Ok(monitor) => {
-                shared.waiting().push_back(monitor);
+            Ok(waiting) => {
+                shared.waiting().push_back(waiting);
                 shared.publish_count();
             }
             // Whoever starts a sandbox meanwhile is told why it cannot be done.
@@ -157,12 +164,14 @@ async fn fill(shared: Arc<Shared>) {
     }
 }
 
-/// A monitor that has done all it can do without a channel.
-async fn prepare(builder: &Builder) -> Result<Monitor, Error> {
-    let plan = builder.plan()?;
-    let mut monitor = ironclaw::prepare(&builder.artifacts, &plan.spec, plan.files.as_ref())?;
+/// Starts a monitor and waits until it waits.
+async fn prepare(builder: &Builder) -> Result<Waiting, Error> {
+    let mut plan = builder.plan()?;
+    // It has them now; ours are not needed while it waits.
+    let files = plan.files.take();
+    let mut monitor = ironclaw::prepare(&builder.artifacts, &plan.spec, files.as_ref())?;
     match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
-        Ok(true) => Ok(monitor),
+        Ok(true) => Ok(Waiting { monitor, plan }),
         Ok(false) => Err(match monitor.ended().await {
             End::Failed(reason) => Error::Monitor { reason },
             End::Guest(end) => Error::GuestEnded(end),

@@ -56,7 +56,7 @@ pub struct Warming {
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub spec: VmSpec,
-    /// Of a guest that is restored.
+    /// Of a guest that is restored; taken by the monitor.
     pub files: Option<Files>,
     /// Whether it already keeps the policy.
     pub confined: bool,
@@ -104,7 +104,7 @@ impl Builder {
         self
     }
 
-    /// The memory in MiB that was asked for, or the default.
+    /// The memory in MiB that each sandbox gets.
     pub(crate) fn memory(&self) -> Result<u64, Error> {
         Ok(self.spec()?.memory_mib.into())
     }
@@ -254,7 +254,7 @@ impl Builder {
         plan: &Plan,
         values: Values,
     ) -> Result<Sandbox, Error> {
-        let sandbox = self.up(sandbox, plan.files.is_some(), values).await?;
+        let sandbox = self.up(sandbox, plan.spec.restore, values).await?;
         if !plan.confined {
             sandbox.confine().await?;
         }

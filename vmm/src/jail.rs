@@ -173,6 +173,15 @@ fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
 }
 
+/// Keeps guest memory, and with it a guest's secrets, out of core dumps and away from other processes of this user.
+///
+/// # Errors
+/// The kernel refuses a limit of zero, which none does.
+pub fn forbid_dumps() -> io::Result<()> {
+    inmate::limit(libc::RLIMIT_CORE, 0)?;
+    prctl(libc::PR_SET_DUMPABLE, 0)
+}
+
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -197,7 +197,8 @@ fn run(
     parts.watch_pages().map_err(Error::from)?;
     let jail = inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
     if jail.is_none() {
-        harden()?;
+        // What is left without one.
+        jail::forbid_dumps().map_err(host("become undumpable"))?;
     }
     let monitor = builder
         .spec(spec)
@@ -228,21 +229,6 @@ fn report(result: Result<Done, Error>, mut emit: impl FnMut(Message)) -> c_int {
             FAILED
         }
     }
-}
-
-/// What is left without a jail: keeps guest memory, and with it a guest's secrets, out of core dumps and away from other
-/// processes of this user.
-fn harden() -> Result<(), Error> {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `none` is a valid limit, read during the call.
-    if unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } != 0 {
-        return Err(host("disable core dumps")(std::io::Error::last_os_error()));
-    }
-    // SAFETY: takes numbers only.
-    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
-        return Err(host("make the process undumpable")(std::io::Error::last_os_error()));
-    }
-    Ok(())
 }
 
 /// A descriptor that becomes readable when this process is asked to end. From here on the signals do nothing else, in this

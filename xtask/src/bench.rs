@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::{kernel, microvm, rootfs, setup, workspace};
+use crate::{microvm, setup, workspace};
 
 /// How much worse than the committed one a median may be, in percent. Two runs of the same build differ by less than one.
 const TOLERANCE: f64 = 3.0;
@@ -121,9 +121,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
-    kernel::run(&kernel::Args::default())?;
-    rootfs::run(&rootfs::Args::default())?;
-    microvm::build_binaries()?;
+    microvm::build()?;
     let dir = workspace::target().join("nested-out/bench");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let code = measure(&dir)?;

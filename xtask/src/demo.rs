@@ -15,7 +15,7 @@ use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
 use crate::process::{command, output, start_failure};
-use crate::{cache, kernel, microvm, rootfs, setup, workspace};
+use crate::{cache, microvm, setup, workspace};
 
 /// The name under which the script expects its token.
 const TOKEN: &str = "API_TOKEN";
@@ -35,9 +35,7 @@ pub fn run(_: &Args) -> Result<ExitCode> {
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
-    kernel::run(&kernel::Args::default())?;
-    rootfs::run(&rootfs::Args::default())?;
-    microvm::build_binaries()?;
+    microvm::build()?;
 
     let out = workspace::target().join("demo");
     cache::remove_tree(&out)?;

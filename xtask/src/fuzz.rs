@@ -4,9 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::process::{command, describe, output, start_failure};
+use crate::process::{command, output, run_aloud};
 use crate::workspace;
 
 /// Inputs are as long as what a target can use: a kernel's headers, some packets, a state.
@@ -79,12 +79,7 @@ fn cargo_fuzz(action: &str, words: &[String]) -> Result<()> {
     fuzz.args(["fuzz", action, "--fuzz-dir", ".", "--target-dir"]).arg(target_dir()).args(words);
     // Instrumentation is an option that only unstable compilers have, and stable ones if they are told to be.
     fuzz.env("RUSTC_BOOTSTRAP", "1").current_dir(workspace::root().join("fuzz")).stdin(Stdio::null());
-    eprintln!("running: {}", describe(&fuzz));
-    let status = fuzz.status().with_context(|| start_failure(&fuzz))?;
-    if !status.success() {
-        bail!("{} failed ({status}); what it found is in target/fuzz-artifacts", describe(&fuzz));
-    }
-    Ok(())
+    run_aloud(&mut fuzz).context("what was found is in target/fuzz-artifacts")
 }
 
 fn target_dir() -> PathBuf {

@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::{command, describe, output, start_failure};
+use crate::process::{self, command, output, start_failure};
 use crate::{microvm, workspace};
 
 /// Where the mutations are, from the workspace root.
@@ -57,7 +57,7 @@ fn attack(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
 
 /// Takes one check out of the monitor, or each in turn, and fails if no attack notices.
 fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
-    let all = mutations()?;
+    let all = workspace::patches(MUTATIONS)?;
     let chosen: Vec<&PathBuf> = all
         .iter()
         .filter(|path| name == "all" || path.file_stem().is_some_and(|stem| stem == name))
@@ -95,16 +95,6 @@ fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The patches that remove a check, by name.
-fn mutations() -> Result<Vec<PathBuf>> {
-    let dir = workspace::root().join(MUTATIONS);
-    let entries = fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))?;
-    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
-    paths.sort();
-    Ok(paths)
-}
-
 /// Copies what belongs to the workspace. What is the same already keeps its time, so that it need not be built again.
 fn copy_tree(to: &Path) -> Result<()> {
     let root = workspace::root();
@@ -135,10 +125,7 @@ fn patch(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
 
 fn build(dir: PathBuf, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
     let mut build = command("cargo", ["build", "--quiet"]);
-    build.args(args).envs(env.iter().copied()).current_dir(dir);
-    let status = build.status().with_context(|| start_failure(&build))?;
-    ensure!(status.success(), "{} failed ({status})", describe(&build));
-    Ok(())
+    process::run(build.args(args).envs(env.iter().copied()).current_dir(dir))
 }
 
 #[cfg(test)]
@@ -147,7 +134,7 @@ mod tests {
 
     #[test]
     fn each_mutation_says_what_it_removes_and_fits_the_monitor() {
-        let all = mutations().unwrap();
+        let all = workspace::patches(MUTATIONS).unwrap();
         assert!(all.len() >= 3);
         for path in all {
             let text = fs::read_to_string(&path).unwrap();

@@ -46,7 +46,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The cache entry with `vmlinux`, `config` and `System.map`.
 pub fn find_or_build() -> Result<PathBuf> {
     let fragments = config::read_fragments(&workspace::root().join("kernel-config"))?;
-    let patches = patches()?;
+    let patches = workspace::patches("kernel-config/patches")?;
     let mut patch_key = cache::Key::new("patches", 1);
     for patch in &patches {
         patch_key = patch_key.file(patch)?;
@@ -69,16 +69,6 @@ pub fn find_or_build() -> Result<PathBuf> {
         Ok(())
     })?;
     debian::file_under_substitute(entry, used == package, || format!("kernel-{}", key(&used).finish()))
-}
-
-/// `kernel-config/patches/*.patch`, in the order of their names.
-fn patches() -> Result<Vec<PathBuf>> {
-    let dir = workspace::root().join("kernel-config/patches");
-    let items = fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))?;
-    let mut paths: Vec<PathBuf> = items.filter_map(|item| Some(item.ok()?.path())).collect();
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
-    paths.sort();
-    Ok(paths)
 }
 
 fn build(

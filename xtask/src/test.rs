@@ -5,10 +5,10 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::process::{describe, output, start_failure};
-use crate::{fuzz, hostile, kernel, microvm, npm, rootfs, setup, workspace};
+use crate::process::{output, run_aloud};
+use crate::{fuzz, hostile, microvm, npm, setup, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -30,10 +30,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cargo(&["fmt", "--all", "--check"])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     }
-    kernel::run(&kernel::Args::default())?;
-    rootfs::run(&rootfs::Args::default())?;
+    microvm::build()?;
     npm::programs()?;
-    microvm::build_binaries()?;
     if args.filter.is_none() {
         cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;
         cargo(&["test", "--workspace", "--doc", "--quiet"])?;
@@ -81,12 +79,7 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
 
 fn cargo(args: &[&str]) -> Result<ExitCode> {
     let mut command = Command::new("cargo");
-    command.args(args).current_dir(workspace::root()).stdin(Stdio::null());
-    eprintln!("running: {}", describe(&command));
-    let status = command.status().with_context(|| start_failure(&command))?;
-    if !status.success() {
-        bail!("{} failed ({status})", describe(&command));
-    }
+    run_aloud(command.args(args).current_dir(workspace::root()).stdin(Stdio::null()))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,7 +1,10 @@
 //! Where things are.
 
 use std::env;
+use std::fs;
 use std::path::PathBuf;
+
+use anyhow::{Context, Result};
 
 /// The workspace root.
 pub fn root() -> PathBuf {
@@ -23,7 +26,7 @@ pub fn artifacts() -> PathBuf {
 }
 
 /// Where built artifacts are kept, shared by all checkouts of the user.
-pub fn cache() -> anyhow::Result<PathBuf> {
+pub fn cache() -> Result<PathBuf> {
     if let Some(dir) = env::var_os("CHITIN_CACHE") {
         return Ok(root().join(dir));
     }
@@ -34,4 +37,14 @@ pub fn cache() -> anyhow::Result<PathBuf> {
             anyhow::anyhow!("no home directory: set CHITIN_CACHE to a directory for built artifacts")
         })?;
     Ok(base.join("chitin"))
+}
+
+/// The patches in a directory below the root, by name.
+pub fn patches(dir: &str) -> Result<Vec<PathBuf>> {
+    let dir = root().join(dir);
+    let entries = fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    paths.sort();
+    Ok(paths)
 }

@@ -7,9 +7,8 @@ use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use super::stats::{self, Row};
-use super::{Output, Workload, plot, progress};
+use super::{Guest, Output, Workload, plot, progress};
 use crate::failure::Failure;
-use crate::jail::NoJail;
 
 /// Arguments of `chitin bench exec`.
 #[derive(clap::Args)]
@@ -25,12 +24,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: u32,
 
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    memory: u64,
-
     #[command(flatten)]
-    jail: NoJail,
+    guest: Guest,
 
     #[command(flatten)]
     output: Output,
@@ -60,8 +55,7 @@ struct Run {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
-    let builder = Sandbox::builder().memory_mib(args.memory).jail(args.jail.announced());
-    let sandbox = builder.start().await?;
+    let sandbox = args.guest.builder().start().await?;
     for _ in 0..UNCOUNTED {
         run_once(&sandbox, &args.workload).await?;
     }
@@ -78,7 +72,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),
     ];
     let summary = rows.into_iter().flatten().collect();
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.memory, summary, runs };
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, summary, runs };
     let title = format!("{} commands in one sandbox", args.runs);
     println!("{title}; milliseconds since each was asked for");
     stats::print("phase", &report.summary, 1e6);

@@ -7,13 +7,11 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use chitin::Sandbox;
 use serde::Serialize;
 
 use super::stats::{self, Row};
-use super::{Output, Temporary, Workload, plot};
+use super::{Guest, Output, Temporary, Workload, plot};
 use crate::failure::Failure;
-use crate::jail::NoJail;
 
 /// Arguments of `chitin bench memory`.
 #[derive(clap::Args)]
@@ -30,12 +28,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
     sandboxes: u32,
 
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    memory: u64,
-
     #[command(flatten)]
-    jail: NoJail,
+    guest: Guest,
 
     #[command(flatten)]
     output: Output,
@@ -63,13 +57,12 @@ struct Use {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
-    let base = Sandbox::builder().jail(args.jail.announced());
-    let builder = base.clone().memory_mib(args.memory);
+    let builder = args.guest.builder();
     let booted = measure(&builder, &args).await?;
-    let template = Temporary::build(builder, None, args.workload.argv.clone()).await?;
-    let copied = measure(&base.template(&template.name), &args).await?;
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.memory, booted, copied };
-    println!("{} sandboxes of {} MiB each; KiB", args.sandboxes, args.memory);
+    let template = Temporary::build(builder.clone(), None, args.workload.argv.clone()).await?;
+    let copied = measure(&builder.template(&template.name), &args).await?;
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, booted, copied };
+    println!("{} sandboxes of {} MiB each; KiB", args.sandboxes, args.guest.memory);
     stats::print("booted", &report.booted, 1024.0);
     stats::print("copied", &report.copied, 1024.0);
     args.output.write(&report, || plot::memory(&report.booted, &report.copied))?;

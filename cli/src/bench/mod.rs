@@ -16,6 +16,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::jail::NoJail;
 use crate::report::write_json;
 
 /// What to measure.
@@ -40,6 +41,23 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
         Command::Exec(args) => exec::run(args).await,
         Command::Memory(args) => memory::run(args).await,
         Command::Throughput(args) => throughput::run(args).await,
+    }
+}
+
+/// What the sandboxes are.
+#[derive(clap::Args)]
+struct Guest {
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+
+    #[command(flatten)]
+    jail: NoJail,
+}
+
+impl Guest {
+    fn builder(&self) -> Builder {
+        Sandbox::builder().memory_mib(self.memory).jail(self.jail.announced())
     }
 }
 

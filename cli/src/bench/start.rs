@@ -2,14 +2,13 @@
 
 use std::time::Instant;
 
-use chitin::{Builder, Phases, Pool, Sandbox};
+use chitin::{Builder, Phases, Pool};
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use super::stats::{self, Row};
-use super::{Output, Temporary, Workload, plot, progress};
+use super::{Guest, Output, Temporary, Workload, plot, progress};
 use crate::failure::Failure;
-use crate::jail::NoJail;
 
 const MILLISECOND: f64 = 1e6;
 
@@ -32,12 +31,8 @@ pub struct BootArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
 
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    memory: u64,
-
     #[command(flatten)]
-    jail: NoJail,
+    guest: Guest,
 
     #[command(flatten)]
     output: Output,
@@ -64,12 +59,8 @@ pub struct RestoreArgs {
     runs: u32,
 
     /// A template that is there already
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "memory")]
     template: Option<String>,
-
-    /// Memory in MiB of the one that is built
-    #[arg(long, value_name = "MIB", default_value_t = 128, conflicts_with = "template")]
-    memory: u64,
 
     /// Command that warms up the one that is built
     #[arg(long, value_name = "CMD", conflicts_with = "template")]
@@ -80,7 +71,7 @@ pub struct RestoreArgs {
     pool: bool,
 
     #[command(flatten)]
-    jail: NoJail,
+    guest: Guest,
 
     #[command(flatten)]
     output: Output,
@@ -105,24 +96,21 @@ struct Run {
 }
 
 pub async fn boot(args: BootArgs) -> Result<u8, Failure> {
-    let builder = Sandbox::builder().vcpus(args.cpus).memory_mib(args.memory).jail(args.jail.announced());
+    let builder = args.guest.builder().vcpus(args.cpus);
     // The first boot finds the files not yet in the page cache, and KVM and allocator cold.
     let runs = run_all(args.runs, &Source::Builder(builder), &args.workload).await?;
-    let title = format!("{} cold boots, {} vCPU, {} MiB", args.runs, args.cpus, args.memory);
+    let title = format!("{} cold boots, {} vCPU, {} MiB", args.runs, args.cpus, args.guest.memory);
     report(&title, runs, &args.output)
 }
 
 pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
-    let base = Sandbox::builder().jail(args.jail.announced());
+    let builder = args.guest.builder();
     let built = match args.template {
         Some(_) => None,
-        None => {
-            let builder = base.clone().memory_mib(args.memory);
-            Some(Temporary::build(builder, args.warm_up, args.workload.argv.clone()).await?)
-        }
+        None => Some(Temporary::build(builder.clone(), args.warm_up, args.workload.argv.clone()).await?),
     };
     let name = args.template.or(built.as_ref().map(|built| built.name.clone())).unwrap_or_default();
-    let builder = base.template(&name);
+    let builder = builder.template(&name);
     let source = match args.pool {
         // Two, so that one is always ready.
         true => Source::Pool(builder.pool(2).await?),

@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::stats::{self, Row};
-use super::{Output, plot, progress};
+use super::{Guest, Output, plot, progress};
 use crate::failure::Failure;
 
 const MIB: u64 = 1 << 20;
@@ -30,9 +30,8 @@ pub struct Args {
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     size: u64,
 
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    memory: u64,
+    #[command(flatten)]
+    guest: Guest,
 
     #[command(flatten)]
     output: Output,
@@ -47,7 +46,7 @@ struct Report {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
-    let sandbox = Sandbox::builder().memory_mib(args.memory).start().await?;
+    let sandbox = args.guest.builder().start().await?;
     let progress = progress(2 * args.runs, "transfers");
     let (mut into, mut out) = (Vec::new(), Vec::new());
     // The first of each finds buffers and the guest's page cache cold, and is not counted.

@@ -31,6 +31,29 @@ pub fn needs_root(what: &str) -> bool {
     is_root()
 }
 
+/// The agent as PID 1 with a root of its own making, in namespaces of this machine.
+pub fn sandbox() -> Option<Agent> {
+    if !needs_root("building a root file system") {
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "--propagation=private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--net",
+            "--uts",
+            "--ipc",
+        ])
+        .args(["--cgroup", "--", AGENT, "--stdio", "--build-root"]);
+    let mut agent = Agent::spawn_with(&mut command);
+    agent.until(|agent| agent.ready);
+    Some(agent)
+}
+
 pub struct Agent {
     pub child: Child,
     pub socket: UnixStream,

@@ -179,7 +179,7 @@ impl Scene {
             "neighbour_port": port,
             "neighbour_name": mark,
             "neighbour_key": 0x4348_4954,
-            "canary_sha256": hex(&Sha256::digest(canary.as_bytes())),
+            "canary_sha256": format!("{:x}", Sha256::digest(canary.as_bytes())),
             "memory_mib": builder.memory()?,
         });
         let context = context.to_string();
@@ -271,11 +271,7 @@ fn own_addresses() -> Vec<IpAddr> {
 fn random() -> Result<String, Error> {
     let mut bytes = [0; 16];
     fill_random(&mut bytes).map_err(|source| Error::Host { what: "get random bytes", source })?;
-    Ok(hex(&bytes))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
 #[cfg(test)]

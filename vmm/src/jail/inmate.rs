@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
 
-use super::{Jail, JailError, check, keep_capabilities, prctl};
+use super::{Jail, JailError, check, forbid_dumps, keep_capabilities, prctl};
 use crate::seccomp;
 use crate::spec::VmSpec;
 
@@ -73,7 +73,7 @@ impl Inmate {
                 .map_err(step("redirect standard error"))?;
         }
         limits(needs).map_err(step("set limits"))?;
-        prctl(libc::PR_SET_DUMPABLE, 0).map_err(step("become undumpable"))?;
+        forbid_dumps().map_err(step("become undumpable"))?;
         drop_capabilities().map_err(step("drop all capabilities"))?;
         seccomp::prepare(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
         // Open to the end: what is wrong is said there.
@@ -135,7 +135,6 @@ fn empty_root() -> io::Result<()> {
 /// Limits that hold from here on. How many threads there may be is settled once they have been started.
 fn limits(needs: Needs) -> io::Result<()> {
     let mut limits = vec![
-        (libc::RLIMIT_CORE, 0),
         (libc::RLIMIT_NOFILE, MAX_FILES),
         // Nothing here locks memory, has message queues or is to be scheduled before others.
         (libc::RLIMIT_MEMLOCK, 0),
