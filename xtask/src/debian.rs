@@ -90,6 +90,76 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_owned())
 }
 
+/// The commands, for root, that install a package whose major version is at least `major`: from this Debian, or from its
+/// backports. Those are asked for this one time, with lists of their own below target/; the machine's sources stay as
+/// they are.
+pub fn newer(name: &str, major: u32) -> Result<Vec<Vec<String>>> {
+    let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let install = ["install", "--yes", "--no-install-recommends"];
+    let at_hand = candidate(name).ok().and_then(|package| major_version(&package.version));
+    if at_hand.is_some_and(|at_hand| at_hand >= major) {
+        return Ok(vec![words(&[&["apt-get"][..], &install, &[name]].concat())]);
+    }
+    let (archive, codename) = archive()?;
+    let dir = workspace::target().join("apt");
+    let sources = dir.join("sources");
+    cache::remove_tree(&sources)?;
+    fs::create_dir_all(&sources).with_context(|| format!("create {}", sources.display()))?;
+    fs::create_dir_all(dir.join("lists/partial")).with_context(|| format!("create {}", dir.display()))?;
+    let configured = fs::read_dir("/etc/apt/sources.list.d")
+        .into_iter()
+        .flatten()
+        .filter_map(|item| Some(item.ok()?.path()));
+    for path in configured {
+        if let Some(name) = path.file_name() {
+            std::os::unix::fs::symlink(&path, sources.join(name))?;
+        }
+    }
+    let suite = format!("{codename}-backports");
+    let line = format!("deb [signed-by={KEYRING}] {archive} {suite} main\n");
+    fs::write(sources.join("chitin-backports.list"), line)?;
+    let option = |key: &str, path: &Path| format!("--option={key}={}", path.display());
+    let (parts, lists) =
+        (option("Dir::Etc::SourceParts", &sources), option("Dir::State::Lists", &dir.join("lists")));
+    let apt = ["apt-get", &parts, &lists];
+    Ok(vec![
+        words(&[&apt[..], &["update"]].concat()),
+        words(&[&apt[..], &install, &["--target-release", &suite, name]].concat()),
+    ])
+}
+
+/// Debian's own keys, which its base system brings.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Where the machine's Debian comes from, and its codename.
+fn archive() -> Result<(String, String)> {
+    let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
+    let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let codename =
+        codename.context("/etc/os-release names no VERSION_CODENAME: this is no Debian release")?;
+    let targets = output(&mut command(
+        "apt-get",
+        ["indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages", "Component: main"],
+    ))?;
+    match parse_archive(&targets, codename) {
+        Some(archive) => Ok((archive, codename.to_owned())),
+        None => bail!("apt has no source for {codename} main: run apt-get update, or add one"),
+    }
+}
+
+fn parse_archive(targets: &str, codename: &str) -> Option<String> {
+    targets
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .find_map(|(uri, name)| (name == codename).then(|| uri.to_owned()))
+}
+
+/// `10` of `1:10.0.2+ds-2`.
+fn major_version(version: &str) -> Option<u32> {
+    let upstream = version.split_once(':').map_or(version, |(_, upstream)| upstream);
+    upstream.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
 /// Unpacks a package into a directory and removes the package file.
 pub fn unpack(deb: &Path, into: &Path) -> Result<()> {
     output(command("dpkg-deb", ["--extract"]).args([deb, into]))?;
@@ -131,6 +201,16 @@ mod tests {
         assert_eq!(parse_candidate(policy).as_deref(), Some("6.12.117-1~deb12u1"));
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);
+    }
+
+    #[test]
+    fn versions_and_archives_are_read() {
+        assert_eq!(major_version("1:10.0.2+ds-2+deb13u1~bpo12+1"), Some(10));
+        assert_eq!(major_version("7.2"), Some(7));
+        assert_eq!(major_version("~"), None);
+        let targets = "http://a/debian-security/ bookworm-security\nhttp://a/debian/ bookworm\n";
+        assert_eq!(parse_archive(targets, "bookworm").as_deref(), Some("http://a/debian/"));
+        assert_eq!(parse_archive(targets, "trixie"), None);
     }
 
     #[test]

@@ -1,14 +1,17 @@
 //! Where microVMs can run: on this host, or on an emulated one.
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::process::{command, run, start_failure};
+use crate::process::{command, last_lines, run, start_failure};
 use crate::{kernel, nested, rootfs, workspace};
 
 #[derive(Deserialize)]
@@ -52,58 +55,73 @@ pub fn usable() -> Result<bool> {
     Ok(diagnosis.ironclaw)
 }
 
-/// The time one part of a suite may take on an emulated host: two and a half times what it was seen to take.
-const PART_LIMIT: &str = "25m";
+/// The time one part of a suite may take on an emulated host: five times what it takes on two quiet cores.
+const PART_LIMIT: &str = "20m";
 
-/// What `cargo xtask nested` exits with when that time is up.
+/// The time without a line of output after which an emulated host hangs: nextest speaks of a slow test every two minutes.
+const PART_SILENCE: &str = "5m";
+
+/// What `cargo xtask nested` exits with when one of these is up.
 const TIMED_OUT: i32 = 124;
 
-/// Runs `count` commands, each on an emulated host of its own. The first one's output is seen as it comes, that of the
-/// others when they have ended.
+/// Emulated hosts that one part is given, if they hang.
+const PART_TRIES: usize = 3;
+
+/// Runs `parts` commands on `hosts` emulated hosts at a time, a new host for each. What a part writes is seen when it has
+/// ended.
 ///
-/// An emulated host has been seen to stand still, with all that runs in it; why is not known. A command that has not ended
-/// in time is therefore given one more host, which is said.
+/// An emulated host can stand still with all that runs in it; a part that this happens to is given another one, which is
+/// said. What the tests find is never tried again.
 ///
 /// The exit code is the first that is not 0.
-pub fn nested_in_parallel(count: usize, command: impl Fn(usize) -> Vec<String>) -> Result<ExitCode> {
+pub fn nested_in_parallel(
+    hosts: usize,
+    parts: usize,
+    command: impl Fn(usize) -> Vec<String> + Sync,
+) -> Result<ExitCode> {
     let xtask = std::env::current_exe().context("find this program")?;
-    let run = move |part: usize, command: Vec<String>| -> Result<Output> {
-        let once = || {
-            let mut nested = Command::new(&xtask);
-            nested.args(["nested", "--timeout", PART_LIMIT, "--"]).args(&command).stdin(Stdio::null());
-            if part > 0 {
-                nested.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let next = AtomicUsize::new(0);
+    let ended = Mutex::new(ExitCode::SUCCESS);
+    let work = || -> Result<()> {
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                return Ok(());
             }
-            let child = nested.spawn().with_context(|| start_failure(&nested))?;
-            child.wait_with_output().context("wait for an emulated host")
-        };
-        let output = once()?;
-        if output.status.code() != Some(TIMED_OUT) {
+            let output = nested_part(&xtask, part, &command(part))?;
+            let mut code = ended.lock().map_err(|_| anyhow!("another part could not be run"))?;
+            io::stdout().write_all(&output.stdout)?;
+            io::stderr().write_all(&output.stderr)?;
+            eprintln!("part {} of {parts}: {}", part + 1, output.status);
+            if *code == ExitCode::SUCCESS && !output.status.success() {
+                *code = ExitCode::from(
+                    output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1),
+                );
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..hosts.min(parts)).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker.join().map_err(|_| anyhow!("the wait for an emulated host failed"))?
+        })
+    })?;
+    ended.into_inner().map_err(|_| anyhow!("a part could not be run"))
+}
+
+fn nested_part(xtask: &Path, part: usize, command: &[String]) -> Result<Output> {
+    let mut tries = 0;
+    loop {
+        let mut nested = Command::new(xtask);
+        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE, "--"]).args(command);
+        let output = nested.stdin(Stdio::null()).output().with_context(|| start_failure(&nested))?;
+        tries += 1;
+        if output.status.code() != Some(TIMED_OUT) || tries == PART_TRIES {
             return Ok(output);
         }
-        eprintln!(
-            "part {} has not ended within {PART_LIMIT}: its emulated host hangs, another one tries",
-            part + 1
-        );
-        once()
-    };
-    // All at once: a pipe that is full would stop its host.
-    let waiting: Vec<_> = (0..count)
-        .map(|part| {
-            let (run, command) = (run.clone(), command(part));
-            thread::spawn(move || run(part, command))
-        })
-        .collect();
-    let mut code = ExitCode::SUCCESS;
-    for waiting in waiting {
-        let output = waiting.join().map_err(|_| anyhow!("the wait for an emulated host failed"))??;
-        io::stdout().write_all(&output.stdout)?;
-        io::stderr().write_all(&output.stderr)?;
-        if code == ExitCode::SUCCESS && !output.status.success() {
-            code = ExitCode::from(output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1));
-        }
+        eprintln!("part {}: its emulated host hangs, another one tries:", part + 1);
+        eprintln!("{}", last_lines(&[output.stdout, output.stderr].concat(), 4));
     }
-    Ok(code)
 }
 
 /// Runs a command on the emulated host, with options of `cargo xtask nested`.

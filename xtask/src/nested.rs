@@ -11,7 +11,7 @@
 //!
 //! CMD finds the outer machine's files at the same paths, in the same working directory. What it writes vanishes, except
 //! below `target/nested-out` and the `--out` directories. Its stdin, stdout and stderr are byte-exact, its exit code is
-//! ours; 124 means that `--timeout` ended it, 125 that the emulated machine failed.
+//! ours; 124 means that `--timeout` or `--silence` ended it, 125 that the emulated machine failed.
 //!
 //! With `--icount` the emulated clock advances 2 ns per executed instruction and does not depend on the host's speed:
 //! the same command takes the same time twice. Waiting for a file of the outer machine would add host time to that, so
@@ -44,6 +44,7 @@ use crate::{duration, workspace};
 
 mod host;
 mod initrd;
+pub mod qemu;
 
 /// The emulated machine boots in about 5 s; under load of other work, and with one deterministic CPU, in several times
 /// that. A boot that takes longer is stuck.
@@ -74,6 +75,9 @@ pub struct Args {
     /// End the command after this long, host time (500ms, 90s, 10m, 1h)
     #[arg(long, value_name = "DUR", default_value = "10m", value_parser = duration::parse)]
     timeout: Duration,
+    /// End the command when it has written nothing for this long, host time
+    #[arg(long, value_name = "DUR", value_parser = duration::parse)]
+    silence: Option<Duration>,
     /// Memory of the emulated machine
     #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=65536))]
     memory: u32,
@@ -100,6 +104,7 @@ pub struct Args {
 
 /// Boots the machine, runs the command, and returns its exit code.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    qemu::check()?;
     let host = host::find_or_build()?;
     let shares = shares(&args.out)?;
     let launch = Launch {
@@ -266,7 +271,7 @@ impl Machine {
             theirs.push(their_end.into());
         }
         let fds: Vec<RawFd> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = Command::new(qemu::PROGRAM);
         qemu.args(qemu_arguments(args, host, shares, &fds));
         qemu.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let parent = rustix::process::getpid();
@@ -325,15 +330,23 @@ impl Machine {
         }
 
         let mut deadline = Instant::now() + BOOT_LIMIT;
+        let mut heard = Instant::now();
         let mut progress = Progress::default();
         loop {
-            match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let until = match args.silence {
+                Some(silence) if progress.running && progress.exit.is_none() => {
+                    heard.checked_add(silence).map_or(deadline, |silent| silent.min(deadline))
+                }
+                _ => deadline,
+            };
+            match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Event::Report(Report::Started)) => {
                     if args.verbose {
                         eprintln!("nested: started after {:.1} s", self.started.elapsed().as_secs_f64());
                     }
                     progress.running = true;
                     deadline = Instant::now().checked_add(args.timeout).context("--timeout is too long")?;
+                    heard = Instant::now();
                 }
                 Ok(Event::Report(Report::Failed { code: 125, message })) => bail!(self.failure(&message)),
                 Ok(Event::Report(Report::Failed { code, message })) => {
@@ -345,7 +358,10 @@ impl Machine {
                     // All that is left is on its way.
                     deadline = Instant::now() + Duration::from_secs(30);
                 }
-                Ok(Event::Output(stream, total)) => progress.passed[stream] = total,
+                Ok(Event::Output(stream, total)) => {
+                    progress.passed[stream] = total;
+                    heard = Instant::now();
+                }
                 Ok(Event::BrokenPipe) => return Ok(BROKEN_PIPE),
                 Ok(Event::Gone) | Err(RecvTimeoutError::Disconnected) => {
                     bail!(self.failure("the emulated machine ended by itself"))
@@ -354,7 +370,14 @@ impl Machine {
                     bail!(self.failure("the last output of the command did not arrive within 30 s"))
                 }
                 Err(RecvTimeoutError::Timeout) if progress.running => {
-                    eprintln!("xtask: the command was ended after {:?} (--timeout)", args.timeout);
+                    match args.silence {
+                        Some(silence) if Instant::now() < deadline => {
+                            eprintln!(
+                                "xtask: the command wrote nothing for {silence:?} and was ended (--silence)"
+                            );
+                        }
+                        _ => eprintln!("xtask: the command was ended after {:?} (--timeout)", args.timeout),
+                    }
                     return Ok(TIMED_OUT);
                 }
                 Err(RecvTimeoutError::Timeout) => {

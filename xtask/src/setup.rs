@@ -4,11 +4,13 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::debian;
+use crate::nested::qemu;
 use crate::process::{command, exists, output, run_aloud, start_failure};
 use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("build-essential", "compiler, linker and make for the guest kernel"),
     ("flex", "the kernel's configuration parser"),
     ("bison", "the kernel's configuration parser"),
@@ -16,7 +18,6 @@ const PACKAGES: [(&str, &str); 11] = [
     ("libelf-dev", "the kernel's objtool, which checks and patches its code"),
     ("patch", "our patches to the kernel"),
     ("xz-utils", "unpacking kernel source and modules"),
-    ("qemu-system-x86", "the emulated machine of cargo xtask nested"),
     ("erofs-utils", "mkfs.erofs makes the root image"),
     ("fakeroot", "gives the root image's files their owners without being root"),
     ("ca-certificates", "downloads"),
@@ -30,12 +31,29 @@ pub struct Args {
     check: bool,
 }
 
-/// One thing that is missing, and the command that installs it.
+/// One thing that is missing, and the commands that install it.
 struct Missing {
     what: String,
     why: String,
-    install: Vec<String>,
+    install: Vec<Vec<String>>,
     needs_root: bool,
+}
+
+impl Missing {
+    fn new(what: impl Into<String>, why: impl Into<String>, install: &[&str]) -> Self {
+        Self { what: what.into(), why: why.into(), install: vec![words(install)], needs_root: false }
+    }
+
+    /// Packages that apt knows. A fresh container has no package lists, and stale ones name versions that are gone.
+    fn packages(what: impl Into<String>, why: impl Into<String>, names: &[&str]) -> Self {
+        let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
+        let install = vec![words(&["apt-get", "update"]), words(&install)];
+        Self { what: what.into(), why: why.into(), install, needs_root: true }
+    }
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
 }
 
 /// Installs, or with `--check` lists, what is missing.
@@ -53,18 +71,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let root = rustix::process::geteuid().is_root();
     for item in missing.iter().filter(|item| root || !item.needs_root) {
-        if item.needs_root {
-            // A fresh container has no package lists, and stale ones name versions that are gone.
-            install(&["apt-get".into(), "update".into()])?;
-        }
-        install(&item.install)?;
+        item.install.iter().try_for_each(|command| install(command))?;
     }
-    if let Some(item) = missing.iter().find(|item| !root && item.needs_root) {
-        eprintln!("\nInstalling packages needs root. Run this, then cargo xtask setup again:\n");
-        eprintln!("    sudo apt-get update && sudo {}\n", item.install.join(" "));
-        return Ok(ExitCode::from(1));
+    let left: Vec<&Missing> = missing.iter().filter(|item| !root && item.needs_root).collect();
+    if left.is_empty() {
+        return Ok(ExitCode::SUCCESS);
     }
-    Ok(ExitCode::SUCCESS)
+    eprintln!("\nInstalling packages needs root. Run this, then cargo xtask setup again:\n");
+    for command in left.iter().flat_map(|item| &item.install) {
+        eprintln!("    sudo {}", command.join(" "));
+    }
+    Ok(ExitCode::from(1))
 }
 
 fn missing() -> Result<Vec<Missing>> {
@@ -73,50 +90,33 @@ fn missing() -> Result<Vec<Missing>> {
     if !packages.is_empty() {
         let names: Vec<&str> = packages.iter().map(|(name, _)| *name).collect();
         let reasons: Vec<String> = packages.iter().map(|(name, why)| format!("{name}: {why}")).collect();
-        let mut install =
-            ["apt-get", "install", "--yes", "--no-install-recommends"].map(str::to_owned).to_vec();
-        install.extend(names.iter().map(|name| (*name).to_owned()));
+        let what = format!("Debian packages {}", names.join(" "));
+        missing.push(Missing::packages(what, reasons.join("\n        "), &names));
+    }
+    if !exists(qemu::PROGRAM) || qemu::version()? < qemu::OLDEST {
         missing.push(Missing {
-            what: format!("Debian packages {}", names.join(" ")),
-            why: reasons.join("\n        "),
-            install,
+            what: format!("QEMU {}", qemu::OLDEST),
+            why: "the emulated machine of cargo xtask nested".into(),
+            install: debian::newer("qemu-system-x86", qemu::OLDEST)?,
             needs_root: true,
         });
     }
     if !exists("npm") {
         // Not among the packages above: an npm that came another way counts as well, and Debian's is three hundred packages.
-        let install =
-            ["apt-get", "install", "--yes", "--no-install-recommends", "npm"].map(str::to_owned).to_vec();
-        missing.push(Missing {
-            what: "npm".into(),
-            why: "fetching the programs, Node and one in Go, that tests run under a policy".into(),
-            install,
-            needs_root: true,
-        });
+        let why = "fetching the programs, Node and one in Go, that tests run under a policy";
+        missing.push(Missing::packages("npm", why, &["npm"]));
     }
     if !musl_target()? {
-        missing.push(Missing {
-            what: format!("Rust target {MUSL}"),
-            why: "the static agent, which is PID 1 of every sandbox".into(),
-            install: ["rustup", "target", "add", MUSL].map(str::to_owned).to_vec(),
-            needs_root: false,
-        });
+        let why = "the static agent, which is PID 1 of every sandbox";
+        missing.push(Missing::new(format!("Rust target {MUSL}"), why, &["rustup", "target", "add", MUSL]));
     }
-    if !exists("cargo-nextest") {
-        missing.push(Missing {
-            what: "cargo-nextest".into(),
-            why: "cargo xtask test: one process and one time limit per test".into(),
-            install: ["cargo", "install", "--locked", "cargo-nextest"].map(str::to_owned).to_vec(),
-            needs_root: false,
-        });
-    }
-    if !exists("cargo-fuzz") {
-        missing.push(Missing {
-            what: "cargo-fuzz".into(),
-            why: "cargo xtask fuzz: instrumented builds of the fuzz targets".into(),
-            install: ["cargo", "install", "--locked", "cargo-fuzz"].map(str::to_owned).to_vec(),
-            needs_root: false,
-        });
+    for (name, why) in [
+        ("cargo-nextest", "cargo xtask test: one process and one time limit per test"),
+        ("cargo-fuzz", "cargo xtask fuzz: instrumented builds of the fuzz targets"),
+    ] {
+        if !exists(name) {
+            missing.push(Missing::new(name, why, &["cargo", "install", "--locked", name]));
+        }
     }
     Ok(missing)
 }
