@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use chitin_protocol::{
-    Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Start, StartError,
+    Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Reseed, Start, StartError,
     StreamId, ToGuest, ToHost, Usage,
 };
 use rustix::event::Timespec;
@@ -31,8 +31,9 @@ use crate::egress::{self, Dialled, Egress, Link};
 use crate::launch::{self, Child, Streams};
 use crate::lockdown::{Lockdown, check};
 use crate::pump::{Inflow, Outflow, Pump, Step};
+use crate::reseed::{self, BootId};
 use crate::secrets::Secrets;
-use crate::{Context, Mode, SystemError, boottime_ns, copies, end, failure, reseed, root};
+use crate::{Context, Mode, SystemError, boottime_ns, copies, end, failure, root};
 
 /// Processes of the host's at once; what they start themselves is the cgroup's matter. Each has three of the
 /// connection's 256 streams.
@@ -87,6 +88,8 @@ pub struct Agent {
     channel: Channel,
     /// For the channel after a freeze.
     spare: Option<Socket>,
+    /// What tells a copy apart, once it was frozen.
+    boot_id: Option<BootId>,
     stage: Stage,
     readable: bool,
     writable: bool,
@@ -154,6 +157,7 @@ impl Agent {
             poll,
             channel,
             spare,
+            boot_id: None,
             stage: Stage::Running,
             readable: true,
             writable: true,
@@ -371,10 +375,7 @@ impl Agent {
                 self.send(&ToHost::Done { request: confine.request, result });
             }
             ToGuest::Reseed(seed) => {
-                let result = reseed::reseed(&seed).and_then(|()| {
-                    let thawed = self.cgroup.as_ref().map_or(Ok(()), Cgroup::thaw);
-                    thawed.map_err(|error| failure("thaw the workload", b"", error.errno))
-                });
+                let result = self.become_another(&seed);
                 if result.is_ok() {
                     self.stage = Stage::Running;
                 }
@@ -462,7 +463,7 @@ impl Agent {
             || (self.connection.can_open() && self.egress.is_knocked() && self.connection.output().is_empty())
     }
 
-    fn freeze(&self) -> Result<(), Failure> {
+    fn freeze(&mut self) -> Result<(), Failure> {
         let refused = |what, errno| Err(failure(what, b"", errno));
         if !self.secrets.is_empty() {
             return refused("freeze a sandbox that holds credentials", Errno::PERM);
@@ -474,7 +475,28 @@ impl Agent {
             return refused("freeze what is no microVM, or was frozen before", Errno::OPNOTSUPP);
         };
         let prepared = cgroup.freeze().and_then(|()| spare.wait_for_ever());
-        prepared.map_err(|error| failure("freeze the workload", b"", error.errno))
+        prepared.map_err(|error| failure("freeze the workload", b"", error.errno))?;
+        match BootId::cover() {
+            Ok(boot_id) => {
+                self.boot_id = Some(boot_id);
+                Ok(())
+            }
+            Err(errno) => {
+                // It goes on as it was.
+                let _ = cgroup.thaw();
+                refused("cover the boot id", errno)
+            }
+        }
+    }
+
+    /// Gives a copy what is its own, and only then lets its workload go on.
+    fn become_another(&self, seed: &Reseed) -> Result<(), Failure> {
+        let Some(boot_id) = &self.boot_id else {
+            return Err(failure("reseed what was never frozen", b"", Errno::INVAL));
+        };
+        reseed::reseed(seed, boot_id)?;
+        let thawed = self.cgroup.as_ref().map_or(Ok(()), Cgroup::thaw);
+        thawed.map_err(|error| failure("thaw the workload", b"", error.errno))
     }
 
     /// Leaves the old channel and waits for the new one. The wait is where a template is made: whoever returns from it

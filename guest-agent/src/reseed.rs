@@ -1,6 +1,6 @@
 //! What a restored sandbox gets of its own before anything of the workload runs in it again.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -25,7 +25,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const BOOT_ID_SOURCE: &str = "/dev/shm/.boot_id";
 
 /// Does all of it, in an order in which a failure leaves nothing running on old entropy.
-pub fn reseed(reseed: &Reseed) -> Result<(), Failure> {
+pub fn reseed(reseed: &Reseed, boot_id: &BootId) -> Result<(), Failure> {
     let failed = |what| move |errno| failure(what, b"", errno);
     add_entropy(reseed.entropy.expose()).map_err(failed("reseed the kernel's random number generator"))?;
     let seconds = i64::try_from(reseed.unix_ns / 1_000_000_000).unwrap_or(i64::MAX);
@@ -34,7 +34,7 @@ pub fn reseed(reseed: &Reseed) -> Result<(), Failure> {
     rustix::time::clock_settime(ClockId::Realtime, now).map_err(failed("set the clock"))?;
     rustix::system::sethostname(host_name(&reseed.instance).as_bytes())
         .map_err(failed("set the host name"))?;
-    set_boot_id(&reseed.instance).map_err(failed("set the boot id"))
+    boot_id.set(&reseed.instance).map_err(failed("set the boot id"))
 }
 
 /// `chitin-` and the first four bytes of the instance.
@@ -68,20 +68,38 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Errno> {
     check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _, 0) })
 }
 
-/// The kernel makes the id once and never again, so that a file of ours is put in its place.
-fn set_boot_id(instance: &[u8; 16]) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    // One that the workload has put there, before it was frozen, to be in the way.
-    let _ = rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty());
-    let file = rustix::fs::open(BOOT_ID_SOURCE, flags, Mode::from_raw_mode(0o444))?;
-    let text = uuid(instance);
-    let written = rustix::io::write(file.as_fd(), text.as_bytes())?;
-    let bound = mount_bind(BOOT_ID_SOURCE, BOOT_ID).and_then(|()| {
-        let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
-        mount_remount(BOOT_ID, flags | MountFlags::NOEXEC, "")
-    });
-    rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty())?;
-    if written == text.len() { bound } else { Err(Errno::IO) }
+/// What is read as the boot id. The kernel makes that once and never again, so that a file of ours lies over it.
+#[derive(Debug)]
+pub struct BootId(OwnedFd);
+
+impl BootId {
+    /// Puts the file, which says what the kernel says, over it. To be done while a sandbox is still to be saved, so that a
+    /// copy only has to write, and while the workload is frozen.
+    pub fn cover() -> Result<BootId, Errno> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let text =
+            std::fs::read(BOOT_ID).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        // One that the workload has put there, before it was frozen, to be in the way.
+        let _ = rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty());
+        let file = rustix::fs::open(BOOT_ID_SOURCE, flags, Mode::from_raw_mode(0o444))?;
+        let covered =
+            write_all(&file, &text).and_then(|()| mount_bind(BOOT_ID_SOURCE, BOOT_ID)).and_then(|()| {
+                let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+                mount_remount(BOOT_ID, flags | MountFlags::NOEXEC, "")
+            });
+        rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty())?;
+        covered.map(|()| BootId(file))
+    }
+
+    fn set(&self, instance: &[u8; 16]) -> Result<(), Errno> {
+        write_all(&self.0, uuid(instance).as_bytes())
+    }
+}
+
+/// Replaces the beginning of a file, in one go or not at all.
+fn write_all(file: impl AsFd, bytes: &[u8]) -> Result<(), Errno> {
+    let written = rustix::io::pwrite(file, bytes, 0)?;
+    if written == bytes.len() { Ok(()) } else { Err(Errno::IO) }
 }
 
 /// As the kernel writes it: a version 4 UUID and a newline.

@@ -1,5 +1,6 @@
 //! What a sandbox shares with its processes: the channel, its monitor, and the reason for their end.
 
+use std::sync::PoisonError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
@@ -32,6 +33,8 @@ pub(crate) struct Inner {
     pub spawned: u64,
     /// The moment at which the time is up, and the limit that makes it.
     pub timeout: Option<(Instant, Duration)>,
+    /// Whether a copy could be made another one than its template.
+    pub reseeded: std::sync::Mutex<Option<Answer>>,
 }
 
 impl Inner {
@@ -64,7 +67,10 @@ impl Inner {
     }
 
     /// Makes a restored guest one of its own, before anything else is asked of it.
-    pub fn reseed(&self) -> Result<Answer, Error> {
+    ///
+    /// Nobody waits for the answer: the agent does nothing else before this has been done, and ends when it is asked for
+    /// something after it has failed.
+    pub fn reseed(&self) -> Result<(), Error> {
         let mut random = Zeroizing::new([0; MIN_ENTROPY + INSTANCE_BYTES]);
         fill_random(&mut *random).map_err(|source| Error::Host { what: "get random bytes", source })?;
         let (entropy, instance) = random.split_at(MIN_ENTROPY);
@@ -76,12 +82,21 @@ impl Inner {
             unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
             instance: instance.try_into().unwrap_or_default(),
         };
-        self.ask(request, &ToGuest::Reseed(reseed))
+        let answer = self.ask(request, &ToGuest::Reseed(reseed))?;
+        *self.reseeded.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        Ok(())
     }
 
     /// The error to report when the channel has closed: what lies behind it rather than that it did.
     pub async fn why_closed(&self) -> Error {
         let closed = self.channel.closed().await;
+        // It is there, or it will never be.
+        let reseeded = self.reseeded.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut answer) = reseeded
+            && let Ok(Err(failure)) = answer.try_recv()
+        {
+            return Error::Guest(failure);
+        }
         if let Some((deadline, limit)) = self.timeout
             && deadline <= Instant::now()
         {

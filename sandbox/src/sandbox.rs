@@ -272,7 +272,7 @@ impl Builder {
         if copy {
             // It is the first thing that a copy is told, and not before it listens: the time is in it.
             sandbox.up().await?;
-            answers.push(sandbox.inner.reseed()?);
+            sandbox.inner.reseed()?;
         }
         for (name, delivery, value) in values {
             let request = sandbox.inner.channel.name();
@@ -331,9 +331,8 @@ impl Builder {
 
         (spec.template, spec.record) = (false, true);
         let copy = self.launch(&spec, Some(&draft.saved()?), Instant::now())?;
-        let reseeded = copy.inner.reseed()?;
         copy.up().await?;
-        copy.inner.answered(reseeded).await?;
+        copy.inner.reseed()?;
         copy.trial(&warming.first).await?;
         copy.record(&draft.new_state()?, &draft.key()?).await?;
 
@@ -439,6 +438,7 @@ impl Builder {
             monitor: Mutex::new(monitor),
             memory_bytes: spec.memory_bytes(),
             timeout: self.timeout.map(|limit| (started + limit, limit)),
+            reseeded: std::sync::Mutex::default(),
         });
         let clock = inner.timeout.map(|(deadline, _)| {
             let channel = inner.channel.clone();
