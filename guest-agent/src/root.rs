@@ -175,6 +175,8 @@ pub fn set_kernel_parameters() -> Result<(), SystemError> {
     // The compiler takes 2 MiB of fresh memory for its first program, which costs more than ten milliseconds in a
     // microVM. A filter hardly ever runs: the kernel remembers what it always allows (seccomp's bitmap).
     clear_parameter("/proc/sys/net/core/bpf_jit_enable")?;
+    // Otherwise a thread looks twice a second whether memory is in pieces, and an idle sandbox is never at rest.
+    clear_parameter("/proc/sys/vm/compaction_proactiveness")?;
     // In a user namespace of its own every user has all capabilities, and with them the parts of the kernel that are
     // attacked most.
     clear_parameter("/proc/sys/user/max_user_namespaces")
