@@ -238,8 +238,10 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;
     (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
     drop(forwards);
-    sandbox.stop().await;
-    outcome
+    let stopped = sandbox.stop().await;
+    let code = outcome?;
+    stopped?;
+    Ok(code)
 }
 
 /// Listens before anything is booted for it.

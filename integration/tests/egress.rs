@@ -302,8 +302,8 @@ print(urllib.request.urlopen('https://localhost:{port}/', context=context).read(
     let _ = tunnel.read_to_end(&mut answer).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     drop(forward);
-    client.stop().await;
-    serving.stop().await;
+    client.stop().await.unwrap();
+    serving.stop().await.unwrap();
 }
 
 #[test]
@@ -369,8 +369,8 @@ open('/tmp/seen', 'w').write(str(error(lambda: s.recv(1))))"
         let output = sandbox.command("sh").args(["-c", script]).output().await.unwrap();
         assert_eq!(output.stdout, b"ConnectionResetError");
     }
-    copy.stop().await;
-    sandbox.stop().await;
+    copy.stop().await.unwrap();
+    sandbox.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -397,5 +397,5 @@ print(min(once() for _ in range(20)))"
     }
     println!("connect, send, answer: {} us; a command: {} us", dial / 1000, exec.as_micros());
     assert!(Duration::from_nanos(dial) < exec + Duration::from_millis(50), "{dial} ns, {exec:?}");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 }

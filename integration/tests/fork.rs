@@ -56,7 +56,7 @@ async fn fifty_forks_are_fifty_others() {
     }
     assert_eq!(seen.len(), 200);
     for copy in copies {
-        copy.stop().await;
+        copy.stop().await.unwrap();
     }
     // It goes on. Once is all.
     assert!(matches!(sandbox.fork(1).await, Err(Error::NotForkable)));
@@ -68,7 +68,7 @@ async fn what_cannot_be_forked_says_so_and_goes_on() {
     let mut sandbox = builder().start().await.unwrap();
     assert!(matches!(sandbox.fork(1).await, Err(Error::NotForkable)));
     assert_eq!(printed(&sandbox, "echo on").await, "on\n");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 
     let secret = SecretSource::Exec("echo t0ken".into());
     let mut sandbox = builder().forkable(true).secret("TOKEN", secret).start().await.unwrap();
@@ -76,5 +76,5 @@ async fn what_cannot_be_forked_says_so_and_goes_on() {
     assert!(matches!(error, Error::Guest(_)), "{error:?}");
     assert_eq!(printed(&sandbox, "cat $TOKEN_FILE").await, "t0ken");
     assert!(matches!(sandbox.fork(MAX_FORKS + 1).await, Err(Error::ForkCount { .. })));
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 }

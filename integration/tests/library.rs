@@ -18,7 +18,7 @@ async fn many_commands_share_a_sandbox() {
         assert_eq!(output.stdout, format!("{i}\n").as_bytes());
         assert!(output.usage.max_rss_kib > 0);
     }
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -40,7 +40,7 @@ async fn commands_can_be_talked_to_and_signalled() {
     assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
     flood.signal(9);
     assert_eq!(flood.wait().await.unwrap().0, Exit::Signal(9));
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -57,7 +57,7 @@ async fn secrets_and_files_reach_every_command() {
     }
     let error = sandbox.copy_out("/proc/kmsg", dir.path().join("kmsg")).await.unwrap_err();
     assert!(error.to_string().contains("sandbox") || matches!(error, Error::Copy { .. }), "{error:?}");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -74,7 +74,7 @@ async fn a_time_limit_ends_all_that_waits() {
 async fn a_stopped_sandbox_says_so() {
     let sandbox = builder().start().await.unwrap();
     let mut process = sandbox.command("sleep").arg("600").spawn().unwrap();
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
     let error = process.wait().await.unwrap_err();
     assert!(matches!(error, Error::Stopped), "{error:?}");
 }

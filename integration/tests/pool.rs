@@ -43,7 +43,7 @@ async fn sandboxes_of_a_pool_are_their_own_and_are_replaced() {
         assert_eq!((output.exit, lines[3]), (Exit::Code(0), "1"), "{text}");
         assert!(seen.insert(lines[0].to_owned()) && seen.insert(lines[1].to_owned()), "{text}");
         assert!((before..=unix_time()).contains(&lines[2].parse().unwrap()), "{text}");
-        sandbox.stop().await;
+        sandbox.stop().await.unwrap();
     }
     pool.filled().await.unwrap();
     assert_eq!((pool.ready(), monitors().len()), (2, 2));
@@ -51,7 +51,7 @@ async fn sandboxes_of_a_pool_are_their_own_and_are_replaced() {
     Templates::at(dir.path()).remove("t").unwrap();
     let sandbox = pool.start().await.unwrap();
     assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
     drop(pool);
     gone().await;
 }
@@ -79,7 +79,7 @@ async fn one_that_dies_while_it_waits_is_not_given_out() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     let sandbox = pool.start().await.unwrap();
     assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
     drop(pool);
     gone().await;
 }
@@ -89,7 +89,7 @@ async fn a_pool_without_a_template_boots_and_sizes_are_bounded() {
     let pool = builder().pool(1).await.unwrap();
     let sandbox = pool.start().await.unwrap();
     assert_eq!(sandbox.command("echo").arg("alive").output().await.unwrap().stdout, b"alive\n");
-    sandbox.stop().await;
+    sandbox.stop().await.unwrap();
     for size in [0, MAX_POOL + 1] {
         let error = builder().pool(size).await.unwrap_err();
         assert!(matches!(error, Error::PoolSize { .. }), "{error}");

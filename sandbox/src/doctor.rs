@@ -8,6 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::Artifacts;
+use crate::policy::Runtime;
+use crate::tier::ironclaw::Ironclaw;
+use crate::tier::{Capabilities, Tier, Unavailable};
 
 /// A probe takes microseconds on hardware and some 15 ms on an emulation. One that hangs is a finding.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
@@ -17,10 +20,33 @@ const PROBE_LIMIT: Duration = Duration::from_secs(10);
 pub struct Diagnosis {
     /// Whether a microVM can run here: every check is well.
     pub ironclaw: bool,
-    /// One by one.
+    /// What a microVM needs, one by one.
     pub checks: Vec<Check>,
     /// What the jail of a monitor is like here; none if it cannot be closed, which is one of the checks.
     pub jail: Option<Jail>,
+    /// The ways to isolate a sandbox, the strongest first.
+    pub tiers: Vec<Availability>,
+}
+
+/// Whether a tier can be had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Availability {
+    /// The tier.
+    pub tier: Runtime,
+    /// What it is made of, where it can be had.
+    pub capabilities: Option<Capabilities>,
+    /// What is missing, where it cannot.
+    pub unavailable: Option<Unavailable>,
+}
+
+impl Availability {
+    async fn of(tier: &dyn Tier) -> Availability {
+        let (capabilities, unavailable) = match tier.probe().await {
+            Ok(capabilities) => (Some(capabilities), None),
+            Err(unavailable) => (None, Some(unavailable)),
+        };
+        Availability { tier: tier.kind(), capabilities, unavailable }
+    }
 }
 
 /// One thing that has to be well.
@@ -44,6 +70,13 @@ struct Probe {
 
 /// Looks at everything a microVM needs. Ends within some ten seconds, whatever the host does.
 pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
+    let (checks, jail) = microvm(artifacts).await;
+    let tiers = vec![Availability::of(&Ironclaw(artifacts.clone())).await];
+    Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail, tiers }
+}
+
+/// What a microVM needs.
+pub(crate) async fn microvm(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
     let file = |name: &str, path: &std::path::Path, remedy: &str| Check {
         name: name.into(),
         ok: path.is_file(),
@@ -61,7 +94,7 @@ pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
     ];
     let (check, jail) = survey(artifacts).await;
     checks.push(check);
-    Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail }
+    (checks, jail)
 }
 
 /// Closes a jail around nothing.

@@ -84,6 +84,9 @@ pub enum Error {
         /// What went wrong.
         what: String,
     },
+    /// Only a microVM can be saved and copied.
+    #[error("only a microVM can be saved and copied: use the tier ironclaw")]
+    NoMicrovm,
     /// It was not started for that, or has been forked.
     #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once")]
     NotForkable,

@@ -1,4 +1,4 @@
-//! What a sandbox shares with its processes: the channel, its monitor, and the reason for their end.
+//! What a sandbox shares with its processes: the channel, what is at its other end, and the reason for their end.
 
 use std::sync::PoisonError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +10,8 @@ use zeroize::Zeroizing;
 
 use crate::channel::{Channel, Closed, Tunnel};
 use crate::template::fill_random;
-use crate::tier::ironclaw::{End, Monitor, Reported};
+use crate::tier::Instance;
+use crate::tier::ironclaw::Reported;
 use crate::{Error, GuestEnd};
 
 /// A sandbox's random identity.
@@ -19,7 +20,7 @@ const INSTANCE_BYTES: usize = 16;
 /// An answer of the agent on its way.
 pub(crate) type Answer = oneshot::Receiver<Result<(), Failure>>;
 
-/// How long a monitor may take to say how its guest ended, once the channel is gone.
+/// How long a sandbox may take to end, or to say how it did, once the channel is gone.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What a sandbox shares with its processes.
@@ -27,9 +28,10 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 pub(crate) struct Inner {
     pub channel: Channel,
     pub memory_bytes: u64,
-    pub monitor: Mutex<Monitor>,
-    pub reported: watch::Receiver<Reported>,
-    /// When the monitor was started, `CLOCK_MONOTONIC` nanoseconds.
+    pub instance: Mutex<Box<dyn Instance>>,
+    /// By the monitor of a microVM.
+    pub reported: Option<watch::Receiver<Reported>>,
+    /// When the start was begun, `CLOCK_MONOTONIC` nanoseconds.
     pub spawned: u64,
     /// The moment at which the time is up, and the limit that makes it.
     pub timeout: Option<(Instant, Duration)>,
@@ -110,11 +112,9 @@ impl Inner {
     }
 
     async fn last_words(&self) -> Error {
-        let mut monitor = self.monitor.lock().await;
-        match tokio::time::timeout(LAST_WORDS, monitor.ended()).await {
-            Ok(End::Failed(reason)) => Error::Monitor { reason },
-            Ok(End::Saved) => Error::Stopped,
-            Ok(End::Guest(end)) => Error::GuestEnded(end),
+        let mut instance = self.instance.lock().await;
+        match tokio::time::timeout(LAST_WORDS, instance.ended()).await {
+            Ok(why) => why,
             Err(_) => Error::GuestEnded(GuestEnd {
                 reason: "it closed the channel and went on running".into(),
                 log: String::new(),

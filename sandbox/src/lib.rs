@@ -17,7 +17,7 @@
 //! let output = sandbox.command("python3").args(["-c", "print(6 * 7)"]).output().await?;
 //! assert_eq!(output.stdout, b"42\n");
 //! sandbox.copy_out("/work/report", "report").await?;
-//! sandbox.stop().await;
+//! sandbox.stop().await?;
 //! # Ok(())
 //! # }
 //! ```
@@ -51,9 +51,10 @@ pub use egress::{EgressError, EgressLimits, Forward};
 pub use error::{Error, GuestEnd};
 pub use fork::MAX_FORKS;
 pub use phases::Phases;
-pub use policy::{Policy, PolicyError};
+pub use policy::{Policy, PolicyError, Runtime};
 pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, Output, Process};
 pub use sandbox::{Builder, ECHO, Sandbox, Warming};
 pub use secret::{SecretSource, SecretSpec};
 pub use template::{Manifest, TemplateError, Templates};
+pub use tier::{Capabilities, Unavailable};

@@ -31,7 +31,8 @@ use crate::inner::Inner;
 use crate::policy::{Access, Endpoint, Runtime};
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
-use crate::tier::ironclaw::{self, Files, Monitor};
+use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
+use crate::tier::{Launched, Tier};
 use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
@@ -209,7 +210,8 @@ impl Builder {
         self.keep_policy()?;
         let plan = self.plan()?;
         let values = self.values().await?;
-        let sandbox = self.launch(&plan.spec, plan.files.as_ref(), started)?;
+        let launched = Ironclaw(self.artifacts.clone()).launch(&plan).await?;
+        let sandbox = self.attach(launched, &plan.spec, started);
         self.finish(sandbox, &plan, values).await
     }
 
@@ -419,23 +421,30 @@ impl Builder {
         files: Option<&Files>,
         started: Instant,
     ) -> Result<Sandbox, Error> {
-        let (monitor, socket) = ironclaw::launch(&self.artifacts, spec, files)?;
-        Ok(self.watch(monitor, socket, spec, started))
+        let (monitor, stream) = ironclaw::launch(&self.artifacts, spec, files)?;
+        Ok(self.watch(monitor, stream, spec, started))
     }
 
-    /// A sandbox whose time counts from `started`.
+    /// The same for a monitor that runs already.
     pub(crate) fn watch(
         &self,
         monitor: Monitor,
-        socket: UnixStream,
+        stream: UnixStream,
         spec: &VmSpec,
         started: Instant,
     ) -> Sandbox {
+        let launched = Launched { spawned: monitor.spawned, instance: Box::new(monitor), stream };
+        self.attach(launched, spec, started)
+    }
+
+    /// A sandbox whose time counts from `started`.
+    fn attach(&self, mut launched: Launched, spec: &VmSpec, started: Instant) -> Sandbox {
+        let reported = launched.instance.monitor().map(|monitor| monitor.reported.clone());
         let inner = Arc::new(Inner {
-            channel: Channel::new(socket),
-            spawned: monitor.spawned,
-            reported: monitor.reported.clone(),
-            monitor: Mutex::new(monitor),
+            channel: Channel::new(launched.stream),
+            spawned: launched.spawned,
+            reported,
+            instance: Mutex::new(launched.instance),
             memory_bytes: spec.memory_bytes(),
             timeout: self.timeout.map(|limit| (started + limit, limit)),
             reseeded: std::sync::Mutex::default(),
@@ -571,7 +580,7 @@ impl Sandbox {
     /// Where the time has gone so far.
     pub fn phases(&self) -> Phases {
         let seen = self.inner.channel.seen();
-        let entered = self.inner.reported.borrow().entered;
+        let entered = self.inner.reported.as_ref().and_then(|reported| reported.borrow().entered);
         let since = |moment: Option<u64>| moment.map(|at| at.saturating_sub(self.inner.spawned));
         Phases {
             spawned: self.inner.spawned,
@@ -586,7 +595,7 @@ impl Sandbox {
     /// What the monitor is jailed in, and what of a jail this host does not have; `None` if it was told to do without, or
     /// has not said so yet.
     pub fn jail(&self) -> Option<Jail> {
-        self.inner.reported.borrow().jail.clone()
+        self.inner.reported.as_ref().and_then(|reported| reported.borrow().jail.clone())
     }
 
     /// Waits for the agent.
@@ -609,7 +618,8 @@ impl Sandbox {
 
     /// Has the frozen guest saved, which ends it.
     pub(crate) async fn save(&self, request: &Request, files: &Files) -> Result<(), Error> {
-        let mut monitor = self.inner.monitor.lock().await;
+        let mut instance = self.inner.instance.lock().await;
+        let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
         let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
         if frozen.is_err() {
             return Err(Error::BootTimeout { limit: BOOT_LIMIT });
@@ -620,18 +630,22 @@ impl Sandbox {
 
     /// Has written down what the guest has used so far, which ends it.
     async fn record(&self, state: &File, key: &File) -> Result<(), Error> {
-        let mut monitor = self.inner.monitor.lock().await;
+        let mut instance = self.inner.instance.lock().await;
+        let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
         monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await
     }
 
     /// Ends the sandbox and waits until nothing of it is left.
-    pub async fn stop(mut self) {
+    ///
+    /// # Errors
+    /// Something of it may be left, and what. It is ended all the same.
+    pub async fn stop(mut self) -> Result<(), Error> {
         self.inner.channel.close();
         if let Some(broker) = self.broker.take() {
             // It has nothing to wait for but to write down what it did.
             let _ = broker.await;
         }
-        self.inner.monitor.lock().await.stop().await;
+        self.inner.instance.lock().await.stop().await
     }
 }
 

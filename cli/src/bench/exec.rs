@@ -66,7 +66,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    sandbox.stop().await;
+    sandbox.stop().await?;
     let rows = [
         Row::of("output", runs.iter().map(|run| run.output_ns).collect()),
         Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),

@@ -84,7 +84,7 @@ async fn measure(builder: &chitin::Builder, args: &Args) -> Result<Vec<Row>, Fai
             source,
         })?;
     for sandbox in sandboxes {
-        sandbox.stop().await;
+        sandbox.stop().await?;
     }
     // What a monitor runs beside the guest (its keeper) has no guest memory of its own.
     let rows = |name, of: fn(&Use) -> u64| Row::of(name, used.iter().map(of).collect());

@@ -159,7 +159,7 @@ async fn run_once(source: &Source, workload: &Workload) -> Result<Run, Failure> 
     workload.check(&exit, !printed.is_empty())?;
     let phases = sandbox.phases();
     let read = Instant::now();
-    sandbox.stop().await;
+    sandbox.stop().await?;
     let stopping = u64::try_from(read.elapsed().as_nanos()).unwrap_or(u64::MAX);
     let gone_ns = phases.exit_ns.unwrap_or(0).saturating_add(stopping);
     Ok(Run { phases, gone_ns })

@@ -59,7 +59,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         }
     }
     progress.finish_and_clear();
-    sandbox.stop().await;
+    sandbox.stop().await?;
     let summary = [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect();
     let report = Report { chitin: env!("CARGO_PKG_VERSION"), size_mib: args.size, summary };
     let title = format!("{} MiB through a command's standard input and output", args.size);

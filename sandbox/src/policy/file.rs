@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::profile::{Profile, SyscallFilter};
 use crate::SecretSource;
@@ -55,7 +55,7 @@ pub struct PolicyFile {
 }
 
 /// A way to isolate a sandbox, the strongest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Runtime {
     /// A microVM with a kernel of its own.
@@ -77,6 +77,15 @@ impl Runtime {
             Runtime::Nanoclaw => "nanoclaw",
             Runtime::Nemoclaw => "nemoclaw",
         }
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Runtime, String> {
+        let found = Runtime::ALL.into_iter().find(|tier| tier.name() == text);
+        found.ok_or_else(|| format!("it is none of {}", Runtime::ALL.map(Runtime::name).join(", ")))
     }
 }
 

@@ -24,8 +24,11 @@ use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::Child;
 use tokio::sync::watch;
 
+use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
-use crate::{Artifacts, Error, GuestEnd};
+use crate::policy::Runtime;
+use crate::sandbox::Plan;
+use crate::{Artifacts, Error, GuestEnd, doctor};
 
 /// The largest packet taken from a monitor: its last one carries 32 KiB of log, each byte at most six in JSON.
 const MAX_EVENT: usize = 256 * 1024;
@@ -35,6 +38,60 @@ const MAX_FDS: usize = 4;
 
 /// How long the kernel may take to clear up behind a guest. Past that something is wrong with the host.
 const CLEAR_LIMIT: Duration = Duration::from_secs(20);
+/// MicroVMs of these files.
+#[derive(Debug, Clone)]
+pub(crate) struct Ironclaw(pub Artifacts);
+
+impl Tier for Ironclaw {
+    fn kind(&self) -> Runtime {
+        Runtime::Ironclaw
+    }
+
+    fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
+        Box::pin(async {
+            let (checks, _) = doctor::microvm(&self.0).await;
+            let missing: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
+            if missing.is_empty() {
+                let version = env!("CARGO_PKG_VERSION").into();
+                return Ok(Capabilities { implementation: "chitin-vmm".into(), version });
+            }
+            let reasons: Vec<_> =
+                missing.iter().map(|check| format!("{}: {}", check.name, check.detail)).collect();
+            let remedy = "`chitin doctor` says more".into();
+            Err(Unavailable { reason: reasons.join("; "), remedy })
+        })
+    }
+
+    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+        Box::pin(async {
+            let (monitor, stream) = launch(&self.0, &plan.spec, plan.files.as_ref())?;
+            Ok(Launched { spawned: monitor.spawned, instance: Box::new(monitor), stream })
+        })
+    }
+}
+
+impl Instance for Monitor {
+    fn ended(&mut self) -> Pending<'_, Error> {
+        Box::pin(async {
+            match Monitor::ended(self).await {
+                End::Failed(reason) => Error::Monitor { reason },
+                End::Saved => Error::Stopped,
+                End::Guest(end) => Error::GuestEnded(end),
+            }
+        })
+    }
+
+    fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
+        Box::pin(async {
+            Monitor::stop(self).await;
+            Ok(())
+        })
+    }
+
+    fn monitor(&mut self) -> Option<&mut Monitor> {
+        Some(self)
+    }
+}
 
 /// What a monitor has reported.
 #[derive(Debug, Clone, Default)]
