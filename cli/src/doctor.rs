@@ -1,4 +1,5 @@
-use chitin::Artifacts;
+use chitin::doctor::Availability;
+use chitin::{Artifacts, Runtime};
 
 use crate::failure::Failure;
 
@@ -25,9 +26,18 @@ pub async fn run(args: &Args) -> Result<u8, Failure> {
         for check in &diagnosis.checks {
             println!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
         }
-        match diagnosis.ironclaw {
-            true => println!("ironclaw (microVM): ready"),
-            false => println!("ironclaw (microVM): not on this host, for the reasons marked NO"),
+        for Availability { tier, capabilities, unavailable } in &diagnosis.tiers {
+            match (capabilities, unavailable) {
+                (Some(found), _) => {
+                    println!("{tier}: ready ({} {})", found.implementation, found.version);
+                }
+                // Its reasons stand above.
+                (None, _) if *tier == Runtime::Ironclaw => {
+                    println!("{tier}: not on this host, for the reasons marked NO");
+                }
+                (None, Some(unavailable)) => println!("{tier}: not on this host: {unavailable}"),
+                (None, None) => {}
+            }
         }
     }
     Ok(if diagnosis.ironclaw { 0 } else { 1 })

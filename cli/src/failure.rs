@@ -59,7 +59,7 @@ impl Failure {
             && let Some(log) = error.guest_log()
         {
             let lines: Vec<&str> = log.lines().collect();
-            eprintln!("chitin: the guest kernel's last messages:");
+            eprintln!("chitin: the last messages from inside:");
             for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
                 eprintln!("  | {}", printable(line));
             }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use chitin::{Exit, Jail, Phases, Policy, Usage};
+use chitin::{Chosen, Exit, Jail, PassedOver, Phases, Policy, Usage};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -12,8 +12,10 @@ use crate::failure::Failure;
 pub struct Report {
     /// The version of Chitin.
     pub chitin: &'static str,
-    /// How the sandbox was isolated.
-    pub tier: &'static str,
+    /// How the sandbox was isolated, or was to be.
+    pub tier: String,
+    /// By what, and why that; none if none was started.
+    pub isolation: Option<Isolation>,
     /// What it was held to.
     pub policy: Option<Governed>,
     /// Program and arguments, lossy where they are not UTF-8.
@@ -63,6 +65,31 @@ impl Governed {
             digest: policy.digest.clone(),
             profile: policy.profile.name(),
             plugin: policy.plugin.clone(),
+        }
+    }
+}
+
+/// What a tier is made of here, and why it is that one.
+#[derive(Debug, Serialize)]
+pub struct Isolation {
+    /// The program behind it.
+    pub implementation: String,
+    /// Its version.
+    pub version: String,
+    /// Why this one, in a sentence.
+    pub why: String,
+    /// What was asked for before it, and what each lacks.
+    pub passed_over: Vec<PassedOver>,
+}
+
+impl Isolation {
+    /// Of a sandbox's choice.
+    pub fn of(chosen: &Chosen) -> Isolation {
+        Isolation {
+            implementation: chosen.capabilities.implementation.clone(),
+            version: chosen.capabilities.version.clone(),
+            why: chosen.why(),
+            passed_over: chosen.passed_over.clone(),
         }
     }
 }

@@ -8,16 +8,16 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError,
-    StreamReader, Usage,
+    Builder, Chosen, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Runtime, Sandbox, SecretSpec,
+    StartError, StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::failure::{CHITIN_FAILED, Failure};
+use crate::failure::{CHITIN_FAILED, Failure, printable};
 use crate::machine::Machine;
-use crate::report::{Governed, JailReport, Report};
+use crate::report::{Governed, Isolation, JailReport, Report};
 
 /// How long a workload that was sent a signal may take to end.
 const GRACE: Duration = Duration::from_secs(5);
@@ -38,11 +38,21 @@ Examples:
   chitin run -- python3 -c 'print(6 * 7)'
   head -c 1G /dev/urandom | chitin run -- sha256sum
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
+  chitin run --fallback nanoclaw,nemoclaw -- python3 -c 'print(6 * 7)'
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
 pub struct Args {
+    /// How to isolate the command: ironclaw (a microVM), nanoclaw (gVisor, else a container), nemoclaw (Docker); ironclaw,
+    /// or what the policy says, if not given
+    #[arg(long, value_name = "T")]
+    tier: Option<Runtime>,
+
+    /// What else will do where that cannot be had, in this order
+    #[arg(long, value_name = "T,…", value_delimiter = ',')]
+    fallback: Vec<Runtime>,
+
     /// Start a copy of this template instead of booting
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "memory", "console"])]
     template: Option<String>,
@@ -163,6 +173,7 @@ fn in_sandbox(path: &Path) -> PathBuf {
 /// What is known of a run so far; the report's raw material, also when the run fails.
 #[derive(Default)]
 struct Progress {
+    chosen: Option<Chosen>,
     ended: Option<(Exit, Usage)>,
     phases: Phases,
     jail: Option<Jail>,
@@ -174,12 +185,14 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let mut progress = Progress::default();
     let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
     let governed = policy.as_ref().map(Governed::of);
+    let wanted = args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(Runtime::Ironclaw);
     let outcome = run_sandbox(&args, policy, &mut progress).await;
     if let Some(path) = &args.report {
         let (exit, usage) = progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
         let report = Report {
             chitin: env!("CARGO_PKG_VERSION"),
-            tier: "ironclaw",
+            tier: progress.chosen.as_ref().map_or_else(|| wanted.to_string(), Chosen::name),
+            isolation: progress.chosen.as_ref().map(Isolation::of),
             policy: governed,
             command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
             exit_code: outcome.as_ref().map_or_else(Failure::exit_code, |code| *code),
@@ -214,6 +227,10 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     if let Some(policy) = policy {
         builder = builder.policy(policy);
     }
+    builder = builder.fallback(args.fallback.iter().copied());
+    if let Some(tier) = args.tier {
+        builder = builder.tier(tier);
+    }
     if let Some(timeout) = args.timeout {
         progress.deadline = Instant::now().checked_add(timeout).map(|at| (at, timeout));
         builder = builder.timeout(timeout);
@@ -233,6 +250,12 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
         // Dropping the unfinished start ends what it has begun.
         number = signals.next() => return Ok(128 + number),
     };
+    let chosen = sandbox.chosen();
+    if !chosen.passed_over.is_empty() {
+        // Never silently less than what was asked for.
+        eprintln!("chitin: {}", printable(&format!("running as {}: {}", chosen.name(), chosen.why())));
+    }
+    progress.chosen = Some(chosen.clone());
     let forwards: Vec<Forward> =
         listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;

@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Artifacts;
 use crate::policy::Runtime;
-use crate::tier::ironclaw::Ironclaw;
-use crate::tier::{Capabilities, Tier, Unavailable};
+use crate::tier::{self, Capabilities, Tier, Unavailable};
 
 /// A probe takes microseconds on hardware and some 15 ms on an emulation. One that hangs is a finding.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
@@ -71,7 +70,10 @@ struct Probe {
 /// Looks at everything a microVM needs. Ends within some ten seconds, whatever the host does.
 pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
     let (checks, jail) = microvm(artifacts).await;
-    let tiers = vec![Availability::of(&Ironclaw(artifacts.clone())).await];
+    let mut tiers = Vec::new();
+    for kind in Runtime::ALL {
+        tiers.push(Availability::of(tier::of(kind, artifacts).as_ref()).await);
+    }
     Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail, tiers }
 }
 

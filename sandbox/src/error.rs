@@ -47,7 +47,7 @@ pub enum Error {
     #[error("{0}")]
     GuestEnded(GuestEnd),
     /// The guest did not come up.
-    #[error("the guest has not answered for {} s: run with --console to see why", limit.as_secs())]
+    #[error("the guest has not answered for {} s: in a microVM, --console shows why", limit.as_secs())]
     BootTimeout {
         /// How long it was given.
         limit: Duration,
@@ -82,6 +82,26 @@ pub enum Error {
     #[error("audit: {what}")]
     Audit {
         /// What went wrong.
+        what: String,
+    },
+    /// None of the tiers that would do can be had.
+    #[error("no tier that would do can be had here: {missing}")]
+    NoTier {
+        /// Each of them, with what it lacks and what to do.
+        missing: String,
+    },
+    /// A container could not be started. The message is its runtime's own.
+    #[error("start a container with {engine}: {reason}")]
+    Container {
+        /// The program behind it.
+        engine: String,
+        /// What it says.
+        reason: String,
+    },
+    /// A sandbox has ended, and its remains could not be cleared away.
+    #[error("could not clear away {what}")]
+    Left {
+        /// What is left, and where.
         what: String,
     },
     /// Only a microVM can be saved and copied.

@@ -32,7 +32,8 @@ use crate::policy::{Access, Endpoint, Runtime};
 use crate::secret::{SecretSource, SecretSpec, SecretValue};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
-use crate::tier::{Launched, Tier};
+use crate::tier::select::{Chosen, select};
+use crate::tier::{self, Launched, Tier};
 use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
@@ -53,7 +54,10 @@ pub struct Warming {
     pub first: Vec<OsString>,
 }
 
-/// What a monitor is given.
+/// Processes and threads of a sandbox at once, where no policy says less: ample for a build, and a fork bomb is held at it.
+const MAX_TASKS: u32 = 4096;
+
+/// What a tier is given.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub spec: VmSpec,
@@ -61,6 +65,10 @@ pub(crate) struct Plan {
     pub files: Option<Files>,
     /// Whether it already keeps the policy.
     pub confined: bool,
+    /// Processes and threads at once; of a microVM the agent sees to it, and to the disk.
+    pub tasks: u32,
+    /// What may be written at most.
+    pub disk_bytes: Option<u64>,
 }
 
 /// Secrets with their names.
@@ -83,6 +91,8 @@ pub struct Builder {
     policy: Option<Arc<Policy>>,
     // Boxed: most sandboxes have none.
     egress: Box<egress::Spec>,
+    tier: Option<Runtime>,
+    fallback: Vec<Runtime>,
 }
 
 impl Builder {
@@ -200,6 +210,18 @@ impl Builder {
         self
     }
 
+    /// How it is isolated. If not set, as the policy says; without one, in a microVM.
+    pub fn tier(mut self, tier: Runtime) -> Builder {
+        self.tier = Some(tier);
+        self
+    }
+
+    /// What else will do where that cannot be had, in this order. [`Sandbox::chosen`] says which it is.
+    pub fn fallback(mut self, fallback: impl IntoIterator<Item = Runtime>) -> Builder {
+        self.fallback = fallback.into_iter().collect();
+        self
+    }
+
     /// Fetches the secrets, boots, and returns when the agent has answered, holds the secrets and keeps the policy.
     ///
     /// # Errors
@@ -208,11 +230,83 @@ impl Builder {
     pub async fn start(mut self) -> Result<Sandbox, Error> {
         let started = Instant::now();
         self.keep_policy()?;
-        let plan = self.plan()?;
+        let (tier, chosen) = self.choose().await?;
+        let plan = match chosen.tier {
+            Runtime::Ironclaw => self.plan()?,
+            Runtime::Nanoclaw | Runtime::Nemoclaw => self.container()?,
+        };
         let values = self.values().await?;
-        let launched = Ironclaw(self.artifacts.clone()).launch(&plan).await?;
-        let sandbox = self.attach(launched, &plan.spec, started);
-        self.finish(sandbox, &plan, values).await
+        let launching = tier.launch(&plan);
+        let launched = match self.timeout {
+            Some(limit) => tokio::time::timeout_at(started + limit, launching)
+                .await
+                .unwrap_or(Err(Error::Timeout { limit }))?,
+            None => launching.await?,
+        };
+        let mut sandbox = self.attach(launched, &plan.spec, started);
+        sandbox.chosen = chosen;
+        let inner = sandbox.inner.clone();
+        let up = self.finish(sandbox, &plan, values).await;
+        if up.is_err() {
+            // What does not answer may not end by itself either. Why it failed says more than that this does.
+            inner.channel.close();
+            let _ = inner.instance.lock().await.stop().await;
+        }
+        up
+    }
+
+    /// What a container is given of it: the limits. What only microVMs have is refused.
+    fn container(&self) -> Result<Plan, Error> {
+        if self.template.is_some() || self.forkable {
+            return Err(Error::NoMicrovm);
+        }
+        self.egress.check()?;
+        Ok(self.plan_of(self.spec()?, None, false))
+    }
+
+    fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> Plan {
+        let limits = self.policy.as_ref().map(|policy| &policy.limits);
+        let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
+        Plan { spec, files, confined, tasks: limits.map_or(MAX_TASKS, |limits| limits.pids), disk_bytes }
+    }
+
+    /// The tiers that will do, in this order: those of the policy, which none may be added to, and of them the one that was
+    /// asked for; or what was asked for.
+    fn wanted(&self) -> Result<Vec<Runtime>, Error> {
+        let asked = self.tier.into_iter().chain(self.fallback.iter().copied());
+        let Some(policy) = &self.policy else {
+            let first = self.tier.is_none().then_some(Runtime::Ironclaw);
+            return Ok(first.into_iter().chain(asked).collect());
+        };
+        // Why none of them will do, if none does.
+        policy.tier()?;
+        let listed: Vec<Runtime> = policy.tiers().collect();
+        let asked: Vec<Runtime> = asked.collect();
+        if let Some(tier) = asked.iter().find(|tier| !listed.contains(tier)) {
+            return Err(PolicyError::Tier { origin: policy.origin.clone(), tier: *tier }.into());
+        }
+        let asked = if asked.is_empty() { listed } else { asked };
+        let able: Vec<Runtime> =
+            asked.iter().copied().filter(|tier| policy.check_tier(*tier).is_ok()).collect();
+        match (able.is_empty(), asked.first()) {
+            (true, Some(tier)) => policy.check_tier(*tier).map(|()| able).map_err(Error::from),
+            _ => Ok(able),
+        }
+    }
+
+    /// The tier it will be.
+    async fn choose(&self) -> Result<(Box<dyn Tier>, Chosen), Error> {
+        let mut wanted: Vec<Runtime> = Vec::new();
+        for tier in self.wanted()? {
+            if !wanted.contains(&tier) {
+                wanted.push(tier);
+            }
+        }
+        if wanted == [Runtime::Ironclaw] {
+            // The start says itself what is missing, and a probe takes time.
+            return Ok((Box::new(Ironclaw(self.artifacts.clone())), ironclaw::chosen()));
+        }
+        select(wanted.into_iter().map(|tier| tier::of(tier, &self.artifacts)).collect()).await
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
@@ -237,7 +331,7 @@ impl Builder {
             self.restore(&mut spec)?;
             files = Some(templates.open(name)?);
         }
-        Ok(Plan { spec, files, confined })
+        Ok(self.plan_of(spec, files, confined))
     }
 
     /// Fetches the secrets.
@@ -458,7 +552,8 @@ impl Builder {
         });
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
-        Sandbox { inner, clock, broker: None, origin: self.forkable.then(origin), policy }
+        let (chosen, origin) = (ironclaw::chosen(), self.forkable.then(origin));
+        Sandbox { inner, clock, broker: None, chosen, origin, policy }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -484,6 +579,7 @@ pub struct Sandbox {
     clock: Option<tokio::task::JoinHandle<()>>,
     /// Dials for it.
     broker: Option<tokio::task::JoinHandle<()>>,
+    chosen: Chosen,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
     policy: Option<Arc<Policy>>,
@@ -505,6 +601,8 @@ impl Sandbox {
             forkable: false,
             policy: None,
             egress: Box::default(),
+            tier: None,
+            fallback: Vec::new(),
         }
     }
 
@@ -559,7 +657,7 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name(), Runtime::Ironclaw);
+        let confine = policy.confine(self.inner.channel.name(), self.chosen.tier);
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 
@@ -592,18 +690,27 @@ impl Sandbox {
         }
     }
 
+    /// How it is isolated, and why that way.
+    pub fn chosen(&self) -> &Chosen {
+        &self.chosen
+    }
+
     /// What the monitor is jailed in, and what of a jail this host does not have; `None` if it was told to do without, or
-    /// has not said so yet.
+    /// has not said so yet, or is none.
     pub fn jail(&self) -> Option<Jail> {
         self.inner.reported.as_ref().and_then(|reported| reported.borrow().jail.clone())
     }
 
     /// Waits for the agent.
     async fn up(&self) -> Result<(), Error> {
-        match tokio::time::timeout(BOOT_LIMIT, self.inner.channel.ready()).await {
-            Ok(Ok(())) => Ok(()),
+        let limit = self.inner.instance.lock().await.start_limit();
+        match tokio::time::timeout(limit, self.inner.channel.ready()).await {
+            Ok(Ok(())) => {
+                self.inner.instance.lock().await.answered();
+                Ok(())
+            }
             Ok(Err(_)) => Err(self.inner.why_closed().await),
-            Err(_) => Err(Error::BootTimeout { limit: BOOT_LIMIT }),
+            Err(_) => Err(Error::BootTimeout { limit }),
         }
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! packages.lock ── download ──▶ packages ─┐
 //! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ──▶ base tree ──────────────┐
-//! guest-agent/, benches/echo/ ── cargo build ──────▶ /init, /usr/lib/chitin/echo ──────────────┴─ mkfs.erofs ──▶ root.img
+//! guest-agent/, benches/echo/ ── cargo build ──────▶ /init, /usr/lib/chitin/echo ──────────────┴─ mkfs.erofs, tar ──▶ root.img, root.tar
 //! ```
 //!
 //! Packages, base tree and image are cached apart: another agent needs neither network nor unpacking.
@@ -51,10 +51,11 @@ pub struct Args {
     pub locked: bool,
 }
 
-/// What root.json says beside root.img.
+/// What root.json says beside root.img and root.tar.
 #[derive(Serialize)]
 struct Manifest<'a> {
     sha256: &'a str,
+    tar_sha256: &'a str,
     size: u64,
     agent_sha256: &'a str,
     erofs_utils: &'a str,
@@ -64,7 +65,7 @@ struct Manifest<'a> {
     packages: &'a [Pin],
 }
 
-/// Builds `target/artifacts/root.img` and `root.json`; a no-op if nothing has changed.
+/// Builds `target/artifacts/root.img`, `root.tar` and `root.json`; a no-op if nothing has changed.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let started = Instant::now();
     let builder = Builder::new()?;
@@ -79,6 +80,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let text: serde_json::Value =
         serde_json::from_slice(&text).with_context(|| format!("in {}", manifest.display()))?;
     cache::publish(&manifest, "root.json")?;
+    cache::publish(&entry.join("root.tar"), "root.tar")?;
     let published = cache::publish(&entry.join("root.img"), "root.img")?;
     eprintln!(
         "rootfs: {} ({} MiB, {} packages, sha256 {}) in {:.1} s",
@@ -287,6 +289,7 @@ impl Builder {
         let mut key = Key::new("rootfs", BUILDER)
             .text("base", &base.file_name().unwrap_or_default().to_string_lossy())
             .text("erofs-utils", &erofs_utils)
+            .text("archive", "tar, in the format of GNU")
             // The same packages can be the pinned ones for one checkout and substitutes for another.
             .text("as locked", &packages.as_locked.to_string());
         for (package, _) in PROGRAMS {
@@ -295,9 +298,11 @@ impl Builder {
         cache::entry("rootfs", key, |entry| {
             eprintln!("rootfs: making the image");
             let image = entry.join("root.img");
-            let size = self.make_image(base, programs, &image)?;
+            let archive = entry.join("root.tar");
+            let size = self.make_image(base, programs, &image, &archive)?;
             let manifest = Manifest {
                 sha256: &digest_file(&image)?,
+                tar_sha256: &digest_file(&archive)?,
                 size,
                 agent_sha256: &agent_sha256,
                 erofs_utils: &erofs_utils,
@@ -310,7 +315,7 @@ impl Builder {
         })
     }
 
-    fn make_image(&self, base: &Path, programs: &Path, image: &Path) -> Result<u64> {
+    fn make_image(&self, base: &Path, programs: &Path, image: &Path, archive: &Path) -> Result<u64> {
         // A copy, because the base must stay what its key says; modes, because cached files are read-only.
         let stage = self.staging(&self.cache)?;
         let root = stage.path().join("root");
@@ -325,7 +330,7 @@ impl Builder {
                 .with_context(|| format!("make /{path} executable"))?;
         }
         tree::set_modes(&root, &self.recipe.directory)?;
-        image::make(&root, image, &self.recipe)
+        image::make(&root, image, archive, &self.recipe)
     }
 
     /// Makes tree and image again, in another place, and compares with the published image.
@@ -335,8 +340,12 @@ impl Builder {
         fs::create_dir_all(&tree)?;
         self.assemble(&packages.lock, &tree)?;
         let image = elsewhere.path().join("again.img");
-        self.make_image(&tree, programs, &image)?;
-        let (first, again) = (digest_file(published)?, digest_file(&image)?);
+        let archive = elsewhere.path().join("again.tar");
+        self.make_image(&tree, programs, &image, &archive)?;
+        let both = |image: &Path, archive: &Path| {
+            Ok::<_, anyhow::Error>([digest_file(image)?, digest_file(archive)?].join(" "))
+        };
+        let (first, again) = (both(published, &published.with_extension("tar"))?, both(&image, &archive)?);
         if first != again {
             let kept = elsewhere.keep();
             bail!("not reproducible: {first} first, {again} again; the second one is in {}", kept.display());

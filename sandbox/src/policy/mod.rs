@@ -49,6 +49,16 @@ pub enum PolicyError {
         /// Why.
         source: io::Error,
     },
+    /// It does not list that tier.
+    #[error(
+        "the policy {origin} does not accept the tier {tier}: it would have to be its runtime or in its fallback"
+    )]
+    Tier {
+        /// The file.
+        origin: String,
+        /// What was asked for.
+        tier: Runtime,
+    },
     /// The file is larger than any policy.
     #[error("the policy {} is larger than {} KiB: is it a policy?", path.display(), MAX_BYTES / 1024)]
     TooLarge {

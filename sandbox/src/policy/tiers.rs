@@ -44,7 +44,6 @@ pub enum Verdict {
     Refused(&'static str),
 }
 
-const NO_TIER: &str = "this tier cannot be run yet";
 const NO_VAULT: &str =
     "vaults are not asked yet: name a source of this host (env:, file:, exec:) in `secrets`";
 
@@ -100,18 +99,13 @@ impl Policy {
         }
         match tier {
             Runtime::Ironclaw => Verdict::Kept(self.microvm(field)),
-            Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Refused(NO_TIER),
+            Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Kept(self.container(field)),
         }
     }
 
     fn microvm(&self, field: Field) -> &'static str {
         match field {
             Field::Image => "the guest's root, read-only",
-            Field::Capabilities => {
-                "the agent drops all but net bind, also from the bounding set, before the workload starts"
-            }
-            Field::ReadonlyRoot => "the workload's root is mounted read-only, and it has no right to mount",
-            Field::CredentialSource => "there is none",
             Field::Filesystem if self.files_confined => {
                 "copies, and the guest kernel's Landlock for all the rest"
             }
@@ -120,18 +114,56 @@ impl Policy {
                 "the guest has no network interface but loopback; a broker on this host dials what is listed"
             }
             Field::Egress => "the guest has no network interface but loopback",
-            Field::SyscallFilter => match self.syscalls {
-                SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
-                SyscallFilter::DefaultAllow => "seccomp: what no workload needs fails with ENOSYS",
-            },
             Field::Vcpus => "the microVM has no more",
             Field::Memory => "the microVM has no more",
             Field::Timeout => "this host ends the microVM",
             Field::Pids => "a cgroup of the guest",
             Field::Disk => "the size of the one tmpfs that takes all writes",
-            Field::Secrets => {
-                "handed over after the start, in memory; not in the image, the command line or a template"
+            Field::Capabilities
+            | Field::ReadonlyRoot
+            | Field::CredentialSource
+            | Field::SyscallFilter
+            | Field::Secrets => self.agent(field),
+        }
+    }
+
+    fn container(&self, field: Field) -> &'static str {
+        match field {
+            Field::Image => "the archive of the root that lies beside the image, read-only",
+            Field::Filesystem if self.files_confined => {
+                "copies, and Landlock of the kernel below for all the rest; without it, as under gVisor, the start is refused"
             }
+            Field::Filesystem => "nothing of the host is in the container",
+            Field::Egress if !self.egress.is_empty() => {
+                "the container's network has loopback alone; a broker on this host dials what is listed"
+            }
+            Field::Egress => "the container's network has loopback alone",
+            Field::Vcpus => "a quota of the container's cgroup",
+            Field::Memory => "the container's cgroup",
+            Field::Timeout => "this host ends the container",
+            Field::Pids => "the container's cgroup, in which gVisor's threads count too",
+            Field::Disk => "the sizes of the three tmpfs that take all writes",
+            Field::Capabilities
+            | Field::ReadonlyRoot
+            | Field::CredentialSource
+            | Field::SyscallFilter
+            | Field::Secrets => self.agent(field),
+        }
+    }
+
+    /// What the agent sees to, the same way everywhere.
+    fn agent(&self, field: Field) -> &'static str {
+        match field {
+            Field::Capabilities => {
+                "the agent drops all but net bind, also from the bounding set, before the workload starts"
+            }
+            Field::ReadonlyRoot => "the workload's root is mounted read-only, and it has no right to mount",
+            Field::CredentialSource => "there is none",
+            Field::SyscallFilter => match self.syscalls {
+                SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
+                SyscallFilter::DefaultAllow => "seccomp: what no workload needs fails with ENOSYS",
+            },
+            _ => "handed over after the start, in memory; not in the image, the command line or a template",
         }
     }
 }

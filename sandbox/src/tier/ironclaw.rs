@@ -24,6 +24,7 @@ use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::Child;
 use tokio::sync::watch;
 
+use super::select::Chosen;
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
 use crate::policy::Runtime;
@@ -42,6 +43,13 @@ const CLEAR_LIMIT: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone)]
 pub(crate) struct Ironclaw(pub Artifacts);
 
+/// As it is where nobody asked for anything else.
+pub(crate) fn chosen() -> Chosen {
+    let version = env!("CARGO_PKG_VERSION").into();
+    let capabilities = Capabilities { implementation: "chitin-vmm".into(), version };
+    Chosen { tier: Runtime::Ironclaw, capabilities, passed_over: Vec::new() }
+}
+
 impl Tier for Ironclaw {
     fn kind(&self) -> Runtime {
         Runtime::Ironclaw
@@ -52,8 +60,7 @@ impl Tier for Ironclaw {
             let (checks, _) = doctor::microvm(&self.0).await;
             let missing: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
             if missing.is_empty() {
-                let version = env!("CARGO_PKG_VERSION").into();
-                return Ok(Capabilities { implementation: "chitin-vmm".into(), version });
+                return Ok(chosen().capabilities);
             }
             let reasons: Vec<_> =
                 missing.iter().map(|check| format!("{}: {}", check.name, check.detail)).collect();

@@ -9,15 +9,20 @@
 
 use std::fmt;
 use std::pin::Pin;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use crate::Error;
 use crate::policy::Runtime;
-use crate::sandbox::Plan;
+use crate::sandbox::{BOOT_LIMIT, Plan};
+use crate::{Artifacts, Error};
 
+mod container;
 pub(crate) mod ironclaw;
+mod nanoclaw;
+mod nemoclaw;
+pub(crate) mod select;
 
 /// What a tier answers when it is done with it.
 pub(crate) type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -35,9 +40,26 @@ pub(crate) trait Tier: Send + Sync {
     fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>>;
 }
 
+/// The tier of that kind, made of these files.
+pub(crate) fn of(kind: Runtime, artifacts: &Artifacts) -> Box<dyn Tier> {
+    match kind {
+        Runtime::Ironclaw => Box::new(ironclaw::Ironclaw(artifacts.clone())),
+        Runtime::Nanoclaw => Box::new(nanoclaw::Nanoclaw::new(artifacts)),
+        Runtime::Nemoclaw => Box::new(nemoclaw::Nemoclaw::new(artifacts)),
+    }
+}
+
 /// A sandbox that was started. It ends when the stream is closed, whoever closes it and however; dropping it does so at the
 /// latest.
 pub(crate) trait Instance: fmt::Debug + Send {
+    /// The agent has answered: what was there for the start only can go.
+    fn answered(&mut self) {}
+
+    /// What has not answered by then never will.
+    fn start_limit(&self) -> Duration {
+        BOOT_LIMIT
+    }
+
     /// Why it ended, or the stream did. Waits until it has.
     fn ended(&mut self) -> Pending<'_, Error>;
 

@@ -16,10 +16,11 @@ const SUPERBLOCK_OFFSET: u64 = 1024;
 const MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
 /// Run under fakeroot, so that owners can be given without being root:
-/// `TREE IMAGE [OWNER PATH]… -- MKFS-OPTION…`.
-const SCRIPT: &str = r#"tree=$1 image=$2; shift 2
+/// `TREE IMAGE ARCHIVE TIMESTAMP [OWNER PATH]… -- MKFS-OPTION…`. The archive has the same names, modes, owners and contents.
+const SCRIPT: &str = r#"tree=$1 image=$2 archive=$3 timestamp=$4; shift 4
 chown -hR 0:0 "$tree"
 while [ "$1" != -- ]; do chown -h "$1:$1" "$tree/$2"; shift 2; done; shift
+tar --create --file="$archive" --directory="$tree" --format=gnu --sort=name --mtime="@$timestamp" --numeric-owner .
 exec mkfs.erofs "$@" "$image" "$tree""#;
 
 /// The version of erofs-utils: another one may lay files out differently. (mkfs.erofs 1.5 cannot be asked.)
@@ -29,12 +30,12 @@ pub fn tools_version() -> Result<String> {
     Ok(version.with_context(|| format!("fsck.erofs says {shown:?} and no version"))?.into())
 }
 
-/// Writes an image of `tree`, aligned and checked. The result depends on the tree's names, modes and contents alone.
-pub fn make(tree: &Path, image: &Path, recipe: &Recipe) -> Result<u64> {
+/// Writes an image of `tree`, aligned and checked, and an archive of it for containers. The result depends on the tree's names, modes and contents alone.
+pub fn make(tree: &Path, image: &Path, archive: &Path, recipe: &Recipe) -> Result<u64> {
     // Started by a shell, which would say it less well.
     ensure!(exists("mkfs.erofs"), "mkfs.erofs is missing (cargo xtask setup installs what is missing)");
     let mut command = command("fakeroot", ["--", "sh", "-euc", SCRIPT, "sh"]);
-    command.arg(tree).arg(image);
+    command.arg(tree).arg(image).arg(archive).arg(recipe.timestamp.to_string());
     for directory in recipe.directory.iter().filter(|directory| directory.owner != 0) {
         command.arg(directory.owner.to_string()).arg(&directory.path);
     }

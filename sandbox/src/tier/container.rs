@@ -1,0 +1,190 @@
+//! What the container tiers have in common: the agent is PID 1, the channel its standard input and output, the root the same
+//! read-only one that microVMs have, as an archive.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::Unavailable;
+use crate::sandbox::Plan;
+use crate::template::fill_random;
+use crate::{Artifacts, Error};
+
+/// What every container runs.
+pub(crate) const AGENT: [&str; 2] = ["/init", "--stdio"];
+
+pub(crate) const HOST_NAME: &str = "chitin";
+
+/// What the agent needs, and the workload loses before it starts: to become another user and leave nothing in the bounding
+/// set, to end that user's processes, to copy files in and out for it, and to hand net bind on.
+pub(crate) const CAPABILITIES: [&str; 8] =
+    ["SETUID", "SETGID", "SETPCAP", "KILL", "CHOWN", "FOWNER", "DAC_OVERRIDE", "NET_BIND_SERVICE"];
+
+/// As the agent sets them for its workload; it cannot raise them.
+pub(crate) const MAX_FILES: u32 = 65_536;
+
+/// The kernel is to kill the workload, whose score the agent resets, and never the agent.
+pub(crate) const OOM_SCORE: i32 = -1000;
+
+/// In a container the agent is there within a second. Longer than a loaded, emulated machine takes, shorter than a person's
+/// patience.
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// The agent ends with its channel, and the container with the agent, in milliseconds.
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a container may use of this host.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub vcpus: u8,
+    /// Bytes.
+    pub memory: u64,
+    /// Processes and threads of agent and workload together.
+    pub tasks: u32,
+    /// Bytes that may be written, if less than the memory allows.
+    pub disk: Option<u64>,
+}
+
+impl Limits {
+    pub fn of(plan: &Plan) -> Limits {
+        let memory = plan.spec.memory_bytes();
+        // The agent is one, and its copying another.
+        let tasks = plan.tasks.saturating_add(AGENT_TASKS);
+        Limits { vcpus: plan.spec.vcpus, memory, tasks, disk: plan.disk_bytes }
+    }
+}
+
+/// The agent itself, and the most of its copy jobs.
+const AGENT_TASKS: u32 = 8;
+
+/// What can be written: each a tmpfs.
+pub(crate) struct Scratch {
+    pub path: &'static str,
+    pub mode: &'static str,
+    pub owner: u32,
+    pub bytes: u64,
+}
+
+/// Their pages count as the sandbox's memory. Together they leave a fifth of it, so that a workload that fills them is told
+/// ENOSPC, and not killed; or they have what it may write at all, if that is less.
+pub(crate) fn scratch(limits: Limits) -> [Scratch; 3] {
+    let bytes = limits.disk.unwrap_or(u64::MAX).min(limits.memory / 5 * 4);
+    [
+        Scratch { path: "/work", mode: "0755", owner: 1000, bytes: bytes / 8 * 5 },
+        Scratch { path: "/tmp", mode: "1777", owner: 0, bytes: bytes / 4 },
+        Scratch { path: "/dev/shm", mode: "1777", owner: 0, bytes: bytes / 8 },
+    ]
+}
+
+/// The root as an archive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RootArchive {
+    pub path: PathBuf,
+    /// Its SHA-256, in hexadecimal.
+    pub digest: String,
+}
+
+impl RootArchive {
+    /// The one beside the root image.
+    pub fn of(artifacts: &Artifacts) -> Result<RootArchive, Unavailable> {
+        #[derive(Deserialize)]
+        struct Manifest {
+            tar_sha256: String,
+        }
+        let path = artifacts.root_image.with_extension("tar");
+        let missing = |reason| Unavailable { reason, remedy: "build it with `cargo xtask rootfs`".into() };
+        if !path.is_file() {
+            return Err(missing(format!("no archive of the root at {}", path.display())));
+        }
+        let manifest = artifacts.root_image.with_extension("json");
+        let read = std::fs::read(&manifest).map_err(|error| error.to_string());
+        let digest = read
+            .and_then(|json| serde_json::from_slice::<Manifest>(&json).map_err(|error| error.to_string()));
+        match digest {
+            Ok(Manifest { tar_sha256: digest }) if is_digest(&digest) => Ok(RootArchive { path, digest }),
+            Ok(_) => Err(missing(format!("no SHA-256 in {}", manifest.display()))),
+            Err(error) => Err(missing(format!("{}: {error}", manifest.display()))),
+        }
+    }
+}
+
+/// It becomes a directory's and an image's name.
+fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// A name that no other container has.
+pub(crate) fn new_name() -> Result<String, Error> {
+    let mut random = [0; 8];
+    fill_random(&mut random).map_err(|source| Error::Host { what: "get random bytes", source })?;
+    Ok(format!("chitin-{:016x}", u64::from_ne_bytes(random)))
+}
+
+/// The end of what the agent and its runtime have to say. Untrusted text.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<VecDeque<u8>>>);
+
+impl Log {
+    /// Some hundred lines.
+    const KEPT: usize = 16 * 1024;
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        // Bytes are whole at every moment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn push(&self, bytes: &[u8]) {
+        let mut kept = self.lock();
+        kept.extend(bytes);
+        let surplus = kept.len().saturating_sub(Log::KEPT);
+        kept.drain(..surplus);
+    }
+
+    pub fn text(&self) -> String {
+        let bytes: Vec<u8> = self.lock().iter().copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The last line that says something.
+    pub fn last_line(&self) -> Option<String> {
+        let text = self.text();
+        text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_keeps_its_end() {
+        let log = Log::default();
+        log.push(&vec![b'x'; 3 * Log::KEPT]);
+        log.push(b"\nwhy\n\n");
+        assert_eq!(log.text().len(), Log::KEPT);
+        assert_eq!(log.last_line().as_deref(), Some("why"));
+        assert_eq!(Log::default().last_line(), None);
+    }
+
+    #[test]
+    fn scratch_leaves_memory_for_processes() {
+        let memory = 256 << 20;
+        let all = |disk| {
+            let limits = Limits { vcpus: 1, memory, tasks: 1, disk };
+            scratch(limits).iter().map(|scratch| scratch.bytes).sum::<u64>()
+        };
+        assert!(all(None) <= memory / 5 * 4);
+        assert_eq!(all(Some(64 << 20)), 64 << 20);
+    }
+
+    #[test]
+    fn only_a_digest_becomes_a_name() {
+        assert!(is_digest(&"0f".repeat(32)));
+        for bad in ["", "0f", &"0F".repeat(32), &"..".repeat(32), &"0f".repeat(33)] {
+            assert!(!is_digest(bad), "{bad}");
+        }
+    }
+}

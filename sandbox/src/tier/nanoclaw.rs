@@ -1,0 +1,236 @@
+//! The container tier without a daemon: an OCI bundle, run by gVisor's `runsc`, whose kernel is a program of its own; where
+//! there is none that works, by `crun` or `runc`, which share the host's kernel, and then it is reported as `nanoclaw/runc`.
+//!
+//! A runtime has no interface but its command line. It stays in the foreground and is our child: what it is given as standard
+//! input and output, the channel's other end, is what the agent gets. When we close ours, however we end, the agent ends, the
+//! container with it, and the runtime clears up behind it.
+//!
+//! ```text
+//!   /run/chitin/bundles/ENGINE-NAME    config.json, and a lock that its owner holds; gone when the agent has answered
+//!   /run/chitin/ENGINE                 the runtime's own state
+//!   /run/chitin/works.json             which runtime works here, found out once
+//!   /var/cache/chitin/roots/DIGEST     an unpacked root
+//! ```
+
+mod bundle;
+mod engine;
+mod root;
+
+use std::os::fd::OwnedFd;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::OnceCell;
+
+use self::bundle::Bundle;
+use self::engine::Engine;
+use super::container::{Limits, Log, RootArchive, START_LIMIT, STOP_LIMIT};
+use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
+use crate::phases::now_ns;
+use crate::policy::Runtime;
+use crate::sandbox::Plan;
+use crate::{Artifacts, Error, GuestEnd};
+
+/// How long a runtime may take to clear up by force.
+const DELETE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long standard error may stay open behind a runtime that has ended.
+const LOG_LIMIT: Duration = Duration::from_millis(500);
+
+/// Containers of an OCI runtime.
+#[derive(Debug)]
+pub(crate) struct Nanoclaw {
+    artifacts: Artifacts,
+    ready: OnceCell<(Engine, std::path::PathBuf)>,
+}
+
+impl Nanoclaw {
+    pub fn new(artifacts: &Artifacts) -> Nanoclaw {
+        Nanoclaw { artifacts: artifacts.clone(), ready: OnceCell::new() }
+    }
+
+    /// The runtime, and the root that its containers get.
+    async fn ready(&self) -> Result<&(Engine, std::path::PathBuf), Unavailable> {
+        self.ready
+            .get_or_try_init(|| async {
+                if !rustix::process::geteuid().is_root() {
+                    return Err(Unavailable {
+                        reason: "an OCI runtime needs root to give a container users of its own".into(),
+                        remedy: "run chitin as root, or use nemoclaw, where the daemon is root".into(),
+                    });
+                }
+                let archive = RootArchive::of(&self.artifacts)?;
+                let unpacking = tokio::task::spawn_blocking(move || root::unpacked(&archive));
+                let root = unpacking.await.map_err(|error| error.to_string()).and_then(|root| root);
+                let root = root.map_err(|reason| Unavailable {
+                    reason: format!("the root cannot be unpacked: {reason}"),
+                    remedy: "make room in /var/cache/chitin, or build it anew with `cargo xtask rootfs`"
+                        .into(),
+                })?;
+                let engine = engine::that_works(&root).await?;
+                Ok((engine, root))
+            })
+            .await
+    }
+}
+
+impl Tier for Nanoclaw {
+    fn kind(&self) -> Runtime {
+        Runtime::Nanoclaw
+    }
+
+    fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
+        Box::pin(async { self.ready().await.map(|(engine, _)| engine.capabilities()) })
+    }
+
+    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+        Box::pin(async {
+            let (engine, root) = self.ready().await.map_err(|unavailable| Error::NoTier {
+                missing: format!("{}: {unavailable}", Runtime::Nanoclaw),
+            })?;
+            bundle::sweep().await;
+            let limits = Limits::of(plan);
+            let spawned = now_ns();
+            let (container, stream) = Container::start(engine, root, limits)?;
+            Ok(Launched { instance: Box::new(container), stream, spawned })
+        })
+    }
+}
+
+/// A container, by the runtime that runs it in the foreground.
+#[derive(Debug)]
+struct Container {
+    engine: Engine,
+    name: String,
+    child: Child,
+    /// Until the agent has answered.
+    bundle: Option<Bundle>,
+    log: Log,
+    reader: tokio::task::JoinHandle<()>,
+    ended: Option<ExitStatus>,
+}
+
+impl Container {
+    fn start(
+        engine: &Engine,
+        root: &std::path::Path,
+        limits: Limits,
+    ) -> Result<(Container, UnixStream), Error> {
+        let host = |what| move |source| Error::Host { what, source };
+        let bundle =
+            Bundle::create(engine, root, limits).map_err(host("write an OCI bundle in /run/chitin"))?;
+        let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
+        let theirs = theirs.into_std().map_err(host("hand over the channel"))?;
+        let again: OwnedFd = theirs.try_clone().map_err(host("hand over the channel"))?.into();
+        let mut child = engine
+            .command(&["run", "--bundle"])
+            .arg(bundle.path())
+            .arg(bundle.name())
+            .stdin(Stdio::from(again))
+            .stdout(Stdio::from(OwnedFd::from(theirs)))
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|source| Error::Spawn { path: engine.program.clone(), source })?;
+        let log = Log::default();
+        let reader = tokio::spawn({
+            let (log, stderr) = (log.clone(), child.stderr.take());
+            async move {
+                let Some(mut stderr) = stderr else { return };
+                let mut chunk = [0; 4096];
+                while let Ok(count) = stderr.read(&mut chunk).await
+                    && count > 0
+                {
+                    log.push(&chunk[..count]);
+                }
+            }
+        });
+        let name = bundle.name().to_owned();
+        let container =
+            Container { engine: engine.clone(), name, child, bundle: Some(bundle), log, reader, ended: None };
+        Ok((container, ours))
+    }
+
+    async fn wait(&mut self) -> ExitStatus {
+        match self.ended {
+            Some(status) => status,
+            None => {
+                let status = self.child.wait().await.unwrap_or_default();
+                // What it said last is on its way; what it left behind could hold the pipe for ever.
+                let _ = tokio::time::timeout(LOG_LIMIT, &mut self.reader).await;
+                *self.ended.insert(status)
+            }
+        }
+    }
+
+    /// Kills the runtime, which has not ended by itself, and whatever shares its process group.
+    fn kill(&self) {
+        if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?)) {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+    }
+}
+
+impl Instance for Container {
+    fn answered(&mut self) {
+        self.bundle = None;
+    }
+
+    fn start_limit(&self) -> Duration {
+        START_LIMIT
+    }
+
+    fn ended(&mut self) -> Pending<'_, Error> {
+        Box::pin(async {
+            let status = self.wait().await;
+            let said = self.log.last_line();
+            if self.bundle.is_none() {
+                let reason = format!("its container has ended ({status})");
+                return Error::GuestEnded(GuestEnd { reason, log: self.log.text() });
+            }
+            let reason = said.unwrap_or_else(|| format!("it has ended without a word ({status})"));
+            Error::Container { engine: self.engine.name.into(), reason }
+        })
+    }
+
+    fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
+        Box::pin(async {
+            let by_itself = tokio::time::timeout(STOP_LIMIT, self.wait()).await.is_ok();
+            if by_itself && self.bundle.is_none() {
+                return Ok(());
+            }
+            self.kill();
+            self.wait().await;
+            let deleted = self.engine.delete(&self.name).await;
+            self.bundle = None;
+            match deleted {
+                true => Ok(()),
+                false => {
+                    Err(Error::Left { what: format!("the {} container {}", self.engine.name, self.name) })
+                }
+            }
+        })
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // One that has answered ends with its channel, and its runtime clears up.
+        if self.bundle.is_some() && self.ended.is_none() {
+            self.kill();
+            // Not waited for: whoever sweeps next finds the bundle if this one does not come to an end.
+            let mut delete = self.engine.command(&["delete", "--force", &self.name]);
+            let _ = delete.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        }
+    }
+}
+
+/// Runs a command that has nothing to say; whether it has succeeded in time.
+async fn succeeds(command: &mut Command) -> bool {
+    let status =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).status();
+    matches!(tokio::time::timeout(DELETE_LIMIT, status).await, Ok(Ok(status)) if status.success())
+}

@@ -1,0 +1,203 @@
+//! Which OCI runtime there is, and whether it works: found out by running a container, once, because a runtime that is
+//! installed may still not work on this kernel, and may hang.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncReadExt;
+use tokio::process::Command;
+
+use super::bundle::RUN;
+use super::{Container, succeeds};
+use crate::tier::container::Limits;
+use crate::tier::{Capabilities, Instance, Unavailable};
+
+/// All there are, the strongest first; of gVisor each way to intercept system calls, the one it recommends first.
+const ENGINES: [(&str, Option<&str>); 5] = [
+    ("runsc", Some("systrap")),
+    ("runsc", Some("kvm")),
+    ("runsc", Some("ptrace")),
+    ("crun", None),
+    ("runc", None),
+];
+
+/// A container that says hello takes a tenth of it. A gVisor whose KVM does not run guests hangs.
+const TRIAL_LIMIT: Duration = Duration::from_secs(10);
+
+const VERSION_LIMIT: Duration = Duration::from_secs(5);
+
+/// The least that a microVM has too.
+const TRIAL: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None };
+
+/// Threads that gVisor's kernel and its helper have on the host.
+const GVISOR_TASKS: u32 = 256;
+
+const FOUND: &str = "/run/chitin/works.json";
+
+/// A runtime.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Engine {
+    pub name: &'static str,
+    pub program: PathBuf,
+    platform: Option<&'static str>,
+    version: String,
+}
+
+/// What is remembered until the next boot.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    /// What the runtimes were at that time.
+    programs: Vec<String>,
+    /// The index in [`ENGINES`].
+    engine: usize,
+    version: String,
+}
+
+impl Engine {
+    /// The one of that name, to clear up behind it.
+    pub fn named(name: &str) -> Option<Engine> {
+        let (name, _) = ENGINES.into_iter().find(|(known, _)| *known == name)?;
+        Some(Engine { name, program: find(name)?, platform: None, version: String::new() })
+    }
+
+    /// Whether a sandbox under it has a kernel that is not the host's.
+    pub fn has_own_kernel(&self) -> bool {
+        self.name == "runsc"
+    }
+
+    /// Tasks of its own that count as the container's.
+    pub fn own_tasks(&self) -> u32 {
+        if self.has_own_kernel() { GVISOR_TASKS } else { 0 }
+    }
+
+    pub fn capabilities(&self) -> Capabilities {
+        let implementation = match self.platform {
+            Some(platform) => format!("{}/{platform}", self.name),
+            None => self.name.to_owned(),
+        };
+        Capabilities { implementation, version: self.version.clone() }
+    }
+
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        // Our environment may hold the very secrets that are handed over.
+        command.env_clear().env("PATH", PATH).process_group(0);
+        command.arg("--root").arg(Path::new(RUN).join(self.name));
+        if self.name == "runsc" {
+            command.arg("--network=none");
+        }
+        if let Some(platform) = self.platform {
+            command.arg(format!("--platform={platform}"));
+        }
+        command.args(words);
+        command
+    }
+
+    /// Ends a container by force and forgets it; whether nothing is left of it.
+    pub async fn delete(&self, name: &str) -> bool {
+        // A runtime may call it a failure that there was none.
+        succeeds(&mut self.command(&["delete", "--force", name])).await || !self.knows(name)
+    }
+
+    fn knows(&self, name: &str) -> bool {
+        let states = fs::read_dir(Path::new(RUN).join(self.name)).into_iter().flatten().flatten();
+        states.into_iter().any(|state| state.file_name().to_string_lossy().contains(name))
+    }
+}
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The program of that name: where this process would find it, or where administrators' tools are.
+fn find(name: &str) -> Option<PathBuf> {
+    let own = std::env::var_os("PATH").unwrap_or_default();
+    let places = std::env::split_paths(&own).chain(std::env::split_paths(PATH)).collect::<Vec<_>>();
+    places
+        .into_iter()
+        .filter(|place| place.is_absolute())
+        .map(|place| place.join(name))
+        .find(|path| path.is_file())
+}
+
+/// The strongest that works.
+pub(crate) async fn that_works(root: &Path) -> Result<Engine, Unavailable> {
+    let programs: Vec<String> = ENGINES.iter().map(|(name, _)| identity(name)).collect();
+    if let Some(engine) = remembered(&programs) {
+        return Ok(engine);
+    }
+    let mut reasons: Vec<String> = Vec::new();
+    for (index, (name, platform)) in ENGINES.into_iter().enumerate() {
+        let said = match platform {
+            Some(platform) => format!("{name}/{platform}"),
+            None => name.to_owned(),
+        };
+        let Some(program) = find(name) else {
+            if !reasons.contains(&format!("{name} is not installed")) {
+                reasons.push(format!("{name} is not installed"));
+            }
+            continue;
+        };
+        let engine = Engine { name, program, platform, version: String::new() };
+        match try_out(&engine, root).await {
+            Ok(version) => {
+                let found = Found { programs, engine: index, version: version.clone() };
+                // Not remembered, it is found out again.
+                let _ = serde_json::to_vec(&found).map(|json| fs::write(FOUND, json));
+                return Ok(Engine { version, ..engine });
+            }
+            Err(reason) => reasons.push(format!("{said} does not work: {reason}")),
+        }
+    }
+    Err(Unavailable {
+        reason: reasons.join(", "),
+        remedy: "install runsc (Debian: apt-get install runsc), crun or runc".into(),
+    })
+}
+
+fn remembered(programs: &[String]) -> Option<Engine> {
+    let found: Found = serde_json::from_slice(&fs::read(FOUND).ok()?).ok()?;
+    let (name, platform) = *ENGINES.get(found.engine)?;
+    (found.programs == programs).then_some(())?;
+    Some(Engine { name, program: find(name)?, platform, version: found.version })
+}
+
+/// Changes when the program does.
+fn identity(name: &str) -> String {
+    let Some(path) = find(name) else { return String::new() };
+    let Ok(is) = fs::metadata(&path) else { return String::new() };
+    format!("{} {} {} {}", path.display(), is.ino(), is.len(), is.mtime())
+}
+
+/// Runs a container that says hello. Returns the runtime's version.
+async fn try_out(engine: &Engine, root: &Path) -> Result<String, String> {
+    let mut version = engine.command(&[]);
+    version.kill_on_drop(true).arg("--version");
+    let asked = tokio::time::timeout(VERSION_LIMIT, version.output()).await;
+    let output =
+        asked.map_err(|_| "it does not say its version".to_owned())?.map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let words = text.lines().next().unwrap_or_default();
+    let version = words.rsplit(' ').next().unwrap_or_default().to_owned();
+
+    let (mut container, mut stream) = Container::start(engine, root, TRIAL).map_err(|error| match error {
+        crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
+        other => other.to_string(),
+    })?;
+    let hello = tokio::time::timeout(TRIAL_LIMIT, stream.read(&mut [0])).await;
+    let outcome = match hello {
+        Ok(Ok(1)) => {
+            container.answered();
+            Ok(version)
+        }
+        Ok(_) => Err(match container.ended().await {
+            crate::Error::Container { reason, .. } => reason,
+            other => other.to_string(),
+        }),
+        Err(_) => Err(format!("a container has not answered for {} s", TRIAL_LIMIT.as_secs())),
+    };
+    drop(stream);
+    container.stop().await.map_err(|error| error.to_string())?;
+    outcome
+}

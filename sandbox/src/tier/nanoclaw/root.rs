@@ -1,0 +1,71 @@
+//! The root as a directory that all containers share, read-only.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::tier::container::RootArchive;
+
+/// Below it each user namespace has to find its root: it is open to all, and holds nothing that is not in every sandbox.
+const ROOTS: &str = "/var/cache/chitin/roots";
+
+/// The directory with the content of the archive; unpacked if it is not there.
+pub(crate) fn unpacked(archive: &RootArchive) -> Result<PathBuf, String> {
+    let place = Path::new(ROOTS);
+    let root = place.join(&archive.digest);
+    if root.is_dir() {
+        return Ok(root);
+    }
+    let failed = |path: &Path| {
+        let path = path.display().to_string();
+        move |error: io::Error| format!("{path}: {error}")
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(place).map_err(failed(place))?;
+    let partial = place.join(format!("{}.partial-{}", archive.digest, std::process::id()));
+    let _ = fs::remove_dir_all(&partial);
+    let outcome = unpack(archive, &partial).and_then(|()| match fs::rename(&partial, &root) {
+        // Somebody else was faster.
+        Err(_) if root.is_dir() => Ok(()),
+        renamed => renamed.map_err(failed(&root)),
+    });
+    let _ = fs::remove_dir_all(&partial);
+    outcome.map(|()| root)
+}
+
+fn unpack(archive: &RootArchive, partial: &Path) -> Result<(), String> {
+    let file = File::open(&archive.path).map_err(|error| format!("{}: {error}", archive.path.display()))?;
+    let mut hashed = Hashed { inner: BufReader::with_capacity(1 << 18, file), hash: Sha256::new() };
+    let mut tar = tar::Archive::new(&mut hashed);
+    tar.set_preserve_permissions(true);
+    tar.set_preserve_ownerships(true);
+    fs::create_dir(partial).and_then(|()| tar.unpack(partial)).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        format!("{error}{}", cause.unwrap_or_default())
+    })?;
+    // The padding behind the last entry is part of the file.
+    io::copy(&mut hashed, &mut io::sink()).map_err(|error| error.to_string())?;
+    let found = format!("{:x}", hashed.hash.finalize());
+    match found == archive.digest {
+        true => Ok(()),
+        false => {
+            Err(format!("{} is not what root.json says: its SHA-256 is {found}", archive.path.display()))
+        }
+    }
+}
+
+/// Hashes what is read.
+struct Hashed<R> {
+    inner: R,
+    hash: Sha256,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.hash.update(&buffer[..count]);
+        Ok(count)
+    }
+}

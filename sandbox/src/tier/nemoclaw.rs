@@ -1,0 +1,499 @@
+//! The container tier of a Docker daemon, through its socket; Podman's serves as well.
+//!
+//! ```text
+//!   create ──▶ attach ──▶ start ──▶ the agent says hello ──our side closes──▶ the agent ends ──▶ the daemon removes it
+//!     └── no such image: import the root's archive once, by digest
+//! ```
+//!
+//! The channel is the container's standard input and output, which the daemon closes when our connection to it does, however
+//! we end. What a client has left that died between create and start has our label, and the next start removes it.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bollard::container::{AttachContainerResults, LogOutput};
+use bollard::models::{
+    ContainerCreateBody, ContainerSummaryStateEnum, HostConfig, HostConfigLogConfig, ResourcesUlimits,
+};
+use bollard::query_parameters::{
+    AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
+    InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
+    StartContainerOptions, WaitContainerOptionsBuilder,
+};
+use bollard::{API_DEFAULT_VERSION, Docker};
+use futures_util::StreamExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::OnceCell;
+use tokio::task::JoinHandle;
+use tokio_util::io::ReaderStream;
+
+use super::container::{
+    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, MAX_FILES, OOM_SCORE, RootArchive, START_LIMIT, STOP_LIMIT,
+    new_name, scratch,
+};
+use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
+use crate::phases::now_ns;
+use crate::policy::Runtime;
+use crate::sandbox::Plan;
+use crate::{Artifacts, Error, GuestEnd};
+
+/// A daemon that lives answers in milliseconds.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
+
+/// For one request, seconds. Importing the root is the longest.
+const REQUEST_LIMIT: u64 = 120;
+
+/// Docker 20.10's: the first with private cgroup namespaces.
+const OLDEST_API: (usize, usize) = (1, 41);
+
+/// Marks our containers, so that none of somebody else's is ever removed.
+const LABEL: &str = "chitin.sandbox";
+
+/// The name of our images; the tag is the root's digest.
+const IMAGE: &str = "chitin-root";
+
+/// What has not been started by then never will be.
+const STALE: Duration = Duration::from_secs(120);
+
+/// One read from the channel: what its socket holds.
+const CHUNK: usize = 64 * 1024;
+
+const REMEDY: &str =
+    "start it (Debian: apt-get install docker.io), join the group docker, or name its socket in DOCKER_HOST";
+
+/// Containers of a daemon.
+#[derive(Debug)]
+pub(crate) struct Nemoclaw {
+    artifacts: Artifacts,
+    daemon: OnceCell<Daemon>,
+}
+
+#[derive(Debug, Clone)]
+struct Daemon {
+    docker: Docker,
+    archive: RootArchive,
+    version: String,
+    implementation: String,
+}
+
+impl Nemoclaw {
+    pub fn new(artifacts: &Artifacts) -> Nemoclaw {
+        Nemoclaw { artifacts: artifacts.clone(), daemon: OnceCell::new() }
+    }
+
+    async fn daemon(&self) -> Result<&Daemon, Unavailable> {
+        self.daemon.get_or_try_init(|| self.find()).await
+    }
+
+    async fn find(&self) -> Result<Daemon, Unavailable> {
+        let address = address();
+        let missing = |reason| Unavailable { reason, remedy: REMEDY.into() };
+        let connect = async {
+            let docker = connect(&address)?.negotiate_version().await?;
+            let version = docker.version().await?;
+            Ok::<_, bollard::errors::Error>((docker, version))
+        };
+        let (docker, version) = match tokio::time::timeout(PROBE_LIMIT, connect).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                return Err(missing(format!("no Docker daemon answers at {address}: {}", chain(&error))));
+            }
+            Err(_) => {
+                return Err(missing(format!(
+                    "the Docker daemon at {address} has not answered for {} s",
+                    PROBE_LIMIT.as_secs()
+                )));
+            }
+        };
+        let api = docker.client_version();
+        if (api.major_version, api.minor_version) < OLDEST_API {
+            let (major, minor) = OLDEST_API;
+            return Err(Unavailable {
+                reason: format!(
+                    "the Docker daemon at {address} speaks API {api}, and {major}.{minor} is needed"
+                ),
+                remedy: "use Docker 20.10 or newer".into(),
+            });
+        }
+        let archive = RootArchive::of(&self.artifacts)?;
+        let components = version.components.unwrap_or_default();
+        let podman = components.iter().any(|component| component.name.starts_with("Podman"));
+        let implementation = if podman { "Podman" } else { "Docker" }.into();
+        Ok(Daemon { docker, archive, version: version.version.unwrap_or_default(), implementation })
+    }
+}
+
+/// `$DOCKER_HOST`, else the first socket that is there.
+fn address() -> String {
+    if let Ok(host) = std::env::var("DOCKER_HOST")
+        && !host.is_empty()
+    {
+        return host;
+    }
+    let own = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).unwrap_or_default();
+    let places = [
+        PathBuf::from("/run/docker.sock"),
+        PathBuf::from("/var/run/docker.sock"),
+        own.join("docker.sock"),
+        own.join("podman/podman.sock"),
+        PathBuf::from("/run/podman/podman.sock"),
+    ];
+    let found = places.iter().find(|path| path.is_absolute() && path.exists()).unwrap_or(&places[1]);
+    format!("unix://{}", found.display())
+}
+
+fn connect(address: &str) -> Result<Docker, bollard::errors::Error> {
+    match address.starts_with("unix://") || address.starts_with('/') {
+        true => Docker::connect_with_unix(address, REQUEST_LIMIT, API_DEFAULT_VERSION),
+        false => Docker::connect_with_http(address, REQUEST_LIMIT, API_DEFAULT_VERSION),
+    }
+}
+
+/// An error and its causes as one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = error.source();
+    }
+    line
+}
+
+impl Tier for Nemoclaw {
+    fn kind(&self) -> Runtime {
+        Runtime::Nemoclaw
+    }
+
+    fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
+        Box::pin(async {
+            self.daemon().await.map(|daemon| Capabilities {
+                implementation: daemon.implementation.clone(),
+                version: daemon.version.clone(),
+            })
+        })
+    }
+
+    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+        Box::pin(async {
+            let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
+                missing: format!("{}: {unavailable}", Runtime::Nemoclaw),
+            })?;
+            let spawned = now_ns();
+            let (container, stream) = daemon.start(plan).await?;
+            Ok(Launched { instance: Box::new(container), stream, spawned })
+        })
+    }
+}
+
+impl Daemon {
+    fn failed(&self, error: &bollard::errors::Error) -> Error {
+        Error::Container { engine: self.implementation.clone(), reason: chain(error) }
+    }
+
+    async fn start(&self, plan: &Plan) -> Result<(Container, UnixStream), Error> {
+        let name = new_name()?;
+        let body = self.body(Limits::of(plan));
+        let options = CreateContainerOptionsBuilder::default().name(&name).build();
+        let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
+        if is_status(&created, 404) {
+            self.import().await?;
+            created = self.docker.create_container(Some(options), body).await;
+        }
+        let id = created.map_err(|error| self.failed(&error))?.id;
+        let mut container = Container {
+            docker: self.docker.clone(),
+            implementation: self.implementation.clone(),
+            id,
+            log: Log::default(),
+            broken: Arc::default(),
+            bridge: None,
+            answered: false,
+            gone: false,
+        };
+        match container.run().await {
+            Ok(stream) => Ok((container, stream)),
+            Err(error) => {
+                container.remove().await?;
+                Err(self.failed(&error))
+            }
+        }
+    }
+
+    /// Makes the archive an image. Two that do so at the same time make the same one.
+    async fn import(&self) -> Result<(), Error> {
+        let path = &self.archive.path;
+        let file = tokio::fs::File::open(path)
+            .await
+            .map_err(|source| Error::Host { what: "open the archive of the root", source })?;
+        let options = CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(self.tag()).build();
+        let body = bollard::body_try_stream(ReaderStream::with_capacity(file, CHUNK));
+        let mut progress = Box::pin(self.docker.create_image(Some(options), Some(body), None));
+        while let Some(step) = progress.next().await {
+            step.map_err(|error| self.failed(&error))?;
+        }
+        Ok(())
+    }
+
+    fn tag(&self) -> &str {
+        &self.archive.digest[..32]
+    }
+
+    fn body(&self, limits: Limits) -> ContainerCreateBody {
+        let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let [work, tmp, shm] = scratch(limits);
+        let tmpfs = [work, tmp].map(|scratch| {
+            let options = format!(
+                "rw,nosuid,nodev,exec,mode={},uid={owner},gid={owner},size={}",
+                scratch.mode,
+                scratch.bytes,
+                owner = scratch.owner
+            );
+            (scratch.path.to_owned(), options)
+        });
+        let files = i64::from(MAX_FILES);
+        let host = HostConfig {
+            auto_remove: Some(true),
+            network_mode: Some("none".into()),
+            ipc_mode: Some("private".into()),
+            readonly_rootfs: Some(true),
+            cap_drop: Some(vec!["ALL".into()]),
+            cap_add: Some(CAPABILITIES.map(str::to_owned).to_vec()),
+            // The daemon's own filter, which it has by default, stays.
+            security_opt: Some(vec!["no-new-privileges".into()]),
+            tmpfs: Some(tmpfs.into()),
+            shm_size: Some(bytes(shm.bytes)),
+            memory: Some(bytes(limits.memory)),
+            memory_swap: Some(bytes(limits.memory)),
+            nano_cpus: Some(bytes(u64::from(limits.vcpus) * 1_000_000_000)),
+            pids_limit: Some(limits.tasks.into()),
+            oom_score_adj: Some(OOM_SCORE.into()),
+            ulimits: Some(vec![ResourcesUlimits {
+                name: Some("nofile".into()),
+                soft: Some(files),
+                hard: Some(files),
+            }]),
+            // What the channel carries is nothing for a log on disk.
+            log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
+            init: Some(false),
+            ..Default::default()
+        };
+        ContainerCreateBody {
+            image: Some(format!("{IMAGE}:{}", self.tag())),
+            cmd: Some(AGENT.map(str::to_owned).to_vec()),
+            env: Some(vec!["PATH=/usr/bin".into()]),
+            working_dir: Some("/".into()),
+            user: Some("0:0".into()),
+            hostname: Some(HOST_NAME.into()),
+            labels: Some(HashMap::from([(LABEL.into(), env!("CARGO_PKG_VERSION").into())])),
+            network_disabled: Some(true),
+            attach_stdin: Some(true),
+            attach_stdout: Some(true),
+            attach_stderr: Some(true),
+            open_stdin: Some(true),
+            stdin_once: Some(true),
+            tty: Some(false),
+            host_config: Some(host),
+            ..Default::default()
+        }
+    }
+}
+
+fn is_status<T>(result: &Result<T, bollard::errors::Error>, code: u16) -> bool {
+    matches!(result, Err(bollard::errors::Error::DockerResponseServerError { status_code, .. }) if *status_code == code)
+}
+
+/// A container of the daemon.
+#[derive(Debug)]
+struct Container {
+    docker: Docker,
+    implementation: String,
+    id: String,
+    log: Log,
+    /// What has broken the connection, if anything has.
+    broken: Arc<Mutex<Option<String>>>,
+    bridge: Option<JoinHandle<()>>,
+    answered: bool,
+    /// The daemon has forgotten it.
+    gone: bool,
+}
+
+impl Container {
+    async fn run(&mut self) -> Result<UnixStream, bollard::errors::Error> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let options = AttachContainerOptionsBuilder::default()
+            .stdin(true)
+            .stdout(true)
+            .stderr(true)
+            .stream(true)
+            .build();
+        // Before the start: what the agent says first must not be missed.
+        let attached = self.docker.attach_container(&self.id, Some(options)).await?;
+        let bridge = bridge(attached, theirs, self.log.clone(), self.broken.clone());
+        self.bridge = Some(tokio::spawn(bridge));
+        self.docker.start_container(&self.id, None::<StartContainerOptions>).await?;
+        tokio::spawn(sweep(self.docker.clone()));
+        Ok(ours)
+    }
+
+    /// Waits until the daemon has removed it, as it does when it has ended.
+    async fn removed(&mut self) -> bool {
+        let options = WaitContainerOptionsBuilder::default().condition("removed").build();
+        let waiting = async {
+            let mut answers = Box::pin(self.docker.wait_container(&self.id, Some(options)));
+            match answers.next().await {
+                // How it has ended is nobody's concern now.
+                Some(Ok(_) | Err(bollard::errors::Error::DockerContainerWaitError { .. })) | None => true,
+                Some(error) => is_status(&error, 404),
+            }
+        };
+        tokio::time::timeout(STOP_LIMIT, waiting).await.unwrap_or(false)
+    }
+
+    /// Removes it by force.
+    async fn remove(&mut self) -> Result<(), Error> {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        let removed = self.docker.remove_container(&self.id, Some(options)).await;
+        // 409: it is being removed.
+        self.gone =
+            removed.is_ok() || is_status(&removed, 404) || (is_status(&removed, 409) && self.removed().await);
+        match (self.gone, removed) {
+            (false, Err(error)) => {
+                let id = &self.id[..self.id.len().min(12)];
+                Err(Error::Left {
+                    what: format!("the container {id} of {}: {}", self.implementation, chain(&error)),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Instance for Container {
+    fn answered(&mut self) {
+        self.answered = true;
+    }
+
+    fn start_limit(&self) -> Duration {
+        START_LIMIT
+    }
+
+    fn ended(&mut self) -> Pending<'_, Error> {
+        Box::pin(async {
+            if let Some(bridge) = &mut self.bridge {
+                let _ = bridge.await;
+                self.bridge = None;
+            }
+            let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let inspected = self.docker.inspect_container(&self.id, None::<InspectContainerOptions>).await;
+            let reason = match (&inspected, broken) {
+                (Err(bollard::errors::Error::DockerResponseServerError { .. }), _) => {
+                    "its container has ended".into()
+                }
+                (Err(error), _) => {
+                    format!("the {} daemon no longer answers ({})", self.implementation, chain(error))
+                }
+                (Ok(_), Some(broken)) => {
+                    format!("the connection to the {} daemon broke: {broken}", self.implementation)
+                }
+                (Ok(container), None) => {
+                    let state = container.state.as_ref();
+                    match state.and_then(|state| state.oom_killed) {
+                        Some(true) => "its container ran out of memory".into(),
+                        _ => "its container has ended".into(),
+                    }
+                }
+            };
+            if self.answered {
+                return Error::GuestEnded(GuestEnd { reason, log: self.log.text() });
+            }
+            let reason = self.log.last_line().unwrap_or(reason);
+            Error::Container { engine: self.implementation.clone(), reason }
+        })
+    }
+
+    fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
+        Box::pin(async {
+            if self.gone {
+                return Ok(());
+            }
+            if let Some(bridge) = self.bridge.take() {
+                // It ends with the channel, which is closed; nothing that it could still carry is wanted.
+                bridge.abort();
+                let _ = bridge.await;
+            }
+            if self.answered && self.removed().await {
+                self.gone = true;
+                return Ok(());
+            }
+            self.remove().await
+        })
+    }
+}
+
+/// Carries the channel's bytes until one of its ends is gone.
+async fn bridge(
+    attached: AttachContainerResults,
+    stream: UnixStream,
+    log: Log,
+    broken: Arc<Mutex<Option<String>>>,
+) {
+    let AttachContainerResults { mut output, mut input } = attached;
+    let (mut from_host, mut to_host) = stream.into_split();
+    let outward = async {
+        while let Some(message) = output.next().await {
+            match message {
+                Ok(LogOutput::StdOut { message } | LogOutput::Console { message }) => {
+                    if to_host.write_all(&message).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(LogOutput::StdErr { message }) => log.push(&message),
+                Ok(LogOutput::StdIn { .. }) => {}
+                Err(error) => {
+                    *broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(chain(&error));
+                    return;
+                }
+            }
+        }
+    };
+    let inward = async {
+        let mut chunk = vec![0; CHUNK];
+        while let Ok(count) = from_host.read(&mut chunk).await
+            && count > 0
+        {
+            if input.write_all(&chunk[..count]).await.is_err() || input.flush().await.is_err() {
+                // The other direction may still hold why.
+                std::future::pending::<()>().await;
+            }
+        }
+        let _ = input.shutdown().await;
+    };
+    tokio::select! {
+        () = outward => {}
+        () = inward => {}
+    }
+}
+
+/// Removes what was created by those who died before they started it.
+async fn sweep(docker: Docker) {
+    let filters = HashMap::from([("label", vec![LABEL]), ("status", vec!["created", "exited", "dead"])]);
+    let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
+    let Ok(listed) = docker.list_containers(Some(options)).await else { return };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    for container in listed {
+        let born = Duration::from_secs(container.created.and_then(|at| u64::try_from(at).ok()).unwrap_or(0));
+        let idle = container.state != Some(ContainerSummaryStateEnum::RUNNING);
+        if let (Some(id), true) = (container.id, idle && now.saturating_sub(born) > STALE) {
+            let force = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+            let _ = docker.remove_container(&id, Some(force)).await;
+        }
+    }
+}
