@@ -274,9 +274,9 @@ impl Plan<'_> {
             channel::replace(stream, number).map_err(at(Step::Streams))?;
         }
         self.hand_over_memfds().map_err(at(Step::Credentials))?;
-        // The agent's own protection must not be inherited. Set while it may be, so that the workload cannot go
-        // below it again. Where the agent has none, there is nothing to take back.
-        let _ = write_score(c"0");
+        // What runs out of memory is the workload's, and never the agent, which has no protection in every container. Set
+        // while the process has the rights to, so that the workload cannot go below it again.
+        let _ = write_score(c"1000");
         lockdown::limit_resources().map_err(at(Step::Limits))?;
         self.lockdown.become_user(self.uid, self.gid).map_err(at(Step::User))?;
         // As the user: a directory that is closed to it is an error here.

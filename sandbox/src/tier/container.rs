@@ -23,12 +23,6 @@ pub(crate) const HOST_NAME: &str = "chitin";
 pub(crate) const CAPABILITIES: [&str; 8] =
     ["SETUID", "SETGID", "SETPCAP", "KILL", "CHOWN", "FOWNER", "DAC_OVERRIDE", "NET_BIND_SERVICE"];
 
-/// As the agent sets them for its workload; it cannot raise them.
-pub(crate) const MAX_FILES: u32 = 65_536;
-
-/// The kernel is to kill the workload, whose score the agent resets, and never the agent.
-pub(crate) const OOM_SCORE: i32 = -1000;
-
 /// In a container the agent is there within a second. Longer than a loaded, emulated machine takes, shorter than a person's
 /// patience.
 pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);

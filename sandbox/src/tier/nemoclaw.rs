@@ -14,9 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bollard::container::{AttachContainerResults, LogOutput};
-use bollard::models::{
-    ContainerCreateBody, ContainerSummaryStateEnum, HostConfig, HostConfigLogConfig, ResourcesUlimits,
-};
+use bollard::models::{ContainerCreateBody, ContainerSummaryStateEnum, HostConfig, HostConfigLogConfig};
 use bollard::query_parameters::{
     AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
     InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
@@ -31,8 +29,7 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use super::container::{
-    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, MAX_FILES, OOM_SCORE, RootArchive, START_LIMIT, STOP_LIMIT,
-    new_name, scratch,
+    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, RootArchive, START_LIMIT, STOP_LIMIT, new_name, scratch,
 };
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
@@ -258,7 +255,6 @@ impl Daemon {
             );
             (scratch.path.to_owned(), options)
         });
-        let files = i64::from(MAX_FILES);
         let host = HostConfig {
             auto_remove: Some(true),
             network_mode: Some("none".into()),
@@ -274,12 +270,6 @@ impl Daemon {
             memory_swap: Some(bytes(limits.memory)),
             nano_cpus: Some(bytes(u64::from(limits.vcpus) * 1_000_000_000)),
             pids_limit: Some(limits.tasks.into()),
-            oom_score_adj: Some(OOM_SCORE.into()),
-            ulimits: Some(vec![ResourcesUlimits {
-                name: Some("nofile".into()),
-                soft: Some(files),
-                hard: Some(files),
-            }]),
             // What the channel carries is nothing for a log on disk.
             log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
             init: Some(false),

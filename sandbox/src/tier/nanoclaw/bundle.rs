@@ -11,9 +11,7 @@ use serde_json::{Value, json};
 
 use super::engine::Engine;
 use crate::template::fill_random;
-use crate::tier::container::{
-    AGENT, CAPABILITIES, HOST_NAME, Limits, MAX_FILES, OOM_SCORE, new_name, scratch,
-};
+use crate::tier::container::{AGENT, CAPABILITIES, HOST_NAME, Limits, new_name, scratch};
 
 pub(super) const RUN: &str = "/run/chitin";
 const BUNDLES: &str = "/run/chitin/bundles";
@@ -152,9 +150,7 @@ fn config(engine: &Engine, name: &str, root: &Path, limits: Limits) -> io::Resul
             "env": ["PATH=/usr/bin"],
             "cwd": "/",
             "noNewPrivileges": true,
-            "oomScoreAdj": OOM_SCORE,
             "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": MAX_FILES, "soft": MAX_FILES}],
         },
     }))
 }
