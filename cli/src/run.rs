@@ -39,6 +39,7 @@ Examples:
   head -c 1G /dev/urandom | chitin run -- sha256sum
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
+  chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
@@ -66,7 +67,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     workdir: OsString,
 
-    /// Hand a credential over: env:VAR, file:PATH or exec:CMD; the workload reads the file that $NAME_FILE names
+    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names
     #[arg(long, value_name = "NAME=SRC")]
     secret: Vec<SecretSpec>,
 
@@ -238,7 +239,9 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;
     (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
     drop(forwards);
-    sandbox.stop().await;
+    for trouble in sandbox.end().await {
+        eprintln!("chitin: credentials: {trouble}");
+    }
     outcome
 }
 

@@ -25,11 +25,12 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::channel::{Channel, Tunnel};
+use crate::credential::{self, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
-use crate::policy::{Access, Endpoint, Runtime};
-use crate::secret::{SecretSource, SecretSpec, SecretValue};
+use crate::policy::{Access, Endpoint, Runtime, VaultSource};
+use crate::secret::{SecretSource, SecretSpec};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Monitor};
 use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
@@ -62,9 +63,6 @@ pub(crate) struct Plan {
     pub confined: bool,
 }
 
-/// Secrets with their names.
-pub(crate) type Values = Vec<(String, Delivery, SecretValue)>;
-
 /// What a sandbox is to be.
 #[derive(Debug, Clone)]
 pub struct Builder {
@@ -82,6 +80,7 @@ pub struct Builder {
     policy: Option<Arc<Policy>>,
     // Boxed: most sandboxes have none.
     egress: Box<egress::Spec>,
+    credentials: Box<credential::Spec>,
 }
 
 impl Builder {
@@ -136,6 +135,18 @@ impl Builder {
     /// Hands a credential over, in a way of its own.
     pub fn secret_spec(mut self, secret: SecretSpec) -> Builder {
         self.secrets.push(secret);
+        self
+    }
+
+    /// Makes each field of a secret of a vault a credential, by the field's name and in memory.
+    pub fn credential_source(mut self, source: VaultSource) -> Builder {
+        self.credentials.source = Some(source);
+        self
+    }
+
+    /// Which vault, and how to log in to it. Without it, as the environment of this process says: `VAULT_ADDR` and the like.
+    pub fn vault(mut self, vault: VaultConfig) -> Builder {
+        self.credentials.vault = Some(vault);
         self
     }
 
@@ -208,9 +219,24 @@ impl Builder {
         let started = Instant::now();
         self.keep_policy()?;
         let plan = self.plan()?;
-        let values = self.values().await?;
-        let sandbox = self.launch(&plan.spec, plan.files.as_ref(), started)?;
-        self.finish(sandbox, &plan, values).await
+        let fetched = self.fetch().await?;
+        self.begin(&plan, fetched, started).await
+    }
+
+    /// Boots with what has been fetched.
+    pub(crate) async fn begin(
+        &self,
+        plan: &Plan,
+        fetched: Fetched,
+        started: Instant,
+    ) -> Result<Sandbox, Error> {
+        match self.launch(&plan.spec, plan.files.as_ref(), started) {
+            Ok(sandbox) => self.finish(sandbox, plan, fetched).await,
+            Err(error) => {
+                fetched.give_back().await;
+                Err(error)
+            }
+        }
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
@@ -239,12 +265,8 @@ impl Builder {
     }
 
     /// Fetches the secrets.
-    pub(crate) async fn values(&self) -> Result<Values, Error> {
-        let mut values = Vec::new();
-        for secret in &self.secrets {
-            values.push((secret.name.clone(), secret.delivery, secret.fetch().await?));
-        }
-        Ok(values)
+    pub(crate) async fn fetch(&self) -> Result<Fetched, Error> {
+        credential::fetch(&self.secrets, &self.credentials).await
     }
 
     /// Makes what has been launched the sandbox that was asked for.
@@ -252,13 +274,26 @@ impl Builder {
         &self,
         sandbox: Sandbox,
         plan: &Plan,
-        values: Values,
+        mut fetched: Fetched,
     ) -> Result<Sandbox, Error> {
-        let sandbox = self.up(sandbox, plan.spec.restore, values).await?;
-        if !plan.confined {
-            sandbox.confine().await?;
+        let keeper = fetched.keeper.take();
+        let finishing = async {
+            let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
+            if !plan.confined {
+                sandbox.confine().await?;
+            }
+            Ok(sandbox)
+        };
+        match finishing.await {
+            Ok(mut sandbox) => {
+                sandbox.keeper = keeper;
+                Ok(sandbox)
+            }
+            Err(error) => {
+                Fetched { keeper, ..Fetched::default() }.give_back().await;
+                Err(error)
+            }
         }
-        Ok(sandbox)
     }
 
     /// Waits for the agent, which gets the secrets, after it has been made another one where it is a copy.
@@ -266,7 +301,7 @@ impl Builder {
         &self,
         mut sandbox: Sandbox,
         copy: bool,
-        values: Values,
+        fetched: &Fetched,
     ) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
         if copy {
@@ -274,9 +309,9 @@ impl Builder {
             sandbox.up().await?;
             answers.push(sandbox.inner.reseed()?);
         }
-        for (name, delivery, value) in values {
+        for credential::Value { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
-            let secret = Secret { request, name, value: value.to_bytes(), delivery };
+            let secret = Secret { request, name: name.clone(), value: value.to_bytes(), delivery: *delivery };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
         }
         if self.egress.is_on() {
@@ -369,6 +404,7 @@ impl Builder {
         self.memory_mib = Some(policy.tighten("memory_mib", self.memory_mib, limits.memory_mib)?);
         self.timeout = policy.tighten_timeout(self.timeout)?;
         self.secrets.clone_from(&policy.secrets);
+        self.credentials.source.clone_from(&policy.credential_source);
         if let Some(image) = &policy.image {
             self.artifacts.root_image.clone_from(image);
         }
@@ -449,7 +485,7 @@ impl Builder {
         });
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
-        Sandbox { inner, clock, broker: None, origin: self.forkable.then(origin), policy }
+        Sandbox { inner, clock, broker: None, keeper: None, origin: self.forkable.then(origin), policy }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -475,6 +511,8 @@ pub struct Sandbox {
     clock: Option<tokio::task::JoinHandle<()>>,
     /// Dials for it.
     broker: Option<tokio::task::JoinHandle<()>>,
+    /// Keeps its credentials alive.
+    keeper: Option<Keeper>,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
     policy: Option<Arc<Policy>>,
@@ -496,6 +534,7 @@ impl Sandbox {
             forkable: false,
             policy: None,
             egress: Box::default(),
+            credentials: Box::default(),
         }
     }
 
@@ -624,14 +663,24 @@ impl Sandbox {
         monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await
     }
 
-    /// Ends the sandbox and waits until nothing of it is left.
-    pub async fn stop(mut self) {
+    /// Ends the sandbox and waits until nothing of it is left, also of what a vault has issued for it.
+    pub async fn stop(self) {
+        self.end().await;
+    }
+
+    /// As [`stop`](Sandbox::stop), and says what went wrong with credentials meanwhile, a line each: one that could not be
+    /// renewed may have stopped working in mid-run, one that could not be given back is good until its term is over.
+    pub async fn end(mut self) -> Vec<String> {
         self.inner.channel.close();
         if let Some(broker) = self.broker.take() {
             // It has nothing to wait for but to write down what it did.
             let _ = broker.await;
         }
         self.inner.monitor.lock().await.stop().await;
+        match self.keeper.take() {
+            Some(keeper) => keeper.end().await,
+            None => Vec::new(),
+        }
     }
 }
 

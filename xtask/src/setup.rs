@@ -8,7 +8,7 @@ use crate::process::{command, exists, output, run_aloud, start_failure};
 use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("build-essential", "compiler, linker and make for the guest kernel"),
     ("flex", "the kernel's configuration parser"),
     ("bison", "the kernel's configuration parser"),
@@ -19,6 +19,8 @@ const PACKAGES: [(&str, &str); 11] = [
     ("qemu-system-x86", "the emulated machine of cargo xtask nested"),
     ("erofs-utils", "mkfs.erofs makes the root image"),
     ("fakeroot", "gives the root image's files their owners without being root"),
+    ("libssl-dev", "the server that tests of vaults ask"),
+    ("pkg-config", "finding that library"),
     ("ca-certificates", "downloads"),
 ];
 
