@@ -40,6 +40,7 @@ Examples:
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
   chitin run --fallback nanoclaw,nemoclaw -- python3 -c 'print(6 * 7)'
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
+  chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
@@ -76,7 +77,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     workdir: OsString,
 
-    /// Hand a credential over: env:VAR, file:PATH or exec:CMD; the workload reads the file that $NAME_FILE names
+    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names
     #[arg(long, value_name = "NAME=SRC")]
     secret: Vec<SecretSpec>,
 
@@ -261,7 +262,10 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     let outcome = work(&sandbox, args, env, &mut signals, progress).await;
     (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
     drop(forwards);
-    let stopped = sandbox.stop().await;
+    let (stopped, troubles) = sandbox.end().await;
+    for trouble in troubles {
+        eprintln!("chitin: credentials: {trouble}");
+    }
     let code = outcome?;
     stopped?;
     Ok(code)

@@ -21,6 +21,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use crate::credential::Fetched;
 use crate::template::{KEY_BYTES, fill_random};
 use crate::tier::ironclaw::Files;
 use crate::{Builder, Error, Sandbox};
@@ -67,7 +68,7 @@ impl Sandbox {
         self.save(&Request::Snapshot { binding }, &saved.files()?).await?;
 
         let itself = builder.launch(&spec, Some(&saved.reading()?), started)?;
-        *self = builder.up(itself, true, Vec::new()).await?;
+        *self = builder.up(itself, true, &Fetched::default()).await?;
         // As many at a time as there are processors: more would only wait for each other, with their new clocks standing.
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         let mut up = Vec::new();
@@ -77,7 +78,7 @@ impl Sandbox {
                 .map(|_| builder.launch(&spec, Some(&saved.reading()?), Instant::now()))
                 .collect::<Result<Vec<_>, Error>>()?;
             for copy in launched {
-                up.push(builder.up(copy, true, Vec::new()).await?);
+                up.push(builder.up(copy, true, &Fetched::default()).await?);
             }
         }
         Ok(up)

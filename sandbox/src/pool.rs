@@ -104,14 +104,20 @@ impl Pool {
     pub async fn start(&self) -> Result<Sandbox, Error> {
         let started = Instant::now();
         let builder = &self.shared.builder;
-        let values = builder.values().await?;
+        let fetched = builder.fetch().await?;
         let sandbox = match self.shared.take() {
             Some(Waiting { mut monitor, plan }) => {
-                let channel = monitor.go()?;
+                let channel = match monitor.go() {
+                    Ok(channel) => channel,
+                    Err(error) => {
+                        fetched.give_back().await;
+                        return Err(error);
+                    }
+                };
                 let sandbox = builder.watch(monitor, channel, &plan.spec, started);
-                builder.finish(sandbox, &plan, values).await
+                builder.finish(sandbox, &plan, fetched).await
             }
-            None => builder.clone().start().await,
+            None => builder.begin_microvm(fetched, started).await,
         };
         self.shared.publish_count();
         sandbox

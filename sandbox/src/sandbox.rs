@@ -25,11 +25,12 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::channel::{Channel, Tunnel};
+use crate::credential::{self, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
-use crate::policy::{Access, Endpoint, Runtime};
-use crate::secret::{SecretSource, SecretSpec, SecretValue};
+use crate::policy::{Access, Endpoint, Runtime, VaultSource};
+use crate::secret::{SecretSource, SecretSpec};
 use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
 use crate::tier::select::{Chosen, select};
@@ -71,9 +72,6 @@ pub(crate) struct Plan {
     pub disk_bytes: Option<u64>,
 }
 
-/// Secrets with their names.
-pub(crate) type Values = Vec<(String, Delivery, SecretValue)>;
-
 /// What a sandbox is to be.
 #[derive(Debug, Clone)]
 pub struct Builder {
@@ -93,6 +91,7 @@ pub struct Builder {
     egress: Box<egress::Spec>,
     tier: Option<Runtime>,
     fallback: Vec<Runtime>,
+    credentials: Box<credential::Spec>,
 }
 
 impl Builder {
@@ -147,6 +146,18 @@ impl Builder {
     /// Hands a credential over, in a way of its own.
     pub fn secret_spec(mut self, secret: SecretSpec) -> Builder {
         self.secrets.push(secret);
+        self
+    }
+
+    /// Makes each field of a secret of a vault a credential, by the field's name and in memory.
+    pub fn credential_source(mut self, source: VaultSource) -> Builder {
+        self.credentials.source = Some(source);
+        self
+    }
+
+    /// Which vault, and how to log in to it. Without it, as the environment of this process says: `VAULT_ADDR` and the like.
+    pub fn vault(mut self, vault: VaultConfig) -> Builder {
+        self.credentials.vault = Some(vault);
         self
     }
 
@@ -235,18 +246,51 @@ impl Builder {
             Runtime::Ironclaw => self.plan()?,
             Runtime::Nanoclaw | Runtime::Nemoclaw => self.container()?,
         };
-        let values = self.values().await?;
-        let launching = tier.launch(&plan);
+        let fetched = self.fetch().await?;
+        self.begin(tier.as_ref(), chosen, &plan, fetched, started).await
+    }
+
+    /// Starts a microVM with what has been fetched.
+    pub(crate) async fn begin_microvm(&self, fetched: Fetched, started: Instant) -> Result<Sandbox, Error> {
+        match self.plan() {
+            Ok(plan) => {
+                let tier = Ironclaw(self.artifacts.clone());
+                self.begin(&tier, ironclaw::chosen(), &plan, fetched, started).await
+            }
+            Err(error) => {
+                fetched.give_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts a sandbox with what has been fetched.
+    async fn begin(
+        &self,
+        tier: &dyn Tier,
+        chosen: Chosen,
+        plan: &Plan,
+        fetched: Fetched,
+        started: Instant,
+    ) -> Result<Sandbox, Error> {
+        let launching = tier.launch(plan);
         let launched = match self.timeout {
             Some(limit) => tokio::time::timeout_at(started + limit, launching)
                 .await
-                .unwrap_or(Err(Error::Timeout { limit }))?,
-            None => launching.await?,
+                .unwrap_or(Err(Error::Timeout { limit })),
+            None => launching.await,
+        };
+        let launched = match launched {
+            Ok(launched) => launched,
+            Err(error) => {
+                fetched.give_back().await;
+                return Err(error);
+            }
         };
         let mut sandbox = self.attach(launched, &plan.spec, started);
         sandbox.chosen = chosen;
         let inner = sandbox.inner.clone();
-        let up = self.finish(sandbox, &plan, values).await;
+        let up = self.finish(sandbox, plan, fetched).await;
         if up.is_err() {
             // What does not answer may not end by itself either. Why it failed says more than that this does.
             inner.channel.close();
@@ -335,12 +379,8 @@ impl Builder {
     }
 
     /// Fetches the secrets.
-    pub(crate) async fn values(&self) -> Result<Values, Error> {
-        let mut values = Vec::new();
-        for secret in &self.secrets {
-            values.push((secret.name.clone(), secret.delivery, secret.fetch().await?));
-        }
-        Ok(values)
+    pub(crate) async fn fetch(&self) -> Result<Fetched, Error> {
+        credential::fetch(&self.secrets, &self.credentials).await
     }
 
     /// Makes what has been launched the sandbox that was asked for.
@@ -348,13 +388,26 @@ impl Builder {
         &self,
         sandbox: Sandbox,
         plan: &Plan,
-        values: Values,
+        mut fetched: Fetched,
     ) -> Result<Sandbox, Error> {
-        let sandbox = self.up(sandbox, plan.spec.restore, values).await?;
-        if !plan.confined {
-            sandbox.confine().await?;
+        let keeper = fetched.keeper.take();
+        let finishing = async {
+            let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
+            if !plan.confined {
+                sandbox.confine().await?;
+            }
+            Ok(sandbox)
+        };
+        match finishing.await {
+            Ok(mut sandbox) => {
+                sandbox.keeper = keeper;
+                Ok(sandbox)
+            }
+            Err(error) => {
+                Fetched { keeper, ..Fetched::default() }.give_back().await;
+                Err(error)
+            }
         }
-        Ok(sandbox)
     }
 
     /// Waits for the agent, which gets the secrets, after it has been made another one where it is a copy.
@@ -362,7 +415,7 @@ impl Builder {
         &self,
         mut sandbox: Sandbox,
         copy: bool,
-        values: Values,
+        fetched: &Fetched,
     ) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
         if copy {
@@ -370,9 +423,9 @@ impl Builder {
             sandbox.up().await?;
             sandbox.inner.reseed()?;
         }
-        for (name, delivery, value) in values {
+        for credential::Value { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
-            let secret = Secret { request, name, value: value.to_bytes(), delivery };
+            let secret = Secret { request, name: name.clone(), value: value.to_bytes(), delivery: *delivery };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
         }
         if self.egress.is_on() {
@@ -464,6 +517,7 @@ impl Builder {
         self.memory_mib = Some(policy.tighten("memory_mib", self.memory_mib, limits.memory_mib)?);
         self.timeout = policy.tighten_timeout(self.timeout)?;
         self.secrets.clone_from(&policy.secrets);
+        self.credentials.source.clone_from(&policy.credential_source);
         if let Some(image) = &policy.image {
             self.artifacts.root_image.clone_from(image);
         }
@@ -553,7 +607,7 @@ impl Builder {
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
         let (chosen, origin) = (ironclaw::chosen(), self.forkable.then(origin));
-        Sandbox { inner, clock, broker: None, chosen, origin, policy }
+        Sandbox { inner, clock, broker: None, keeper: None, chosen, origin, policy }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -579,6 +633,8 @@ pub struct Sandbox {
     clock: Option<tokio::task::JoinHandle<()>>,
     /// Dials for it.
     broker: Option<tokio::task::JoinHandle<()>>,
+    /// Keeps its credentials alive.
+    keeper: Option<Keeper>,
     chosen: Chosen,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
@@ -603,6 +659,7 @@ impl Sandbox {
             egress: Box::default(),
             tier: None,
             fallback: Vec::new(),
+            credentials: Box::default(),
         }
     }
 
@@ -742,17 +799,28 @@ impl Sandbox {
         monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await
     }
 
-    /// Ends the sandbox and waits until nothing of it is left.
+    /// Ends the sandbox and waits until nothing of it is left, also of what a vault has issued for it.
     ///
     /// # Errors
     /// Something of it may be left, and what. It is ended all the same.
-    pub async fn stop(mut self) -> Result<(), Error> {
+    pub async fn stop(self) -> Result<(), Error> {
+        self.end().await.0
+    }
+
+    /// As [`stop`](Sandbox::stop), and says what went wrong with credentials meanwhile, a line each: one that could not be
+    /// renewed may have stopped working in mid-run, one that could not be given back is good until its term is over.
+    pub async fn end(mut self) -> (Result<(), Error>, Vec<String>) {
         self.inner.channel.close();
         if let Some(broker) = self.broker.take() {
             // It has nothing to wait for but to write down what it did.
             let _ = broker.await;
         }
-        self.inner.instance.lock().await.stop().await
+        let stopped = self.inner.instance.lock().await.stop().await;
+        let troubles = match self.keeper.take() {
+            Some(keeper) => keeper.end().await,
+            None => Vec::new(),
+        };
+        (stopped, troubles)
     }
 }
 

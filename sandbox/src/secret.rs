@@ -13,6 +13,8 @@ use tokio::io::AsyncReadExt;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::Error;
+use crate::credential::Vault;
+use crate::policy::VaultSource;
 
 /// How long a command that prints a secret may take: one that asks for a password at a terminal gets that long.
 const EXEC_LIMIT: Duration = Duration::from_secs(60);
@@ -29,6 +31,8 @@ pub enum SecretSource {
     File(PathBuf),
     /// What a shell command prints, without one final newline: `exec:CMD`.
     Exec(String),
+    /// A field of a secret of a vault, which the environment of this process names and logs in to: `vault://MOUNT/PATH#FIELD`.
+    Vault(VaultSource),
 }
 
 /// A credential as asked for: `NAME=SOURCE`.
@@ -52,7 +56,7 @@ pub enum ParseSecretError {
     #[error("the name `{0}` is not an environment variable's: letters, digits and `_`, at most {MAX_NAME}")]
     Name(String),
     /// The source is of no known kind.
-    #[error("the source `{0}` is none of env:VAR, file:PATH, exec:CMD")]
+    #[error("the source `{0}` is none of env:VAR, file:PATH, exec:CMD, vault://MOUNT/PATH#FIELD")]
     Source(String),
 }
 
@@ -74,6 +78,9 @@ impl FromStr for SecretSource {
             Some(("env", name)) if !name.is_empty() => Ok(SecretSource::Env(name.into())),
             Some(("file", path)) if !path.is_empty() => Ok(SecretSource::File(path.into())),
             Some(("exec", command)) if !command.is_empty() => Ok(SecretSource::Exec(command.into())),
+            Some(("vault", _)) => {
+                text.parse().map(SecretSource::Vault).map_err(|_| ParseSecretError::Source("vault:…".into()))
+            }
             // The text is not repeated if it may be a value somebody pasted in.
             Some((kind, _)) => Err(ParseSecretError::Source(format!("{kind}:…"))),
             None => Err(ParseSecretError::Source("…".into())),
@@ -93,7 +100,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), ParseSecretError> {
 
 impl SecretSpec {
     /// Fetches the value. Messages name the source and never the value.
-    pub(crate) async fn fetch(&self) -> Result<SecretValue, Error> {
+    pub(crate) async fn fetch(&self, vault: &mut Vault<'_>) -> Result<SecretValue, Error> {
         let failed = |reason: String| Error::Secret { name: self.name.clone(), reason };
         check_name(&self.name).map_err(|error| failed(error.to_string()))?;
         match &self.source {
@@ -105,6 +112,9 @@ impl SecretSpec {
             SecretSource::File(path) => read_file(path).and_then(|bytes| SecretValue::hold(bytes, true)),
             SecretSource::Exec(command) => {
                 run(command).await.and_then(|bytes| SecretValue::hold(bytes, true))
+            }
+            SecretSource::Vault(source) => {
+                vault.field(source).await.and_then(|bytes| SecretValue::hold(bytes, false))
             }
         }
         .map_err(failed)
@@ -154,7 +164,7 @@ pub(crate) struct SecretValue {
 }
 
 impl SecretValue {
-    fn hold(bytes: Zeroizing<Vec<u8>>, strip_newline: bool) -> Result<SecretValue, String> {
+    pub(crate) fn hold(bytes: Zeroizing<Vec<u8>>, strip_newline: bool) -> Result<SecretValue, String> {
         let value = match bytes.as_slice() {
             [rest @ .., b'\n'] if strip_newline => rest,
             all => all,
@@ -198,7 +208,10 @@ mod tests {
 
     async fn fetch(source: &str) -> Result<Vec<u8>, String> {
         let spec: SecretSpec = format!("TOKEN={source}").parse().unwrap();
-        spec.fetch().await.map(|value| value.to_bytes().expose().to_vec()).map_err(|error| error.to_string())
+        spec.fetch(&mut Vault::default())
+            .await
+            .map(|value| value.to_bytes().expose().to_vec())
+            .map_err(|error| error.to_string())
     }
 
     #[test]
@@ -208,7 +221,9 @@ mod tests {
             (spec.name.as_str(), spec.source),
             ("API_TOKEN", SecretSource::Exec("pass show a=b".into()))
         );
-        for bad in ["TOKEN", "=env:A", "1A=env:A", "A-B=env:A", "A=env:", "A=file", "A=vault://x"] {
+        for bad in
+            ["TOKEN", "=env:A", "1A=env:A", "A-B=env:A", "A=env:", "A=file", "A=vault://x", "A=vault:x"]
+        {
             assert!(bad.parse::<SecretSpec>().is_err(), "{bad}");
         }
         // What may be a pasted value is not echoed.

@@ -20,6 +20,7 @@ mod rootfs;
 mod setup;
 mod static_build;
 mod test;
+mod vault;
 mod workspace;
 
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Task {
     Kernel(kernel::Args),
     /// Build the read-only root image, target/artifacts/root.img
     Rootfs(rootfs::Args),
+    /// Build the server of the Vault API that tests of credentials ask, target/artifacts/rvault
+    Vault(vault::Args),
     /// Run a command on an emulated machine that has a usable /dev/kvm
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Setup(args) => setup::run(&args),
         Task::Kernel(args) => kernel::run(&args),
         Task::Rootfs(args) => rootfs::run(&args),
+        Task::Vault(args) => vault::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),

@@ -10,7 +10,7 @@ use crate::process::{command, exists, output, run_aloud, start_failure};
 use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 10] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("build-essential", "compiler, linker and make for the guest kernel"),
     ("flex", "the kernel's configuration parser"),
     ("bison", "the kernel's configuration parser"),
@@ -20,6 +20,8 @@ const PACKAGES: [(&str, &str); 10] = [
     ("xz-utils", "unpacking kernel source and modules"),
     ("erofs-utils", "mkfs.erofs makes the root image"),
     ("fakeroot", "gives the root image's files their owners without being root"),
+    ("libssl-dev", "the server that tests of vaults ask"),
+    ("pkg-config", "finding that library"),
     ("ca-certificates", "downloads"),
 ];
 

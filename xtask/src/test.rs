@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::process::{output, run_aloud};
-use crate::{fuzz, hostile, microvm, npm, setup, workspace};
+use crate::{fuzz, hostile, microvm, npm, setup, vault, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -35,6 +35,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     microvm::build()?;
     npm::programs()?;
     if args.filter.is_none() {
+        vault::run(&vault::Args::default())?;
         cargo(&["nextest", "run", "--workspace", "--exclude", "chitin-integration"])?;
         cargo(&["test", "--workspace", "--doc", "--quiet"])?;
         let code = hostile::run(&hostile::Args::default())?;

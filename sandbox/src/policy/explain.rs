@@ -97,7 +97,7 @@ fn network(policy: &Policy, out: &mut String) -> std::fmt::Result {
 }
 
 fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
-    if policy.secrets.is_empty() && policy.vault.is_empty() {
+    if policy.secrets.is_empty() && policy.credential_source.is_none() {
         return writeln!(out, "Credentials: none.");
     }
     writeln!(out, "Credentials:")?;
@@ -106,6 +106,7 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
             SecretSource::Env(name) => format!("this host's environment variable {name}"),
             SecretSource::File(path) => format!("this host's file {}", path.display()),
             SecretSource::Exec(command) => format!("what `{command}` prints on this host"),
+            SecretSource::Vault(source) => source.to_string(),
         };
         let delivery = match secret.delivery {
             Delivery::Memory => "a file in memory that it finds by the variable NAME_FILE",
@@ -113,9 +114,13 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
         };
         writeln!(out, "  {} from {source}, as {}.", secret.name, delivery.replace("NAME", &secret.name))?;
     }
-    for secret in &policy.vault {
-        let name = secret.name.as_deref().unwrap_or("All that it asks for");
-        writeln!(out, "  {name} from {}.", secret.source)?;
+    if let Some(source) = &policy.credential_source {
+        let what = source.field.as_ref().map_or("every field by its name", String::as_str);
+        writeln!(
+            out,
+            "  {what} from {}, each as a file in memory that it finds by the variable NAME_FILE.",
+            source.place()
+        )?;
     }
     Ok(())
 }

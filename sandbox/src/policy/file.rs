@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::profile::{Profile, SyscallFilter};
 use crate::SecretSource;
-use crate::secret::check_name;
+use crate::secret::{ParseSecretError, check_name};
 
 /// Longest path, `PATH_MAX` of Linux.
 const MAX_PATH: usize = 4096;
@@ -103,7 +103,7 @@ pub struct Hardening {
     pub strip_agent_capabilities: Option<Always>,
     /// Nothing can be written but the scratch directories. `false` is refused: no tier has a writable root.
     pub readonly_root_filesystem: Option<Always>,
-    /// Where the credentials come from that the workload asks for: `vault://MOUNT/PATH`, with `#FIELD` if it is one of several.
+    /// A secret of a vault of which each field is a credential, by its name: `vault://MOUNT/PATH`, or `#FIELD` for only that one.
     pub credential_source: Option<VaultSource>,
 }
 
@@ -365,7 +365,9 @@ impl FromStr for VaultSource {
         let rest = text.strip_prefix("vault://").ok_or_else(wrong)?;
         let (rest, field) = rest.split_once('#').map_or((rest, None), |(rest, field)| (rest, Some(field)));
         let (mount, path) = rest.split_once('/').ok_or_else(wrong)?;
-        let name = |part: &str| !part.is_empty() && part != "." && part != "..";
+        // What a URL would take for something else is in no name.
+        let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
+        let name = |part: &str| !matches!(part, "" | "." | "..") && part.bytes().all(plain);
         if !name(mount) || !path.split('/').all(name) || field == Some("") {
             return Err(wrong());
         }
@@ -373,35 +375,33 @@ impl FromStr for VaultSource {
     }
 }
 
+impl VaultSource {
+    /// Where it is, without the field.
+    pub(crate) fn place(&self) -> String {
+        format!("vault://{}/{}", self.mount, self.path)
+    }
+}
+
 impl fmt::Display for VaultSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "vault://{}/{}", self.mount, self.path)?;
+        f.write_str(&self.place())?;
         self.field.as_ref().map_or(Ok(()), |field| write!(f, "#{field}"))
     }
 }
 
 /// Where a credential comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
-    /// This host.
-    Host(SecretSource),
-    /// A vault.
-    Vault(VaultSource),
-}
+pub struct Source(pub SecretSource);
 
 impl FromStr for Source {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Source, String> {
-        if text.starts_with("vault:") {
-            return text.parse().map(Source::Vault);
-        }
-        let source: SecretSource =
-            text.parse().map_err(|error| format!("{error}, vault://MOUNT/PATH#FIELD"))?;
+        let source: SecretSource = text.parse().map_err(|error: ParseSecretError| error.to_string())?;
         if let SecretSource::File(path) = &source {
             PlainPath::from_str(&path.to_string_lossy())?;
         }
-        Ok(Source::Host(source))
+        Ok(Source(source))
     }
 }
 

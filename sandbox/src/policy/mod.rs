@@ -148,15 +148,6 @@ pub struct SharedFile {
     pub source: PathBuf,
 }
 
-/// A credential of a vault.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VaultSecret {
-    /// The name the workload knows it by; `None`: every field by its own.
-    pub name: Option<String>,
-    /// Where it is.
-    pub source: VaultSource,
-}
-
 /// What a sandbox may do: a file and its profile, resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
@@ -184,10 +175,10 @@ pub struct Policy {
     pub syscalls: SyscallFilter,
     /// How much of the machine the sandbox gets.
     pub limits: Limits,
-    /// Credentials of this host.
+    /// Credentials, each by its name.
     pub secrets: Vec<SecretSpec>,
-    /// Credentials of a vault.
-    pub vault: Vec<VaultSecret>,
+    /// A secret of a vault of which each field is a credential, by the field's name.
+    pub credential_source: Option<VaultSource>,
 }
 
 impl Policy {

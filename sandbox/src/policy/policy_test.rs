@@ -46,10 +46,8 @@ fn the_first_shape() {
     let policy = parse(FIRST);
     assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::Default));
     let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
-    assert_eq!(policy.vault, [VaultSecret { name: None, source }]);
-    // Nothing asks vaults yet, so nothing runs without what it was to get.
-    let refusal = policy.check_tier(Runtime::Ironclaw).unwrap_err().to_string();
-    assert!(refusal.contains("hardening.credential_source"), "{refusal}");
+    assert_eq!(policy.credential_source, Some(source));
+    policy.check_tier(Runtime::Ironclaw).unwrap();
     assert!(policy.explain().contains("vault://openclaw/creds"));
 }
 
@@ -109,8 +107,8 @@ secrets:
     let timeout = Some(Duration::from_secs(90));
     let limits = Limits { vcpus: 8, memory_mib: 512, timeout, pids: 100, disk_mib: Some(256) };
     assert_eq!(policy.limits, limits);
-    assert_eq!(policy.secrets.len(), 2);
-    assert_eq!(policy.vault[0].name.as_deref(), Some("DB"));
+    assert_eq!(policy.secrets.len(), 3);
+    assert_eq!(policy.secrets[2].source, "vault://kv/db/main#password".parse().unwrap());
     let words = policy.explain();
     for part in [
         "/work/out",
@@ -291,6 +289,7 @@ fn sources_of_credentials() {
     refused(&secret("'vault://mount'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a/../b'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
+    refused(&secret("'vault://mount/a%2e%2e/b?x'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'env:'"), (3, 11), "none of");
     // What may be a value pasted in is not repeated.
     let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
@@ -380,9 +379,8 @@ fn the_first_tier_that_can_keep_it_is_taken() {
     let order: Vec<Runtime> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
     assert_eq!(order, [Runtime::Nemoclaw, Runtime::Ironclaw]);
     // What no tier can keep is refused in the name of the one that was wanted.
-    let refusal =
-        parse("fallback: [nemoclaw]\nsecrets: [{name: A, source: 'vault://a/b'}]").tier().unwrap_err();
-    assert!(matches!(refusal, PolicyError::Refused { tier: Runtime::Ironclaw, .. }), "{refusal}");
+    let refusal = parse("runtime: nanoclaw\nfallback: [nemoclaw]").tier().unwrap_err();
+    assert!(matches!(refusal, PolicyError::Refused { tier: Runtime::Nanoclaw, .. }), "{refusal}");
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use chitin_protocol::Delivery;
 
-use super::file::{Access, FileRule, How, MAX_ENTRIES, PlainPath, PolicyFile, Runtime, SecretRule, Source};
+use super::file::{Access, FileRule, How, MAX_ENTRIES, PlainPath, PolicyFile, Runtime, SecretRule};
 use super::profile::{Limits, Profile};
 use super::yaml::{Node, Problem};
-use super::{Policy, SharedFile, VaultSecret};
+use super::{Policy, SharedFile};
 use crate::SecretSpec;
 
 /// Where a workload may write; `/var/tmp` is `/tmp`.
@@ -81,10 +81,7 @@ pub fn resolve(file: PolicyFile, root: &Node, origin: &str, digest: String) -> R
 
     let files_confined = spec.files_confined || files.is_some();
     let files = shared(files.unwrap_or_default(), root)?;
-    let (secrets, mut vault) = secrets(file.secrets.unwrap_or_default(), profile, root)?;
-    if let Some(source) = file.hardening.and_then(|hardening| hardening.credential_source) {
-        vault.push(VaultSecret { name: None, source });
-    }
+    let secrets = secrets(file.secrets.unwrap_or_default(), profile, root)?;
     Ok(Policy {
         origin: origin.into(),
         digest,
@@ -99,7 +96,7 @@ pub fn resolve(file: PolicyFile, root: &Node, origin: &str, digest: String) -> R
         syscalls,
         limits,
         secrets,
-        vault,
+        credential_source: file.hardening.and_then(|hardening| hardening.credential_source),
     })
 }
 
@@ -143,25 +140,19 @@ fn shared(rules: Vec<FileRule>, root: &Node) -> Result<Vec<SharedFile>, Problem>
     Ok(files)
 }
 
-fn secrets(
-    rules: Vec<SecretRule>,
-    profile: Profile,
-    root: &Node,
-) -> Result<(Vec<SecretSpec>, Vec<VaultSecret>), Problem> {
+fn secrets(rules: Vec<SecretRule>, profile: Profile, root: &Node) -> Result<Vec<SecretSpec>, Problem> {
     bounded(rules.len(), root, &["secrets"])?;
-    let (mut host, mut vault): (Vec<SecretSpec>, Vec<VaultSecret>) = Default::default();
-    let mut names = Vec::new();
+    let mut secrets: Vec<SecretSpec> = Vec::new();
     for (index, rule) in rules.into_iter().enumerate() {
         let index = index.to_string();
         let name = rule.name.0;
-        if names.contains(&name) {
+        if secrets.iter().any(|secret| secret.name == name) {
             return Err(at(
                 root,
                 &["secrets", &index, "name"],
                 format!("the secret {name} is there already"),
             ));
         }
-        names.push(name.clone());
         let delivery = match rule.delivery {
             Some(How::Env) if !profile.spec().env_secrets => {
                 let what =
@@ -171,12 +162,9 @@ fn secrets(
             Some(How::Env) => Delivery::Env,
             Some(How::Memory) | None => Delivery::Memory,
         };
-        match rule.source {
-            Source::Host(source) => host.push(SecretSpec { name, source, delivery }),
-            Source::Vault(source) => vault.push(VaultSecret { name: Some(name), source }),
-        }
+        secrets.push(SecretSpec { name, source: rule.source.0, delivery });
     }
-    Ok((host, vault))
+    Ok(secrets)
 }
 
 fn bounded(len: usize, root: &Node, path: &[&str]) -> Result<(), Problem> {

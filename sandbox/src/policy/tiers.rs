@@ -44,9 +44,6 @@ pub enum Verdict {
     Refused(&'static str),
 }
 
-const NO_VAULT: &str =
-    "vaults are not asked yet: name a source of this host (env:, file:, exec:) in `secrets`";
-
 impl Field {
     /// All of them, in the order of the file.
     pub const ALL: [Field; 13] = [
@@ -88,15 +85,6 @@ impl Field {
 impl Policy {
     /// What becomes of a field of this policy on a tier, its profile's part included.
     pub fn verdict(&self, field: Field, tier: Runtime) -> Verdict {
-        match field {
-            Field::CredentialSource if self.vault.iter().any(|secret| secret.name.is_none()) => {
-                return Verdict::Refused(NO_VAULT);
-            }
-            Field::Secrets if self.vault.iter().any(|secret| secret.name.is_some()) => {
-                return Verdict::Refused(NO_VAULT);
-            }
-            _ => {}
-        }
         match tier {
             Runtime::Ironclaw => Verdict::Kept(self.microvm(field)),
             Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Kept(self.container(field)),
@@ -158,6 +146,9 @@ impl Policy {
                 "the agent drops all but net bind, also from the bounding set, before the workload starts"
             }
             Field::ReadonlyRoot => "the workload's root is mounted read-only, and it has no right to mount",
+            Field::CredentialSource if self.credential_source.is_some() => {
+                "this host logs in to the vault; the login never enters, and ends with the sandbox"
+            }
             Field::CredentialSource => "there is none",
             Field::SyscallFilter => match self.syscalls {
                 SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",

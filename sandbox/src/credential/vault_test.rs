@@ -1,0 +1,609 @@
+//! Against a server of the Vault API: the one that `VAULT_ADDR` names, with a root token in `VAULT_TOKEN`, or `rvault`, which
+//! `cargo xtask vault` builds and each test starts on a loopback port. That one has neither policies, KV 2 nor wrapping, and
+//! renews no role's token; for these there is [`Double`], a double of a server that answers what it is told to.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
+
+use super::super::keeper::Keeper;
+use super::super::{Spec, fetch};
+use super::*;
+use crate::SecretSpec;
+
+const CANARY: &str = "canary-52b1d9e0f7";
+
+/// A server with a secret and a role.
+struct Server {
+    address: String,
+    root: String,
+    mount: String,
+    approle: String,
+    process: Option<Child>,
+    unseal: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.process {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+impl Server {
+    /// With a role whose tokens live so many seconds.
+    async fn start(ttl: u32) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = match std::env::var("VAULT_ADDR") {
+            Ok(address) => {
+                let root =
+                    std::env::var("VAULT_TOKEN").expect("VAULT_TOKEN of a root token, beside VAULT_ADDR");
+                Server {
+                    address,
+                    root,
+                    mount: String::new(),
+                    approle: String::new(),
+                    process: None,
+                    unseal: String::new(),
+                    _dir: dir,
+                }
+            }
+            Err(_) => Server::rvault(dir).await,
+        };
+        let unique = format!("chitin-{}-{:x}", std::process::id(), std::ptr::from_ref(&server) as usize);
+        (server.mount, server.approle) = (format!("{unique}-kv"), format!("{unique}-role"));
+        let (kv, approle) = (server.mount.clone(), server.approle.clone());
+        server
+            .admin(
+                "POST",
+                &format!("sys/mounts/{kv}"),
+                json!({ "type": "kv", "options": { "version": "1" } }),
+            )
+            .await;
+        let secret = json!({ "api_token": CANARY, "port": 8080, "nested": { "no": "text" } });
+        server.admin("POST", &format!("{kv}/creds"), secret).await;
+        server.admin("POST", &format!("{kv}/plain"), json!({ "api_token": CANARY, "user": "agent" })).await;
+        server.admin("POST", &format!("sys/auth/{approle}"), json!({ "type": "approle" })).await;
+        let policy = format!("path \"{kv}/creds\" {{ capabilities = [\"read\"] }}");
+        // What has no policies does not know the path.
+        let _ = server
+            .ask("POST", &format!("sys/policies/acl/{unique}"), Some(json!({ "policy": policy })))
+            .await;
+        let role = json!({ "token_ttl": ttl, "token_max_ttl": 3600, "token_policies": [unique], "bind_secret_id": true });
+        server.admin("POST", &format!("auth/{approle}/role/agents"), role).await;
+        server
+    }
+
+    async fn rvault(dir: tempfile::TempDir) -> Server {
+        let binary = std::env::var_os("CHITIN_RVAULT").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/artifacts/rvault"),
+            Into::into,
+        );
+        assert!(binary.exists(), "no {}: `cargo xtask vault` builds it, or set VAULT_ADDR", binary.display());
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = json!({
+            "storage": { "file": { "path": dir.path().join("data") } },
+            "listener": { "tcp": { "address": format!("127.0.0.1:{port}"), "tls_disable": "true" } },
+            "work_dir": dir.path(),
+            "daemon": false,
+        });
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let process = Command::new(binary)
+            .args(["server", "--config"])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let address = format!("http://127.0.0.1:{port}");
+        let (root, unseal) = Default::default();
+        let mut server = Server {
+            address,
+            root,
+            mount: String::new(),
+            approle: String::new(),
+            process: Some(process),
+            unseal,
+            _dir: dir,
+        };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while server.ask("GET", "sys/seal-status", None).await.is_err() {
+            assert!(Instant::now() < deadline, "rvault does not come up");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let init = json!({ "secret_shares": 1, "secret_threshold": 1 });
+        let init = server.ask("PUT", "sys/init", Some(init)).await.unwrap().1;
+        server.root = init["root_token"].as_str().unwrap().into();
+        server.unseal = init["keys"][0].as_str().unwrap().into();
+        server.unseal().await;
+        server
+    }
+
+    async fn unseal(&self) {
+        let (code, _) = self.ask("PUT", "sys/unseal", Some(json!({ "key": self.unseal }))).await.unwrap();
+        assert_eq!(code, 200);
+    }
+
+    async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<Value>,
+    ) -> Result<(u16, Value), reqwest::Error> {
+        let client =
+            reqwest::Client::builder().tls_backend_preconfigured(tls::client(tls::system_roots())).no_proxy();
+        let mut request = client
+            .build()?
+            .request(method.parse().unwrap(), format!("{}/v1/{path}", self.address))
+            .header("X-Vault-Token", &self.root);
+        if let Some(body) = body {
+            request = request.body(body.to_string());
+        }
+        let response = request.send().await?;
+        let code = response.status().as_u16();
+        Ok((code, serde_json::from_slice(&response.bytes().await?).unwrap_or_default()))
+    }
+
+    async fn admin(&self, method: &str, path: &str, body: Value) -> Value {
+        let (code, answer) = self.ask(method, path, Some(body)).await.unwrap();
+        assert!((200..300).contains(&code), "{method} {path}: {code} {answer}");
+        answer
+    }
+
+    async fn config(&self) -> VaultConfig {
+        let role = format!("auth/{}/role/agents", self.approle);
+        let (_, role_id) = self.ask("GET", &format!("{role}/role-id"), None).await.unwrap();
+        let secret_id = self.admin("POST", &format!("{role}/secret-id"), json!({})).await;
+        let text = |value: &Value| Zeroizing::new(value.as_str().unwrap().to_owned());
+        VaultConfig {
+            address: self.address.clone(),
+            login: VaultLogin::AppRole {
+                mount: self.approle.clone(),
+                role_id: text(&role_id["data"]["role_id"]),
+                secret_id: SecretId::Plain(text(&secret_id["data"]["secret_id"])),
+            },
+            namespace: None,
+            ca: None,
+        }
+    }
+
+    fn source(&self, rest: &str) -> VaultSource {
+        format!("vault://{}/{rest}", self.mount).parse().unwrap()
+    }
+
+    fn secret(&self, name: &str, rest: &str) -> SecretSpec {
+        format!("{name}=vault://{}/{rest}", self.mount).parse().unwrap()
+    }
+}
+
+fn exposed(fetched: &super::super::Fetched) -> Vec<(String, String)> {
+    let text =
+        |value: &super::super::Value| String::from_utf8(value.value.to_bytes().expose().to_vec()).unwrap();
+    fetched.values.iter().map(|value| (value.name.clone(), text(value))).collect()
+}
+
+async fn refusal(secrets: &[SecretSpec], spec: &Spec) -> String {
+    let error = fetch(secrets, spec).await.expect_err("is refused").to_string();
+    assert!(!error.contains(CANARY) && error.lines().count() == 1, "{error}");
+    error
+}
+
+#[tokio::test]
+async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
+    let server = Server::start(600).await;
+    let config = server.config().await;
+    let spec = Spec { vault: Some(config.clone()), source: None };
+    let secrets = [server.secret("TOKEN", "creds#api_token"), server.secret("PORT", "creds#port")];
+    let fetched = fetch(&secrets, &spec).await.unwrap();
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    assert_eq!(exposed(&fetched), [pair("TOKEN", CANARY), pair("PORT", "8080")]);
+    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+
+    // The same by hand, to see the token before and after.
+    let session = Session::begin(&config).await.unwrap();
+    let token = session.middleware.token.clone();
+    session.revoke().await.unwrap();
+    let login = VaultLogin::Token(Zeroizing::new(token));
+    let spec = Spec { vault: Some(VaultConfig { login, ..config }), source: None };
+    let error = refusal(&secrets, &spec).await;
+    assert!(error.contains("the token has expired, or its policies"), "{error}");
+}
+
+#[tokio::test]
+async fn each_field_of_a_credential_source_is_a_credential() {
+    let server = Server::start(600).await;
+    let login = VaultLogin::Token(Zeroizing::new(server.root.clone()));
+    let config = VaultConfig { address: server.address.clone(), login, namespace: None, ca: None };
+    let mut spec = Spec { vault: Some(config), source: Some(server.source("plain")) };
+    // One that is asked for by name stays what it was asked to be.
+    let own = ["user=exec:echo me".parse().unwrap()];
+    let mut found = exposed(&fetch(&own, &spec).await.unwrap());
+    found.sort();
+    assert_eq!(found, [("api_token".into(), CANARY.into()), ("user".into(), "me".into())]);
+
+    spec.source = Some(server.source("plain#user"));
+    assert_eq!(exposed(&fetch(&[], &spec).await.unwrap()), [("user".to_owned(), "agent".to_owned())]);
+    spec.source = Some(server.source("creds"));
+    assert!(refusal(&[], &spec).await.contains("field `nested`"), "an object is no credential");
+    spec.source = Some(server.source("none"));
+    assert!(refusal(&[], &spec).await.contains("has nothing at vault://"));
+    spec.source = None;
+    for (rest, words) in
+        [("plain#pass", "no field `pass`"), ("plain", "has 2 fields"), ("creds#nested", "is no text")]
+    {
+        assert!(refusal(&[server.secret("A", rest)], &spec).await.contains(words), "{rest}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it() {
+    let server = Server::start(600).await;
+    let mut config = server.config().await;
+    let VaultLogin::AppRole { secret_id, .. } = &mut config.login else { panic!() };
+    *secret_id = SecretId::Plain(Zeroizing::new(CANARY.into()));
+    let spec = Spec { vault: Some(config), source: None };
+    let error = refusal(&[server.secret("A", "creds#port")], &spec).await;
+    assert_eq!(
+        error,
+        "secret A: the vault refuses the login: role id or secret id are wrong, used up or expired"
+    );
+}
+
+#[tokio::test]
+async fn a_token_ends_with_its_term_and_lives_on_where_it_is_renewed() {
+    let server = Server::start(3).await;
+    let config = server.config().await;
+    let source = server.source("creds");
+    let forgotten = Session::begin(&config).await.unwrap();
+    let kept = Session::begin(&config).await.unwrap();
+    assert_eq!(kept.lease.unwrap().ttl, Duration::from_secs(3));
+    let login = VaultLogin::Token(Zeroizing::new(kept.middleware.token.clone()));
+    let other = Session::begin(&VaultConfig { login, ..config }).await.unwrap();
+    let keeper = Keeper::start(kept, Vec::new());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(matches!(forgotten.read(&source).await, Err(VaultError::Denied { .. })));
+    let read = other.read(&source).await;
+    let troubles = keeper.end().await;
+    if server.process.is_some() {
+        // rvault takes the renewal of a role's token, says nothing, and does nothing: that is noticed.
+        assert!(matches!(read, Err(VaultError::Denied { .. })));
+        assert!(
+            troubles[0].ends_with("the vault's answer to the renewal of its token is none"),
+            "{troubles:?}"
+        );
+    } else {
+        assert!(read.is_ok());
+        assert_eq!(troubles, Vec::<String>::new());
+        assert!(matches!(other.read(&source).await, Err(VaultError::Denied { .. })), "revoked at the end");
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_ours_is_renewed_until_its_longest_term_and_revoked() {
+    let terms = std::sync::atomic::AtomicU64::new(3);
+    let double = Double::start(move |asked| match asked.line.as_str() {
+        "POST /v1/auth/approle/login" => {
+            (200, json!({ "auth": { "client_token": "t-3", "lease_duration": 3, "renewable": true } }))
+        }
+        "POST /v1/auth/token/renew-self" => {
+            let term = terms.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            (200, json!({ "auth": { "client_token": "t-3", "lease_duration": term, "renewable": true } }))
+        }
+        "POST /v1/auth/token/revoke-self" => (204, Value::Null),
+        _ => (404, Value::Null),
+    })
+    .await;
+    let (role_id, secret_id) = (Zeroizing::new("r".to_owned()), SecretId::Plain(Zeroizing::new("s".into())));
+    let login = VaultLogin::AppRole { mount: "approle".into(), role_id, secret_id };
+    let session = Session::begin(&double.config(login)).await.unwrap();
+    let keeper = Keeper::start(session, Vec::new());
+    // After 2 s for 3 more, after 2 s more for 2, after 1.3 s for 1, which is the last.
+    tokio::time::sleep(Duration::from_millis(6500)).await;
+    assert_eq!(keeper.end().await, Vec::<String>::new());
+    let lines = double.lines();
+    assert_eq!(lines.iter().filter(|line| line.ends_with("renew-self")).count(), 3, "{lines:?}");
+    assert_eq!(lines.last().unwrap(), "POST /v1/auth/token/revoke-self");
+}
+
+#[tokio::test]
+async fn a_sealed_server_and_one_that_goes_away_are_told_apart() {
+    let mut server = Server::start(3).await;
+    let config = server.config().await;
+    let spec = Spec { vault: Some(config), source: None };
+    let secret = [server.secret("A", "creds#port")];
+    let keeper = fetch(&secret, &spec).await.unwrap().keeper.unwrap();
+    // A real server is somebody's, and is left as it is.
+    if server.process.is_none() {
+        keeper.end().await;
+        return;
+    }
+    server.admin("PUT", "sys/seal", json!({})).await;
+    assert!(refusal(&secret, &spec).await.contains("is sealed"));
+    server.unseal().await;
+
+    let process = server.process.as_mut().unwrap();
+    process.kill().unwrap();
+    process.wait().unwrap();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let troubles = tokio::time::timeout(Duration::from_secs(15), keeper.end()).await.expect("does not hang");
+    assert!(troubles[0].starts_with("renew the vault's token"), "{troubles:?}");
+    assert!(troubles.last().unwrap().starts_with("give credentials back"), "{troubles:?}");
+    let error = refusal(&secret, &spec).await;
+    assert!(error.contains("cannot be reached: nobody listens there"), "{error}");
+}
+
+/// What a [`Double`] was asked: method and path, the named headers, the body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Asked {
+    line: String,
+    token: String,
+    namespace: String,
+    body: String,
+}
+
+/// A double of a server: answers what it is told to, over real HTTP.
+struct Double {
+    address: String,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+impl Double {
+    async fn start(answer: impl Fn(&Asked) -> (u16, Value) + Send + Sync + 'static) -> Double {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
+        let (log, answer) = (asked.clone(), Arc::new(answer));
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (log, answer) = (log.clone(), answer.clone());
+                tokio::spawn(async move {
+                    let mut stream = BufReader::new(stream);
+                    let (mut head, mut length) = (Vec::new(), 0);
+                    loop {
+                        let mut line = String::new();
+                        if stream.read_line(&mut line).await.unwrap_or(0) <= 2 {
+                            break;
+                        }
+                        if let Some(rest) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                            length = rest.trim().parse().unwrap();
+                        }
+                        head.push(line.trim_end().to_owned());
+                    }
+                    let mut body = vec![0; length];
+                    stream.read_exact(&mut body).await.unwrap();
+                    let header = |name: &str| {
+                        let line = head.iter().find(|line| line.to_ascii_lowercase().starts_with(name));
+                        line.and_then(|line| line.split_once(": "))
+                            .map(|(_, value)| value.to_owned())
+                            .unwrap_or_default()
+                    };
+                    let asked = Asked {
+                        line: head[0].trim_end_matches(" HTTP/1.1").trim_end_matches('?').into(),
+                        token: header("x-vault-token"),
+                        namespace: header("x-vault-namespace"),
+                        body: String::from_utf8(body).unwrap(),
+                    };
+                    let (code, body) = answer(&asked);
+                    log.lock().unwrap().push(asked);
+                    let body = if body.is_null() { String::new() } else { body.to_string() };
+                    let location = if code == 307 { "location: http://127.0.0.1:1/\r\n" } else { "" };
+                    let reply = format!(
+                        "HTTP/1.1 {code} x\r\n{location}connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    let _ = stream.get_mut().write_all(reply.as_bytes()).await;
+                });
+            }
+        });
+        Double { address, asked }
+    }
+
+    fn config(&self, login: VaultLogin) -> VaultConfig {
+        VaultConfig { address: self.address.clone(), login, namespace: Some("team/a".into()), ca: None }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        self.asked.lock().unwrap().iter().map(|asked| asked.line.clone()).collect()
+    }
+}
+
+fn token() -> VaultLogin {
+    VaultLogin::Token(Zeroizing::new("t-1".into()))
+}
+
+#[tokio::test]
+async fn kv_2_is_noticed_and_a_namespace_goes_with_every_request() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/sys/internal/ui/mounts/kv" => (200, json!({ "data": { "options": { "version": "2" } } })),
+        "GET /v1/kv/data/app/db" => {
+            (200, json!({ "data": { "data": { "password": CANARY }, "metadata": { "version": 3 } } }))
+        }
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let fetched = fetch(&["DB=vault://kv/app/db#password".parse().unwrap()], &spec).await.unwrap();
+    assert_eq!(exposed(&fetched), [("DB".to_owned(), CANARY.to_owned())]);
+    let asked = double.asked.lock().unwrap().clone();
+    assert!(asked.iter().all(|asked| asked.namespace == "team/a" && asked.token == "t-1"), "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_wrapped_secret_id_is_unwrapped_and_logs_in() {
+    let double = Double::start(|asked| match (asked.line.as_str(), asked.token.as_str()) {
+        ("POST /v1/sys/wrapping/unwrap", "w-1") => (200, json!({ "data": { "secret_id": "s-1" } })),
+        ("POST /v1/auth/approle/login", "") => {
+            assert!(asked.body.contains("\"r-1\"") && asked.body.contains("\"s-1\""), "{asked:?}");
+            (200, json!({ "auth": { "client_token": "t-2", "lease_duration": 60, "renewable": true } }))
+        }
+        ("GET /v1/kv/a", "t-2") => (200, json!({ "data": { "x": CANARY } })),
+        ("POST /v1/auth/token/revoke-self", "t-2") => (204, Value::Null),
+        ("POST /v1/sys/wrapping/unwrap", _) => {
+            (400, json!({ "errors": ["wrapping token is not valid: ", CANARY] }))
+        }
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let login = |wrapped: &str| VaultLogin::AppRole {
+        mount: "approle".into(),
+        role_id: Zeroizing::new("r-1".into()),
+        secret_id: SecretId::Wrapped(Zeroizing::new(wrapped.into())),
+    };
+    let secret = ["A=vault://kv/a".parse().unwrap()];
+    let spec = Spec { vault: Some(double.config(login("w-1"))), source: None };
+    let fetched = fetch(&secret, &spec).await.unwrap();
+    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(double.lines().last().unwrap(), "POST /v1/auth/token/revoke-self");
+    let spec = Spec { vault: Some(double.config(login("w-2"))), source: None };
+    assert!(refusal(&secret, &spec).await.contains("wrapping token is not valid"));
+}
+
+#[tokio::test]
+async fn what_an_engine_issues_is_renewed_and_revoked() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/database/creds/app" => (
+            200,
+            json!({ "lease_id": "database/creds/app/x", "lease_duration": 3, "renewable": true,
+                    "data": { "username": "u", "password": CANARY } }),
+        ),
+        "PUT /v1/sys/leases/renew" => {
+            (200, json!({ "lease_id": "database/creds/app/x", "lease_duration": 3, "renewable": true }))
+        }
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let secrets = ["U=vault://database/creds/app#username", "P=vault://database/creds/app#password"];
+    let fetched = fetch(&secrets.map(|text| text.parse().unwrap()), &spec).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2800)).await;
+    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    let count = |line: &str| double.lines().iter().filter(|other| *other == line).count();
+    // Read once for both, or there would be two users.
+    assert_eq!((count("GET /v1/database/creds/app"), count("PUT /v1/sys/leases/renew")), (1, 1));
+    assert_eq!(count("PUT /v1/sys/leases/revoke"), 1);
+    // A token that somebody else got is not ours to revoke.
+    assert_eq!(count("POST /v1/auth/token/revoke-self"), 0);
+}
+
+#[tokio::test]
+async fn what_was_issued_is_given_back_when_something_else_fails() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/db/creds/app" => (
+            200,
+            json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
+        ),
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let secrets = ["P=vault://db/creds/app#p".parse().unwrap(), "Q=env:CHITIN_NO_SUCH".parse().unwrap()];
+    refusal(&secrets, &spec).await;
+    assert_eq!(double.lines().last().unwrap(), "PUT /v1/sys/leases/revoke");
+}
+
+#[tokio::test]
+async fn every_class_of_error_is_one_line_without_what_the_server_said() {
+    let cases = [
+        (307, "redirect"),
+        (403, "refuses vault://kv/a: the token has expired, or its policies do not allow this"),
+        (404, "nothing at vault://kv/a"),
+        (429, "sealed, or not ready"),
+        (500, "answers vault://kv/a with status 500"),
+        (503, "sealed, or not ready"),
+        // Not an answer, and an answer without data.
+        (299, "answer to vault://kv/a is none"),
+        (204, "nothing at vault://kv/a"),
+    ];
+    for (code, words) in cases {
+        let double = Double::start(move |asked| match (asked.line.as_str(), code) {
+            ("GET /v1/kv/a", 299) => (200, json!([CANARY])),
+            ("GET /v1/kv/a", code) => {
+                (code, if code == 204 { Value::Null } else { json!({ "errors": [CANARY] }) })
+            }
+            _ => (404, Value::Null),
+        })
+        .await;
+        let spec = Spec { vault: Some(double.config(token())), source: None };
+        let error = refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec).await;
+        assert!(error.contains(words), "{code}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_none_is_named() {
+    // Accepts, and says nothing that is HTTP.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.write_all(b"220 smtp\r\n").await;
+        }
+    });
+    for (address, words) in [
+        (format!("http://{address}"), "cannot be reached: the connection broke off"),
+        (format!("https://{address}"), "cannot be reached: "),
+        ("ftp://x".into(), "VAULT_ADDR is no http:// or https:// address"),
+        ("x".into(), "VAULT_ADDR is no http:// or https:// address"),
+    ] {
+        let config = VaultConfig { address, login: token(), namespace: None, ca: None };
+        let spec = Spec { vault: Some(config), source: None };
+        let error = refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec).await;
+        assert!(error.contains(words), "{error}");
+    }
+    let config = VaultConfig {
+        address: "http://user:canary-52b1d9e0f7@127.0.0.1:1".into(),
+        login: VaultLogin::Token(Zeroizing::new("t\n".into())),
+        namespace: None,
+        ca: None,
+    };
+    let spec = |config: &VaultConfig| Spec { vault: Some(config.clone()), source: None };
+    let secret = ["A=vault://kv/a#x".parse().unwrap()];
+    assert!(refusal(&secret, &spec(&config)).await.contains("was a newline copied with it?"));
+    let config = VaultConfig { login: token(), ..config };
+    assert!(refusal(&secret, &spec(&config)).await.contains("http://127.0.0.1:1 cannot be reached"));
+    let config = VaultConfig { ca: Some("/dev/null".into()), ..config };
+    assert!(refusal(&secret, &spec(&config)).await.contains("VAULT_CACERT, /dev/null: there is none in it"));
+}
+
+#[test]
+fn the_environment_says_which_vault_and_who_we_are() {
+    let from = |pairs: &[(&str, &str)]| {
+        let pairs: Vec<(String, String)> =
+            pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        VaultConfig::from(move |name| {
+            pairs.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone())
+        })
+    };
+    let address = ("VAULT_ADDR", "https://vault:8200");
+    assert_eq!(from(&[]).unwrap_err(), VaultError::NoAddress);
+    assert_eq!(from(&[address]).unwrap_err(), VaultError::NoLogin);
+    assert_eq!(from(&[address, ("VAULT_ROLE_ID", "r")]).unwrap_err(), VaultError::NoLogin);
+    assert_eq!(
+        from(&[address, ("VAULT_TOKEN", "t"), ("VAULT_SKIP_VERIFY", "1")]).unwrap_err(),
+        VaultError::Unverified
+    );
+    let role =
+        [address, ("VAULT_ROLE_ID", "r"), ("VAULT_WRAPPED_SECRET_ID", CANARY), ("VAULT_NAMESPACE", "n")];
+    let config = from(&role).unwrap();
+    assert!(
+        matches!(&config.login, VaultLogin::AppRole { mount, secret_id: SecretId::Wrapped(_), .. } if mount == "approle")
+    );
+    let shown = format!("{config:?}");
+    assert!(shown.contains("AppRole") && !shown.contains(CANARY), "{shown}");
+}
+
+#[test]
+fn a_term_may_be_none_or_longer_than_time() {
+    assert_eq!(Lease::new(0, true), None);
+    assert!(Lease::new(u64::MAX, true).is_some());
+}
