@@ -6,8 +6,9 @@ use chitin::{Builder, Phases, Pool};
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
+use super::peer::{Peer, PeerArgs, Saved};
 use super::stats::{self, Row};
-use super::{Guest, Output, Temporary, Workload, plot, progress};
+use super::{Beside, Guest, Output, Temporary, Workload, nanoseconds, plot, progress, since};
 use crate::failure::Failure;
 
 const MILLISECOND: f64 = 1e6;
@@ -18,8 +19,11 @@ const MILLISECOND: f64 = 1e6;
     after_help = "Times are milliseconds since the monitor's process was started. `spread` is (max - min) / median. One boot more than asked
 for comes first and is not counted.
 
+With a peer, its `agent` is the first byte of its guest's init.
+
 Examples:
   chitin bench boot --runs 20 --plot boot.svg
+  chitin bench boot --peer firecracker=./firecracker
   cargo xtask nested --icount -- target/release/chitin bench boot --runs 5    # deterministic clock"
 )]
 pub struct BootArgs {
@@ -33,6 +37,9 @@ pub struct BootArgs {
 
     #[command(flatten)]
     guest: Guest,
+
+    #[command(flatten)]
+    peer: PeerArgs,
 
     #[command(flatten)]
     output: Output,
@@ -74,6 +81,9 @@ pub struct RestoreArgs {
     guest: Guest,
 
     #[command(flatten)]
+    peer: PeerArgs,
+
+    #[command(flatten)]
     output: Output,
 
     #[command(flatten)]
@@ -83,8 +93,22 @@ pub struct RestoreArgs {
 #[derive(Serialize)]
 struct Report {
     chitin: &'static str,
+    #[serde(flatten)]
+    figures: Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Beside<Figures>>,
+}
+
+#[derive(Serialize)]
+struct Figures {
     summary: Vec<Row>,
     runs: Vec<Run>,
+}
+
+impl Figures {
+    fn of(runs: Vec<Run>) -> Figures {
+        Figures { summary: summarize(&runs), runs }
+    }
 }
 
 #[derive(Serialize)]
@@ -97,14 +121,21 @@ struct Run {
 
 pub async fn boot(args: BootArgs) -> Result<u8, Failure> {
     let builder = args.guest.builder().vcpus(args.cpus);
+    let peer = args.peer.peer(args.cpus, args.guest.memory)?;
+    let beside = peer.as_ref().map(|peer| (peer, None));
     // The first boot finds the files not yet in the page cache, and KVM and allocator cold.
-    let runs = run_all(args.runs, &Source::Builder(builder), &args.workload).await?;
+    let runs = run_all(args.runs, &Source::Builder(builder), &args.workload, beside).await?;
     let title = format!("{} cold boots, {} vCPU, {} MiB", args.runs, args.cpus, args.guest.memory);
-    report(&title, runs, &args.output)
+    report(&title, runs, peer.as_ref(), &args.output)
 }
 
 pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
     let builder = args.guest.builder();
+    let peer = args.peer.peer(1, args.guest.memory)?;
+    let saved = match &peer {
+        Some(peer) => Some(peer.save(&args.workload.words()).await?),
+        None => None,
+    };
     let built = match args.template {
         Some(_) => None,
         None => Some(Temporary::build(builder.clone(), args.warm_up, args.workload.argv.clone()).await?),
@@ -116,9 +147,10 @@ pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
         true => Source::Pool(builder.pool(2).await?),
         false => Source::Builder(builder),
     };
-    let runs = run_all(args.runs, &source, &args.workload).await?;
+    let beside = peer.as_ref().map(|peer| (peer, saved.as_ref()));
+    let runs = run_all(args.runs, &source, &args.workload, beside).await?;
     let how = if args.pool { ", from a pool" } else { "" };
-    report(&format!("{} copies of a template{how}", args.runs), runs, &args.output)
+    report(&format!("{} copies of a template{how}", args.runs), runs, peer.as_ref(), &args.output)
 }
 
 /// Where sandboxes come from.
@@ -127,17 +159,55 @@ enum Source {
     Pool(Pool),
 }
 
-/// Runs one sandbox after the other; the first is not counted.
-async fn run_all(count: u32, source: &Source, workload: &Workload) -> Result<Vec<Run>, Failure> {
+/// Ours, and a peer's.
+type Runs = (Vec<Run>, Vec<Run>);
+
+/// A peer, and the guest that it restores; without one it boots.
+type Other<'a> = (&'a Peer, Option<&'a Saved>);
+
+/// Runs one sandbox after the other, in turns with the peer; the first is not counted.
+async fn run_all(
+    count: u32,
+    source: &Source,
+    workload: &Workload,
+    peer: Option<Other<'_>>,
+) -> Result<Runs, Failure> {
     let progress = progress(count, "sandboxes");
-    run_once(source, workload).await?;
-    let mut runs = Vec::new();
-    for _ in 0..count {
-        runs.push(run_once(source, workload).await?);
-        progress.inc(1);
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for run in 0..=count {
+        let once = run_once(source, workload).await?;
+        let beside = match peer {
+            Some(peer) => Some(run_peer(peer, workload).await?),
+            None => None,
+        };
+        if run > 0 {
+            ours.push(once);
+            theirs.extend(beside);
+            progress.inc(1);
+        }
     }
     progress.finish_and_clear();
-    Ok(runs)
+    Ok((ours, theirs))
+}
+
+async fn run_peer((peer, saved): Other<'_>, workload: &Workload) -> Result<Run, Failure> {
+    let mut guest = match saved {
+        Some(saved) => peer.restore(saved).await?,
+        None => peer.boot().await?,
+    };
+    let ran = guest.run(&workload.words()).await?;
+    workload.check(&chitin::Exit::Code(ran.code), ran.printed)?;
+    let at = |moment| Some(nanoseconds(guest.started, moment));
+    let phases = Phases {
+        agent_ns: at(guest.hello),
+        exec_ns: at(ran.output),
+        exit_ns: at(ran.exit),
+        ..Phases::default()
+    };
+    let read = Instant::now();
+    guest.stop().await?;
+    let gone_ns = phases.exit_ns.unwrap_or(0).saturating_add(since(read));
+    Ok(Run { phases, gone_ns })
 }
 
 async fn run_once(source: &Source, workload: &Workload) -> Result<Run, Failure> {
@@ -160,18 +230,24 @@ async fn run_once(source: &Source, workload: &Workload) -> Result<Run, Failure> 
     let phases = sandbox.phases();
     let read = Instant::now();
     sandbox.stop().await;
-    let stopping = u64::try_from(read.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    let gone_ns = phases.exit_ns.unwrap_or(0).saturating_add(stopping);
+    let gone_ns = phases.exit_ns.unwrap_or(0).saturating_add(since(read));
     Ok(Run { phases, gone_ns })
 }
 
-fn report(title: &str, runs: Vec<Run>, output: &Output) -> Result<u8, Failure> {
+fn report(title: &str, (ours, theirs): Runs, peer: Option<&Peer>, output: &Output) -> Result<u8, Failure> {
     println!("{title}; milliseconds since the start");
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), summary: summarize(&runs), runs };
-    stats::print("phase", &report.summary, MILLISECOND);
+    let figures = Figures::of(ours);
+    stats::print("phase", &figures.summary, MILLISECOND);
+    let peer = peer.map(|peer| {
+        let figures = Figures::of(theirs);
+        println!("the same with {}", peer.title());
+        stats::print("phase", &figures.summary, MILLISECOND);
+        Beside::new(peer, figures)
+    });
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), figures, peer };
     output.write(&report, || {
-        let exec = report.runs.iter().filter_map(|run| run.phases.exec_ns).collect();
-        plot::phases(title, &report.summary, exec)
+        let Figures { summary, runs } = &report.figures;
+        plot::phases(title, summary, runs.iter().filter_map(|run| run.phases.exec_ns).collect())
     })?;
     Ok(0)
 }
