@@ -29,6 +29,10 @@ pub struct Args {
     peer: Option<String>,
 }
 
+/// Has the server of `examples/warm-python.sh` do once, while the template is built, what copies will have it do.
+const ASKING: &str = "'import socket; s = socket.create_connection((\"127.0.0.1\", 8000)); s.sendall(b\"print(1)\"); \
+                      s.shutdown(1); s.recv(9)'";
+
 /// One benchmark: arguments of `chitin bench`.
 struct Bench {
     /// Its table, and the beginning of the names of its figures.
@@ -49,7 +53,7 @@ const MILLISECONDS: f64 = 1e6;
 const KIB: f64 = 1024.0;
 const MIB: f64 = 1048576.0;
 
-const BENCHES: [Bench; 7] = [
+const BENCHES: [Bench; 9] = [
     Bench {
         name: "boot",
         arguments: "boot --runs 9",
@@ -81,6 +85,20 @@ const BENCHES: [Bench; 7] = [
     Bench {
         name: "python",
         arguments: "restore --runs 7 --warm-up {warm-up} -- python3 -c {print}",
+        unit: MILLISECONDS,
+        rising: false,
+        compared: &["exec"],
+    },
+    Bench {
+        name: "running python",
+        arguments: "restore --runs 9 --warm-up {serve} --ask {question} -- python3 -c {asking}",
+        unit: MILLISECONDS,
+        rising: false,
+        compared: &["exec"],
+    },
+    Bench {
+        name: "running python, pool",
+        arguments: "restore --pool --runs 9 --warm-up {serve} --ask {question} -- python3 -c {asking}",
         unit: MILLISECONDS,
         rising: false,
         compared: &["exec"],
@@ -229,7 +247,7 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
     let chitin = workspace::target().join("release/chitin");
     let preload = [chitin.display().to_string(), binary.display().to_string()];
     let options =
-        ["--icount", "--xsave", "--timeout", "6m", "--preload", &preload[0], "--preload", &preload[1]];
+        ["--icount", "--xsave", "--timeout", "4m", "--preload", &preload[0], "--preload", &preload[1]];
     for (name, arguments) in PEER_BENCHES.iter().chain(&ROOT_BOOTS) {
         let arguments = arguments.replace("{python}", "'import json, ssl; print(1)'");
         let (what, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
@@ -292,13 +310,17 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
 /// Runs all of them on one emulated host.
 fn measure(dir: &Path) -> Result<ExitCode> {
     let chitin = workspace::target().join("release/chitin");
+    let serve = workspace::root().join("examples/warm-python.sh");
     // In memory: what a copy reads of its template is not what is measured.
     let mut script = "set -e; export CHITIN_TEMPLATES=/dev/shm/templates; ".to_owned();
     for bench in &BENCHES {
         let arguments = bench
             .arguments
             .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
-            .replace("{print}", "'print(1)'");
+            .replace("{print}", "'print(1)'")
+            .replace("{serve}", &format!("\"$(cat '{}')\"", serve.display()))
+            .replace("{question}", "'8000=print(1)'")
+            .replace("{asking}", ASKING);
         // What follows `--` belongs to the command.
         let (options, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
         let json = dir.join(bench.name).with_extension("json");
