@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -24,7 +24,14 @@ pub struct Args {
     /// Make these the committed figures
     #[arg(long)]
     update: bool,
+    /// Only measure another monitor beside this one, and write those tables
+    #[arg(long, value_name = "firecracker=BIN", conflicts_with = "update")]
+    peer: Option<String>,
 }
+
+/// Has the server of `examples/warm-python.sh` do once, while the template is built, what copies will have it do.
+const ASKING: &str = "'import socket; s = socket.create_connection((\"127.0.0.1\", 8000)); s.sendall(b\"print(1)\"); \
+                      s.shutdown(1); s.recv(9)'";
 
 /// One benchmark: arguments of `chitin bench`.
 struct Bench {
@@ -39,11 +46,14 @@ struct Bench {
     compared: &'static [&'static str],
 }
 
+/// What `cargo xtask nested` exits with when the time of its command is up.
+const TIMED_OUT: u8 = 124;
+
 const MILLISECONDS: f64 = 1e6;
 const KIB: f64 = 1024.0;
 const MIB: f64 = 1048576.0;
 
-const BENCHES: [Bench; 7] = [
+const BENCHES: [Bench; 9] = [
     Bench {
         name: "boot",
         arguments: "boot --runs 9",
@@ -80,6 +90,20 @@ const BENCHES: [Bench; 7] = [
         compared: &["exec"],
     },
     Bench {
+        name: "running python",
+        arguments: "restore --runs 9 --warm-up {serve} --ask {question} -- python3 -c {asking}",
+        unit: MILLISECONDS,
+        rising: false,
+        compared: &["exec"],
+    },
+    Bench {
+        name: "running python, pool",
+        arguments: "restore --pool --runs 9 --warm-up {serve} --ask {question} -- python3 -c {asking}",
+        unit: MILLISECONDS,
+        rising: false,
+        compared: &["exec"],
+    },
+    Bench {
         name: "throughput",
         arguments: "throughput --size 32 --runs 3",
         unit: MIB,
@@ -95,6 +119,53 @@ const BENCHES: [Bench; 7] = [
     },
 ];
 
+/// What is measured together with a peer: a name, and arguments of `chitin bench`. None of it is compared with committed figures,
+/// because not everybody has the peer.
+const PEER_BENCHES: [(&str, &str); 8] = [
+    ("peer-enter", "enter --runs 9"),
+    ("peer-boot", "boot --runs 3"),
+    ("peer-restore", "restore --runs 9"),
+    ("peer-exec", "exec --runs 51"),
+    ("peer-throughput", "throughput --size 16 --runs 3"),
+    ("peer-memory", "memory --sandboxes 2"),
+    // The root image over either device, in the same monitor.
+    ("root-blk", "memory --sandboxes 2 --peer-root blk -- python3 -c {python}"),
+    ("root-pmem", "memory --sandboxes 2 --peer-root pmem -- python3 -c {python}"),
+];
+
+/// The same for their times.
+const ROOT_BOOTS: [(&str, &str); 2] = [
+    ("root-blk-boot", "boot --runs 3 --peer-root blk -- python3 -c {python}"),
+    ("root-pmem-boot", "boot --runs 3 --peer-root pmem -- python3 -c {python}"),
+];
+
+/// Rows of the table of a peer: what it says, which bench and row of it, what one unit is, and how many decimals.
+const PEER_ROWS: [(&str, &str, &str, f64, usize); 13] = [
+    ("process start → the guest's first instruction", "peer-enter", "entered", MILLISECONDS, 2),
+    ("cold boot → first byte of agent or init", "peer-boot", "agent", MILLISECONDS, 2),
+    ("cold boot → first byte of a command", "peer-boot", "exec", MILLISECONDS, 2),
+    ("copy → first byte of agent or init", "peer-restore", "agent", MILLISECONDS, 2),
+    ("copy → first byte of a command", "peer-restore", "exec", MILLISECONDS, 2),
+    ("a command in a running sandbox, first byte", "peer-exec", "output", MILLISECONDS, 2),
+    ("a command in a running sandbox, its end", "peer-exec", "exit", MILLISECONDS, 2),
+    ("MiB/s into the guest", "peer-throughput", "in", MIB, 1),
+    ("MiB/s out of it", "peer-throughput", "out", MIB, 1),
+    ("booted: KiB of guest memory of its own", "peer-memory", "booted guest", KIB, 0),
+    ("booted: KiB of the monitor", "peer-memory", "booted monitor", KIB, 0),
+    ("copied: KiB of guest memory of its own", "peer-memory", "copied guest", KIB, 0),
+    ("copied: KiB of the monitor", "peer-memory", "copied monitor", KIB, 0),
+];
+
+/// The same for the two root devices.
+const ROOT_ROWS: [(&str, &str, &str, f64, usize); 6] = [
+    ("cold boot → first byte of init", "-boot", "agent", MILLISECONDS, 2),
+    ("cold boot → first byte of Python's output", "-boot", "exec", MILLISECONDS, 2),
+    ("booted, after Python: KiB of guest memory of its own", "", "booted guest", KIB, 0),
+    ("booted, after Python: KiB shared by all guests", "", "booted shared", KIB, 0),
+    ("copied, after Python again: KiB of guest memory of its own", "", "copied guest", KIB, 0),
+    ("copied, after Python again: KiB shared by all guests", "", "copied shared", KIB, 0),
+];
+
 /// What `--json` of `chitin bench` says, as far as it is needed here.
 #[derive(Deserialize)]
 struct Report {
@@ -104,6 +175,10 @@ struct Report {
     booted: Vec<Row>,
     #[serde(default)]
     copied: Vec<Row>,
+    peer: Option<Box<Report>>,
+    /// Of a peer.
+    #[serde(default)]
+    version: String,
 }
 
 #[derive(Deserialize, Debug, Clone)]
@@ -124,6 +199,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     microvm::build()?;
     let dir = workspace::target().join("nested-out/bench");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    if let Some(peer) = &args.peer {
+        return beside(peer, &dir);
+    }
     let code = measure(&dir)?;
     if code != ExitCode::SUCCESS {
         return Ok(code);
@@ -160,16 +238,89 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     bail!("{} figures are worse; `cargo xtask bench --update` accepts them", worse.len());
 }
 
+/// Measures a peer in turns with ours, and writes what came out side by side.
+fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
+    let Some(("firecracker", binary)) = peer.split_once('=') else {
+        bail!("the one peer there is, is firecracker=BIN");
+    };
+    let binary = fs::canonicalize(binary).with_context(|| format!("find the peer {binary}"))?;
+    let chitin = workspace::target().join("release/chitin");
+    let preload = [chitin.display().to_string(), binary.display().to_string()];
+    let options =
+        ["--icount", "--xsave", "--timeout", "4m", "--preload", &preload[0], "--preload", &preload[1]];
+    for (name, arguments) in PEER_BENCHES.iter().chain(&ROOT_BOOTS) {
+        let arguments = arguments.replace("{python}", "'import json, ssl; print(1)'");
+        let (what, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
+        let json = dir.join(name).with_extension("json");
+        let dashes = if command.is_empty() { "" } else { "--" };
+        let script = format!(
+            "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; \
+             exec '{}' bench {what} --peer firecracker='{}' --json '{}' {dashes} {command}",
+            chitin.display(),
+            binary.display(),
+            json.display()
+        );
+        let run = || microvm::nested_with(&options, &["/bin/sh", "-c", &script]);
+        let mut code = run()?;
+        if code == ExitCode::from(TIMED_OUT) {
+            eprintln!("bench: {name} has not ended in time: its emulated host hangs, another one tries");
+            code = run()?;
+        }
+        if code != ExitCode::SUCCESS {
+            return Ok(code);
+        }
+    }
+
+    let report = |name: &str| read(&dir.join(name).with_extension("json"));
+    let median = |report: &Report, row: &str| {
+        let rows = all_rows(report);
+        rows.iter()
+            .find(|found| found.name == row)
+            .map(|found| found.median)
+            .with_context(|| format!("no {row}"))
+    };
+    let version = report("peer-boot")?.peer.map(|peer| peer.version).unwrap_or_default();
+    let mut table = format!("| | Chitin | {version} | Chitin ÷ Firecracker |\n|---|---|---|---|\n");
+    for (title, name, row, unit, digits) in PEER_ROWS {
+        let report = report(name)?;
+        let peer = report.peer.as_deref().context("a report without its peer")?;
+        let (ours, theirs) = (median(&report, row)? / unit, median(peer, row)? / unit);
+        let ratio = ours / theirs.max(f64::EPSILON);
+        let _ = writeln!(table, "| {title} | {ours:.digits$} | {theirs:.digits$} | {ratio:.2} |");
+    }
+    let mut root = String::from("| | virtio-blk | virtio-pmem, DAX |\n|---|---|---|\n");
+    for (title, suffix, row, unit, digits) in ROOT_ROWS {
+        let value = |device: &str| {
+            let report = report(&format!("root-{device}{suffix}"))?;
+            Ok::<_, anyhow::Error>(
+                median(report.peer.as_deref().context("a report without its peer")?, row)? / unit,
+            )
+        };
+        let (blk, pmem) = (value("blk")?, value("pmem")?);
+        let _ = writeln!(root, "| {title} | {blk:.digits$} | {pmem:.digits$} |");
+    }
+    let path = workspace::root().join("docs/benchmarks.md");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let text = replace(&replace(&text, "peer", &table)?, "root device", &root)?;
+    fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    eprintln!("bench: the peer's tables of {} are written", path.display());
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Runs all of them on one emulated host.
 fn measure(dir: &Path) -> Result<ExitCode> {
     let chitin = workspace::target().join("release/chitin");
+    let serve = workspace::root().join("examples/warm-python.sh");
     // In memory: what a copy reads of its template is not what is measured.
     let mut script = "set -e; export CHITIN_TEMPLATES=/dev/shm/templates; ".to_owned();
     for bench in &BENCHES {
         let arguments = bench
             .arguments
             .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
-            .replace("{print}", "'print(1)'");
+            .replace("{print}", "'print(1)'")
+            .replace("{serve}", &format!("\"$(cat '{}')\"", serve.display()))
+            .replace("{question}", "'8000=print(1)'")
+            .replace("{asking}", ASKING);
         // What follows `--` belongs to the command.
         let (options, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
         let json = dir.join(bench.name).with_extension("json");
@@ -189,14 +340,21 @@ fn measure(dir: &Path) -> Result<ExitCode> {
     )
 }
 
-fn rows(path: &PathBuf) -> Result<Vec<Row>> {
+fn rows(path: &Path) -> Result<Vec<Row>> {
+    Ok(all_rows(&read(path)?))
+}
+
+fn read(path: &Path) -> Result<Report> {
     let json = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-    let report: Report = serde_json::from_slice(&json).with_context(|| format!("in {}", path.display()))?;
-    let named = |group: &str, rows: Vec<Row>| {
-        let name = |row: Row| Row { name: format!("{group} {}", row.name), ..row };
-        rows.into_iter().map(name).collect::<Vec<_>>()
+    serde_json::from_slice(&json).with_context(|| format!("in {}", path.display()))
+}
+
+fn all_rows(report: &Report) -> Vec<Row> {
+    let named = |group: &str, rows: &[Row]| {
+        let name = |row: &Row| Row { name: format!("{group} {}", row.name), ..row.clone() };
+        rows.iter().map(name).collect::<Vec<_>>()
     };
-    Ok([report.summary, named("booted", report.booted), named("copied", report.copied)].concat())
+    [report.summary.clone(), named("booted", &report.booted), named("copied", &report.copied)].concat()
 }
 
 fn table(rows: &[Row], unit: f64) -> String {
@@ -259,12 +417,28 @@ mod tests {
     }
 
     #[test]
+    fn every_row_beside_a_peer_comes_from_a_bench() {
+        for (_, name, ..) in PEER_ROWS {
+            assert!(PEER_BENCHES.iter().any(|(bench, _)| *bench == name), "{name}");
+        }
+        for (_, suffix, ..) in ROOT_ROWS {
+            for device in ["blk", "pmem"] {
+                let name = format!("root-{device}{suffix}");
+                assert!(PEER_BENCHES.iter().chain(&ROOT_BOOTS).any(|(bench, _)| *bench == name), "{name}");
+            }
+        }
+    }
+
+    #[test]
     fn the_document_has_a_place_for_every_table() {
         let path = workspace::root().join("docs/benchmarks.md");
         let mut text = fs::read_to_string(path).unwrap();
         for bench in &BENCHES {
             text = replace(&text, bench.name, "new\n").unwrap();
         }
-        assert_eq!(text.matches("new\n<!-- end of").count(), BENCHES.len());
+        for table in ["peer", "root device"] {
+            text = replace(&text, table, "new\n").unwrap();
+        }
+        assert_eq!(text.matches("new\n<!-- end of").count(), BENCHES.len() + 2);
     }
 }

@@ -57,6 +57,8 @@ const BROKEN_PIPE: u8 = 141;
 /// so KVM puts back, at every entry, the value it believes in, and a guest that uses XSAVE loses registers: a shell dies at
 /// its first SIGCHLD. Guests save their registers by FXSAVE instead; XSAVE is exercised on real machines only.
 const CPU: &str = "max,-xsave,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-vaes,-mpx,-pku";
+/// The same with XSAVE and without all else that needs it.
+const CPU_XSAVE: &str = "max,-avx,-avx2,-f16c,-vaes,-mpx,-pku";
 /// The emulated machine's own mitigations and address randomization would only slow the emulation down and blur figures;
 /// those of the guests in it are their own business and stay on. The initializers left out take a quarter of the
 /// boot: tracing events, BPF types, built-in certificates, a noise source.
@@ -85,6 +87,9 @@ pub struct Args {
     /// fault now and then, which ends the machine: Linux patches itself, KVM at each start of a guest
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     cpus: u8,
+    /// Leave XSAVE in the emulated CPU: Firecracker does not start without it. A guest that uses it may lose vector registers
+    #[arg(long)]
+    xsave: bool,
     /// Set a variable for the command; PATH, HOME, TERM, CHITIN_* and RUST_* are passed on anyway
     #[arg(long = "env", value_name = "NAME=VALUE")]
     env: Vec<OsString>,
@@ -422,7 +427,8 @@ impl Progress {
 fn qemu_arguments(args: &Args, host: &host::Host, shares: &[PathBuf], fds: &[RawFd]) -> Vec<OsString> {
     let mut list: Vec<OsString> = Vec::new();
     let mut add = |words: &[&str]| list.extend(words.iter().map(OsString::from));
-    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", "-cpu", CPU]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35", "-cpu"]);
+    add(&[if args.xsave { CPU_XSAVE } else { CPU }]);
     add(&["-m", &args.memory.to_string()]);
     if args.icount {
         // shift=1: 2 ns per instruction; sleep=off: an idle CPU goes on to its next timer instead of waiting for it. The

@@ -6,8 +6,9 @@ use chitin::Sandbox;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
+use super::peer::{self, PeerArgs};
 use super::stats::{self, Row};
-use super::{Guest, Output, Workload, plot, progress};
+use super::{Beside, Guest, Output, Workload, nanoseconds, plot, progress, since};
 use crate::failure::Failure;
 
 /// Arguments of `chitin bench exec`.
@@ -28,6 +29,9 @@ pub struct Args {
     guest: Guest,
 
     #[command(flatten)]
+    peer: PeerArgs,
+
+    #[command(flatten)]
     output: Output,
 
     #[command(flatten)]
@@ -41,8 +45,26 @@ const UNCOUNTED: u32 = 3;
 struct Report {
     chitin: &'static str,
     memory_mib: u64,
+    #[serde(flatten)]
+    figures: Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Beside<Figures>>,
+}
+
+#[derive(Serialize)]
+struct Figures {
     summary: Vec<Row>,
     runs: Vec<Run>,
+}
+
+impl Figures {
+    fn of(runs: Vec<Run>) -> Figures {
+        let rows = [
+            Row::of("output", runs.iter().map(|run| run.output_ns).collect()),
+            Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),
+        ];
+        Figures { summary: rows.into_iter().flatten().collect(), runs }
+    }
 }
 
 /// One command; nanoseconds since it was asked for.
@@ -55,48 +77,70 @@ struct Run {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
+    let peer = args.peer.peer(1, args.guest.memory)?;
     let sandbox = args.guest.builder().start().await?;
-    for _ in 0..UNCOUNTED {
-        run_once(&sandbox, &args.workload).await?;
-    }
+    let mut other = match &peer {
+        Some(peer) => Some(peer.boot().await?),
+        None => None,
+    };
     let progress = progress(args.runs, "commands");
-    let mut runs = Vec::new();
-    for _ in 0..args.runs {
-        runs.push(run_once(&sandbox, &args.workload).await?);
-        progress.inc(1);
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for run in 0..UNCOUNTED + args.runs {
+        let once = run_once(&sandbox, &args.workload).await?;
+        let beside = match &mut other {
+            Some(guest) => Some(run_peer(guest, &args.workload).await?),
+            None => None,
+        };
+        if run >= UNCOUNTED {
+            ours.push(once);
+            theirs.extend(beside);
+            progress.inc(1);
+        }
     }
     progress.finish_and_clear();
     sandbox.stop().await?;
-    let rows = [
-        Row::of("output", runs.iter().map(|run| run.output_ns).collect()),
-        Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),
-    ];
-    let summary = rows.into_iter().flatten().collect();
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, summary, runs };
+    if let Some(guest) = other {
+        guest.stop().await?;
+    }
     let title = format!("{} commands in one sandbox", args.runs);
     println!("{title}; milliseconds since each was asked for");
-    stats::print("phase", &report.summary, 1e6);
+    let figures = Figures::of(ours);
+    stats::print("phase", &figures.summary, 1e6);
+    let peer = peer.map(|peer| {
+        let figures = Figures::of(theirs);
+        println!("the same with {}", peer.title());
+        stats::print("phase", &figures.summary, 1e6);
+        Beside::new(&peer, figures)
+    });
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, figures, peer };
     args.output.write(&report, || {
-        plot::phases(&title, &report.summary, report.runs.iter().map(|run| run.exit_ns).collect())
+        let Figures { summary, runs } = &report.figures;
+        plot::phases(&title, summary, runs.iter().map(|run| run.exit_ns).collect())
     })?;
     Ok(0)
 }
 
+async fn run_peer(guest: &mut peer::Guest, workload: &Workload) -> Result<Run, Failure> {
+    let asked = Instant::now();
+    let ran = guest.run(&workload.words()).await?;
+    workload.check(&chitin::Exit::Code(ran.code), ran.printed)?;
+    Ok(Run { output_ns: nanoseconds(asked, ran.output), exit_ns: nanoseconds(asked, ran.exit) })
+}
+
 async fn run_once(sandbox: &Sandbox, workload: &Workload) -> Result<Run, Failure> {
     let asked = Instant::now();
-    let since = || u64::try_from(asked.elapsed().as_nanos()).unwrap_or(u64::MAX);
     let mut process = workload.command(sandbox).spawn()?;
     let (mut first, mut rest) = ([0], Vec::new());
     let mut printed = 0;
-    let mut output_ns = since();
+    let mut output_ns = since(asked);
     if let Some(stdout) = &mut process.stdout {
         // What breaks this breaks the wait below too, and that says why.
         printed = stdout.read(&mut first).await.unwrap_or(0);
-        output_ns = since();
+        output_ns = since(asked);
         let _ = stdout.read_to_end(&mut rest).await;
     }
     let (exit, _) = process.wait().await?;
-    let exit_ns = since();
+    let exit_ns = since(asked);
     workload.check(&exit, printed > 0)?;
     Ok(Run { output_ns, exit_ns })
 }

@@ -9,8 +9,9 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::peer::{Peer, PeerArgs};
 use super::stats::{self, Row};
-use super::{Guest, Output, Temporary, Workload, plot};
+use super::{Beside, Guest, Output, Temporary, Workload, plot};
 use crate::failure::Failure;
 
 /// Arguments of `chitin bench memory`.
@@ -32,6 +33,9 @@ pub struct Args {
     guest: Guest,
 
     #[command(flatten)]
+    peer: PeerArgs,
+
+    #[command(flatten)]
     output: Output,
 
     #[command(flatten)]
@@ -42,8 +46,23 @@ pub struct Args {
 struct Report {
     chitin: &'static str,
     memory_mib: u64,
+    #[serde(flatten)]
+    figures: Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Beside<Figures>>,
+}
+
+#[derive(Serialize)]
+struct Figures {
     booted: Vec<Row>,
     copied: Vec<Row>,
+}
+
+impl Figures {
+    fn print(&self) {
+        stats::print("booted", &self.booted, 1024.0);
+        stats::print("copied", &self.copied, 1024.0);
+    }
 }
 
 /// Bytes of one monitor.
@@ -57,16 +76,52 @@ struct Use {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
+    let peer = args.peer.peer(1, args.guest.memory)?;
     let builder = args.guest.builder();
     let booted = measure(&builder, &args).await?;
     let template = Temporary::build(builder.clone(), None, args.workload.argv.clone()).await?;
     let copied = measure(&builder.template(&template.name), &args).await?;
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, booted, copied };
     println!("{} sandboxes of {} MiB each; KiB", args.sandboxes, args.guest.memory);
-    stats::print("booted", &report.booted, 1024.0);
-    stats::print("copied", &report.copied, 1024.0);
-    args.output.write(&report, || plot::memory(&report.booted, &report.copied))?;
+    let figures = Figures { booted, copied };
+    figures.print();
+    let peer = match &peer {
+        Some(peer) => {
+            let figures = measure_peer(peer, &args).await?;
+            println!("the same with {}", peer.title());
+            figures.print();
+            Some(Beside::new(peer, figures))
+        }
+        None => None,
+    };
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, figures, peer };
+    args.output.write(&report, || plot::memory(&report.figures.booted, &report.figures.copied))?;
     Ok(0)
+}
+
+async fn measure_peer(peer: &Peer, args: &Args) -> Result<Figures, Failure> {
+    let words = args.workload.words();
+    let saved = peer.save(&words).await?;
+    let mut both = Vec::new();
+    for saved in [None, Some(&saved)] {
+        let mut guests = Vec::new();
+        for _ in 0..args.sandboxes {
+            let mut guest = match saved {
+                Some(saved) => peer.restore(saved).await?,
+                None => peer.boot().await?,
+            };
+            let ran = guest.run(&words).await?;
+            args.workload.check(&chitin::Exit::Code(ran.code), ran.printed)?;
+            guests.push(guest);
+        }
+        let of = |mapping: &Mapping<'_>| peer.is_guests(mapping.path, mapping.bytes);
+        let used = guests.iter().filter_map(|guest| guest.pid()).map(|pid| used(pid, &of)).collect();
+        both.push(rows(used)?);
+        for guest in guests {
+            guest.stop().await?;
+        }
+    }
+    let copied = both.pop().unwrap_or_default();
+    Ok(Figures { booted: both.pop().unwrap_or_default(), copied })
 }
 
 async fn measure(builder: &chitin::Builder, args: &Args) -> Result<Vec<Row>, Failure> {
@@ -78,15 +133,19 @@ async fn measure(builder: &chitin::Builder, args: &Args) -> Result<Vec<Row>, Fai
         sandboxes.push(sandbox);
     }
     let used = children(std::process::id())
-        .and_then(|monitors| monitors.iter().map(|pid| used(*pid)).collect::<io::Result<Vec<_>>>())
-        .map_err(|source| Failure::Io {
-            what: "read the memory maps of monitors, which is for root alone".into(),
-            source,
-        })?;
+        .and_then(|monitors| monitors.iter().map(|pid| used(*pid, &|mapping| mapping.undumped)).collect());
+    let rows = rows(used)?;
     for sandbox in sandboxes {
         sandbox.stop().await?;
     }
-    // What a monitor runs beside the guest (its keeper) has no guest memory of its own.
+    Ok(rows)
+}
+
+fn rows(used: io::Result<Vec<Use>>) -> Result<Vec<Row>, Failure> {
+    let used = used.map_err(|source| Failure::Io {
+        what: "read the memory maps of monitors, which is for root alone".into(),
+        source,
+    })?;
     let rows = |name, of: fn(&Use) -> u64| Row::of(name, used.iter().map(of).collect());
     Ok([
         rows("guest", |used| used.guest),
@@ -110,11 +169,22 @@ fn children(parent: u32) -> io::Result<Vec<u32>> {
     Ok(found)
 }
 
-/// One monitor with whatever it has started itself.
-fn used(pid: u32) -> io::Result<Use> {
-    let mut sum = parse(&fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?);
+/// One mapping of a process.
+struct Mapping<'a> {
+    /// Of a file, else empty.
+    path: &'a str,
+    /// Its length.
+    bytes: u64,
+    /// Whether it is left out of core dumps.
+    undumped: bool,
+}
+
+/// One monitor with whatever it has started itself. What it has beside the guest (a keeper) has no guest memory of its own.
+fn used(pid: u32, guests: &dyn Fn(&Mapping<'_>) -> bool) -> io::Result<Use> {
+    let smaps = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps"))?;
+    let mut sum = parse(&smaps, guests);
     for child in children(pid)? {
-        let more = used(child)?;
+        let more = used(child, guests)?;
         sum.guest += more.guest;
         sum.shared = sum.shared.max(more.shared);
         sum.monitor += more.monitor;
@@ -124,21 +194,22 @@ fn used(pid: u32) -> io::Result<Use> {
 }
 
 /// Sums up the fields of `/proc/PID/smaps`, which are in KiB.
-fn parse(smaps: &str) -> Use {
+fn parse(smaps: &str, guests: &dyn Fn(&Mapping<'_>) -> bool) -> Use {
     let mut sum = Use::default();
-    let (mut private, mut resident, mut proportional) = (0, 0, 0);
+    let (mut path, mut size, mut private, mut resident, mut proportional) = ("", 0, 0, 0, 0);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
         let name = words.next().unwrap_or_default();
         let bytes = || words.next().and_then(|count| count.parse::<u64>().ok()).unwrap_or(0) * 1024;
         match name {
+            "Size:" => size = { bytes }(),
             "Rss:" => resident = { bytes }(),
             "Pss:" => proportional = { bytes }(),
             // What was written to, which is the guest's own even where nobody else maps the rest of the file.
             "Anonymous:" => private = { bytes }(),
             "VmFlags:" => {
-                let guest = line.split_whitespace().any(|flag| flag == "dd");
-                if guest {
+                let undumped = line.split_whitespace().any(|flag| flag == "dd");
+                if guests(&Mapping { path, bytes: size, undumped }) {
                     sum.guest += private;
                     sum.shared += resident - private.min(resident);
                 } else {
@@ -147,6 +218,8 @@ fn parse(smaps: &str) -> Use {
                 sum.proportional += proportional;
                 (private, resident, proportional) = (0, 0, 0);
             }
+            // Address, rights, offset, device, inode, and the path.
+            range if range.contains('-') => path = words.nth(4).unwrap_or_default(),
             _ => {}
         }
     }
@@ -176,6 +249,10 @@ VmFlags: rd ex mr mw me
 ";
         let kib = |count: u64| count * 1024;
         let expected = Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
-        assert_eq!(parse(smaps), expected);
+        assert_eq!(parse(smaps, &|mapping| mapping.undumped), expected);
+        let expected = Use { guest: 0, shared: kib(4), monitor: kib(100), proportional: kib(92) };
+        assert_eq!(parse(smaps, &|mapping| mapping.path == "/usr/bin/chitin-vmm"), expected);
+        let expected = Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
+        assert_eq!(parse(smaps, &|mapping| mapping.bytes == 128 << 20), expected);
     }
 }

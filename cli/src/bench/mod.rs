@@ -1,7 +1,9 @@
 //! `chitin bench`: how long things take, by phase, and what they take of the host.
 
+mod enter;
 mod exec;
 mod memory;
+mod peer;
 mod plot;
 mod start;
 mod stats;
@@ -10,6 +12,7 @@ mod throughput;
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use chitin::{Builder, ECHO, Exit, Sandbox, Templates, Warming};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -19,9 +22,14 @@ use crate::failure::Failure;
 use crate::jail::NoJail;
 use crate::report::write_json;
 
+pub use peer::PeerError;
+use peer::{Described, Peer};
+
 /// What to measure.
 #[derive(clap::Subcommand)]
 pub enum Command {
+    /// A monitor's start: from starting its process to its guest's first instruction, which needs no guest that works
+    Enter(enter::Args),
     /// Cold boots: from starting the monitor to the end of a small command
     Boot(start::BootArgs),
     /// Copies of a template: from starting the monitor, or asking a pool, to the end of a small command
@@ -36,6 +44,7 @@ pub enum Command {
 
 pub async fn run(command: Command) -> Result<u8, Failure> {
     match command {
+        Command::Enter(args) => enter::run(args).await,
         Command::Boot(args) => start::boot(args).await,
         Command::Restore(args) => start::restore(args).await,
         Command::Exec(args) => exec::run(args).await,
@@ -61,6 +70,15 @@ impl Guest {
     }
 }
 
+/// Nanoseconds since then.
+fn since(moment: Instant) -> u64 {
+    nanoseconds(moment, Instant::now())
+}
+
+fn nanoseconds(from: Instant, to: Instant) -> u64 {
+    u64::try_from(to.saturating_duration_since(from).as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// What is run in the sandboxes.
 #[derive(clap::Args, Clone)]
 struct Workload {
@@ -75,6 +93,11 @@ impl Workload {
             Some((program, arguments)) => sandbox.command(program).args(arguments),
             None => sandbox.command(ECHO).arg("chitin"),
         }
+    }
+
+    /// The same for a peer's guest.
+    fn words(&self) -> Vec<u8> {
+        peer::words(&self.argv)
     }
 
     /// Whether the command did what it was to do.
@@ -111,6 +134,21 @@ impl Output {
             std::fs::write(path, plot()).map_err(|source| Failure::Io { what: what(), source })?;
         }
         Ok(())
+    }
+}
+
+/// What a report says of another monitor, measured in the same run.
+#[derive(Serialize)]
+struct Beside<T> {
+    #[serde(flatten)]
+    peer: Described,
+    #[serde(flatten)]
+    figures: T,
+}
+
+impl<T> Beside<T> {
+    fn new(peer: &Peer, figures: T) -> Self {
+        Self { peer: peer.described(), figures }
     }
 }
 

@@ -6,8 +6,9 @@ use chitin::{Exit, Sandbox};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::peer::{self, PeerArgs};
 use super::stats::{self, Row};
-use super::{Guest, Output, plot, progress};
+use super::{Beside, Guest, Output, plot, progress};
 use crate::failure::Failure;
 
 const MIB: u64 = 1 << 20;
@@ -34,6 +35,9 @@ pub struct Args {
     guest: Guest,
 
     #[command(flatten)]
+    peer: PeerArgs,
+
+    #[command(flatten)]
     output: Output,
 }
 
@@ -41,32 +45,77 @@ pub struct Args {
 struct Report {
     chitin: &'static str,
     size_mib: u64,
-    /// Bytes per second.
+    #[serde(flatten)]
+    figures: Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Beside<Figures>>,
+}
+
+/// Bytes per second.
+#[derive(Serialize, Default)]
+struct Figures {
     summary: Vec<Row>,
 }
 
+impl Figures {
+    fn of(rates: Vec<(u64, u64)>) -> Figures {
+        let (into, out) = rates.into_iter().unzip();
+        Figures { summary: [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect() }
+    }
+}
+
 pub async fn run(args: Args) -> Result<u8, Failure> {
+    let peer = args.peer.peer(1, args.guest.memory)?;
     let sandbox = args.guest.builder().start().await?;
+    let mut other = match &peer {
+        Some(peer) => Some(peer.boot().await?),
+        None => None,
+    };
     let progress = progress(2 * args.runs, "transfers");
-    let (mut into, mut out) = (Vec::new(), Vec::new());
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     // The first of each finds buffers and the guest's page cache cold, and is not counted.
     for run in 0..=args.runs {
-        let times = (send(&sandbox, args.size).await?, receive(&sandbox, args.size).await?);
+        let rates = |(into, out)| (rate(args.size, into), rate(args.size, out));
+        let once = rates((send(&sandbox, args.size).await?, receive(&sandbox, args.size).await?));
+        let beside = match &mut other {
+            Some(guest) => Some(rates(exchange(guest, args.size).await?)),
+            None => None,
+        };
         if run > 0 {
-            into.push(rate(args.size, times.0));
-            out.push(rate(args.size, times.1));
+            ours.push(once);
+            theirs.extend(beside);
             progress.inc(2);
         }
     }
     progress.finish_and_clear();
     sandbox.stop().await?;
-    let summary = [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect();
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), size_mib: args.size, summary };
+    if let Some(guest) = other {
+        guest.stop().await?;
+    }
     let title = format!("{} MiB through a command's standard input and output", args.size);
     println!("{title}; MiB per second");
-    stats::print("direction", &report.summary, stats::scaled(MIB, 1.0));
-    args.output.write(&report, || plot::rates(&title, &report.summary))?;
+    let print = |figures: &Figures| stats::print("direction", &figures.summary, stats::scaled(MIB, 1.0));
+    let figures = Figures::of(ours);
+    print(&figures);
+    let peer = peer.map(|peer| {
+        println!("with its guest's init alone, no command, {}", peer.title());
+        let figures = Figures::of(theirs);
+        print(&figures);
+        Beside::new(&peer, figures)
+    });
+    let report = Report { chitin: env!("CARGO_PKG_VERSION"), size_mib: args.size, figures, peer };
+    args.output.write(&report, || plot::rates(&title, &report.figures.summary))?;
     Ok(0)
+}
+
+/// To a peer's guest, and from it.
+async fn exchange(guest: &mut peer::Guest, mib: u64) -> Result<(Duration, Duration), Failure> {
+    let bytes = usize::try_from(mib * MIB).unwrap_or(usize::MAX);
+    let started = Instant::now();
+    guest.send(bytes).await?;
+    let sent = started.elapsed();
+    let first = guest.receive(bytes).await?;
+    Ok((sent, first.elapsed()))
 }
 
 async fn send(sandbox: &Sandbox, mib: u64) -> Result<Duration, Failure> {
