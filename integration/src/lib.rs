@@ -1,7 +1,8 @@
-//! What the end-to-end tests are written in: sentences about `chitin run` and the guest it runs.
+//! What the end-to-end tests are written in: sentences about `chitin run` and the sandbox it runs.
 //!
-//! The tests boot microVMs, so they need a usable KVM. `cargo xtask test` runs them on the host where `chitin doctor` says
-//! that it has one, and in the emulated KVM host otherwise. Elsewhere they fail, and say so; they are never skipped.
+//! Those that boot microVMs need a usable KVM. `cargo xtask test` runs them on the host where `chitin doctor` says that it has
+//! one, and in the emulated KVM host otherwise. Those of the container tiers need root, an OCI runtime and a Docker daemon of
+//! their own, which `with-dockerd` starts. Elsewhere they fail, and say so; they are never skipped.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -15,7 +16,14 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+pub use docker::Dockerd;
+pub use on::{On, Policy};
+
+pub mod docker;
+mod on;
 
 /// How long one `chitin` may take. A boot takes seconds on the emulated host, and twenty that run at once take two minutes.
 pub const LIMIT: Duration = Duration::from_secs(300);
@@ -68,10 +76,7 @@ pub struct Chitin {
 /// `chitin` with these arguments, split at spaces.
 pub fn chitin(args: &str) -> Chitin {
     require_microvms();
-    let dir = tempfile::tempdir().expect("create a directory");
-    let mut command = Command::new(binary("chitin"));
-    command.args(args.split_whitespace()).current_dir(&dir);
-    Chitin { command, dir, stdin: Vec::new() }
+    Chitin::new(args)
 }
 
 /// `chitin run --` with this command, split at spaces.
@@ -85,6 +90,14 @@ pub fn sh(script: &str) -> Chitin {
 }
 
 impl Chitin {
+    /// `chitin` with these arguments, split at spaces, wherever it is.
+    pub fn new(args: &str) -> Chitin {
+        let dir = tempfile::tempdir().expect("create a directory");
+        let mut command = Command::new(binary("chitin"));
+        command.args(args.split_whitespace()).current_dir(&dir);
+        Chitin { command, dir, stdin: Vec::new() }
+    }
+
     /// Adds one argument as it is.
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Chitin {
         self.command.arg(arg);
@@ -197,6 +210,11 @@ impl Running {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("send a signal");
     }
 
     /// Waits until standard output holds a line, and returns it.

@@ -22,16 +22,6 @@ fn options_that_do_not_exist() {
     chitin("run --nosuch -- true").outcome().refused("--nosuch");
     chitin("nosuch").outcome().refused("nosuch");
     chitin("run").outcome().refused("<CMD>");
-    chitin("run --timeout 5 -- true").outcome().refused("--timeout");
-}
-
-#[test]
-fn sizes_out_of_range() {
-    chitin("run --memory 0 -- true").outcome().refused("64 to 16384 MiB");
-    chitin("run --memory 10485760 -- true").outcome().refused("64 to 16384 MiB");
-    chitin("run --memory 99999999999999 -- true").outcome().refused("64 to 16384 MiB");
-    chitin("run --cpus 0 -- true").outcome().refused("1 to 8");
-    chitin("run --cpus 999 -- true").outcome().refused("1 to 8");
 }
 
 #[test]

@@ -108,6 +108,16 @@ fn missing() -> Result<Vec<Missing>> {
         let why = "fetching the programs, Node and one in Go, that tests run under a policy";
         missing.push(Missing::packages("npm", why, &["npm"]));
     }
+    // Each counts as well if it came another way than from Debian.
+    for (program, package, why) in [
+        ("dockerd", "docker.io", "a Docker daemon of the tests' own, for the tier nemoclaw"),
+        ("runsc", "runsc", "gVisor, for the tier nanoclaw"),
+        ("crun", "crun", "the runtime of the tier nanoclaw where gVisor does not work"),
+    ] {
+        if !exists(program) {
+            missing.push(Missing::packages(package, why, &[package]));
+        }
+    }
     if !musl_target()? {
         let why = "the static agent, which is PID 1 of every sandbox";
         missing.push(Missing::new(format!("Rust target {MUSL}"), why, &["rustup", "target", "add", MUSL]));

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: every check and every test there is, ending in the summary of those that boot microVMs.
+//! `cargo xtask test`: every check and every test there is, ending in the summaries of those that run containers, on this host,
+//! and of those that boot microVMs.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +8,7 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use crate::process::{output, run_aloud};
+use crate::process::{describe, output, run_aloud, start_failure};
 use crate::{fuzz, hostile, microvm, npm, setup, vault, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
@@ -44,13 +45,27 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         fuzz::run(&fuzz::Args::default())?;
     }
-    integration(args.filter.as_deref())
+    let containers = containers(args.filter.as_deref())?;
+    let microvms = integration(args.filter.as_deref())?;
+    Ok(if containers == ExitCode::SUCCESS { microvms } else { containers })
+}
+
+/// The tests of the container tiers, which need no KVM, beside a Docker daemon of their own.
+fn containers(filter: Option<&str>) -> Result<ExitCode> {
+    let with_daemon = ["run", "--quiet", "--package", "chitin-integration", "--bin", "with-dockerd", "--"];
+    let test = ["cargo", "nextest", "run", "--profile", "containers", "--no-tests", "pass"];
+    let mut command = Command::new("cargo");
+    command.args(with_daemon).args(test).args(filter).current_dir(workspace::root()).stdin(Stdio::null());
+    eprintln!("running: {}", describe(&command));
+    let status = command.status().with_context(|| start_failure(&command))?;
+    // The tests of the other tiers are still worth a run.
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The tests that boot microVMs, on this host or on the emulated one.
 fn integration(filter: Option<&str>) -> Result<ExitCode> {
     let package = ["--package", "chitin-integration"];
-    let profile = ["--profile", "microvm"];
+    let profile = ["--profile", "microvm", "--no-tests", "pass"];
     let filter = filter.into_iter().collect::<Vec<_>>();
     if microvm::usable()? {
         return cargo(&[&["nextest", "run"], &package[..], &profile, &filter].concat());

@@ -2,16 +2,25 @@
 
 use std::fs;
 
-use chitin_integration::{chitin, file};
+use chitin_integration::{On, file};
+
+on_every_tier!(
+    a_secret_is_read_from_the_file_its_variable_names,
+    it_is_in_no_file_no_environment_and_no_command_line,
+    it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it,
+    in_the_environment_only_when_asked_for,
+    it_is_not_in_the_report,
+    a_source_that_fails_stops_the_run_before_it_starts,
+);
 
 const CANARY: &str = "canary-8d1f02c97b";
 
-#[test]
-fn a_secret_is_read_from_the_file_its_variable_names() {
+fn a_secret_is_read_from_the_file_its_variable_names(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), "token", format!("{CANARY}\n")).unwrap();
     for source in ["env:TOKEN_HERE".to_owned(), format!("file:{path}"), format!("exec:cat {path}")] {
-        let outcome = chitin("run --secret")
+        let outcome = on
+            .with("--secret")
             .arg(format!("API_TOKEN={source}"))
             .args(["--", "sh", "-c", "cat $API_TOKEN_FILE; echo; cat $API_TOKEN_FILE"])
             .env("TOKEN_HERE", CANARY)
@@ -20,17 +29,14 @@ fn a_secret_is_read_from_the_file_its_variable_names() {
     }
 }
 
-#[test]
-fn it_is_in_no_file_no_environment_and_no_command_line() {
+fn it_is_in_no_file_no_environment_and_no_command_line(on: On) {
     // The pattern matches the value and not itself, because it is on the command lines that are searched.
     let script = "p='canary-8d1f[0]2c97b'; \
                   cat /proc/cmdline /proc/[0-9]*/cmdline /proc/self/environ /proc/1/environ 2>/dev/null | tr '\\0' '\\n' | grep -c $p; env | grep -c $p; \
                   find / /work /tmp /run /dev/shm -xdev -type f 2>/dev/null | xargs -d '\\n' grep -ls $p; \
                   printf '%s:' $API_TOKEN_FILE; grep -c $p $API_TOKEN_FILE";
-    let outcome = chitin("run --secret API_TOKEN=env:API_TOKEN -- sh -c")
-        .arg(script)
-        .env("API_TOKEN", CANARY)
-        .outcome();
+    let outcome =
+        on.with("--secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", CANARY).outcome();
     let [lines, environment, file] = outcome.ok().split('\n').collect::<Vec<_>>()[..] else {
         panic!("found in a file: {outcome:?}")
     };
@@ -39,11 +45,10 @@ fn it_is_in_no_file_no_environment_and_no_command_line() {
     assert!(file.starts_with("/proc/self/fd/") && file.ends_with(":1"), "{file}");
 }
 
-#[test]
-fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it() {
+fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it(on: On) {
     let script = "echo x > $API_TOKEN_FILE; echo $?; cat $API_TOKEN_FILE; echo; echo up; sleep 600";
     let mut running =
-        chitin("run --secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", CANARY).spawn();
+        on.with("--secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", CANARY).spawn();
     assert_ne!(running.line(), "0");
     assert_eq!(running.line(), CANARY);
     assert_eq!(running.line(), "up");
@@ -62,34 +67,32 @@ fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it() {
     running.assert_nothing_left();
 }
 
-#[test]
-fn in_the_environment_only_when_asked_for() {
-    let args = "run --secret API_TOKEN=env:API_TOKEN --secret-env API_TOKEN -- sh -c";
+fn in_the_environment_only_when_asked_for(on: On) {
+    let args = "--secret API_TOKEN=env:API_TOKEN --secret-env API_TOKEN -- sh -c";
     let outcome =
-        chitin(args).arg("echo $API_TOKEN; echo ${API_TOKEN_FILE-unset}").env("API_TOKEN", CANARY).outcome();
+        on.with(args).arg("echo $API_TOKEN; echo ${API_TOKEN_FILE-unset}").env("API_TOKEN", CANARY).outcome();
     assert_eq!(outcome.ok(), format!("{CANARY}\nunset"));
-    chitin("run --secret-env API_TOKEN -- true").outcome().refused("there is no --secret API_TOKEN=SRC");
+    on.with("--secret-env API_TOKEN -- true").outcome().refused("there is no --secret API_TOKEN=SRC");
 }
 
-#[test]
-fn it_is_not_in_the_report() {
+fn it_is_not_in_the_report(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let report = dir.path().join("report.json");
-    let outcome = chitin("run --secret API_TOKEN=env:API_TOKEN --report")
+    let outcome = on
+        .with("--secret API_TOKEN=env:API_TOKEN --report")
         .arg(&report)
         .args(["--", "sh", "-c", "cat $API_TOKEN_FILE >/dev/null"])
         .env("API_TOKEN", CANARY)
         .outcome();
     outcome.ok();
-    assert!(!fs::read_to_string(report).unwrap().contains(CANARY));
-    assert!(!outcome.stderr.contains(CANARY));
+    let text = fs::read_to_string(report).unwrap();
+    assert!(!text.contains(CANARY) && text.contains("exit_code"), "{text}");
 }
 
-#[test]
-fn a_source_that_fails_stops_the_run_before_it_starts() {
-    chitin("run --secret T=env:CHITIN_NO_SUCH -- true").outcome().refused("CHITIN_NO_SUCH is not set");
-    chitin("run --secret T=file:/nonexistent -- true").outcome().refused("read /nonexistent");
-    chitin("run --secret").arg("T=exec:exit 4").args(["--", "true"]).outcome().refused("`exit 4` failed");
-    chitin("run --secret T=vault -- true").outcome().refused("env:VAR, file:PATH, exec:CMD");
-    chitin("run --secret 1T=env:HOME -- true").outcome().refused("environment variable");
+fn a_source_that_fails_stops_the_run_before_it_starts(on: On) {
+    on.with("--secret T=env:CHITIN_NO_SUCH -- true").outcome().refused("CHITIN_NO_SUCH is not set");
+    on.with("--secret T=file:/nonexistent -- true").outcome().refused("read /nonexistent");
+    on.with("--secret").arg("T=exec:exit 4").args(["--", "true"]).outcome().refused("`exit 4` failed");
+    on.with("--secret T=vault -- true").outcome().refused("env:VAR, file:PATH, exec:CMD");
+    on.with("--secret 1T=env:HOME -- true").outcome().refused("environment variable");
 }
