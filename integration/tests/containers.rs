@@ -122,7 +122,8 @@ mod nanoclaw {
         ON.check(|_| {
             let started = Instant::now();
             // It says who it is, and then nothing more.
-            let hanging = runsc("case $* in *--version*) echo runsc version hanging;; *) exec sleep 1000;; esac");
+            let hanging =
+                runsc("case $* in *--version*) echo runsc version hanging;; *) exec sleep 1000;; esac");
             let (code, report) = report(&hanging);
             assert_eq!(code, 0, "{report}");
             let tier = report["tier"].as_str().unwrap();
@@ -338,7 +339,9 @@ mod nemoclaw {
     /// Whether any process of the host has this command line.
     fn runs_somewhere(line: &[u8]) -> bool {
         let processes = fs::read_dir("/proc").unwrap().flatten();
-        processes.into_iter().any(|entry| fs::read(entry.path().join("cmdline")).is_ok_and(|found| found == line))
+        processes
+            .into_iter()
+            .any(|entry| fs::read(entry.path().join("cmdline")).is_ok_and(|found| found == line))
     }
 
     #[test]

@@ -155,7 +155,7 @@ pub async fn boot(args: BootArgs) -> Result<u8, Failure> {
     let beside = peer.as_ref().map(|peer| (peer, None));
     // The first boot finds the files not yet in the page cache, and KVM and allocator cold.
     let job = Job { workload: &args.workload, ask: None };
-    let runs = run_all(args.runs, &Source::Builder(builder), &job, beside).await?;
+    let runs = run_all(args.runs, &Source::Builder(Box::new(builder)), &job, beside).await?;
     let title = format!("{} cold boots, {} vCPU, {} MiB", args.runs, args.cpus, args.guest.memory);
     report(&title, runs, peer.as_ref(), &args.output)
 }
@@ -176,7 +176,7 @@ pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
     let source = match args.pool {
         // Two, so that one is always ready.
         true => Source::Pool(builder.pool(2).await?),
-        false => Source::Builder(builder),
+        false => Source::Builder(Box::new(builder)),
     };
     let beside = peer.as_ref().map(|peer| (peer, saved.as_ref()));
     let job = Job { workload: &args.workload, ask: args.ask.as_ref() };
@@ -187,7 +187,7 @@ pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
 
 /// Where sandboxes come from.
 enum Source {
-    Builder(Builder),
+    Builder(Box<Builder>),
     Pool(Pool),
 }
 
@@ -244,7 +244,7 @@ async fn run_peer((peer, saved): Other<'_>, workload: &Workload) -> Result<Run, 
 
 async fn run_once(source: &Source, job: &Job<'_>) -> Result<Run, Failure> {
     let sandbox = match source {
-        Source::Builder(builder) => builder.clone().start().await?,
+        Source::Builder(builder) => Builder::clone(builder).start().await?,
         Source::Pool(pool) => {
             // What is measured is a pool that had the time to fill up.
             pool.filled().await?;

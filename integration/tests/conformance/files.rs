@@ -78,7 +78,8 @@ fn many_files_pass(on: On) {
         fs::write(many.join(format!("{i}")), format!("{i}\n")).unwrap();
     }
     let back = dir.path().join("back");
-    let outcome = there_and_back(on, &many, &back, "cat many/* | sort -n | tail -n 1; ls many | wc -l").outcome();
+    let outcome =
+        there_and_back(on, &many, &back, "cat many/* | sort -n | tail -n 1; ls many | wc -l").outcome();
     assert_eq!(outcome.ok(), "999\n1000");
     for i in 0..1000 {
         assert_eq!(fs::read_to_string(back.join(format!("{i}"))).unwrap(), format!("{i}\n"));
@@ -111,7 +112,8 @@ fn odd_names_pass(on: On) {
     let odd = dir.path().join("odd");
     fs::create_dir(&odd).unwrap();
     let long = [b'n'; 255];
-    let names: [&[u8]; 8] = [b"with space", b"line\nfeed\n", b"-rf", b"*", "ünïcode".as_bytes(), b"\xff\xfe", b"...", &long];
+    let names: [&[u8]; 8] =
+        [b"with space", b"line\nfeed\n", b"-rf", b"*", "ünïcode".as_bytes(), b"\xff\xfe", b"...", &long];
     for name in names {
         fs::write(odd.join(OsStr::from_bytes(name)), name).unwrap();
     }

@@ -87,7 +87,8 @@ fn only_scratch_is_writable(on: On) {
 }
 
 fn runs_do_not_see_each_other(on: On) {
-    let mut first = on.sh("echo mine > /work/f; echo mine > /tmp/f; echo mine > /dev/shm/f; echo up; sleep 600").spawn();
+    let mut first =
+        on.sh("echo mine > /work/f; echo mine > /tmp/f; echo mine > /dev/shm/f; echo up; sleep 600").spawn();
     assert_eq!(first.line(), "up");
     let program = "import os
 print([os.path.exists(d + '/f') for d in ('/work', '/tmp', '/dev/shm')])

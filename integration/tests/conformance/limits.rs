@@ -30,7 +30,9 @@ fn memory_runs_out_for_the_workload_alone(on: On) {
 
 fn memory_is_as_much_as_was_asked_for(on: On) {
     let taken = |memory: &str, mib: u32| {
-        on.with(&format!("--memory {memory} -- python3 -c")).arg(format!("x = b'x' * ({mib} << 20); print(len(x) >> 20)")).outcome()
+        on.with(&format!("--memory {memory} -- python3 -c"))
+            .arg(format!("x = b'x' * ({mib} << 20); print(len(x) >> 20)"))
+            .outcome()
     };
     assert_eq!(taken("512", 300).ok(), "300");
     assert_ne!(taken("128", 300).code, 0);

@@ -186,7 +186,11 @@ os.kill(0, 9)
         )
         .outcome();
     assert_eq!(outcome.code, 137, "{outcome:?}");
-    let count: u32 = outcome.text().strip_suffix(" EAGAIN").and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{outcome:?}"));
+    let count: u32 = outcome
+        .text()
+        .strip_suffix(" EAGAIN")
+        .and_then(|count| count.parse().ok())
+        .unwrap_or_else(|| panic!("{outcome:?}"));
     match on.tier {
         // Twenty, of which this one is the first.
         Runtime::Ironclaw => assert_eq!(count, 19),
@@ -261,8 +265,9 @@ fn a_policy_says_what_may_be_connected_to(on: On) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let held = thread::spawn(move || listener.accept().map(|(mut stream, _)| stream.write_all(b"hello")));
-    let policy =
-        on.policy(&format!("sandbox: {{network: {{allowed_egress: ['localhost:{port}', '*.example.com:443']}}}}\n"));
+    let policy = on.policy(&format!(
+        "sandbox: {{network: {{allowed_egress: ['localhost:{port}', '*.example.com:443']}}}}\n"
+    ));
     let program = format!(
         "import socket
 print(socket.create_connection(('localhost', {port})).recv(5).decode())
