@@ -1,5 +1,6 @@
 //! What can be wrong with a container tier: with its daemon, its runtime, the image. Each is a clear error, exit code 125, and
 //! nothing is left behind.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,27 +19,25 @@ use tempfile::TempDir;
 
 /// Artifacts whose root has nothing in it to be started.
 fn empty_root() -> TempDir {
-    let dir = tempfile::tempdir().expect("set the test up");
+    let dir = tempfile::tempdir().unwrap();
     for name in ["dev", "dev/shm", "proc", "sys", "work", "tmp"] {
-        fs::create_dir_all(dir.path().join("root").join(name)).expect("set the test up");
+        fs::create_dir_all(dir.path().join("root").join(name)).unwrap();
     }
     sealed(dir)
 }
 
 /// Artifacts like the real ones, but for an agent that greets in a language of its own.
 fn impostor_for_an_agent() -> TempDir {
-    let dir = tempfile::tempdir().expect("set the test up");
+    let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
-    fs::create_dir(&root).expect("set the test up");
+    fs::create_dir(&root).unwrap();
     let archive = workspace().join("target/artifacts/root.tar");
-    let unpacked =
-        Command::new("tar").arg("-C").arg(&root).arg("-xf").arg(archive).status().expect("set the test up");
+    let unpacked = Command::new("tar").arg("-C").arg(&root).arg("-xf").arg(archive).status().unwrap();
     assert!(unpacked.success());
     let agent = root.join("init");
-    fs::remove_file(&agent).expect("set the test up");
-    fs::write(&agent, "#!/bin/sh\nwhile echo I am your agent, believe me; do :; done\n")
-        .expect("set the test up");
-    fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("set the test up");
+    fs::remove_file(&agent).unwrap();
+    fs::write(&agent, "#!/bin/sh\nwhile echo I am your agent, believe me; do :; done\n").unwrap();
+    fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).unwrap();
     sealed(dir)
 }
 
@@ -46,18 +45,10 @@ fn impostor_for_an_agent() -> TempDir {
 fn sealed(dir: TempDir) -> TempDir {
     let archive = dir.path().join("root.tar");
     let root = dir.path().join("root");
-    let made = Command::new("tar")
-        .arg("-C")
-        .arg(&root)
-        .arg("-cf")
-        .arg(&archive)
-        .arg(".")
-        .status()
-        .expect("set the test up");
+    let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".").status().unwrap();
     assert!(made.success());
-    let digest = format!("{:x}", Sha256::digest(fs::read(&archive).expect("set the test up")));
-    fs::write(dir.path().join("root.json"), format!("{{\"tar_sha256\": \"{digest}\"}}"))
-        .expect("set the test up");
+    let digest = format!("{:x}", Sha256::digest(fs::read(&archive).unwrap()));
+    fs::write(dir.path().join("root.json"), format!("{{\"tar_sha256\": \"{digest}\"}}")).unwrap();
     dir
 }
 
@@ -66,12 +57,9 @@ struct Unpacked(PathBuf);
 
 impl Unpacked {
     fn of(artifacts: &TempDir) -> Unpacked {
-        let manifest = fs::read(artifacts.path().join("root.json")).expect("set the test up");
-        let manifest: Value = serde_json::from_slice(&manifest).expect("set the test up");
-        Unpacked(
-            Path::new("/var/cache/chitin/roots")
-                .join(manifest["tar_sha256"].as_str().expect("set the test up")),
-        )
+        let manifest = fs::read(artifacts.path().join("root.json")).unwrap();
+        let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+        Unpacked(Path::new("/var/cache/chitin/roots").join(manifest["tar_sha256"].as_str().unwrap()))
     }
 }
 
@@ -85,19 +73,19 @@ fn linked_artifacts(dir: &Path, without: &str) {
     let built = workspace().join("target/artifacts");
     for name in ["root.tar", "root.json", "root.img", "vmlinux"] {
         if name != without {
-            symlink(built.join(name), dir.join(name)).expect("set the test up");
+            symlink(built.join(name), dir.join(name)).unwrap();
         }
     }
 }
 
 fn an_archive_that_is_missing_or_damaged_is_named(on: On) {
     for name in ["root.tar", "root.json"] {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         linked_artifacts(dir.path(), name);
         let run = || on.run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome();
         run().refused("cargo xtask rootfs");
         if name == "root.json" {
-            file(dir.path(), name, "{\"tar_sha256\": \"../../../etc\"}").expect("set the test up");
+            file(dir.path(), name, "{\"tar_sha256\": \"../../../etc\"}").unwrap();
             run().refused("no SHA-256");
         }
     }
@@ -111,23 +99,23 @@ mod nanoclaw {
     /// A directory with a program `runsc`, which is found before that of the system. What it says of itself is new each time, so
     /// that what is remembered of another one does not count.
     fn runsc(script: &str) -> TempDir {
-        let dir = tempfile::tempdir().expect("set the test up");
-        let path = file(dir.path(), "runsc", format!("#!/bin/sh\n{script}\n")).expect("set the test up");
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "runsc", format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         dir
     }
 
     fn with(runsc: &TempDir, chitin: Chitin) -> Chitin {
-        let path = std::env::var("PATH").expect("set the test up");
+        let path = std::env::var("PATH").unwrap();
         chitin.env("PATH", format!("{}:{path}", runsc.path().display()))
     }
 
     fn report(runsc: &TempDir) -> (i32, Value) {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("report.json");
         let outcome = with(runsc, ON.with("--report").arg(&path).args(["--", "true"])).outcome();
         let report = fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
-        (outcome.code, serde_json::from_slice(&report).expect("set the test up"))
+        (outcome.code, serde_json::from_slice(&report).unwrap())
     }
 
     #[test]
@@ -139,7 +127,7 @@ mod nanoclaw {
                 runsc("case $* in *--version*) echo runsc version hanging;; *) exec sleep 1000;; esac");
             let (code, report) = report(&hanging);
             assert_eq!(code, 0, "{report}");
-            let tier = report["tier"].as_str().expect("set the test up");
+            let tier = report["tier"].as_str().unwrap();
             assert!(["nanoclaw/crun", "nanoclaw/runc"].contains(&tier), "{report}");
             assert!(started.elapsed() < Duration::from_secs(90), "{:?}", started.elapsed());
         });
@@ -157,7 +145,7 @@ mod nanoclaw {
     #[test]
     fn a_runtime_that_hangs_later_is_given_up() {
         ON.check(|on| {
-            let real = fs::canonicalize("/usr/bin/runsc").expect("set the test up");
+            let real = fs::canonicalize("/usr/bin/runsc").unwrap();
             let hanging = runsc(&format!(
                 "case $* in *--version*|*delete*) exec {0} \"$@\";; esac\n\
                  test -e {1} && exec sleep 1000\nexec {0} \"$@\"",
@@ -166,15 +154,15 @@ mod nanoclaw {
             ));
             // It works when it is tried out.
             with(&hanging, on.run("true")).outcome().ok();
-            file(hanging.path(), "hang", "").expect("set the test up");
+            file(hanging.path(), "hang", "").unwrap();
             with(&hanging, on.run("true")).outcome().refused("has not answered for");
             let limited = with(&hanging, on.with("--timeout 3s -- true")).outcome();
             assert_eq!(limited.code, 124, "{limited:?}");
             let mut killed = with(&hanging, on.run("true")).spawn();
             thread::sleep(Duration::from_secs(1));
-            killed.child.kill().expect("set the test up");
+            killed.child.kill().unwrap();
             killed.wait();
-            fs::remove_file(hanging.path().join("hang")).expect("set the test up");
+            fs::remove_file(hanging.path().join("hang")).unwrap();
             // The next start clears up behind the one that could not.
             with(&hanging, on.run("true")).outcome().ok();
             killed.assert_nothing_left();
@@ -207,18 +195,17 @@ mod nanoclaw {
             let artifacts = empty_root();
             let unpacked = Unpacked::of(&artifacts);
             let archive = artifacts.path().join("root.tar");
-            let mut bytes = fs::read(&archive).expect("set the test up");
+            let mut bytes = fs::read(&archive).unwrap();
             let last = bytes.len() - 1;
             bytes[last] ^= 1;
-            fs::write(&archive, bytes).expect("set the test up");
+            fs::write(&archive, bytes).unwrap();
             let run = || on.run("true").env("CHITIN_ARTIFACTS", artifacts.path()).outcome();
             run().refused("its SHA-256 is");
             assert!(!unpacked.0.exists());
             // Cut off.
-            fs::write(&archive, [0; 100]).expect("set the test up");
+            fs::write(&archive, [0; 100]).unwrap();
             run().refused("root cannot be unpacked");
-            let left: Vec<_> =
-                fs::read_dir("/var/cache/chitin/roots").expect("set the test up").flatten().collect();
+            let left: Vec<_> = fs::read_dir("/var/cache/chitin/roots").unwrap().flatten().collect();
             let left = left.iter().filter(|entry| entry.file_name().to_string_lossy().contains(".partial-"));
             assert_eq!(left.count(), 0);
         });
@@ -233,7 +220,7 @@ mod nanoclaw {
             .arg(program)
             .args(["run", "--tier", "nanoclaw", "--", "true"])
             .output()
-            .expect("set the test up");
+            .unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(125), "{stderr}");
         assert!(stderr.contains("run chitin as root, or use nemoclaw"), "{stderr}");
@@ -252,14 +239,12 @@ mod nemoclaw {
     /// A daemon that answers each request with what is returned for its path, or never.
     fn impostor(dir: &TempDir, answer: impl Fn(&str) -> Option<String> + Send + 'static) -> String {
         let socket = dir.path().join("socket");
-        let listener = UnixListener::bind(&socket).expect("set the test up");
+        let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {
             let mut held = Vec::new();
             for stream in listener.incoming() {
-                let mut stream = stream.expect("set the test up");
-                let mut lines = BufReader::new(stream.try_clone().expect("set the test up"))
-                    .lines()
-                    .map_while(Result::ok);
+                let mut stream = stream.unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
                 let Some(request) = lines.next() else { continue };
                 lines.find(String::is_empty);
                 let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -277,19 +262,19 @@ mod nemoclaw {
 
     #[test]
     fn a_daemon_that_is_down_is_named_with_what_to_do() {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let gone = format!("unix://{}", dir.path().join("gone").display());
         with(&gone, ON.run("true")).outcome().refused("no Docker daemon answers at");
         // One that has left its socket.
         let socket = dir.path().join("left");
-        drop(UnixListener::bind(&socket).expect("set the test up"));
+        drop(UnixListener::bind(&socket).unwrap());
         let left = format!("unix://{}", socket.display());
         with(&left, ON.run("true")).outcome().refused("DOCKER_HOST");
     }
 
     #[test]
     fn a_daemon_that_is_too_old_is_refused() {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let host = impostor(&dir, |_| {
             Some("{\"Version\": \"17.05.0\", \"ApiVersion\": \"1.29\", \"MinAPIVersion\": \"1.12\"}".into())
         });
@@ -298,7 +283,7 @@ mod nemoclaw {
 
     #[test]
     fn a_daemon_that_hangs_is_given_up() {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let host = impostor(&dir, |_| None);
         let started = Instant::now();
         with(&host, ON.run("true")).outcome().refused("has not answered for");
@@ -307,14 +292,14 @@ mod nemoclaw {
 
     #[test]
     fn something_else_behind_the_socket_is_no_daemon() {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let host = impostor(&dir, |_| Some("hello".into()));
         with(&host, ON.run("true")).outcome().refused("no Docker daemon answers at");
     }
 
     #[test]
     fn a_fallback_says_what_it_passes_over() {
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         let gone = format!("unix://{}", dir.path().join("gone").display());
         On { tier: Runtime::Nanoclaw }.run("true").outcome().ok();
         let outcome = with(&gone, ON.with("--fallback nanoclaw -- echo ran")).outcome();
@@ -331,18 +316,12 @@ mod nemoclaw {
 
     #[test]
     fn a_daemon_that_dies_in_mid_run_ends_the_run() {
-        let mut dockerd = Dockerd::start().expect("set the test up");
+        let mut dockerd = Dockerd::start().unwrap();
         let mut running = start(&dockerd, "echo up; exec sleep 54321");
         dockerd.kill();
         assert_eq!(running.wait(), 125);
         let mut said = String::new();
-        running
-            .child
-            .stderr
-            .take()
-            .expect("set the test up")
-            .read_to_string(&mut said)
-            .expect("set the test up");
+        running.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         assert!(said.starts_with("chitin: ") && said.contains("Docker daemon"), "{said}");
         running.assert_nothing_left();
         // Its containers end with the connection, though nobody is there to end them.
@@ -352,15 +331,15 @@ mod nemoclaw {
             thread::sleep(Duration::from_millis(100));
         }
         // A new one finds nothing of it, and works.
-        dockerd.restart().expect("set the test up");
+        dockerd.restart().unwrap();
         with(&dockerd.host(), ON.run("true")).outcome().ok();
-        let left = chitin_integration::docker::containers(&dockerd.host()).expect("set the test up");
+        let left = chitin_integration::docker::containers(&dockerd.host()).unwrap();
         assert!(left.is_empty(), "{left:?}");
     }
 
     /// Whether any process of the host has this command line.
     fn runs_somewhere(line: &[u8]) -> bool {
-        let processes = fs::read_dir("/proc").expect("set the test up").flatten();
+        let processes = fs::read_dir("/proc").unwrap().flatten();
         processes
             .into_iter()
             .any(|entry| fs::read(entry.path().join("cmdline")).is_ok_and(|found| found == line))
@@ -368,7 +347,7 @@ mod nemoclaw {
 
     #[test]
     fn a_daemon_that_is_stopped_ends_the_run() {
-        let dockerd = Dockerd::start().expect("set the test up");
+        let dockerd = Dockerd::start().unwrap();
         let mut running = start(&dockerd, "echo up; exec sleep 600");
         drop(dockerd);
         assert_eq!(running.wait(), 125);
@@ -377,21 +356,21 @@ mod nemoclaw {
 
     #[test]
     fn an_image_without_the_agent_is_refused() {
-        let dockerd = Dockerd::start().expect("set the test up");
+        let dockerd = Dockerd::start().unwrap();
         let artifacts = empty_root();
         let run = with(&dockerd.host(), ON.run("true")).env("CHITIN_ARTIFACTS", artifacts.path());
         run.outcome().refused("/init");
-        let left = chitin_integration::docker::containers(&dockerd.host()).expect("set the test up");
+        let left = chitin_integration::docker::containers(&dockerd.host()).unwrap();
         assert!(left.is_empty(), "{left:?}");
     }
 
     #[test]
     fn an_agent_that_is_none_is_ended() {
-        let dockerd = Dockerd::start().expect("set the test up");
+        let dockerd = Dockerd::start().unwrap();
         let artifacts = impostor_for_an_agent();
         let run = with(&dockerd.host(), ON.run("true")).env("CHITIN_ARTIFACTS", artifacts.path());
         run.outcome().refused("broke the protocol");
-        let left = chitin_integration::docker::containers(&dockerd.host()).expect("set the test up");
+        let left = chitin_integration::docker::containers(&dockerd.host()).unwrap();
         assert!(left.is_empty(), "{left:?}");
     }
 
@@ -402,13 +381,13 @@ mod nemoclaw {
 
     #[test]
     fn an_image_is_imported_once() {
-        let dockerd = Dockerd::start().expect("set the test up");
+        let dockerd = Dockerd::start().unwrap();
         let run = || with(&dockerd.host(), ON.run("echo ran")).outcome();
         assert_eq!(run().ok(), "ran");
         // The archive is not needed any more.
-        let dir = tempfile::tempdir().expect("set the test up");
+        let dir = tempfile::tempdir().unwrap();
         linked_artifacts(dir.path(), "root.tar");
-        fs::write(dir.path().join("root.tar"), "").expect("set the test up");
+        fs::write(dir.path().join("root.tar"), "").unwrap();
         let again = with(&dockerd.host(), ON.run("echo again")).env("CHITIN_ARTIFACTS", dir.path()).outcome();
         assert_eq!(again.ok(), "again");
     }
