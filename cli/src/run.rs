@@ -40,6 +40,7 @@ Examples:
   chitin run --copy-in agent.py:/work/ --copy-out /work/out:out -- python3 agent.py
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
   chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
+  chitin run --secret API_TOKEN=env:API_TOKEN@api.example.com -- python3 agent.py
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
@@ -67,13 +68,22 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     workdir: OsString,
 
-    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names
-    #[arg(long, value_name = "NAME=SRC")]
+    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names. With
+    /// @HOST, the value never enters: $NAME is a placeholder, replaced in the headers of requests to these hosts over TLS
+    #[arg(long, value_name = "NAME=SRC[@HOST,…]")]
     secret: Vec<SecretSpec>,
 
     /// Put the secret NAME into the environment variable NAME instead, where everything the workload starts sees it
     #[arg(long, value_name = "NAME")]
     secret_env: Vec<String>,
+
+    /// Replace the placeholder of NAME in the query of URLs as well, which servers write to their logs
+    #[arg(long, value_name = "NAME")]
+    secret_query: Vec<String>,
+
+    /// Replace the placeholder of NAME in bodies of up to 1 MiB as well
+    #[arg(long, value_name = "NAME")]
+    secret_body: Vec<String>,
 
     /// Let the workload connect to HOST:PORT, or to any host below a domain: '*.example.com:443'; TCP only
     #[arg(long, value_name = "HOST:PORT")]
@@ -443,7 +453,21 @@ fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
         let Some(secret) = secrets.iter_mut().find(|secret| secret.name == *name) else {
             return Err(Failure::Usage(format!("--secret-env {name}: there is no --secret {name}=SRC")));
         };
+        if matches!(secret.delivery, Delivery::Proxy(_)) {
+            let what = "it is for hosts, so its value does not enter: leave one of both out";
+            return Err(Failure::Usage(format!("--secret-env {name}: {what}")));
+        }
         secret.delivery = Delivery::Env;
+    }
+    for (option, names) in [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)] {
+        for name in names {
+            let secret = secrets.iter_mut().find(|secret| secret.name == *name);
+            let Some(Delivery::Proxy(reach)) = secret.map(|secret| &mut secret.delivery) else {
+                return Err(Failure::Usage(format!("{option} {name}: there is no --secret {name}=SRC@HOST")));
+            };
+            reach.query |= option == "--secret-query";
+            reach.body |= option == "--secret-body";
+        }
     }
     Ok(secrets)
 }

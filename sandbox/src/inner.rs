@@ -1,5 +1,6 @@
 //! What a sandbox shares with its processes: the channel, its monitor, and the reason for their end.
 
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
@@ -30,6 +31,8 @@ pub(crate) struct Inner {
     pub reported: watch::Receiver<Reported>,
     /// When the monitor was started, `CLOCK_MONOTONIC` nanoseconds.
     pub spawned: u64,
+    /// Environment variables of every command, beside those that all sandboxes have.
+    pub environment: OnceLock<Vec<(&'static str, &'static str)>>,
     /// The moment at which the time is up, and the limit that makes it.
     pub timeout: Option<(Instant, Duration)>,
 }
