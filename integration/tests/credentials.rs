@@ -103,16 +103,11 @@ impl Endpoint {
 }
 
 fn holds(bytes: &[u8], needle: &[u8]) -> bool {
-    // Quick where it is not: the first byte is looked for by itself.
-    let mut rest = bytes;
-    while let Some(at) = rest.iter().position(|byte| *byte == needle[0]) {
-        rest = &rest[at..];
-        if rest.starts_with(needle) {
-            return true;
-        }
-        rest = &rest[1..];
-    }
-    false
+    // Page by page: most have not even the first byte, and the standard library sees that quickly.
+    (0..bytes.len()).step_by(4096).any(|at| {
+        let page = &bytes[at..bytes.len().min(at + 4096 + needle.len())];
+        page.contains(&needle[0]) && page.windows(needle.len()).any(|window| window == needle)
+    })
 }
 
 /// All memory of a process that can be read: of a monitor, that of its guest.
