@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec, StartError,
-    StreamReader, Usage,
+    Builder, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Sandbox, SecretSpec,
+    StartError, StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -93,6 +94,18 @@ pub struct Args {
     #[arg(long)]
     allow_private: bool,
 
+    /// Break connections off when so many bytes have passed, both ways and all of them together: 500k, 10M, 1G
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    egress_bytes: Option<NonZeroU64>,
+
+    /// Let no more than so many bytes a second pass, both ways and all connections together
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    egress_rate: Option<NonZeroU64>,
+
+    /// Connections at once, at most 128, which is what there is without this
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=128))]
+    egress_connections: Option<u16>,
+
     /// Add a line of JSON to FILE for each attempt of the workload to reach something
     #[arg(long, value_name = "FILE")]
     audit: Option<PathBuf>,
@@ -134,6 +147,20 @@ struct Copy {
 struct Ports {
     host: u16,
     guest: u16,
+}
+
+/// A number of bytes; `k`, `M` and `G` are powers of 1024.
+fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'M')) => (&text[..at], 20),
+        Some((at, 'G')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    number
+        .and_then(NonZeroU64::new)
+        .ok_or_else(|| "it is no number of bytes such as 4096, 500k, 10M or 1G".into())
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {
@@ -239,6 +266,13 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     if let Some(path) = &args.audit {
         builder = builder.audit(path);
     }
+    let usual = EgressLimits::default();
+    builder = builder.egress_limits(EgressLimits {
+        connections: args.egress_connections.map_or(usual.connections, usize::from),
+        total_bytes: args.egress_bytes.map(NonZeroU64::get),
+        bytes_per_second: args.egress_rate,
+        ..usual
+    });
     let sandbox = tokio::select! {
         started = builder.start() => started?,
         // Dropping the unfinished start ends what it has begun.
@@ -519,6 +553,17 @@ mod tests {
         assert_eq!(parse_copy_out("/tmp/x:y"), copy("/tmp/x", "y"));
         for bad in ["", "a", "a:", ":b", "..:/work/"] {
             assert!(parse_copy_in(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        let bytes = |text| parse_bytes(text).map(NonZeroU64::get);
+        for (text, number) in [("1", 1), ("500k", 500 << 10), ("10M", 10 << 20), ("3G", 3 << 30)] {
+            assert_eq!(bytes(text), Ok(number));
+        }
+        for bad in ["", "0", "0M", "-1", "1.5G", "G", "1T", "10 M", "18446744073709551615k", "1ä"] {
+            assert!(bytes(bad).is_err(), "{bad}");
         }
     }
 
