@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Chosen, Delivery, Exit, Forward, Jail, Phases, Policy, Process, Runtime, Sandbox, SecretSpec,
-    StartError, StreamReader, Usage,
+    Builder, Chosen, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Runtime, Sandbox,
+    SecretSpec, StartError, StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -41,6 +42,7 @@ Examples:
   chitin run --fallback nanoclaw,nemoclaw -- python3 -c 'print(6 * 7)'
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
   chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
+  chitin run --secret API_TOKEN=env:API_TOKEN@api.example.com -- python3 agent.py
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
@@ -77,13 +79,22 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     workdir: OsString,
 
-    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names
-    #[arg(long, value_name = "NAME=SRC")]
+    /// Hand a credential over: env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD; the workload reads the file that $NAME_FILE names. With
+    /// @HOST, the value never enters: $NAME is a placeholder, replaced in the headers of requests to these hosts over TLS
+    #[arg(long, value_name = "NAME=SRC[@HOST,…]")]
     secret: Vec<SecretSpec>,
 
     /// Put the secret NAME into the environment variable NAME instead, where everything the workload starts sees it
     #[arg(long, value_name = "NAME")]
     secret_env: Vec<String>,
+
+    /// Replace the placeholder of NAME in the query of URLs as well, which servers write to their logs
+    #[arg(long, value_name = "NAME")]
+    secret_query: Vec<String>,
+
+    /// Replace the placeholder of NAME in bodies of up to 1 MiB as well
+    #[arg(long, value_name = "NAME")]
+    secret_body: Vec<String>,
 
     /// Let the workload connect to HOST:PORT, or to any host below a domain: '*.example.com:443'; TCP only
     #[arg(long, value_name = "HOST:PORT")]
@@ -92,6 +103,18 @@ pub struct Args {
     /// Let allowed hosts resolve to loopback and private addresses: for test servers; whoever owns the name picks the address
     #[arg(long)]
     allow_private: bool,
+
+    /// Break connections off when so many bytes have passed, both ways and all of them together: 500k, 10M, 1G
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    egress_bytes: Option<NonZeroU64>,
+
+    /// Let no more than so many bytes a second pass, both ways and all connections together
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    egress_rate: Option<NonZeroU64>,
+
+    /// Connections at once, at most 128, which is what there is without this
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=128))]
+    egress_connections: Option<u16>,
 
     /// Add a line of JSON to FILE for each attempt of the workload to reach something
     #[arg(long, value_name = "FILE")]
@@ -134,6 +157,20 @@ struct Copy {
 struct Ports {
     host: u16,
     guest: u16,
+}
+
+/// A number of bytes; `k`, `M` and `G` are powers of 1024.
+fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'M')) => (&text[..at], 20),
+        Some((at, 'G')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    number
+        .and_then(NonZeroU64::new)
+        .ok_or_else(|| "it is no number of bytes such as 4096, 500k, 10M or 1G".into())
 }
 
 fn parse_ports(text: &str) -> Result<Ports, String> {
@@ -246,6 +283,13 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
     if let Some(path) = &args.audit {
         builder = builder.audit(path);
     }
+    let usual = EgressLimits::default();
+    builder = builder.egress_limits(EgressLimits {
+        connections: args.egress_connections.map_or(usual.connections, usize::from),
+        total_bytes: args.egress_bytes.map(NonZeroU64::get),
+        bytes_per_second: args.egress_rate,
+        ..usual
+    });
     let sandbox = tokio::select! {
         started = builder.start() => started?,
         // Dropping the unfinished start ends what it has begun.
@@ -469,7 +513,21 @@ fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
         let Some(secret) = secrets.iter_mut().find(|secret| secret.name == *name) else {
             return Err(Failure::Usage(format!("--secret-env {name}: there is no --secret {name}=SRC")));
         };
+        if matches!(secret.delivery, Delivery::Proxy(_)) {
+            let what = "it is for hosts, so its value does not enter: leave one of both out";
+            return Err(Failure::Usage(format!("--secret-env {name}: {what}")));
+        }
         secret.delivery = Delivery::Env;
+    }
+    for (option, names) in [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)] {
+        for name in names {
+            let secret = secrets.iter_mut().find(|secret| secret.name == *name);
+            let Some(Delivery::Proxy(reach)) = secret.map(|secret| &mut secret.delivery) else {
+                return Err(Failure::Usage(format!("{option} {name}: there is no --secret {name}=SRC@HOST")));
+            };
+            reach.query |= option == "--secret-query";
+            reach.body |= option == "--secret-body";
+        }
     }
     Ok(secrets)
 }
@@ -521,6 +579,17 @@ mod tests {
         assert_eq!(parse_copy_out("/tmp/x:y"), copy("/tmp/x", "y"));
         for bad in ["", "a", "a:", ":b", "..:/work/"] {
             assert!(parse_copy_in(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        let bytes = |text| parse_bytes(text).map(NonZeroU64::get);
+        for (text, number) in [("1", 1), ("500k", 500 << 10), ("10M", 10 << 20), ("3G", 3 << 30)] {
+            assert_eq!(bytes(text), Ok(number));
+        }
+        for bad in ["", "0", "0M", "-1", "1.5G", "G", "1T", "10 M", "18446744073709551615k", "1ä"] {
+            assert!(bytes(bad).is_err(), "{bad}");
         }
     }
 

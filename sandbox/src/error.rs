@@ -72,6 +72,12 @@ pub enum Error {
         /// What failed on which source; never the value.
         reason: String,
     },
+    /// A secret cannot be kept out of the sandbox as was asked.
+    #[error("{reason}")]
+    Proxy {
+        /// Which secret, and why; never the value.
+        reason: String,
+    },
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
@@ -168,6 +174,12 @@ pub enum Error {
     /// The agent could not do what it was asked.
     #[error("in the sandbox")]
     Guest(#[source] Failure),
+}
+
+impl From<crate::credential::SetupError> for Error {
+    fn from(error: crate::credential::SetupError) -> Error {
+        Error::Proxy { reason: error.to_string() }
+    }
 }
 
 /// How a guest ended that was not told to.

@@ -1,6 +1,6 @@
 //! What a sandbox shares with its processes: the channel, what is at its other end, and the reason for their end.
 
-use std::sync::PoisonError;
+use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
@@ -33,6 +33,8 @@ pub(crate) struct Inner {
     pub reported: Option<watch::Receiver<Reported>>,
     /// When the start was begun, `CLOCK_MONOTONIC` nanoseconds.
     pub spawned: u64,
+    /// Environment variables of every command, beside those that all sandboxes have.
+    pub environment: OnceLock<Vec<(&'static str, &'static str)>>,
     /// The moment at which the time is up, and the limit that makes it.
     pub timeout: Option<(Instant, Duration)>,
     /// Whether a copy could be made another one than its template.

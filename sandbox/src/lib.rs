@@ -46,9 +46,9 @@ mod tier;
 
 pub use artifacts::Artifacts;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
-pub use chitin_protocol::{Delivery, Exit, StartError, Usage};
+pub use chitin_protocol::{Exit, StartError, Usage};
 pub use chitin_vmm::jail::Jail;
-pub use credential::{SecretId, VaultConfig, VaultLogin};
+pub use credential::{Delivery, Reach, SecretId, VaultConfig, VaultLogin};
 pub use egress::{EgressError, EgressLimits, Forward};
 pub use error::{Error, GuestEnd};
 pub use fork::MAX_FORKS;

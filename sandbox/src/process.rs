@@ -37,13 +37,9 @@ pub struct Command {
 
 impl Command {
     pub(crate) fn new(inner: Arc<Inner>, program: OsString) -> Command {
-        Command {
-            inner,
-            argv: vec![program],
-            env: ENVIRONMENT.map(|(name, value)| (name.into(), value.into())).into(),
-            cwd: HOME.into(),
-            stdin: false,
-        }
+        let more = inner.environment.get().into_iter().flatten();
+        let env = ENVIRONMENT.iter().chain(more).map(|(name, value)| (name.into(), value.into())).collect();
+        Command { inner, argv: vec![program], env, cwd: HOME.into(), stdin: false }
     }
 
     /// Adds one argument.

@@ -12,10 +12,10 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use chitin_protocol::{Delivery, Exit, Secret, ToGuest};
+use chitin_protocol::{Exit, Secret, ToGuest};
 use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
@@ -25,7 +25,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::channel::{Channel, Tunnel};
-use crate::credential::{self, Fetched, Keeper, VaultConfig};
+use crate::credential::{self, Delivery, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
@@ -393,6 +393,9 @@ impl Builder {
         let keeper = fetched.keeper.take();
         let finishing = async {
             let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
+            if let Some(proxy) = &fetched.proxy {
+                credential::trust(&sandbox.inner, proxy).await?;
+            }
             if !plan.confined {
                 sandbox.confine().await?;
             }
@@ -430,7 +433,7 @@ impl Builder {
         }
         if self.egress.is_on() {
             let channel = sandbox.inner.channel.clone();
-            let broker = Arc::new(Broker::new(&self.egress)?);
+            let broker = Arc::new(Broker::new(&self.egress, fetched.proxy.clone())?);
             sandbox.broker = Some(tokio::spawn(broker.serve(channel.clone(), channel.knocks())));
             let request = channel.name();
             let endpoints = self.egress.wire();
@@ -500,7 +503,15 @@ impl Builder {
 
     /// Makes the policy's the builder's own, if it can be kept. Doing it again changes nothing.
     fn keep_policy(&mut self) -> Result<(), PolicyError> {
-        let Some(policy) = &self.policy else { return Ok(()) };
+        let Some(policy) = &self.policy else {
+            // To name a credential's hosts is to let the workload reach them.
+            for secret in &self.secrets {
+                if let Delivery::Proxy(reach) = &secret.delivery {
+                    self.egress.allow(reach.hosts.iter().cloned());
+                }
+            }
+            return Ok(());
+        };
         policy.tier()?;
         if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
             return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
@@ -594,6 +605,7 @@ impl Builder {
             reported,
             instance: Mutex::new(launched.instance),
             memory_bytes: spec.memory_bytes(),
+            environment: OnceLock::new(),
             timeout: self.timeout.map(|limit| (started + limit, limit)),
             reseeded: std::sync::Mutex::default(),
         });

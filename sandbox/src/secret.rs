@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use chitin_protocol::{Delivery, MAX_SECRET, SecretBytes};
+use chitin_protocol::{MAX_SECRET, SecretBytes};
 use memmap2::MmapMut;
 use tokio::io::AsyncReadExt;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::Error;
-use crate::credential::Vault;
-use crate::policy::VaultSource;
+use crate::credential::{Delivery, Reach, Vault};
+use crate::policy::{Endpoint, VaultSource};
 
 /// How long a command that prints a secret may take: one that asks for a password at a terminal gets that long.
 const EXEC_LIMIT: Duration = Duration::from_secs(60);
@@ -35,7 +35,7 @@ pub enum SecretSource {
     Vault(VaultSource),
 }
 
-/// A credential as asked for: `NAME=SOURCE`.
+/// A credential as asked for: `NAME=SOURCE`, or `NAME=SOURCE@HOST,…` for one that is to go to these hosts and never enter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecretSpec {
     /// The name the workload knows it by.
@@ -66,7 +66,11 @@ impl FromStr for SecretSpec {
     fn from_str(text: &str) -> Result<Self, ParseSecretError> {
         let (name, source) = text.split_once('=').ok_or_else(|| ParseSecretError::NoSource(text.into()))?;
         check_name(name)?;
-        Ok(SecretSpec { name: name.into(), source: source.parse()?, delivery: Delivery::Memory })
+        let (source, delivery) = match split_hosts(source) {
+            Some((source, hosts)) => (source, Delivery::Proxy(Reach { hosts, query: false, body: false })),
+            None => (source, Delivery::Memory),
+        };
+        Ok(SecretSpec { name: name.into(), source: source.parse()?, delivery })
     }
 }
 
@@ -86,6 +90,17 @@ impl FromStr for SecretSource {
             None => Err(ParseSecretError::Source("…".into())),
         }
     }
+}
+
+/// What stands behind the last `@`, if all of it is hosts: `HOST` or `HOST:PORT`, 443 if not said. One that has neither a dot nor
+/// a port is none, so that `exec:ssh me@box cat key` is a command.
+fn split_hosts(text: &str) -> Option<(&str, Vec<Endpoint>)> {
+    let (source, hosts) = text.rsplit_once('@')?;
+    let hosts = hosts.split(',').map(|host| match host.contains(':') {
+        true => host.parse().ok(),
+        false => host.contains('.').then(|| format!("{host}:443").parse().ok())?,
+    });
+    Some((source, hosts.collect::<Option<Vec<_>>>()?))
 }
 
 pub(crate) fn check_name(name: &str) -> Result<(), ParseSecretError> {
@@ -225,6 +240,16 @@ mod tests {
             ["TOKEN", "=env:A", "1A=env:A", "A-B=env:A", "A=env:", "A=file", "A=vault://x", "A=vault:x"]
         {
             assert!(bad.parse::<SecretSpec>().is_err(), "{bad}");
+        }
+        let spec: SecretSpec =
+            "A=exec:ssh me@box cat key@api.example.com,*.example.org:8443".parse().unwrap();
+        let hosts = ["api.example.com:443", "*.example.org:8443"].map(|host| host.parse().unwrap()).into();
+        assert_eq!(spec.delivery, Delivery::Proxy(Reach { hosts, query: false, body: false }));
+        assert_eq!(spec.source, SecretSource::Exec("ssh me@box cat key".into()));
+        for own in
+            ["A=exec:ssh me@box", "A=file:/a@b/c.d", "A=exec:mail x@y.z w", "A=env:A@", "A=env:A@1.2.3.4"]
+        {
+            assert_eq!(own.parse::<SecretSpec>().unwrap().delivery, Delivery::Memory, "{own}");
         }
         // What may be a pasted value is not echoed.
         let error = "A=sk-live-12345".parse::<SecretSpec>().unwrap_err().to_string();

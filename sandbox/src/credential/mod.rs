@@ -1,22 +1,42 @@
 //! Credentials: where they come from beyond this host, how long they live, and how they get to where they are used.
 
+mod authority;
 mod keeper;
+mod placeholder;
+mod proxy;
+mod selftest;
 mod tls;
+mod trust;
 mod vault;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use chitin_protocol::Delivery;
 use zeroize::Zeroizing;
 
 use keeper::Issued;
 pub(crate) use keeper::Keeper;
+pub use proxy::Reach;
+pub(crate) use proxy::{Account, Proxy, SetupError};
+pub(crate) use trust::trust;
 use vault::{MAX_FIELDS, Read, Session, VaultError};
 pub use vault::{SecretId, VaultConfig, VaultLogin};
 
 use crate::policy::VaultSource;
 use crate::secret::{SecretValue, check_name};
+use crate::template::fill_random;
 use crate::{Error, SecretSpec};
+
+/// How the workload gets a credential.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Delivery {
+    /// As a sealed file in memory, inherited, that `NAME_FILE` names.
+    Memory,
+    /// As the environment variable `NAME`, which everything that the workload starts sees.
+    Env,
+    /// Not at all: the environment variable `NAME` is a placeholder, which is replaced on its way to the named hosts.
+    Proxy(Reach),
+}
 
 /// What is asked for beside single credentials.
 #[derive(Debug, Clone, Default)]
@@ -27,11 +47,11 @@ pub(crate) struct Spec {
     pub vault: Option<VaultConfig>,
 }
 
-/// A credential with its value.
+/// A credential with its value, for the agent.
 #[derive(Debug)]
 pub(crate) struct Value {
     pub name: String,
-    pub delivery: Delivery,
+    pub delivery: chitin_protocol::Delivery,
     pub value: SecretValue,
 }
 
@@ -39,6 +59,8 @@ pub(crate) struct Value {
 #[derive(Debug, Default)]
 pub(crate) struct Fetched {
     pub values: Vec<Value>,
+    /// Those whose values do not enter; their placeholders are among the others.
+    pub proxy: Option<Arc<Proxy>>,
     /// Who keeps what was issued for them alive, and takes it back.
     pub keeper: Option<Keeper>,
 }
@@ -58,7 +80,7 @@ pub(crate) async fn fetch(secrets: &[SecretSpec], spec: &Spec) -> Result<Fetched
     let fetched = fetch_from(&mut vault, secrets, spec).await;
     let keeper = vault.session.map(|session| Keeper::start(session, vault.issued));
     match fetched {
-        Ok(values) => Ok(Fetched { values, keeper }),
+        Ok((values, proxy)) => Ok(Fetched { values, proxy, keeper }),
         Err(error) => {
             if let Some(keeper) = keeper {
                 keeper.end().await;
@@ -68,11 +90,31 @@ pub(crate) async fn fetch(secrets: &[SecretSpec], spec: &Spec) -> Result<Fetched
     }
 }
 
-async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) -> Result<Vec<Value>, Error> {
-    let mut values = Vec::new();
+type Sorted = (Vec<Value>, Option<Arc<Proxy>>);
+
+async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) -> Result<Sorted, Error> {
+    let (mut values, mut proxied) = (Vec::new(), Vec::new());
     for secret in secrets {
         let value = secret.fetch(vault).await?;
-        values.push(Value { name: secret.name.clone(), delivery: secret.delivery, value });
+        let name = secret.name.clone();
+        match &secret.delivery {
+            Delivery::Memory => {
+                values.push(Value { name, delivery: chitin_protocol::Delivery::Memory, value })
+            }
+            Delivery::Env => values.push(Value { name, delivery: chitin_protocol::Delivery::Env, value }),
+            Delivery::Proxy(reach) => proxied.push((name, reach.clone(), value)),
+        }
+    }
+    let mut proxy = None;
+    if !proxied.is_empty() {
+        let made = Arc::new(Proxy::new(proxied, tls::client(tls::system_roots()), fill_random)?);
+        made.self_test().await?;
+        for (name, placeholder) in made.placeholders() {
+            let failed = |reason| Error::Secret { name: name.into(), reason };
+            let value = SecretValue::hold(Zeroizing::new(placeholder.into()), false).map_err(failed)?;
+            values.push(Value { name: name.into(), delivery: chitin_protocol::Delivery::Env, value });
+        }
+        proxy = Some(made);
     }
     if let Some(source) = &spec.source {
         let failed = |reason: String| Error::Secret { name: source.to_string(), reason };
@@ -81,11 +123,11 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
             if values.iter().all(|value| value.name != name) {
                 let value = SecretValue::hold(bytes, false)
                     .map_err(|why| failed(format!("field `{name}`: {why}")))?;
-                values.push(Value { name, delivery: Delivery::Memory, value });
+                values.push(Value { name, delivery: chitin_protocol::Delivery::Memory, value });
             }
         }
     }
-    Ok(values)
+    Ok((values, proxy))
 }
 
 /// A vault that is logged in to when it is first asked, and asked once for each secret.

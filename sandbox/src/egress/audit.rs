@@ -51,6 +51,12 @@ pub(crate) struct Line<'a> {
     /// Bytes to the sandbox.
     pub received: u64,
     pub duration_ms: u64,
+    /// HTTP requests that went out, where TLS was taken apart.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub requests: u64,
+    /// The credentials that went out with them, by their names.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub credentials: Vec<String>,
     /// Lines that were left out before this one.
     #[serde(skip_serializing_if = "is_zero")]
     pub omitted: u64,
@@ -75,6 +81,8 @@ impl Line<'_> {
             sent: 0,
             received: 0,
             duration_ms: 0,
+            requests: 0,
+            credentials: Vec::new(),
             omitted: 0,
         }
     }

@@ -32,6 +32,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::channel::{Channel, Knock, Tunnel};
+use crate::credential::{Account, Proxy};
 use crate::policy::Endpoint;
 use address::{Range, range};
 use audit::{Audit, Line, Verdict};
@@ -48,6 +49,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Addresses of one name that are tried. A name can have hundreds.
 const MAX_ADDRESSES: usize = 4;
+
+/// What is on its way between a sandbox and its proxy, each way: a window's worth.
+const PROXY_BUFFER: usize = 64 * 1024;
 
 /// How much egress a sandbox has. What is over is refused or reset, and written down.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -161,6 +165,7 @@ pub(crate) struct Broker {
     endpoints: Vec<chitin_protocol::Endpoint>,
     allow_private: bool,
     audit: Audit,
+    proxy: Option<Arc<Proxy>>,
     resolver: Box<dyn Resolve>,
     connections: Arc<Semaphore>,
     dials: Mutex<Bucket>,
@@ -225,8 +230,8 @@ impl Refusal {
 }
 
 impl Broker {
-    pub fn new(spec: &Spec) -> Result<Broker, EgressError> {
-        Broker::with(spec, Box::new(System::default()))
+    pub fn new(spec: &Spec, proxy: Option<Arc<Proxy>>) -> Result<Broker, EgressError> {
+        Ok(Broker { proxy, ..Broker::with(spec, Box::new(System::default()))? })
     }
 
     fn with(spec: &Spec, resolver: Box<dyn Resolve>) -> Result<Broker, EgressError> {
@@ -238,6 +243,7 @@ impl Broker {
             endpoints: spec.wire(),
             allow_private: spec.allow_private,
             audit: spec.open_audit()?,
+            proxy: None,
             resolver,
             connections: Arc::new(Semaphore::new(limits.connections.min(MAX_DIALS))),
             dials: Mutex::new(Bucket::new(rate, 4.0 * rate)),
@@ -280,15 +286,37 @@ impl Broker {
         match dialled {
             Ok(Dialled { mut stream, address, permit }) => {
                 line.address = Some(address);
-                let outcome = tokio::select! {
-                    outcome = splice(tunnel, &mut stream, &self.allowance, &counts) => outcome,
-                    _ = channel.closed() => Err(Broken::Sandbox),
+                let account = Arc::new(Account::default());
+                let outcome = match &self.proxy {
+                    Some(proxy) if proxy.is_for(&host, port) => {
+                        tokio::select! {
+                            outcome = self.take_apart(proxy, tunnel, stream, &host, port, &counts, &account) => outcome,
+                            _ = channel.closed() => Err(Broken::Sandbox.to_string()),
+                        }
+                    }
+                    proxy => {
+                        let splicing = async {
+                            match proxy {
+                                Some(proxy) => {
+                                    let watched = proxy.watched(tunnel, &account);
+                                    splice(watched, &mut stream, &self.allowance, &counts).await
+                                }
+                                None => splice(tunnel, &mut stream, &self.allowance, &counts).await,
+                            }
+                        };
+                        let outcome = tokio::select! {
+                            outcome = splicing => outcome,
+                            _ = channel.closed() => Err(Broken::Sandbox),
+                        };
+                        if outcome.is_err() {
+                            // The other side is to know that it has not heard everything.
+                            let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
+                        }
+                        outcome.map_err(|broken| broken.to_string())
+                    }
                 };
-                if let Err(broken) = outcome {
-                    // The other side is to know that it has not heard everything.
-                    let _ = sockopt::set_socket_linger(&stream, Some(Duration::ZERO));
-                    line.reason = Some(broken.to_string());
-                }
+                line.reason = outcome.err();
+                self.settle(&mut line, &account);
                 drop(permit);
             }
             Err(refusal) => {
@@ -302,6 +330,42 @@ impl Broker {
         line.received = counts.received.load(Ordering::Relaxed);
         line.lasted(began.elapsed());
         self.audit.write(line);
+    }
+
+    /// Joins both sides with TLS taken apart between them.
+    #[expect(clippy::too_many_arguments, reason = "one connection, seen from both sides")]
+    async fn take_apart(
+        &self,
+        proxy: &Arc<Proxy>,
+        tunnel: Tunnel,
+        stream: TcpStream,
+        host: &str,
+        port: u16,
+        counts: &Counts,
+        account: &Arc<Account>,
+    ) -> Result<(), String> {
+        // Limits and counts are of what the sandbox sends and gets, so they lie between it and the proxy.
+        let (near, far) = tokio::io::duplex(PROXY_BUFFER);
+        let proxying = proxy.clone().run(far, stream, host, port, account);
+        let (spliced, proxied) = tokio::join!(splice(tunnel, near, &self.allowance, counts), proxying);
+        match spliced {
+            Err(broken @ (Broken::TooLong(_) | Broken::TooMuch(_))) => Err(broken.to_string()),
+            // What the proxy says is why; the rest follows from it.
+            _ => proxied.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// Adds to a connection's line what became of credentials on it, and writes a line for each request that was stopped.
+    fn settle(&self, line: &mut Line<'_>, account: &Account) {
+        line.requests = account.requests();
+        line.credentials = account.delivered();
+        let (blocked, more) = account.blocked();
+        for why in blocked {
+            let mut stopped = Line::new(line.host, line.port, Verdict::Refused, Some(why));
+            stopped.address = line.address;
+            self.audit.write(stopped);
+        }
+        self.audit.omit(more);
     }
 
     async fn dial(&self, host: &str, port: u16) -> Result<Dialled, Refusal> {

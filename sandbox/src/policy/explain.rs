@@ -2,11 +2,10 @@
 
 use std::fmt::Write;
 
-use chitin_protocol::Delivery;
-
 use super::file::{Access, Runtime};
 use super::{Field, Policy, SyscallFilter, Verdict};
 use crate::SecretSource;
+use crate::credential::Delivery;
 
 /// What the workload of any policy can read and write; the agent makes it so (`guest-agent/src/root.rs`).
 const SYSTEM: &str = "the system (/usr, /bin, /sbin, /lib, /lib64, /etc, /opt, /proc, /sys, /dev)";
@@ -108,9 +107,21 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
             SecretSource::Exec(command) => format!("what `{command}` prints on this host"),
             SecretSource::Vault(source) => source.to_string(),
         };
-        let delivery = match secret.delivery {
-            Delivery::Memory => "a file in memory that it finds by the variable NAME_FILE",
-            Delivery::Env => "an environment variable, seen by everything it starts",
+        let delivery = match &secret.delivery {
+            Delivery::Memory => "a file in memory that it finds by the variable NAME_FILE".to_owned(),
+            Delivery::Env => "an environment variable, seen by everything it starts".to_owned(),
+            Delivery::Proxy(reach) => {
+                let parts = match (reach.query, reach.body) {
+                    (false, false) => "headers",
+                    (true, false) => "headers and the query",
+                    (false, true) => "headers and the body",
+                    (true, true) => "headers, the query and the body",
+                };
+                let hosts = listed(&reach.hosts, ToString::to_string);
+                format!(
+                    "a placeholder in the variable NAME, which this host replaces in {parts} of requests to {hosts}"
+                )
+            }
         };
         writeln!(out, "  {} from {source}, as {}.", secret.name, delivery.replace("NAME", &secret.name))?;
     }

@@ -178,8 +178,23 @@ pub struct SecretRule {
     pub name: SecretName,
     /// `env:VAR`, `file:PATH`, `exec:CMD` or `vault://MOUNT/PATH#FIELD`.
     pub source: Source,
-    /// How the workload gets it; without it `memory`.
+    /// How the workload gets it; without it `proxy` where there are hosts, else `memory`.
     pub delivery: Option<How>,
+    /// The hosts it is for, `HOST:PORT` or `*.DOMAIN:PORT`, each allowed by `allowed_egress`: the value goes to these and does not
+    /// enter the sandbox.
+    pub hosts: Option<Vec<Endpoint>>,
+    /// Where its placeholder is replaced beside headers.
+    pub replaced_in: Option<Vec<Part>>,
+}
+
+/// A part of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// The query of the URL, which servers write to their logs.
+    Query,
+    /// The body, of up to 1 MiB.
+    Body,
 }
 
 /// How a workload gets a credential.
@@ -190,6 +205,8 @@ pub enum How {
     Memory,
     /// The environment variable `NAME`, which everything that the workload starts sees.
     Env,
+    /// A placeholder in the environment variable `NAME`, replaced on the way to `hosts`.
+    Proxy,
 }
 
 // ---- values that are checked as they are read ----
@@ -337,6 +354,16 @@ pub(crate) fn is_numeric(host: &str) -> bool {
     let hex = last.strip_prefix("0x").or(last.strip_prefix("0X"));
     !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit())
         || hex.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+impl Endpoint {
+    /// Whether all that another means is meant by it.
+    pub(crate) fn covers(&self, other: &Endpoint) -> bool {
+        self == other
+            || self.wildcard
+                && self.port == other.port
+                && other.host.strip_suffix(&self.host).is_some_and(|rest| rest.ends_with('.'))
+    }
 }
 
 impl fmt::Display for Endpoint {

@@ -285,13 +285,7 @@ impl Policy {
 
     /// Whether all that an endpoint means is listed.
     pub fn may_reach(&self, endpoint: &Endpoint) -> bool {
-        let covers = |listed: &Endpoint| {
-            listed == endpoint
-                || listed.wildcard
-                    && listed.port == endpoint.port
-                    && endpoint.host.strip_suffix(&listed.host).is_some_and(|rest| rest.ends_with('.'))
-        };
-        self.egress.iter().any(covers)
+        self.egress.iter().any(|listed| listed.covers(endpoint))
     }
 
     /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is

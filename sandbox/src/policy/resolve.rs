@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use chitin_protocol::Delivery;
-
-use super::file::{Access, FileRule, How, MAX_ENTRIES, PlainPath, PolicyFile, Runtime, SecretRule};
+use super::file::{
+    Access, Endpoint, FileRule, How, MAX_ENTRIES, Part, PlainPath, PolicyFile, Runtime, SecretRule,
+};
 use super::profile::{Limits, Profile};
 use super::yaml::{Node, Problem};
 use super::{Policy, SharedFile};
 use crate::SecretSpec;
+use crate::credential::{Delivery, Reach};
 
 /// Where a workload may write; `/var/tmp` is `/tmp`.
 const SCRATCH: [&str; 4] = ["/work", "/tmp", "/var/tmp", "/dev/shm"];
@@ -81,7 +82,7 @@ pub fn resolve(file: PolicyFile, root: &Node, origin: &str, digest: String) -> R
 
     let files_confined = spec.files_confined || files.is_some();
     let files = shared(files.unwrap_or_default(), root)?;
-    let secrets = secrets(file.secrets.unwrap_or_default(), profile, root)?;
+    let secrets = secrets(file.secrets.unwrap_or_default(), profile, &egress, root)?;
     Ok(Policy {
         origin: origin.into(),
         digest,
@@ -140,7 +141,12 @@ fn shared(rules: Vec<FileRule>, root: &Node) -> Result<Vec<SharedFile>, Problem>
     Ok(files)
 }
 
-fn secrets(rules: Vec<SecretRule>, profile: Profile, root: &Node) -> Result<Vec<SecretSpec>, Problem> {
+fn secrets(
+    rules: Vec<SecretRule>,
+    profile: Profile,
+    egress: &[Endpoint],
+    root: &Node,
+) -> Result<Vec<SecretSpec>, Problem> {
     bounded(rules.len(), root, &["secrets"])?;
     let mut secrets: Vec<SecretSpec> = Vec::new();
     for (index, rule) in rules.into_iter().enumerate() {
@@ -159,8 +165,40 @@ fn secrets(rules: Vec<SecretRule>, profile: Profile, root: &Node) -> Result<Vec<
                     format!("the profile {profile} keeps credentials out of the environment: take memory");
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
+            Some(How::Env) if rule.hosts.is_some() => {
+                let what = "what is in the environment is for no hosts: leave one of both out".into();
+                return Err(at(root, &["secrets", &index, "delivery"], what));
+            }
             Some(How::Env) => Delivery::Env,
-            Some(How::Memory) | None => Delivery::Memory,
+            Some(How::Proxy) if rule.hosts.is_none() => {
+                let what = "`proxy` needs `hosts`, which the value is for".into();
+                return Err(at(root, &["secrets", &index, "delivery"], what));
+            }
+            Some(How::Memory) if rule.hosts.is_some() => {
+                let what = "what is delivered in memory is for no hosts: leave one of both out".into();
+                return Err(at(root, &["secrets", &index, "delivery"], what));
+            }
+            Some(How::Proxy | How::Memory) | None => match rule.hosts {
+                None => Delivery::Memory,
+                Some(hosts) => {
+                    let listed = |host: &Endpoint| egress.iter().any(|endpoint| endpoint.covers(host));
+                    if let Some(other) = hosts.iter().find(|host| !listed(host)) {
+                        let what = format!("{other} is not among the `allowed_egress`");
+                        return Err(at(root, &["secrets", &index, "hosts"], what));
+                    }
+                    if hosts.is_empty() {
+                        return Err(at(
+                            root,
+                            &["secrets", &index, "hosts"],
+                            "a credential for nobody".into(),
+                        ));
+                    }
+                    bounded(hosts.len(), root, &["secrets", &index, "hosts"])?;
+                    let parts = rule.replaced_in.unwrap_or_default();
+                    let (query, body) = (parts.contains(&Part::Query), parts.contains(&Part::Body));
+                    Delivery::Proxy(Reach { hosts, query, body })
+                }
+            },
         };
         secrets.push(SecretSpec { name, source: rule.source.0, delivery });
     }
