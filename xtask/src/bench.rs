@@ -121,20 +121,19 @@ const BENCHES: [Bench; 9] = [
 
 /// What is measured together with a peer: a name, and arguments of `chitin bench`. None of it is compared with committed figures,
 /// because not everybody has the peer.
-const PEER_BENCHES: [(&str, &str); 8] = [
+const PEER_BENCHES: [(&str, &str); 6] = [
     ("peer-enter", "enter --runs 9"),
     ("peer-boot", "boot --runs 3"),
     ("peer-restore", "restore --runs 9"),
     ("peer-exec", "exec --runs 51"),
     ("peer-throughput", "throughput --size 16 --runs 3"),
     ("peer-memory", "memory --sandboxes 2"),
-    // The root image over either device, in the same monitor.
-    ("root-blk", "memory --sandboxes 2 --peer-root blk -- python3 -c {python}"),
-    ("root-pmem", "memory --sandboxes 2 --peer-root pmem -- python3 -c {python}"),
 ];
 
-/// The same for their times.
-const ROOT_BOOTS: [(&str, &str); 2] = [
+/// The root image over either device, in the peer.
+const ROOT_BENCHES: [(&str, &str); 4] = [
+    ("root-blk", "memory --sandboxes 1 --peer-root blk -- python3 -c {python}"),
+    ("root-pmem", "memory --sandboxes 1 --peer-root pmem -- python3 -c {python}"),
     ("root-blk-boot", "boot --runs 3 --peer-root blk -- python3 -c {python}"),
     ("root-pmem-boot", "boot --runs 3 --peer-root pmem -- python3 -c {python}"),
 ];
@@ -244,67 +243,85 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
         bail!("the one peer there is, is firecracker=BIN");
     };
     let binary = fs::canonicalize(binary).with_context(|| format!("find the peer {binary}"))?;
+    for (name, benches, table) in
+        [("peer", &PEER_BENCHES[..], peer_table as Table), ("root device", &ROOT_BENCHES[..], root_table)]
+    {
+        for (bench, arguments) in benches {
+            let code = measure_beside(&binary, bench, arguments, dir)?;
+            if code != ExitCode::SUCCESS {
+                return Ok(code);
+            }
+        }
+        let path = workspace::root().join("docs/benchmarks.md");
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let text = replace(&text, name, &table(dir)?)?;
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        eprintln!("bench: the table `{name}` of {} is written", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a table of the reports in a directory.
+type Table = fn(&Path) -> Result<String>;
+
+/// Runs one bench on an emulated host of its own, and on another one if that hangs.
+fn measure_beside(binary: &Path, name: &str, arguments: &str, dir: &Path) -> Result<ExitCode> {
     let chitin = workspace::target().join("release/chitin");
     let preload = [chitin.display().to_string(), binary.display().to_string()];
     let options =
-        ["--icount", "--xsave", "--timeout", "4m", "--preload", &preload[0], "--preload", &preload[1]];
-    for (name, arguments) in PEER_BENCHES.iter().chain(&ROOT_BOOTS) {
-        let arguments = arguments.replace("{python}", "'import json, ssl; print(1)'");
-        let (what, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
-        let json = dir.join(name).with_extension("json");
-        let dashes = if command.is_empty() { "" } else { "--" };
-        let script = format!(
-            "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; \
-             exec '{}' bench {what} --peer firecracker='{}' --json '{}' {dashes} {command}",
-            chitin.display(),
-            binary.display(),
-            json.display()
-        );
-        let run = || microvm::nested_with(&options, &["/bin/sh", "-c", &script]);
-        let mut code = run()?;
-        if code == ExitCode::from(TIMED_OUT) {
-            eprintln!("bench: {name} has not ended in time: its emulated host hangs, another one tries");
-            code = run()?;
-        }
-        if code != ExitCode::SUCCESS {
-            return Ok(code);
-        }
+        ["--icount", "--xsave", "--timeout", "6m", "--preload", &preload[0], "--preload", &preload[1]];
+    let arguments = arguments.replace("{python}", "'import json, ssl; print(1)'");
+    let (what, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
+    let script = format!(
+        "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; \
+         exec '{}' bench {what} --peer firecracker='{}' --json '{}' {} {command}",
+        chitin.display(),
+        binary.display(),
+        dir.join(name).with_extension("json").display(),
+        if command.is_empty() { "" } else { "--" },
+    );
+    let run = || microvm::nested_with(&options, &["/bin/sh", "-c", &script]);
+    let code = run()?;
+    if code != ExitCode::from(TIMED_OUT) {
+        return Ok(code);
     }
+    eprintln!("bench: {name} has not ended in time: its emulated host hangs, another one tries");
+    run()
+}
 
-    let report = |name: &str| read(&dir.join(name).with_extension("json"));
-    let median = |report: &Report, row: &str| {
-        let rows = all_rows(report);
-        rows.iter()
-            .find(|found| found.name == row)
-            .map(|found| found.median)
-            .with_context(|| format!("no {row}"))
-    };
-    let version = report("peer-boot")?.peer.map(|peer| peer.version).unwrap_or_default();
-    let mut table = format!("| | Chitin | {version} | Chitin ÷ Firecracker |\n|---|---|---|---|\n");
+fn peer_table(dir: &Path) -> Result<String> {
+    let mut text = String::new();
     for (title, name, row, unit, digits) in PEER_ROWS {
-        let report = report(name)?;
+        let report = read(&dir.join(name).with_extension("json"))?;
         let peer = report.peer.as_deref().context("a report without its peer")?;
+        if text.is_empty() {
+            let _ =
+                writeln!(text, "| | Chitin | {} | Chitin ÷ Firecracker |\n|---|---|---|---|", peer.version);
+        }
         let (ours, theirs) = (median(&report, row)? / unit, median(peer, row)? / unit);
         let ratio = ours / theirs.max(f64::EPSILON);
-        let _ = writeln!(table, "| {title} | {ours:.digits$} | {theirs:.digits$} | {ratio:.2} |");
+        let _ = writeln!(text, "| {title} | {ours:.digits$} | {theirs:.digits$} | {ratio:.2} |");
     }
-    let mut root = String::from("| | virtio-blk | virtio-pmem, DAX |\n|---|---|---|\n");
+    Ok(text)
+}
+
+fn root_table(dir: &Path) -> Result<String> {
+    let mut text = String::from("| | virtio-blk | virtio-pmem, DAX |\n|---|---|---|\n");
     for (title, suffix, row, unit, digits) in ROOT_ROWS {
         let value = |device: &str| {
-            let report = report(&format!("root-{device}{suffix}"))?;
-            Ok::<_, anyhow::Error>(
-                median(report.peer.as_deref().context("a report without its peer")?, row)? / unit,
-            )
+            let report = read(&dir.join(format!("root-{device}{suffix}")).with_extension("json"))?;
+            let peer = report.peer.as_deref().context("a report without its peer")?;
+            Ok::<_, anyhow::Error>(median(peer, row)? / unit)
         };
         let (blk, pmem) = (value("blk")?, value("pmem")?);
-        let _ = writeln!(root, "| {title} | {blk:.digits$} | {pmem:.digits$} |");
+        let _ = writeln!(text, "| {title} | {blk:.digits$} | {pmem:.digits$} |");
     }
-    let path = workspace::root().join("docs/benchmarks.md");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let text = replace(&replace(&text, "peer", &table)?, "root device", &root)?;
-    fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
-    eprintln!("bench: the peer's tables of {} are written", path.display());
-    Ok(ExitCode::SUCCESS)
+    Ok(text)
+}
+
+fn median(report: &Report, row: &str) -> Result<f64> {
+    let found = all_rows(report).into_iter().find(|found| found.name == row);
+    Ok(found.with_context(|| format!("a report without the row `{row}`"))?.median)
 }
 
 /// Runs all of them on one emulated host.
@@ -424,7 +441,7 @@ mod tests {
         for (_, suffix, ..) in ROOT_ROWS {
             for device in ["blk", "pmem"] {
                 let name = format!("root-{device}{suffix}");
-                assert!(PEER_BENCHES.iter().chain(&ROOT_BOOTS).any(|(bench, _)| *bench == name), "{name}");
+                assert!(ROOT_BENCHES.iter().any(|(bench, _)| *bench == name), "{name}");
             }
         }
     }

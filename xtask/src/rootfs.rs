@@ -3,7 +3,7 @@
 //! ```text
 //! packages.lock ── download ──▶ packages ─┐
 //! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ──▶ base tree ──────────────┐
-//! guest-agent/, benches/echo/ ── cargo build ──────▶ /init, /usr/lib/chitin/echo ──────────────┴─ mkfs.erofs, tar ──▶ root.img, root.tar
+//! guest-agent/, benches/* ─────── cargo build ──────▶ /init, /usr/lib/chitin/* ────────────────┴─ mkfs.erofs, tar ──▶ root.img, root.tar
 //! ```
 //!
 //! Packages, base tree and image are cached apart: another agent needs neither network nor unpacking.
@@ -35,7 +35,11 @@ mod tree;
 const BUILDER: u32 = 1;
 
 /// What is ours in the image: package, which is also the name of its binary, and path in the image.
-const PROGRAMS: [(&str, &str); 2] = [("chitin-agent", "init"), ("chitin-echo", "usr/lib/chitin/echo")];
+const PROGRAMS: [(&str, &str); 3] = [
+    ("chitin-agent", "init"),
+    ("chitin-echo", "usr/lib/chitin/echo"),
+    ("chitin-peer", "usr/lib/chitin/peer"),
+];
 
 /// Arguments of `cargo xtask rootfs`.
 #[derive(Debug, Default, clap::Args)]

@@ -2,21 +2,13 @@
 //!
 //! Benchmarks and the trial run of a template start it. `/bin/echo` of the root image takes three times as long, most of
 //! it in the loader.
-//!
-//! As the first process of a guest it is what runs under another monitor, see [`peer`].
 #![no_main]
-
-mod peer;
 
 use libc::{STDOUT_FILENO, c_char, c_int};
 
 /// Entered by the C library's startup code.
 #[unsafe(no_mangle)]
 extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
-    // SAFETY: takes nothing and cannot fail.
-    if unsafe { libc::getpid() } == 1 {
-        return c_int::from(peer::serve().is_none());
-    }
     let last = usize::try_from(count).unwrap_or(0);
     for at in 1..last {
         // SAFETY: `main` is given `count` pointers to strings that end in NUL and live as long as the process.

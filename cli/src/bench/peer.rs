@@ -1,7 +1,7 @@
 //! Another monitor, measured in the same run.
 //!
 //! Both run the same kernel, unless another one is named, the same root image and the same commands. What the peer's guest has
-//! for an init does nothing but run them (`benches/echo/src/peer.rs`): what Chitin's agent does beside that (file systems, a
+//! for an init does nothing but run them (`benches/peer/`): what Chitin's agent does beside that (file systems, a
 //! lock-down, new entropy for each copy) is Chitin's own cost, as its jail is.
 
 mod firecracker;

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use chitin::ECHO;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -18,6 +17,9 @@ use tokio::time::timeout;
 
 use super::guest::{Conversation, PORT, Ran};
 use super::{BOOT_LIMIT, Peer, PeerError, Root, failed};
+
+/// What serves in its guests.
+const INIT: &str = "/usr/lib/chitin/peer";
 
 const API: &str = "api.sock";
 const VSOCK: &str = "v.sock";
@@ -164,7 +166,7 @@ impl Peer {
             Root::Pmem => "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro",
         };
         let line = format!(
-            "reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on loglevel=4 {root} rootwait init={ECHO}"
+            "reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on loglevel=4 {root} rootwait init={INIT}"
         );
         let mut configuration = json!({
             "boot-source": { "kernel_image_path": self.kernel, "boot_args": line },

@@ -1,4 +1,4 @@
-//! The host's end of what `benches/echo/src/peer.rs` serves.
+//! The host's end of what `benches/peer/` serves.
 
 use std::io;
 use std::time::Instant;

@@ -1,5 +1,6 @@
 //! What the first process of a guest of another monitor does, so that Chitin can be measured beside it: no file systems, no
-//! lock-down, no protocol, nothing that would have to be taken off its figures.
+//! lock-down, no protocol, nothing that would have to be taken off its figures. It is a program of its own, and no part of the echo
+//! that is measured, because that is to have as few pages as can be.
 //!
 //! It connects to the host once and serves that connection; when that has ended it serves, one at a time, those that the host
 //! makes, which also works after a restore. On each it first sends one byte, [`HELLO`]. Then, in lock step:
@@ -11,6 +12,8 @@
 //! ```
 //!
 //! A length is 32 bits, little-endian. `cli/src/bench/peer/guest.rs` is the other end.
+
+#![no_main]
 
 use core::ptr;
 
@@ -32,8 +35,14 @@ const NOT_FOUND: c_int = 127;
 
 const PATH: &core::ffi::CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
+/// Entered by the C library's startup code.
+#[unsafe(no_mangle)]
+extern "C" fn main() -> c_int {
+    c_int::from(serve().is_none())
+}
+
 /// Serves for ever. A return means that there is no vsock, and ends the guest.
-pub fn serve() -> Option<()> {
+fn serve() -> Option<()> {
     let mut buffer = [0; BUFFER];
     let listener = socket()?;
     let here = address(libc::VMADDR_CID_ANY);
