@@ -55,7 +55,14 @@ for key in sorted(k for k in os.environb if k.startswith(b'ODD')):
 }
 
 fn arguments_arrive_as_they_are(on: On) {
-    let odd = [b"".to_vec(), b"--".to_vec(), b"-x y".to_vec(), b"a\nb".to_vec(), b"\xff*$HOME".to_vec(), vec![b'y'; 100_000]];
+    let odd = [
+        b"".to_vec(),
+        b"--".to_vec(),
+        b"-x y".to_vec(),
+        b"a\nb".to_vec(),
+        b"\xff*$HOME".to_vec(),
+        vec![b'y'; 100_000],
+    ];
     let program = "import os, sys
 for word in sys.argv[1:]: sys.stdout.buffer.write(os.fsencode(word) + b'\\0')";
     let outcome = on.python(program).args(odd.iter().cloned().map(OsString::from_vec)).outcome();
@@ -95,7 +102,8 @@ fn every_sandbox_has_the_same_name(on: On) {
 }
 
 fn python_comes_with_its_batteries(on: On) {
-    let program = "import json, os, ssl, sqlite3, ctypes, hashlib, zoneinfo, subprocess, multiprocessing, uuid
+    let program =
+        "import json, os, ssl, sqlite3, ctypes, hashlib, zoneinfo, subprocess, multiprocessing, uuid
 print(len(os.listdir(ssl.get_default_verify_paths().capath)) > 100,
       subprocess.check_output(['sh', '-c', 'echo sub'], text=True).strip(),
       multiprocessing.Pool(2).map(abs, [-2]))";
@@ -103,6 +111,8 @@ print(len(os.listdir(ssl.get_default_verify_paths().capath)) > 100,
 }
 
 fn processes_have_their_own_proc(on: On) {
-    let script = "sleep 600 & tr '\\0' ' ' </proc/$!/cmdline; echo; test -d /proc/$$ && echo self";
-    assert_eq!(on.sh(script).outcome().ok(), "sleep 600 \nself");
+    // Until it has become what it is to be.
+    let script = "sleep 600 & until tr '\\0' ' ' < /proc/$!/cmdline | grep -q '^sleep 600'; do :; done; \
+                  test -d /proc/$$ && echo self";
+    assert_eq!(on.sh(script).outcome().ok(), "self");
 }

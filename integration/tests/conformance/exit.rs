@@ -105,7 +105,8 @@ fn the_time_limit_ends_what_does_not_end(on: On) {
     assert_eq!(outcome.code, 124);
     assert_eq!(outcome.stderr, "chitin: the time limit of 1 s was reached\n");
     // Also one that ignores whatever it is told, and never sleeps.
-    let outcome = on.with("--timeout 20s -- sh -c").arg("trap '' TERM INT HUP; while :; do :; done").outcome();
+    let outcome =
+        on.with("--timeout 20s -- sh -c").arg("trap '' TERM INT HUP; while :; do :; done").outcome();
     assert_eq!(outcome.code, 124);
 }
 
