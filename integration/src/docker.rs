@@ -25,6 +25,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 pub struct Dockerd {
     child: Child,
     dir: TempDir,
+    killed: bool,
 }
 
 impl Dockerd {
@@ -35,7 +36,7 @@ impl Dockerd {
     pub fn start() -> io::Result<Dockerd> {
         let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
         let child = daemon(dir.path())?;
-        let mut dockerd = Dockerd { child, dir };
+        let mut dockerd = Dockerd { child, dir, killed: false };
         dockerd.wait_until_it_answers()?;
         Ok(dockerd)
     }
@@ -45,10 +46,18 @@ impl Dockerd {
         format!("unix://{}", self.dir.path().join("socket").display())
     }
 
-    /// Ends it as a crash would. Its containerd and what that holds stay until [`Dockerd::restart`], or the drop.
+    /// Ends it as a crash would. Its containers stay until [`Dockerd::restart`], or the drop.
     pub fn kill(&mut self) {
+        let containerd = fs::read_to_string(self.dir.path().join("exec/containerd/containerd.pid"));
         self.child.kill().expect("kill dockerd");
         self.child.wait().expect("wait for dockerd");
+        self.killed = true;
+        // Its containerd ends with it, but not at once, and the next daemon would take it for its own.
+        let containerd = Path::new("/proc").join(containerd.expect("read containerd.pid").trim());
+        let deadline = Instant::now() + STOP_LIMIT;
+        while containerd.exists() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Starts it again, on what it has left.
@@ -59,6 +68,7 @@ impl Dockerd {
         // The daemon refuses to start while this names a process, and the number may have been given again.
         let _ = fs::remove_file(self.dir.path().join("pid"));
         self.child = daemon(self.dir.path())?;
+        self.killed = false;
         self.wait_until_it_answers()
     }
 
@@ -97,24 +107,19 @@ fn daemon(dir: &Path) -> io::Result<Child> {
 
 impl Drop for Dockerd {
     fn drop(&mut self) {
-        terminate(&self.child);
+        if self.killed {
+            // Only a daemon clears up behind a daemon: containers, mounts, containerd.
+            let _ = self.restart();
+        }
+        // An error is one that has ended.
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let deadline = Instant::now() + STOP_LIMIT;
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(20));
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // One that was killed has left its containerd.
-        let containerd = fs::read_to_string(self.dir.path().join("exec/containerd/containerd.pid"));
-        if let Some(pid) = containerd.ok().and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?)) {
-            let _ = kill_process(pid, Signal::TERM);
-        }
     }
-}
-
-fn terminate(child: &Child) {
-    // An error is one that has ended.
-    let _ = kill_process(Pid::from_child(child), Signal::TERM);
 }
 
 /// `$DOCKER_HOST`, which names the daemon of `with-dockerd`. A daemon that is there for something else is not for tests.

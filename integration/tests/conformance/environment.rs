@@ -111,6 +111,8 @@ print(len(os.listdir(ssl.get_default_verify_paths().capath)) > 100,
 }
 
 fn processes_have_their_own_proc(on: On) {
-    let script = "sleep 600 & tr '\\0' ' ' </proc/$!/cmdline; echo; test -d /proc/$$ && echo self";
-    assert_eq!(on.sh(script).outcome().ok(), "sleep 600 \nself");
+    // Until it has become what it is to be.
+    let script = "sleep 600 & until tr '\\0' ' ' < /proc/$!/cmdline | grep -q '^sleep 600'; do :; done; \
+                  test -d /proc/$$ && echo self";
+    assert_eq!(on.sh(script).outcome().ok(), "self");
 }

@@ -7,12 +7,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use chitin::Runtime;
 use chitin_integration::{Chitin, On, file};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 on_every_tier!(
     a_tree_keeps_its_modes_and_links_there_and_back,
-    any_place_can_be_copied_to,
+    scratch_can_be_copied_to_and_in_a_microvm_any_place,
     many_files_pass,
     large_files_pass,
     sparse_files_pass,
@@ -49,7 +50,7 @@ fn a_tree_keeps_its_modes_and_links_there_and_back(on: On) {
     fs::set_permissions(tree.join("sub/run.sh"), fs::Permissions::from_mode(0o750)).unwrap();
     symlink("sub/run.sh", tree.join("link")).unwrap();
     let back = dir.path().join("back");
-    let script = "tree/link && stat -c %a tree/sub/run.sh && readlink tree/link && stat -c %U tree/sub && echo new > tree/sub/new";
+    let script = "tree/link && find tree/sub/run.sh -printf '%m\\n' && readlink tree/link && find tree/sub -maxdepth 0 -printf '%u\\n' && echo new > tree/sub/new";
     let outcome = there_and_back(on, &tree, &back, script).outcome();
     assert_eq!(outcome.ok(), "ran\n750\nsub/run.sh\nagent");
     assert_eq!(fs::read_link(back.join("link")).unwrap(), Path::new("sub/run.sh"));
@@ -58,16 +59,30 @@ fn a_tree_keeps_its_modes_and_links_there_and_back(on: On) {
     assert!(back.join("sub/empty").is_dir());
 }
 
-fn any_place_can_be_copied_to(on: On) {
+fn scratch_can_be_copied_to_and_in_a_microvm_any_place(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let config = file(dir.path(), "config.yaml", "a: 1\n").unwrap();
     let script = "cat /shared/deep/config.yaml; echo x 2>/dev/null > /shared/deep/x || echo read-only";
-    let outcome = on
-        .with("")
-        .arg(copy("copy-in", config, "/shared/deep/config.yaml"))
-        .args(["--", "sh", "-c", script])
-        .outcome();
-    assert_eq!(outcome.ok(), "a: 1\nread-only");
+    let to = |place: &str| {
+        on.with("").arg(copy("copy-in", &config, place)).args(["--", "sh", "-c", script]).outcome()
+    };
+    let anywhere = to("/shared/deep/config.yaml");
+    match on.tier {
+        Runtime::Ironclaw => assert_eq!(anywhere.ok(), "a: 1\nread-only"),
+        // The root of a container is read-only for its agent as well.
+        Runtime::Nanoclaw | Runtime::Nemoclaw => {
+            anywhere.refused("open the way to /shared/deep: Read-only file system");
+        }
+    }
+    for scratch in ["/work", "/tmp"] {
+        let script = format!("cat {scratch}/deep/config.yaml");
+        let outcome = on
+            .with("")
+            .arg(copy("copy-in", &config, format!("{scratch}/deep/config.yaml")))
+            .args(["--", "sh", "-c", &script])
+            .outcome();
+        assert_eq!(outcome.ok(), "a: 1");
+    }
 }
 
 fn many_files_pass(on: On) {
@@ -79,7 +94,8 @@ fn many_files_pass(on: On) {
     }
     let back = dir.path().join("back");
     let outcome =
-        there_and_back(on, &many, &back, "cat many/* | sort -n | tail -n 1; ls many | wc -l").outcome();
+        there_and_back(on, &many, &back, "cat many/* | sort -n | tail -n 1; set -- many/*; echo $#")
+            .outcome();
     assert_eq!(outcome.ok(), "999\n1000");
     for i in 0..1000 {
         assert_eq!(fs::read_to_string(back.join(format!("{i}"))).unwrap(), format!("{i}\n"));

@@ -13,7 +13,8 @@ on_every_tier!(
     a_restricted_workload_has_lost_what_it_does_not_need,
     without_a_policy_the_same_can_be_read,
     python_node_and_go_run_under_default_deny,
-    files_are_copies_and_written_back_on_success,
+    files_that_are_read_are_copies_and_their_neighbours_are_not_there,
+    files_that_are_written_are_written_back_on_success,
     processes_have_an_end,
     memory_has_an_end,
     the_disk_has_an_end,
@@ -122,48 +123,64 @@ const server = require(\"http\").createServer((q, s) => s.end(\"served\")).liste
     }
 }
 
-fn files_are_copies_and_written_back_on_success(on: On) {
+fn files_that_are_read_are_copies_and_their_neighbours_are_not_there(on: On) {
     let policy = on.policy("");
     let dir = policy.dir.path();
-    fs::create_dir(dir.join("shared")).unwrap();
-    file(dir, "shared/config", "settings").unwrap();
-    file(dir, "shared/other", "not listed").unwrap();
-    fs::create_dir(dir.join("state")).unwrap();
-    file(dir, "state/count", "1").unwrap();
-    let host = dir.display();
+    file(dir, "config", "settings").unwrap();
+    file(dir, "other", "not listed").unwrap();
     let text = format!(
         "runtime: {}
-sandbox:
-  filesystem:
-    - {{access: read-only, path: /shared/config, source: {host}/shared/config}}
-    - {{access: read-write, path: /work/state, source: {host}/state}}
+sandbox: {{filesystem: [{{access: read-only, path: /shared/config, source: {}/config}}]}}
 ",
-        on.tier
+        on.tier,
+        dir.display(),
     );
     fs::write(&policy.path, text).unwrap();
-    let script = "cat /shared/config; echo; ls /shared; cat /shared/other; ls /; echo x >/shared/config; cat /work/state/count; \
-                  echo 2 >/work/state/count; echo new >/work/state/new; exit $CODE";
+    let script = "cat /shared/config; echo; ls /shared; cat /shared/other; ls /; echo x >/shared/config";
+    let outcome = policy.sh(script).outcome();
+    if on.tier != Runtime::Ironclaw {
+        // The root of a container is read-only for its agent as well.
+        outcome.refused("open the way to /shared: Read-only file system");
+        return;
+    }
+    assert_eq!(outcome.text(), "settings", "{outcome:?}");
+    let said: Vec<&str> = outcome.stderr.lines().filter_map(|line| line.rsplit(": ").next()).collect();
+    // Its directory is not listed, only it is; its neighbour is not there; nor is the root listed.
+    let denied = "Permission denied";
+    assert_eq!(said, [denied, "No such file or directory", denied, "Read-only file system"], "{outcome:?}");
+    assert_eq!(fs::read_to_string(dir.join("config")).unwrap(), "settings");
+}
+
+fn files_that_are_written_are_written_back_on_success(on: On) {
+    let confines = confines_files(on);
+    let policy = on.policy("");
+    let dir = policy.dir.path();
+    fs::create_dir(dir.join("state")).unwrap();
+    file(dir, "state/count", "1").unwrap();
+    let text = format!(
+        "runtime: {}
+sandbox: {{filesystem: [{{access: read-write, path: /work/state, source: {}/state}}]}}
+",
+        on.tier,
+        dir.display(),
+    );
+    fs::write(&policy.path, text).unwrap();
+    let script = "cat /work/state/count; echo 2 >/work/state/count; echo new >/work/state/new; exit $CODE";
     let run = |code: &str| {
         policy.run().args(["--env", &format!("CODE={code}"), "--", "sh", "-c", script]).outcome()
     };
     let failed = run("3");
-    if !confines_files(on) {
+    if !confines {
         failed.refused("Landlock");
         return;
     }
-    assert_eq!(failed.code, 3, "{failed:?}");
-    assert_eq!(failed.text(), "settings\n1", "{failed:?}");
-    let said: Vec<&str> = failed.stderr.lines().filter_map(|line| line.rsplit(": ").next()).collect();
-    // Its directory is not listed, only it is; its neighbour is not there; nor is the root listed.
-    let denied = "Permission denied";
-    assert_eq!(said, [denied, "No such file or directory", denied, "Read-only file system"], "{failed:?}");
+    assert_eq!((failed.code, failed.text()), (3, "1"), "{failed:?}");
     assert_eq!(fs::read_to_string(dir.join("state/count")).unwrap(), "1");
     assert!(!dir.join("state/new").exists());
 
-    assert_eq!(run("0").code, 0);
+    run("0").ok();
     assert_eq!(fs::read_to_string(dir.join("state/count")).unwrap(), "2\n");
     assert_eq!(fs::read_to_string(dir.join("state/new")).unwrap(), "new\n");
-    assert_eq!(fs::read_to_string(dir.join("shared/config")).unwrap(), "settings");
 }
 
 fn processes_have_an_end(on: On) {
@@ -185,12 +202,14 @@ os.kill(0, 9)
 ",
         )
         .outcome();
+    if on.tier == Runtime::Nanoclaw && outcome.code == 125 {
+        // gVisor's kernel has the same limit as what runs on it, and cannot go on.
+        assert!(outcome.stderr.contains("starts too many processes"), "{outcome:?}");
+        return;
+    }
     assert_eq!(outcome.code, 137, "{outcome:?}");
-    let count: u32 = outcome
-        .text()
-        .strip_suffix(" EAGAIN")
-        .and_then(|count| count.parse().ok())
-        .unwrap_or_else(|| panic!("{outcome:?}"));
+    let count = outcome.text().strip_suffix(" EAGAIN").and_then(|count| count.parse::<u32>().ok());
+    let count = count.unwrap_or_else(|| panic!("{outcome:?}"));
     match on.tier {
         // Twenty, of which this one is the first.
         Runtime::Ironclaw => assert_eq!(count, 19),

@@ -2,11 +2,16 @@
 //! read-only one that microVMs have, as an archive.
 
 use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::Unavailable;
 use crate::sandbox::Plan;
@@ -105,6 +110,26 @@ impl RootArchive {
     }
 }
 
+impl RootArchive {
+    /// That it is what the manifest says.
+    pub fn check(&self) -> Result<(), String> {
+        let failed = |error: io::Error| format!("{}: {error}", self.path.display());
+        let mut hash = Sha256::new();
+        io::copy(&mut File::open(&self.path).map_err(failed)?, &mut hash).map_err(failed)?;
+        self.is(&format!("{:x}", hash.finalize()))
+    }
+
+    /// That its digest is this one.
+    pub fn is(&self, found: &str) -> Result<(), String> {
+        match found == self.digest {
+            true => Ok(()),
+            false => {
+                Err(format!("{} is not what root.json says: its SHA-256 is {found}", self.path.display()))
+            }
+        }
+    }
+}
+
 /// It becomes a directory's and an image's name.
 fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
@@ -149,6 +174,66 @@ impl Log {
     }
 }
 
+/// A process by which a container is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Owner {
+    /// The boot and the namespace in which its number means something.
+    place: String,
+    pid: u32,
+    /// Clock ticks since that boot: with it a number that was given again is another process.
+    started: u64,
+}
+
+impl Owner {
+    pub fn this() -> Owner {
+        Owner::of(std::process::id())
+    }
+
+    pub fn of(pid: u32) -> Owner {
+        Owner { place: Owner::here(), pid, started: started(pid).unwrap_or(0) }
+    }
+
+    fn here() -> String {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+        format!("{}/{}", boot.trim(), namespace.display())
+    }
+
+    pub fn parse(text: &str) -> Option<Owner> {
+        let mut words = text.split(' ');
+        let (place, pid, started) = (words.next()?, words.next()?, words.next()?);
+        Some(Owner { place: place.into(), pid: pid.parse().ok()?, started: started.parse().ok()? })
+    }
+
+    /// Known to have ended. Of another machine's processes nothing is known.
+    pub fn has_ended(&self) -> bool {
+        self.place == Owner::here() && started(self.pid) != Some(self.started)
+    }
+
+    /// Kills it, and whatever is in its process group, which it leads.
+    pub fn kill(&self) {
+        if let Some(pid) = self.pid.try_into().ok().and_then(Pid::from_raw)
+            && self.place == Owner::here()
+            && !self.has_ended()
+        {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.place, self.pid, self.started)
+    }
+}
+
+/// When a process was started; none if there is no such process.
+fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name, which may hold anything; it is the 22nd of all fields.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,6 +264,19 @@ mod tests {
         assert!(is_digest(&"0f".repeat(32)));
         for bad in ["", "0f", &"0F".repeat(32), &"..".repeat(32), &"0f".repeat(33)] {
             assert!(!is_digest(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_owner_is_known_to_have_ended_only_where_its_number_means_something() {
+        let own = Owner::this();
+        assert_eq!(Owner::parse(&own.to_string()), Some(own.clone()));
+        assert!(!own.has_ended());
+        let before = Owner { started: own.started.wrapping_sub(1), ..own.clone() };
+        assert!(before.has_ended(), "its number was given again");
+        assert!(!Owner { place: "another boot".into(), ..before }.has_ended());
+        for bad in ["", "0.1.0", "place 1", "place x 1"] {
+            assert_eq!(Owner::parse(bad), None, "{bad}");
         }
     }
 }

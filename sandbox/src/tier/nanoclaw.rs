@@ -28,7 +28,7 @@ use tokio::sync::OnceCell;
 
 use self::bundle::Bundle;
 use self::engine::Engine;
-use super::container::{Limits, Log, RootArchive, START_LIMIT, STOP_LIMIT};
+use super::container::{Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
 use crate::policy::Runtime;
@@ -40,6 +40,12 @@ const DELETE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long standard error may stay open behind a runtime that has ended.
 const LOG_LIMIT: Duration = Duration::from_millis(500);
+
+/// What a runtime exits with when its container was ended by SIGKILL.
+const KILLED: i32 = 137;
+
+/// What gVisor's kernel exits with, as every Go program, when it cannot go on.
+const PANICKED: i32 = 2;
 
 /// Containers of an OCI runtime.
 #[derive(Debug)]
@@ -105,6 +111,7 @@ impl Tier for Nanoclaw {
 #[derive(Debug)]
 struct Container {
     engine: Engine,
+    limits: Limits,
     name: String,
     child: Child,
     /// Until the agent has answered.
@@ -135,6 +142,10 @@ impl Container {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|source| Error::Spawn { path: engine.program.clone(), source })?;
+        if let Some(pid) = child.id() {
+            // Without it, it can be ended by us alone.
+            let _ = bundle.note(&Owner::of(pid));
+        }
         let log = Log::default();
         let reader = tokio::spawn({
             let (log, stderr) = (log.clone(), child.stderr.take());
@@ -149,8 +160,16 @@ impl Container {
             }
         });
         let name = bundle.name().to_owned();
-        let container =
-            Container { engine: engine.clone(), name, child, bundle: Some(bundle), log, reader, ended: None };
+        let container = Container {
+            engine: engine.clone(),
+            limits,
+            name,
+            child,
+            bundle: Some(bundle),
+            log,
+            reader,
+            ended: None,
+        };
         Ok((container, ours))
     }
 
@@ -188,7 +207,18 @@ impl Instance for Container {
             let status = self.wait().await;
             let said = self.log.last_line();
             if self.bundle.is_none() {
-                let reason = format!("its container has ended ({status})");
+                let reason = match (status.code(), self.engine.has_own_kernel()) {
+                    // Its own kernel is in its cgroup: what meets the limits is all of it, and not the one that asked too much.
+                    (Some(KILLED), true) => format!(
+                        "gVisor's kernel was killed, as it is when the sandbox uses up its {} MiB",
+                        self.limits.memory >> 20
+                    ),
+                    (Some(PANICKED), true) => {
+                        "gVisor's kernel has given up, as it does when the sandbox starts too many processes"
+                            .into()
+                    }
+                    _ => format!("its container has ended ({status})"),
+                };
                 return Error::GuestEnded(GuestEnd { reason, log: self.log.text() });
             }
             let reason = said.unwrap_or_else(|| format!("it has ended without a word ({status})"));
@@ -199,7 +229,8 @@ impl Instance for Container {
     fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
         Box::pin(async {
             let by_itself = tokio::time::timeout(STOP_LIMIT, self.wait()).await.is_ok();
-            if by_itself && self.bundle.is_none() {
+            // A runtime that fails when the agent has answered already may leave what it knows of the container.
+            if by_itself && self.bundle.is_none() && !self.engine.knows(&self.name) {
                 return Ok(());
             }
             self.kill();

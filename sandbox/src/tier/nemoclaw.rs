@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The channel is the container's standard input and output, which the daemon closes when our connection to it does, however
-//! we end. What a client has left that died between create and start has our label, and the next start removes it.
+//! we end. What a client has left that died between create and start has a label that names its process, and the next start
+//! removes it. A daemon that crashes leaves its containers running until it is started again, and then ends them.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -29,7 +30,8 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use super::container::{
-    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, RootArchive, START_LIMIT, STOP_LIMIT, new_name, scratch,
+    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT, new_name,
+    scratch,
 };
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
@@ -46,7 +48,7 @@ const REQUEST_LIMIT: u64 = 120;
 /// Docker 20.10's: the first with private cgroup namespaces.
 const OLDEST_API: (usize, usize) = (1, 41);
 
-/// Marks our containers, so that none of somebody else's is ever removed.
+/// Marks our containers, so that none of somebody else's is ever removed, with the process that has created it.
 const LABEL: &str = "chitin.sandbox";
 
 /// The name of our images; the tag is the root's digest.
@@ -226,6 +228,10 @@ impl Daemon {
 
     /// Makes the archive an image. Two that do so at the same time make the same one.
     async fn import(&self) -> Result<(), Error> {
+        let archive = self.archive.clone();
+        let checking = tokio::task::spawn_blocking(move || archive.check());
+        let checked = checking.await.map_err(|error| error.to_string()).and_then(|checked| checked);
+        checked.map_err(|reason| Error::Container { engine: self.implementation.clone(), reason })?;
         let path = &self.archive.path;
         let file = tokio::fs::File::open(path)
             .await
@@ -258,6 +264,10 @@ impl Daemon {
         let host = HostConfig {
             auto_remove: Some(true),
             network_mode: Some("none".into()),
+            // The daemon puts a resolv.conf over that of the image, empty if the container's network is disabled altogether: it
+            // is to name the agent as well.
+            dns: Some(vec!["127.0.0.53".into()]),
+            dns_search: Some(vec![".".into()]),
             ipc_mode: Some("private".into()),
             readonly_rootfs: Some(true),
             cap_drop: Some(vec!["ALL".into()]),
@@ -282,8 +292,7 @@ impl Daemon {
             working_dir: Some("/".into()),
             user: Some("0:0".into()),
             hostname: Some(HOST_NAME.into()),
-            labels: Some(HashMap::from([(LABEL.into(), env!("CARGO_PKG_VERSION").into())])),
-            network_disabled: Some(true),
+            labels: Some(HashMap::from([(LABEL.into(), Owner::this().to_string())])),
             attach_stdin: Some(true),
             attach_stdout: Some(true),
             attach_stderr: Some(true),
@@ -388,7 +397,11 @@ impl Instance for Container {
                     "its container has ended".into()
                 }
                 (Err(error), _) => {
-                    format!("the {} daemon no longer answers ({})", self.implementation, chain(error))
+                    format!(
+                        "the {} daemon no longer answers, and ends the container when it is started again ({})",
+                        self.implementation,
+                        chain(error)
+                    )
                 }
                 (Ok(_), Some(broken)) => {
                     format!("the connection to the {} daemon broke: {broken}", self.implementation)
@@ -481,7 +494,9 @@ async fn sweep(docker: Docker) {
     for container in listed {
         let born = Duration::from_secs(container.created.and_then(|at| u64::try_from(at).ok()).unwrap_or(0));
         let idle = container.state != Some(ContainerSummaryStateEnum::RUNNING);
-        if let (Some(id), true) = (container.id, idle && now.saturating_sub(born) > STALE) {
+        let owner = container.labels.as_ref().and_then(|labels| Owner::parse(labels.get(LABEL)?));
+        let left = owner.is_some_and(|owner| owner.has_ended()) || now.saturating_sub(born) > STALE;
+        if let (Some(id), true) = (container.id, idle && left) {
             let force = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
             let _ = docker.remove_container(&id, Some(force)).await;
         }

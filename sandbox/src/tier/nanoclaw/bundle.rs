@@ -11,10 +11,13 @@ use serde_json::{Value, json};
 
 use super::engine::Engine;
 use crate::template::fill_random;
-use crate::tier::container::{AGENT, CAPABILITIES, HOST_NAME, Limits, new_name, scratch};
+use crate::tier::container::{AGENT, CAPABILITIES, HOST_NAME, Limits, Owner, new_name, scratch};
 
 pub(super) const RUN: &str = "/run/chitin";
 const BUNDLES: &str = "/run/chitin/bundles";
+
+/// In a bundle, the file that names the process that runs it.
+const RUNTIME: &str = "runtime";
 
 /// A bundle's directory. Dropping it removes it.
 #[derive(Debug)]
@@ -42,6 +45,11 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// Notes which process runs it, so that it can be ended if it hangs and nobody is there.
+    pub fn note(&self, runtime: &Owner) -> io::Result<()> {
+        fs::write(self.path.join(RUNTIME), runtime.to_string())
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -58,6 +66,12 @@ impl Drop for Bundle {
     }
 }
 
+/// The process that runs a bundle, if it still does.
+fn runtime(bundle: &Path) -> Option<Owner> {
+    let owner = Owner::parse(&fs::read_to_string(bundle.join(RUNTIME)).ok()?)?;
+    (!owner.has_ended()).then_some(owner)
+}
+
 /// Removes what those have left who died while they started a container.
 pub(crate) async fn sweep() {
     let Ok(entries) = fs::read_dir(BUNDLES) else { return };
@@ -68,6 +82,9 @@ pub(crate) async fn sweep() {
             continue;
         }
         let name = entry.file_name();
+        if let Some(runtime) = runtime(&path) {
+            runtime.kill();
+        }
         if let Some((engine, name)) = name.to_str().and_then(|name| name.split_once('-'))
             && let Some(engine) = Engine::named(engine)
         {

@@ -35,6 +35,12 @@ const TRIAL: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None
 /// Threads that gVisor's kernel and its helper have on the host.
 const GVISOR_TASKS: u32 = 256;
 
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Processes that were killed are in their cgroup until the kernel is done with them.
+const CLEAR_TRIES: u32 = 20;
+const CLEAR_PAUSE: Duration = Duration::from_millis(50);
+
 const FOUND: &str = "/run/chitin/works.json";
 
 /// A runtime.
@@ -99,12 +105,37 @@ impl Engine {
     /// Ends a container by force and forgets it; whether nothing is left of it.
     pub async fn delete(&self, name: &str) -> bool {
         // A runtime may call it a failure that there was none.
-        succeeds(&mut self.command(&["delete", "--force", name])).await || !self.knows(name)
+        let deleted = succeeds(&mut self.command(&["delete", "--force", name])).await;
+        for _ in 0..CLEAR_TRIES {
+            if self.clear(name) {
+                break;
+            }
+            tokio::time::sleep(CLEAR_PAUSE).await;
+        }
+        deleted || !self.knows(name)
     }
 
-    fn knows(&self, name: &str) -> bool {
+    /// Removes what a runtime forgets of a container when it was killed itself: cgroups, which have to be empty, and locks.
+    fn clear(&self, name: &str) -> bool {
+        let root = Path::new(CGROUPS);
+        let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+        let left = hierarchies.chain([root.to_owned()]).map(|hierarchy| hierarchy.join("chitin").join(name));
+        let cleared = left.filter(|cgroup| cgroup.is_dir()).all(|cgroup| fs::remove_dir(cgroup).is_ok());
+        for state in self.states(name).filter(|path| path.extension() == Some("lock".as_ref())) {
+            let _ = fs::remove_file(state);
+        }
+        cleared
+    }
+
+    fn states(&self, name: &str) -> impl Iterator<Item = PathBuf> {
         let states = fs::read_dir(Path::new(RUN).join(self.name)).into_iter().flatten().flatten();
-        states.into_iter().any(|state| state.file_name().to_string_lossy().contains(name))
+        let of_it = move |path: &PathBuf| path.to_string_lossy().contains(name);
+        states.map(|state| state.path()).filter(of_it)
+    }
+
+    /// Whether it has anything of a container.
+    pub fn knows(&self, name: &str) -> bool {
+        self.states(name).next().is_some()
     }
 }
 
@@ -195,7 +226,11 @@ async fn try_out(engine: &Engine, root: &Path) -> Result<String, String> {
             crate::Error::Container { reason, .. } => reason,
             other => other.to_string(),
         }),
-        Err(_) => Err(format!("a container has not answered for {} s", TRIAL_LIMIT.as_secs())),
+        Err(_) => {
+            // It has had its time.
+            container.kill();
+            Err(format!("a container has not answered for {} s", TRIAL_LIMIT.as_secs()))
+        }
     };
     drop(stream);
     container.stop().await.map_err(|error| error.to_string())?;

@@ -47,13 +47,7 @@ fn unpack(archive: &RootArchive, partial: &Path) -> Result<(), String> {
     })?;
     // The padding behind the last entry is part of the file.
     io::copy(&mut hashed, &mut io::sink()).map_err(|error| error.to_string())?;
-    let found = format!("{:x}", hashed.hash.finalize());
-    match found == archive.digest {
-        true => Ok(()),
-        false => {
-            Err(format!("{} is not what root.json says: its SHA-256 is {found}", archive.path.display()))
-        }
-    }
+    archive.is(&format!("{:x}", hashed.hash.finalize()))
 }
 
 /// Hashes what is read.
