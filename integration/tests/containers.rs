@@ -1,5 +1,6 @@
 //! What can be wrong with a container tier: with its daemon, its runtime, the image. Each is a clear error, exit code 125, and
 //! nothing is left behind.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -2,6 +2,7 @@
 //!
 //! A case is a function of the tier, and `on_every_tier!` makes a test of it for each. What only one tier has (a kernel of its
 //! own, templates, a console) is in the other files beside this one.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
 
 /// Tests of these cases: `ironclaw::CASE`, `nanoclaw::CASE`, `nemoclaw::CASE`.
 macro_rules! on_every_tier {
