@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -119,6 +120,8 @@ impl Drop for Dockerd {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A daemon mounts its data over itself, and one that was killed has not undone it. An error is that there is none.
+        let _ = unmount(self.dir.path().join("data"), UnmountFlags::DETACH);
     }
 }
 
