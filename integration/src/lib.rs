@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// How long one `chitin` may take. A boot takes seconds on the emulated host, and twenty that run at once take minutes.
-pub const LIMIT: Duration = Duration::from_secs(600);
+/// How long one `chitin` may take. A boot takes seconds on the emulated host, and twenty that run at once take two minutes.
+pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a monitor may survive whoever held it.
 const GONE_LIMIT: Duration = Duration::from_secs(20);
