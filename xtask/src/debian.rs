@@ -90,15 +90,27 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_owned())
 }
 
+/// The commands, for root, that install packages. A fresh container has no package lists, and stale ones name versions that
+/// are gone.
+pub fn install(names: &[&str]) -> Vec<Vec<String>> {
+    install_with(&[], names)
+}
+
+/// The same, with options of apt.
+fn install_with(options: &[&str], names: &[&str]) -> Vec<Vec<String>> {
+    let apt =
+        |words: &[&str]| [&["apt-get"], options, words].concat().into_iter().map(str::to_owned).collect();
+    let install = [&["install", "--yes", "--no-install-recommends"], names].concat();
+    vec![apt(&["update"]), apt(&install)]
+}
+
 /// The commands, for root, that install a package whose major version is at least `major`: from this Debian, or from its
 /// backports. Those are asked for this one time, with lists of their own below target/; the machine's sources stay as
 /// they are.
 pub fn newer(name: &str, major: u32) -> Result<Vec<Vec<String>>> {
-    let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-    let install = ["install", "--yes", "--no-install-recommends"];
     let at_hand = candidate(name).ok().and_then(|package| major_version(&package.version));
     if at_hand.is_some_and(|at_hand| at_hand >= major) {
-        return Ok(vec![words(&[&["apt-get"][..], &install, &[name]].concat())]);
+        return Ok(install(&[name]));
     }
     let (archive, codename) = archive()?;
     let dir = workspace::target().join("apt");
@@ -121,11 +133,7 @@ pub fn newer(name: &str, major: u32) -> Result<Vec<Vec<String>>> {
     let option = |key: &str, path: &Path| format!("--option={key}={}", path.display());
     let (parts, lists) =
         (option("Dir::Etc::SourceParts", &sources), option("Dir::State::Lists", &dir.join("lists")));
-    let apt = ["apt-get", &parts, &lists];
-    Ok(vec![
-        words(&[&apt[..], &["update"]].concat()),
-        words(&[&apt[..], &install, &["--target-release", &suite, name]].concat()),
-    ])
+    Ok(install_with(&[&parts, &lists], &["--target-release", &suite, name]))
 }
 
 /// Debian's own keys, which its base system brings.
@@ -211,6 +219,14 @@ mod tests {
         let targets = "http://a/debian-security/ bookworm-security\nhttp://a/debian/ bookworm\n";
         assert_eq!(parse_archive(targets, "bookworm").as_deref(), Some("http://a/debian/"));
         assert_eq!(parse_archive(targets, "trixie"), None);
+    }
+
+    #[test]
+    fn lists_are_fetched_before_packages_are() {
+        let lines = install_with(&["--option=a=b"], &["x"]).into_iter().map(|words| words.join(" "));
+        let expected =
+            ["apt-get --option=a=b update", "apt-get --option=a=b install --yes --no-install-recommends x"];
+        assert_eq!(lines.collect::<Vec<_>>(), expected);
     }
 
     #[test]

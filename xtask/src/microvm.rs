@@ -71,7 +71,7 @@ const PART_TRIES: usize = 3;
 /// ended.
 ///
 /// An emulated host can stand still with all that runs in it; a part that this happens to is given another one, which is
-/// said. What the tests find is never tried again.
+/// said.
 ///
 /// The exit code is the first that is not 0.
 pub fn nested_in_parallel(

@@ -43,19 +43,14 @@ struct Missing {
 
 impl Missing {
     fn new(what: impl Into<String>, why: impl Into<String>, install: &[&str]) -> Self {
-        Self { what: what.into(), why: why.into(), install: vec![words(install)], needs_root: false }
+        let install = vec![install.iter().map(|word| (*word).to_owned()).collect()];
+        Self { what: what.into(), why: why.into(), install, needs_root: false }
     }
 
-    /// Packages that apt knows. A fresh container has no package lists, and stale ones name versions that are gone.
+    /// Packages that apt knows.
     fn packages(what: impl Into<String>, why: impl Into<String>, names: &[&str]) -> Self {
-        let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
-        let install = vec![words(&["apt-get", "update"]), words(&install)];
-        Self { what: what.into(), why: why.into(), install, needs_root: true }
+        Self { what: what.into(), why: why.into(), install: debian::install(names), needs_root: true }
     }
-}
-
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
 }
 
 /// Installs, or with `--check` lists, what is missing.

@@ -85,7 +85,7 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
     command.extend(profile);
     // A test that fails is tried again there, and called flaky if it passes then: with other work on this machine the
     // emulated host is so slow that its own clock runs out.
-    command.extend(["--retries", "1"]);
+    command.extend(["--retries", "2"]);
     // A CPU of the emulated host is one thread here, so there is one such host for each of ours, up to a memory's worth.
     let hosts = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_HOSTS));
     // A few parts for each host, so that one that hangs costs little; a filter is for a few tests.
