@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -391,8 +392,9 @@ async fn attend(
             let _ = stdin.shutdown().await;
         })
     });
-    let stdout = process.stdout.take().map(|stdout| tokio::spawn(deliver(stdout, tokio::io::stdout())));
-    let stderr = process.stderr.take().map(|stderr| tokio::spawn(deliver(stderr, tokio::io::stderr())));
+    let (stdout, stderr) = (own(io::stdout())?, own(io::stderr())?);
+    let stdout = process.stdout.take().map(|output| tokio::spawn(deliver(output, stdout)));
+    let stderr = process.stderr.take().map(|output| tokio::spawn(deliver(output, stderr)));
 
     let ended = end_of(&mut process, signals).await;
     if let Some(stdin) = stdin {
@@ -456,6 +458,13 @@ async fn end_of(process: &mut Process, signals: &mut Signals) -> Result<Option<(
 }
 
 /// Writes all of a stream. A reader that has gone is passed on to the workload, as a shell's pipe would.
+/// A standard stream as a file: what is written to it is passed on as it is, where standard output would look for the end of a
+/// line in it first.
+fn own(stream: impl AsFd) -> Result<tokio::fs::File, Failure> {
+    let failed = |source| Failure::Io { what: "share standard output".into(), source };
+    Ok(tokio::fs::File::from_std(stream.as_fd().try_clone_to_owned().map_err(failed)?.into()))
+}
+
 async fn deliver(stream: StreamReader, mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
     let mut stream = BufReader::with_capacity(CHUNK, stream);
     match tokio::io::copy_buf(&mut stream, &mut to).await {

@@ -67,32 +67,35 @@ const TIMED_OUT: i32 = 124;
 /// Emulated hosts that one part is given, if they hang.
 const PART_TRIES: usize = 3;
 
-/// Runs `parts` commands on `hosts` emulated hosts at a time, a new host for each. What a part writes is seen when it has
-/// ended.
+/// What runs on an emulated host of its own.
+pub struct Part {
+    /// Options of `cargo xtask nested`.
+    pub options: &'static [&'static str],
+    /// The command and its arguments.
+    pub command: Vec<String>,
+}
+
+/// Runs the parts on `hosts` emulated hosts at a time, a new host for each. What a part writes is seen when it has ended.
 ///
 /// An emulated host can stand still with all that runs in it; a part that this happens to is given another one, which is
 /// said.
 ///
 /// The exit code is the first that is not 0.
-pub fn nested_in_parallel(
-    hosts: usize,
-    parts: usize,
-    command: impl Fn(usize) -> Vec<String> + Sync,
-) -> Result<ExitCode> {
+pub fn nested_in_parallel(hosts: usize, parts: &[Part]) -> Result<ExitCode> {
     let xtask = std::env::current_exe().context("find this program")?;
     let next = AtomicUsize::new(0);
     let ended = Mutex::new(ExitCode::SUCCESS);
     let work = || -> Result<()> {
         loop {
-            let part = next.fetch_add(1, Ordering::Relaxed);
-            if part >= parts {
+            let number = next.fetch_add(1, Ordering::Relaxed) + 1;
+            let Some(part) = parts.get(number - 1) else {
                 return Ok(());
-            }
-            let output = nested_part(&xtask, part, &command(part))?;
+            };
+            let output = nested_part(&xtask, number, part)?;
             let mut code = ended.lock().map_err(|_| anyhow!("another part could not be run"))?;
             io::stdout().write_all(&output.stdout)?;
             io::stderr().write_all(&output.stderr)?;
-            eprintln!("part {} of {parts}: {}", part + 1, output.status);
+            eprintln!("part {number} of {}: {}", parts.len(), output.status);
             if *code == ExitCode::SUCCESS && !output.status.success() {
                 *code = ExitCode::from(
                     output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1),
@@ -101,7 +104,7 @@ pub fn nested_in_parallel(
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..hosts.min(parts)).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..hosts.min(parts.len())).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| {
             worker.join().map_err(|_| anyhow!("the wait for an emulated host failed"))?
         })
@@ -109,17 +112,18 @@ pub fn nested_in_parallel(
     ended.into_inner().map_err(|_| anyhow!("a part could not be run"))
 }
 
-fn nested_part(xtask: &Path, part: usize, command: &[String]) -> Result<Output> {
+fn nested_part(xtask: &Path, number: usize, part: &Part) -> Result<Output> {
     let mut tries = 0;
     loop {
         let mut nested = Command::new(xtask);
-        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE, "--"]).args(command);
+        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE]).args(part.options);
+        nested.arg("--").args(&part.command);
         let output = nested.stdin(Stdio::null()).output().with_context(|| start_failure(&nested))?;
         tries += 1;
         if output.status.code() != Some(TIMED_OUT) || tries == PART_TRIES {
             return Ok(output);
         }
-        eprintln!("part {}: its emulated host hangs, another one tries:", part + 1);
+        eprintln!("part {number}: its emulated host hangs, another one tries:");
         eprintln!("{}", last_lines(&[output.stdout, output.stderr].concat(), 4));
     }
 }

@@ -15,6 +15,8 @@ use crate::{fuzz, hostile, microvm, npm, setup, vault, workspace};
 const MAX_HOSTS: usize = 4;
 /// Parts of the suite that each of them runs one after the other.
 const PARTS_PER_HOST: usize = 3;
+/// The tests that hold a clock to milliseconds, which mean something only where no other work counts.
+const DETERMINISTIC: &[&str] = &["-E", "test(copies_tell_the_time)"];
 
 /// Run every check and every test
 #[derive(Debug, clap::Args)]
@@ -66,9 +68,8 @@ fn containers(filter: Option<&str>) -> Result<ExitCode> {
 fn integration(filter: Option<&str>) -> Result<ExitCode> {
     let package = ["--package", "chitin-integration"];
     let profile = ["--profile", "microvm", "--no-tests", "pass"];
-    let filter = filter.into_iter().collect::<Vec<_>>();
     if microvm::usable()? {
-        return cargo(&[&["nextest", "run"], &package[..], &profile, &filter].concat());
+        return cargo(&[&["nextest", "run"], &package[..], &profile, filter.as_slice()].concat());
     }
     // Compiled here: the emulated host has the same files but a CPU a hundred times slower. It gets the two lists that
     // cargo would make for nextest.
@@ -89,12 +90,18 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
     // A CPU of the emulated host is one thread here, so there is one such host for each of ours, up to a memory's worth.
     let hosts = thread::available_parallelism().map_or(1, |count| count.get().min(MAX_HOSTS));
     // A few parts for each host, so that one that hangs costs little; a filter is for a few tests.
-    let parts = if filter.is_empty() { hosts * PARTS_PER_HOST } else { 1 };
+    let count = if filter.is_none() { hosts * PARTS_PER_HOST } else { 1 };
     command.extend(filter);
-    microvm::nested_in_parallel(hosts, parts, |part| {
-        let partition = format!("count:{}/{parts}", part + 1);
-        command.iter().map(|word| (*word).to_owned()).chain(["--partition".to_owned(), partition]).collect()
-    })
+    let part = |options, more: &[&str]| microvm::Part {
+        options,
+        command: command.iter().chain(more).map(|word| (*word).to_owned()).collect(),
+    };
+    let mut parts: Vec<_> =
+        (1..=count).map(|number| part(&[], &["--partition", &format!("count:{number}/{count}")])).collect();
+    if filter.is_none() {
+        parts.push(part(&["--icount"], DETERMINISTIC));
+    }
+    microvm::nested_in_parallel(hosts, &parts)
 }
 
 fn cargo(args: &[&str]) -> Result<ExitCode> {
