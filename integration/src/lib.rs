@@ -122,6 +122,22 @@ impl Chitin {
         self
     }
 
+    /// Starts it by way of another program, which gets the command after its own words.
+    pub fn by(mut self, words: &[&OsStr]) -> Chitin {
+        let [program, words @ ..] = words else { return self };
+        let mut command = Command::new(program);
+        command.args(words).arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.current_dir(self.dir.path());
+        self.command = command;
+        self
+    }
+
     /// The command, to be run in another way.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command

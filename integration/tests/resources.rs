@@ -3,6 +3,7 @@
 //! The fork bomb, memory and the disk alone, the agent's safety, and a workload that never sleeps and ignores the time limit are
 //! in `conformance`; a panic in `refusals.rs`; a triple fault is how each bare guest of `cargo xtask hostile` ends.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -21,31 +22,72 @@ fn small_template(dir: &Path) {
     chitin("template build small --memory 64").env("CHITIN_TEMPLATES", dir).outcome().ok();
 }
 
+/// What a workload does to use something up, and whether it comes to an end.
+const USES: [(&str, bool); 5] = [
+    ("(i=0; while [ $i -lt 100 ]; do sleep 300 & i=$((i+1)); done) >/dev/null 2>&1", true),
+    ("cat /dev/zero | tail -c 1G >/dev/null 2>&1", true),
+    ("head -c 1G /dev/zero >/work/full 2>/dev/null; rm /work/full", true),
+    ("yes", false),
+    ("while :; do :; done", false),
+];
+
+/// More than a pipe and all windows hold, for a reader that may have stopped, and more than the disk has, to be copied out.
+const AFTER: &str = "head -c 4000000 /dev/zero >/work/big; yes | head -c 1M";
+
+/// Runs its words with a disk of one MiB at the first of them.
+const SMALL_DISK: &str = "mount -t tmpfs -o size=1m none \"$1\" && shift && exec \"$@\"";
+
+/// Every way to use something up, with a reader and with one that has stopped, with a disk of the host that is full and without:
+/// all of it at once, and each ends as it would alone.
 #[test]
 fn twenty_at_once_use_up_only_what_is_theirs() {
     let dir = tempfile::tempdir().unwrap();
     small_template(dir.path());
-    let scripts = [
-        "(i=0; while [ $i -lt 100 ]; do sleep 30 & i=$((i+1)); done) 2>/dev/null; echo 0",
-        "cat /dev/zero | tail -c 1G >/dev/null 2>&1 || echo 1",
-        "head -c 1G /dev/zero >/work/full 2>/dev/null || echo 2",
-        "yes | head -c 300000 | tail -c 2; echo 3",
-    ];
-    let runs: Vec<_> = (0..20)
-        .map(|number| {
-            let run = copy_of(dir.path(), "").arg(scripts[number % scripts.len()]);
-            thread::spawn(move || run.outcome())
-        })
-        .collect();
+    let mut runs = Vec::new();
+    for (script, ends) in USES {
+        for (reader_stopped, disk_full) in [(false, false), (false, true), (true, false), (true, true)] {
+            let disk = tempfile::tempdir().unwrap();
+            let out = format!("big:{}", disk.path().join("big").display());
+            let run = copy_of(dir.path(), &format!("--timeout 90s --copy-out {out}"));
+            let mut run = run.arg(format!("{script}; {AFTER}"));
+            if disk_full {
+                let unshare =
+                    ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "sh"];
+                let words: Vec<&OsStr> =
+                    unshare.iter().map(OsStr::new).chain([disk.path().as_os_str()]).collect();
+                run = run.by(&words);
+            }
+            let expected = match (ends && !reader_stopped, disk_full) {
+                (false, _) => 124,
+                (true, true) => 125,
+                (true, false) => 0,
+            };
+            let what = format!("{script}, reader stopped: {reader_stopped}, disk full: {disk_full}");
+            let running = thread::spawn(move || {
+                let _disk = disk;
+                if reader_stopped {
+                    let mut running = run.spawn();
+                    let code = running.wait();
+                    running.assert_nothing_left();
+                    (code, String::new())
+                } else {
+                    let outcome = run.outcome();
+                    (outcome.code, outcome.stderr)
+                }
+            });
+            runs.push((what, expected, running));
+        }
+    }
     let mut longest = Duration::ZERO;
-    while !runs.iter().all(|run| run.is_finished()) {
+    while !runs.iter().all(|(_, _, running)| running.is_finished()) {
         let start = Instant::now();
         thread::sleep(Duration::from_millis(20));
         longest = longest.max(start.elapsed());
     }
-    for (number, run) in runs.into_iter().enumerate() {
-        let outcome = run.join().unwrap();
-        assert!(outcome.text().ends_with(&(number % scripts.len()).to_string()), "{number}: {outcome:?}");
+    for (what, expected, running) in runs {
+        let (code, stderr) = running.join().unwrap();
+        assert_eq!(code, expected, "{what}: {stderr}");
+        assert_eq!(code == 125, stderr.contains("No space left on device"), "{what}: {stderr}");
     }
     assert!(longest < BREATH, "the host did not get its turn for {longest:?}");
 }
