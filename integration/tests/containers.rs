@@ -144,6 +144,38 @@ mod nanoclaw {
     }
 
     #[test]
+    fn without_gvisor_a_policy_has_places_for_its_files() {
+        ON.check(|on| {
+            let broken = runsc("exit 1");
+            let policy = on.policy("");
+            let dir = policy.dir.path();
+            file(dir, "config", "settings").unwrap();
+            let config = |path: &str| {
+                let source = dir.join("config");
+                format!("{{access: read-only, path: {path}, source: {}}}", source.display())
+            };
+            let files = format!("[{}, {}]", config("/shared/config"), config("/etc/app/config"));
+            fs::write(&policy.path, format!("runtime: nanoclaw\nsandbox: {{filesystem: {files}}}\n")).unwrap();
+            let script = "cat /shared/config /etc/app/config; grep -c . /etc/passwd; ls /shared; : >/shared/config; \
+                          chmod u+w /shared/config; echo x >/shared/config; touch /etc/x; touch /x";
+            let outcome = with(&broken, policy.sh(script)).outcome();
+            assert!(outcome.text().starts_with("settingssettings"), "{outcome:?}");
+            assert!(outcome.text().len() > "settingssettings".len(), "{outcome:?}");
+            let said: Vec<&str> = outcome.stderr.lines().filter_map(|line| line.rsplit(": ").next()).collect();
+            let (denied, read_only) = ("Permission denied", "Read-only file system");
+            assert_eq!(said, [denied, denied, denied, read_only, read_only], "{outcome:?}");
+            // Killed, it leaves its root to the next start.
+            let script = "echo up; exec sleep 600";
+            let mut running = with(&broken, policy.sh(script)).spawn();
+            assert_eq!(running.line(), "up");
+            running.child.kill().unwrap();
+            running.wait();
+            with(&broken, on.run("true")).outcome().ok();
+            running.assert_nothing_left();
+        });
+    }
+
+    #[test]
     fn a_runtime_that_hangs_later_is_given_up() {
         ON.check(|on| {
             let real = fs::canonicalize("/usr/bin/runsc").unwrap();

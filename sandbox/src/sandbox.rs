@@ -70,6 +70,17 @@ pub(crate) struct Plan {
     pub tasks: u32,
     /// What may be written at most.
     pub disk_bytes: Option<u64>,
+    /// What the policy puts where nothing can be written later. The agent of a microVM makes room for it itself.
+    pub fixed: Vec<Fixed>,
+}
+
+/// A copy that the workload may only read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fixed {
+    /// Where it will be.
+    pub path: PathBuf,
+    /// Whether it is a directory.
+    pub directory: bool,
 }
 
 /// What a sandbox is to be.
@@ -311,7 +322,14 @@ impl Builder {
     fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> Plan {
         let limits = self.policy.as_ref().map(|policy| &policy.limits);
         let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
-        Plan { spec, files, confined, tasks: limits.map_or(MAX_TASKS, |limits| limits.pids), disk_bytes }
+        let shared = self.policy.iter().flat_map(|policy| &policy.files);
+        let fixed = shared.filter(|file| file.access == Access::ReadOnly).map(|file| Fixed {
+            path: file.path.clone(),
+            // One that is not there is refused when it is copied.
+            directory: file.source.is_dir(),
+        });
+        let tasks = limits.map_or(MAX_TASKS, |limits| limits.pids);
+        Plan { spec, files, confined, tasks, disk_bytes, fixed: fixed.collect() }
     }
 
     /// The tiers that will do, in this order: those of the policy, which none may be added to, and of them the one that was

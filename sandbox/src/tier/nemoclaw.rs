@@ -31,7 +31,7 @@ use tokio_util::io::ReaderStream;
 
 use super::container::{
     AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT, new_name,
-    scratch,
+    place_bytes, scratch,
 };
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
@@ -199,7 +199,7 @@ impl Daemon {
 
     async fn start(&self, plan: &Plan) -> Result<(Container, UnixStream), Error> {
         let name = new_name()?;
-        let body = self.body(Limits::of(plan));
+        let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
         if is_status(&created, 404) {
@@ -249,18 +249,20 @@ impl Daemon {
         &self.archive.digest[..32]
     }
 
-    fn body(&self, limits: Limits) -> ContainerCreateBody {
+    fn body(&self, limits: Limits, places: &[PathBuf]) -> ContainerCreateBody {
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let [work, tmp, shm] = scratch(limits);
-        let tmpfs = [work, tmp].map(|scratch| {
-            let options = format!(
-                "rw,nosuid,nodev,exec,mode={},uid={owner},gid={owner},size={}",
-                scratch.mode,
-                scratch.bytes,
-                owner = scratch.owner
-            );
-            (scratch.path.to_owned(), options)
-        });
+        let options = |mode: &str, owner: u32, bytes: u64| {
+            format!("rw,nosuid,nodev,exec,mode={mode},uid={owner},gid={owner},size={bytes}")
+        };
+        let mut tmpfs: HashMap<String, String> = [work, tmp]
+            .map(|scratch| (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes)))
+            .into();
+        for place in places {
+            // Not a byte of the policy, which is UTF-8, is lost.
+            let path = place.to_string_lossy().into_owned();
+            tmpfs.insert(path, options("0755", 0, place_bytes(limits, places.len())));
+        }
         let host = HostConfig {
             auto_remove: Some(true),
             network_mode: Some("none".into()),
@@ -274,7 +276,7 @@ impl Daemon {
             cap_add: Some(CAPABILITIES.map(str::to_owned).to_vec()),
             // The daemon's own filter, which it has by default, stays.
             security_opt: Some(vec!["no-new-privileges".into()]),
-            tmpfs: Some(tmpfs.into()),
+            tmpfs: Some(tmpfs),
             shm_size: Some(bytes(shm.bytes)),
             memory: Some(bytes(limits.memory)),
             memory_swap: Some(bytes(limits.memory)),

@@ -212,10 +212,11 @@ async fn try_out(engine: &Engine, root: &Path) -> Result<String, String> {
     let words = text.lines().next().unwrap_or_default();
     let version = words.rsplit(' ').next().unwrap_or_default().to_owned();
 
-    let (mut container, mut stream) = Container::start(engine, root, TRIAL).map_err(|error| match error {
-        crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
-        other => other.to_string(),
-    })?;
+    let (mut container, mut stream) =
+        Container::start(engine, root, TRIAL, &[]).map_err(|error| match error {
+            crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
+            other => other.to_string(),
+        })?;
     let hello = tokio::time::timeout(TRIAL_LIMIT, stream.read(&mut [0])).await;
     let outcome = match hello {
         Ok(Ok(1)) => {
