@@ -35,7 +35,7 @@ use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
 use crate::tier::select::{Chosen, select};
 use crate::tier::{self, Launched, Tier};
-use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
+use crate::{Artifacts, Bare, Command, Error, Phases, Policy, PolicyError, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
 /// emulated, loaded host it has been seen to take twenty.
@@ -369,6 +369,16 @@ impl Builder {
             return Ok((Box::new(Ironclaw(self.artifacts.clone())), ironclaw::chosen()));
         }
         select(wanted.into_iter().map(|tier| tier::of(tier, &self.artifacts)).collect()).await
+    }
+
+    /// The same container with this command in it and nothing of Chitin, to be measured beside; none of a microVM, which is
+    /// nothing without a monitor.
+    ///
+    /// # Errors
+    /// The tier cannot be had here, or something asked for is out of range.
+    pub async fn bare(&self, argv: &[String]) -> Result<Option<Bare>, Error> {
+        let (_, chosen) = self.choose().await?;
+        Bare::of(chosen.tier, &self.artifacts, &self.container()?, argv).await
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.

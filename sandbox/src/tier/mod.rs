@@ -18,6 +18,7 @@ use crate::policy::Runtime;
 use crate::sandbox::{BOOT_LIMIT, Plan};
 use crate::{Artifacts, Error};
 
+pub(crate) mod bare;
 mod container;
 pub(crate) mod ironclaw;
 mod nanoclaw;

@@ -129,6 +129,34 @@ impl Tier for Nanoclaw {
     }
 }
 
+/// A container of a command instead of the agent.
+#[derive(Debug)]
+pub(super) struct Bare {
+    engine: Engine,
+    bundle: Bundle,
+}
+
+impl Nanoclaw {
+    /// For measuring what the runtime alone takes.
+    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Bare, Error> {
+        let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| Error::NoTier {
+            missing: format!("{}: {unavailable}", Runtime::Nanoclaw),
+        })?;
+        let content = Content { root, limits: Limits::of(plan), places: &[], argv };
+        let bundle = Bundle::create(engine, &content)
+            .map_err(|source| Error::Host { what: "write an OCI bundle in /run/chitin", source })?;
+        Ok(Bare { engine: engine.clone(), bundle })
+    }
+}
+
+impl Bare {
+    pub fn command(&self) -> Command {
+        let mut command = self.engine.command(&["run", "--bundle"]);
+        command.arg(self.bundle.path()).arg(self.bundle.name());
+        command
+    }
+}
+
 /// A container, by the runtime that runs it in the foreground.
 #[derive(Debug)]
 struct Container {

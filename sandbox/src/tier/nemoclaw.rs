@@ -192,6 +192,46 @@ impl Tier for Nemoclaw {
     }
 }
 
+impl Nemoclaw {
+    /// The words of a `docker run` that makes the same container of a command instead of the agent, for measuring what Docker
+    /// alone takes. The image is there as soon as one sandbox was started.
+    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Vec<String>, Error> {
+        let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
+            missing: format!("{}: {unavailable}", Runtime::Nemoclaw),
+        })?;
+        let body = daemon.body(Limits::of(plan), &[]);
+        let host = body.host_config.unwrap_or_default();
+        let number = |value: Option<i64>| value.unwrap_or_default().to_string();
+        let mut words: Vec<String> =
+            ["--host", &address(), "run", "--rm", "--read-only"].map(Into::into).into();
+        let mut option = |name: &str, values: Vec<String>| {
+            words.extend(values.into_iter().map(|value| format!("--{name}={value}")));
+        };
+        option("network", host.network_mode.into_iter().collect());
+        option("dns", host.dns.unwrap_or_default());
+        option("dns-search", host.dns_search.unwrap_or_default());
+        option("ipc", host.ipc_mode.into_iter().collect());
+        option("cap-drop", host.cap_drop.unwrap_or_default());
+        option("cap-add", host.cap_add.unwrap_or_default());
+        option("security-opt", host.security_opt.unwrap_or_default());
+        let tmpfs = host.tmpfs.unwrap_or_default();
+        option("tmpfs", tmpfs.iter().map(|(path, options)| format!("{path}:{options}")).collect());
+        option("shm-size", vec![number(host.shm_size)]);
+        option("memory", vec![number(host.memory)]);
+        option("memory-swap", vec![number(host.memory_swap)]);
+        option("cpus", vec![plan.spec.vcpus.to_string()]);
+        option("pids-limit", vec![number(host.pids_limit)]);
+        option("log-driver", vec!["none".into()]);
+        option("user", body.user.into_iter().collect());
+        option("hostname", body.hostname.into_iter().collect());
+        option("workdir", body.working_dir.into_iter().collect());
+        option("env", body.env.unwrap_or_default());
+        words.extend(body.image);
+        words.extend_from_slice(argv);
+        Ok(words)
+    }
+}
+
 impl Daemon {
     fn failed(&self, error: &bollard::errors::Error) -> Error {
         Error::Container { engine: self.implementation.clone(), reason: chain(error) }
