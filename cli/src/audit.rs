@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::failure::{CHITIN_FAILED, Failure, printable};
 use crate::report::write_json;
-use crate::tiers::Tiers;
+use crate::tiers::{Tiers, announce};
 
 /// A promised property did not hold.
 const BROKEN: u8 = 1;
@@ -163,6 +163,7 @@ async fn attack(args: &Args, kind: Runtime) -> Result<Tier, Failure> {
 
 /// Says what is attacked.
 fn introduce(chosen: &Chosen, all: bool) {
+    announce(chosen);
     let Capabilities { implementation, version, .. } = &chosen.capabilities;
     let is = printable(&format!("{implementation} {version}"));
     match all {

@@ -1,8 +1,17 @@
-//! Which tiers a command is about.
+//! Which tiers a command is about, and what a tier turned out to be.
 
 use std::str::FromStr;
 
-use chitin::Runtime;
+use chitin::{Chosen, Runtime};
+
+use crate::failure::printable;
+
+/// Says aloud where a sandbox is less than what was asked for.
+pub fn announce(chosen: &Chosen) {
+    if chosen.is_less() {
+        eprintln!("chitin: {}", printable(&format!("running as {}: {}", chosen.name(), chosen.why())));
+    }
+}
 
 /// The value of `--tier` where several can be meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -213,7 +213,8 @@ mod nemoclaw {
             let run = on.bare("audit --tier all").env("CHITIN_ARTIFACTS", without_monitor.path());
             let (outcome, report) = audited(run.env("PATH", path));
             assert_eq!(outcome.code, 0, "{outcome:?}");
-            assert!(outcome.stderr.starts_with("chitin: ironclaw was not attacked: "), "{outcome:?}");
+            assert!(outcome.stderr.contains("chitin: ironclaw was not attacked: "), "{outcome:?}");
+            assert!(outcome.stderr.contains("chitin: running as nanoclaw/"), "{outcome:?}");
             let row = |words: &[&str]| {
                 outcome.text().lines().any(|line| line.split_whitespace().eq(words.iter().copied()))
             };

@@ -90,6 +90,9 @@ pub struct Capabilities {
     pub implementation: String,
     /// Its version, in its own words.
     pub version: String,
+    /// What the tier would rather be made of, and why each is not it.
+    #[serde(default)]
+    pub short_of: Vec<String>,
 }
 
 /// Why a tier cannot be had on this host.

@@ -39,8 +39,8 @@ use crate::policy::Runtime;
 use crate::sandbox::Plan;
 use crate::{Artifacts, Error, GuestEnd};
 
-/// How long a runtime may take to clear up by force.
-const DELETE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a runtime may take to clear up by force: one that hangs is noticed within this and the time of its trial.
+const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long standard error may stay open behind a runtime that has ended.
 const LOG_LIMIT: Duration = Duration::from_millis(500);

@@ -176,6 +176,7 @@ impl Tier for Nemoclaw {
             self.daemon().await.map(|daemon| Capabilities {
                 implementation: daemon.implementation.clone(),
                 version: daemon.version.clone(),
+                short_of: Vec::new(),
             })
         })
     }
