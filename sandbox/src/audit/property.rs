@@ -138,7 +138,10 @@ impl Property {
 pub fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
-        "# What each tier promises\n\nWritten by `chitin audit --document`. `chitin audit` attacks each property from inside a sandbox and says what held.\n\n",
+        "# What each tier promises\n\n\
+         Written by `chitin audit --document`. `chitin audit --tier ironclaw|nanoclaw|nemoclaw|all` attacks each property from inside a\n\
+         sandbox and says what held. The tier `ironclaw` is a microVM; `nanoclaw` is gVisor, or a container where that is missing, and\n\
+         then it says so; `nemoclaw` is a container.\n\n",
     );
     let _ = writeln!(text, "| property | the workload | {} |", Wall::ALL.map(Wall::name).join(" | "));
     let _ = writeln!(text, "|---|---|{}", "---|".repeat(Wall::ALL.len()));
