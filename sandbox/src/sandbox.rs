@@ -24,6 +24,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::audit::Wall;
 use crate::channel::{Channel, Tunnel};
 use crate::credential::{self, Delivery, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
@@ -754,7 +755,7 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name(), self.chosen.tier);
+        let confine = policy.confine(self.inner.channel.name(), Wall::of(&self.chosen));
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 

@@ -130,7 +130,7 @@ impl Policy {
             Field::Vcpus => "a quota of the container's cgroup",
             Field::Memory => "the container's cgroup",
             Field::Timeout => "this host ends the container",
-            Field::Pids => "the container's cgroup, in which gVisor's threads count too",
+            Field::Pids => "the container's cgroup; in gVisor, one of its own kernel's",
             Field::Disk => "the sizes of the three tmpfs that take all writes",
             Field::Capabilities
             | Field::ReadonlyRoot

@@ -39,6 +39,9 @@ use crate::policy::Runtime;
 use crate::sandbox::Plan;
 use crate::{Artifacts, Error, GuestEnd};
 
+/// Tells the agent that it may bound the workload's processes itself.
+const OWN_KERNEL: &str = "--own-kernel";
+
 /// How long a runtime may take to clear up by force: one that hangs is noticed within this and the time of its trial.
 const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -180,7 +183,9 @@ impl Container {
         places: &[PathBuf],
     ) -> Result<(Container, UnixStream), Error> {
         let host = |what| move |source| Error::Host { what, source };
-        let content = Content { root, limits, places, argv: &AGENT.map(str::to_owned) };
+        let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
+        let argv: Vec<String> = argv.map(str::to_owned).collect();
+        let content = Content { root, limits, places, argv: &argv };
         let bundle = Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
         let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
         let theirs = theirs.into_std().map_err(host("hand over the channel"))?;

@@ -139,7 +139,10 @@ fn config(
     &Content { root, limits, argv, .. }: &Content<'_>,
     tree: Option<&Tree>,
 ) -> io::Result<Value> {
-    let capabilities = CAPABILITIES.map(|capability| format!("CAP_{capability}"));
+    // In gVisor's kernel it is a right over nothing of the host's, and the agent's alone: with it the agent mounts a cgroup.
+    let own = engine.has_own_kernel().then_some("SYS_ADMIN");
+    let capabilities: Vec<String> =
+        CAPABILITIES.into_iter().chain(own).map(|capability| format!("CAP_{capability}")).collect();
     let closed = ["nosuid", "nodev", "noexec"];
     let borrowed = tree.iter().flat_map(|tree| &tree.borrowed).map(|(source, destination)| {
         json!({"destination": destination, "type": "bind", "source": source, "options": ["bind", "ro", "nosuid", "nodev"]})
@@ -180,7 +183,7 @@ fn config(
         "cgroupsPath": format!("/chitin/{name}"),
         "resources": {
             "memory": memory,
-            "pids": {"limit": limits.tasks + engine.own_tasks()},
+            "pids": {"limit": engine.host_tasks(limits.tasks)},
             "cpu": {"quota": u64::from(limits.vcpus) * 100_000, "period": 100_000},
         },
         "maskedPaths": MASKED,

@@ -34,7 +34,7 @@ const VERSION_LIMIT: Duration = Duration::from_secs(5);
 /// The least that a microVM has too.
 const TRIAL: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None };
 
-/// Threads that gVisor's kernel and its helper have on the host.
+/// Threads that gVisor's kernel and its helper have on the host, beside those by which it runs the sandbox's.
 const GVISOR_TASKS: u32 = 256;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -91,9 +91,10 @@ impl Engine {
         self.name == "runsc"
     }
 
-    /// Tasks of its own that count as the container's.
-    pub fn own_tasks(&self) -> u32 {
-        if self.has_own_kernel() { GVISOR_TASKS } else { 0 }
+    /// The most tasks of the host by which so many of a container run. gVisor has one or two for each, and the agent has it keep
+    /// the exact number inside: this one is met only by a kernel that does not.
+    pub fn host_tasks(&self, tasks: u32) -> u32 {
+        if self.has_own_kernel() { tasks.saturating_mul(2).saturating_add(GVISOR_TASKS) } else { tasks }
     }
 
     pub fn capabilities(&self) -> Capabilities {
