@@ -30,6 +30,9 @@ pub async fn run(args: &Args) -> Result<u8, Failure> {
             match (capabilities, unavailable) {
                 (Some(found), _) => {
                     println!("{tier}: ready ({} {})", found.implementation, found.version);
+                    for other in &found.short_of {
+                        println!("  {other}");
+                    }
                 }
                 // Its reasons stand above.
                 (None, _) if *tier == Runtime::Ironclaw => {

@@ -11,6 +11,7 @@ mod policy;
 mod report;
 mod run;
 mod template;
+mod tiers;
 
 use std::process::exit;
 

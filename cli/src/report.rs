@@ -78,6 +78,8 @@ pub struct Isolation {
     pub version: String,
     /// Why this one, in a sentence.
     pub why: String,
+    /// What the tier would rather be made of, and why each is not it.
+    pub short_of: Vec<String>,
     /// What was asked for before it, and what each lacks.
     pub passed_over: Vec<PassedOver>,
 }
@@ -89,6 +91,7 @@ impl Isolation {
             implementation: chosen.capabilities.implementation.clone(),
             version: chosen.capabilities.version.clone(),
             why: chosen.why(),
+            short_of: chosen.capabilities.short_of.clone(),
             passed_over: chosen.passed_over.clone(),
         }
     }

@@ -17,9 +17,10 @@ use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::failure::{CHITIN_FAILED, Failure, printable};
+use crate::failure::{CHITIN_FAILED, Failure};
 use crate::machine::Machine;
 use crate::report::{Governed, Isolation, JailReport, Report};
+use crate::tiers::announce;
 
 /// How long a workload that was sent a signal may take to end.
 const GRACE: Duration = Duration::from_secs(5);
@@ -297,10 +298,7 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
         number = signals.next() => return Ok(128 + number),
     };
     let chosen = sandbox.chosen();
-    if !chosen.passed_over.is_empty() {
-        // Never silently less than what was asked for.
-        eprintln!("chitin: {}", printable(&format!("running as {}: {}", chosen.name(), chosen.why())));
-    }
+    announce(chosen);
     progress.chosen = Some(chosen.clone());
     let forwards: Vec<Forward> =
         listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();

@@ -27,6 +27,7 @@ use rustix::pipe::PipeFlags;
 use crate::cgroup::Cgroup;
 use crate::channel::{CONNECT_TIMEOUT, Channel, Socket};
 use crate::copies::Copies;
+use crate::counted::Counted;
 use crate::egress::{self, Dialled, Egress, Link};
 use crate::launch::{self, Child, Streams};
 use crate::lockdown::{Lockdown, check};
@@ -105,6 +106,8 @@ pub struct Agent {
     lockdown: Lockdown,
     /// The workload's cgroup; containers have theirs from outside.
     cgroup: Option<Cgroup>,
+    /// What bounds its processes in a container with a kernel of its own.
+    counted: Option<Counted>,
     /// The file system that takes all writes, if the agent made it.
     scratch_disk: Option<OwnedFd>,
     scratch: Box<[u8]>,
@@ -146,6 +149,14 @@ impl Agent {
                 created => Some(created?),
             };
         }
+        let counted = match mode.own_kernel.then(Counted::create).transpose() {
+            // A kernel that cannot count is said to be so when a limit is asked for.
+            Err(error) => {
+                crate::log(error);
+                None
+            }
+            Ok(counted) => counted,
+        };
         let copies = Copies::new(root)?;
 
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).context("create", "an epoll")?;
@@ -171,6 +182,7 @@ impl Agent {
             egress: Egress::default(),
             lockdown,
             cgroup,
+            counted,
             scratch_disk,
             scratch: vec![0; MAX_DATA].into_boxed_slice(),
         })
@@ -409,13 +421,13 @@ impl Agent {
         if !self.processes.is_empty() || self.cgroup.as_ref().is_some_and(Cgroup::is_populated) {
             return refused("confine a sandbox in which processes run", Errno::BUSY);
         }
-        match (confine.max_tasks, &self.cgroup) {
-            (Some(tasks), Some(cgroup)) => cgroup
-                .limit_tasks(tasks.into())
-                .map_err(|error| failure("limit the number of processes", b"", error.errno))?,
-            (Some(_), None) => return refused("limit processes without a cgroup", Errno::OPNOTSUPP),
-            (None, _) => {}
-        }
+        let limited = match (confine.max_tasks, &self.cgroup, &self.counted) {
+            (Some(tasks), Some(cgroup), _) => cgroup.limit_tasks(tasks.into()).map_err(|error| error.errno),
+            (Some(tasks), None, Some(counted)) => counted.limit(tasks),
+            (Some(_), None, None) => return refused("limit processes without a cgroup", Errno::OPNOTSUPP),
+            (None, ..) => Ok(()),
+        };
+        limited.map_err(|errno| failure("limit the number of processes", b"", errno))?;
         match (confine.max_disk, &self.scratch_disk) {
             (Some(bytes), Some(disk)) => root::limit_disk(disk, bytes).map_err(|errno| {
                 failure(&format!("limit what can be written to {bytes} bytes"), b"", errno)
@@ -622,8 +634,11 @@ impl Agent {
         self.pump_out(start.stderr, stderr).map_err(refused("watch a pipe"))?;
 
         let streams = Streams { stdin: stdin_child, stdout: stdout_child, stderr: stderr_child };
-        let cgroup = self.cgroup.as_ref().map(Cgroup::directory);
-        let child = launch::launch(start, &self.secrets, &streams, &self.lockdown, cgroup)?;
+        let groups = launch::Groups {
+            born_into: self.cgroup.as_ref().map(Cgroup::directory),
+            joined: self.counted.as_ref().map(Counted::procs),
+        };
+        let child = launch::launch(start, &self.secrets, &streams, &self.lockdown, groups)?;
         self.processes.push(Process {
             name: start.process,
             child,

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::lockdown::{self, Lockdown, check, check_long};
 use crate::secrets::Secrets;
-use crate::{channel, failure};
+use crate::{channel, counted, failure};
 
 /// What the child does, in this order. The number goes through the status pipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,15 +127,26 @@ struct Plan<'a> {
     arguments: Vec<*const c_char>,
     environment: Vec<*const c_char>,
     lockdown: &'a Lockdown,
+    /// As [`Groups::joined`].
+    joined: Option<BorrowedFd<'a>>,
 }
 
-/// Starts what `start` describes. `cgroup` is the directory of the cgroup it is born into.
+/// Where a child is counted.
+#[derive(Clone, Copy)]
+pub struct Groups<'a> {
+    /// The directory of the cgroup it is born into.
+    pub born_into: Option<BorrowedFd<'a>>,
+    /// The `cgroup.procs` that it writes its number to.
+    pub joined: Option<BorrowedFd<'a>>,
+}
+
+/// Starts what `start` describes.
 pub fn launch(
     start: &Start,
     secrets: &Secrets,
     streams: &Streams,
     lockdown: &Lockdown,
-    cgroup: Option<BorrowedFd<'_>>,
+    groups: Groups<'_>,
 ) -> Result<Child, (StartError, Failure)> {
     let other = |operation, object: &[u8], errno| (StartError::Other, failure(operation, object, errno));
     let c_string = |operation: &'static str, bytes: &[u8]| {
@@ -194,9 +205,10 @@ pub fn launch(
             .chain([std::ptr::null()])
             .collect(),
         lockdown,
+        joined: groups.joined,
     };
     // SAFETY: the child calls nothing but `Plan::run`, which keeps to system calls.
-    let forked = unsafe { fork(cgroup) }.map_err(|errno| other("fork", b"", errno))?;
+    let forked = unsafe { fork(groups.born_into) }.map_err(|errno| other("fork", b"", errno))?;
     match forked {
         None => plan.run(),
         Some(pid) => {
@@ -269,6 +281,9 @@ impl Plan<'_> {
 
     fn prepare(&self) -> Result<(), (Step, Errno)> {
         let at = |step| move |errno| (step, errno);
+        if let Some(procs) = self.joined {
+            counted::join(procs).map_err(at(Step::Limits))?;
+        }
         rustix::process::setsid().map_err(at(Step::Session))?;
         for (number, stream) in (0..).zip(self.streams) {
             channel::replace(stream, number).map_err(at(Step::Streams))?;

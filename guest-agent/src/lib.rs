@@ -5,6 +5,7 @@
 //!                 chitin-agent            channel        file systems     when the channel ends
 //!   microVM       (no arguments, PID 1)   vsock 2:1024   made here        reset the machine
 //!   container     --stdio                 fd 0 and 1     the runtime's    end all processes, exit
+//!   gVisor        --stdio --own-kernel    fd 0 and 1     the runtime's    end all processes, exit
 //!   test          --stdio --build-root    fd 0 and 1     made here        end all processes, exit
 //! ```
 //!
@@ -18,6 +19,7 @@ mod agent;
 mod cgroup;
 mod channel;
 mod copies;
+mod counted;
 mod egress;
 mod end;
 mod filter;
@@ -40,15 +42,18 @@ use rustix::io::Errno;
 struct Mode {
     stdio: bool,
     build_root: bool,
+    /// The kernel is the sandbox's alone, though the file systems are not.
+    own_kernel: bool,
 }
 
 impl Mode {
     fn of(arguments: &[&[u8]]) -> Result<Mode, String> {
-        let mut mode = Mode { stdio: false, build_root: false };
+        let mut mode = Mode { stdio: false, build_root: false, own_kernel: false };
         for argument in arguments.iter().skip(1) {
             match *argument {
                 b"--stdio" => mode.stdio = true,
                 b"--build-root" => mode.build_root = true,
+                b"--own-kernel" => mode.own_kernel = true,
                 other => return Err(format!("unknown argument {}", String::from_utf8_lossy(other))),
             }
         }
@@ -65,7 +70,8 @@ pub fn run(arguments: &[&[u8]]) -> i32 {
     let init = rustix::process::getpid().is_init();
     // The kernel passes words of its command line that it does not know to init: they are not for us.
     let machine = init && !arguments.contains(&b"--stdio".as_slice());
-    let mode = if machine { Ok(Mode { stdio: false, build_root: true }) } else { Mode::of(arguments) };
+    let machine_mode = Mode { stdio: false, build_root: true, own_kernel: false };
+    let mode = if machine { Ok(machine_mode) } else { Mode::of(arguments) };
     let mode = match mode {
         Ok(mode) if mode.stdio || machine => mode,
         Ok(_) => {
@@ -147,8 +153,10 @@ mod tests {
     #[test]
     fn modes_are_read_and_nothing_else() {
         let mode = |arguments: &[&[u8]]| Mode::of(&[&[b"init".as_slice()], arguments].concat());
-        assert_eq!(mode(&[b"--stdio"]), Ok(Mode { stdio: true, build_root: false }));
-        assert_eq!(mode(&[b"--stdio", b"--build-root"]), Ok(Mode { stdio: true, build_root: true }));
+        let stdio = Mode { stdio: true, build_root: false, own_kernel: false };
+        assert_eq!(mode(&[b"--stdio"]), Ok(stdio));
+        assert_eq!(mode(&[b"--stdio", b"--build-root"]), Ok(Mode { build_root: true, ..stdio }));
+        assert_eq!(mode(&[b"--stdio", b"--own-kernel"]), Ok(Mode { own_kernel: true, ..stdio }));
         assert!(mode(&[b"--help"]).is_err());
     }
 

@@ -47,6 +47,7 @@ impl On {
                 for engine in ["bundles", "runsc", "crun", "runc"] {
                     traces.extend(names(&run.join(engine)));
                 }
+                traces.extend(names(Path::new("/var/cache/chitin/trees")));
                 // The one hierarchy of cgroups, or each of the several that older hosts have.
                 let root = Path::new("/sys/fs/cgroup").to_owned();
                 let hierarchies = names(&root).map(PathBuf::from).chain([root.clone()]);

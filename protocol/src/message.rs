@@ -93,7 +93,7 @@ pub struct Confine {
     pub system_calls: SystemCalls,
     /// What may be opened beside the system and the scratch directories; `None`: everything.
     pub files: Option<Vec<FileRule>>,
-    /// Processes and threads at once, where the agent has a cgroup; `None`: the agent's own limit.
+    /// Processes and threads at once, where the agent has a cgroup, of a microVM or of gVisor; `None`: the agent's own limit.
     pub max_tasks: Option<u32>,
     /// Bytes that may be written, where the agent has made the file system; `None`: its own limit.
     pub max_disk: Option<u64>,

@@ -39,6 +39,11 @@ pub struct Availability {
 }
 
 impl Availability {
+    /// Finds out whether this host has that tier, by trying.
+    pub async fn find(tier: Runtime, artifacts: &Artifacts) -> Availability {
+        Availability::of(tier::of(tier, artifacts).as_ref()).await
+    }
+
     async fn of(tier: &dyn Tier) -> Availability {
         let (capabilities, unavailable) = match tier.probe().await {
             Ok(capabilities) => (Some(capabilities), None),
@@ -72,7 +77,7 @@ pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
     let (checks, jail) = microvm(artifacts).await;
     let mut tiers = Vec::new();
     for kind in Runtime::ALL {
-        tiers.push(Availability::of(tier::of(kind, artifacts).as_ref()).await);
+        tiers.push(Availability::find(kind, artifacts).await);
     }
     Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail, tiers }
 }

@@ -104,6 +104,14 @@ pub enum Error {
         /// What it says.
         reason: String,
     },
+    /// A policy puts a file where a container has no room for one.
+    #[error("{} cannot be put into a container: {reason}", path.display())]
+    Place {
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why it cannot be there, and where it could.
+        reason: String,
+    },
     /// A sandbox has ended, and its remains could not be cleared away.
     #[error("could not clear away {what}")]
     Left {

@@ -59,5 +59,6 @@ pub use process::{Command, Output, Process};
 pub use sandbox::{Builder, ECHO, Sandbox, Warming};
 pub use secret::{SecretSource, SecretSpec};
 pub use template::{Manifest, TemplateError, Templates};
+pub use tier::bare::Bare;
 pub use tier::select::{Chosen, PassedOver};
 pub use tier::{Capabilities, Unavailable};

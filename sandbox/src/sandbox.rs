@@ -24,6 +24,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::audit::Wall;
 use crate::channel::{Channel, Tunnel};
 use crate::credential::{self, Delivery, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
@@ -35,7 +36,7 @@ use crate::template::{self, Manifest, Templates};
 use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
 use crate::tier::select::{Chosen, select};
 use crate::tier::{self, Launched, Tier};
-use crate::{Artifacts, Command, Error, Phases, Policy, PolicyError, Pool, copy};
+use crate::{Artifacts, Bare, Command, Error, Phases, Policy, PolicyError, Pool, copy};
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
 /// emulated, loaded host it has been seen to take twenty.
@@ -70,6 +71,17 @@ pub(crate) struct Plan {
     pub tasks: u32,
     /// What may be written at most.
     pub disk_bytes: Option<u64>,
+    /// What the policy puts where nothing can be written later. The agent of a microVM makes room for it itself.
+    pub fixed: Vec<Fixed>,
+}
+
+/// A copy that the workload may only read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fixed {
+    /// Where it will be.
+    pub path: PathBuf,
+    /// Whether it is a directory.
+    pub directory: bool,
 }
 
 /// What a sandbox is to be.
@@ -311,7 +323,14 @@ impl Builder {
     fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> Plan {
         let limits = self.policy.as_ref().map(|policy| &policy.limits);
         let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
-        Plan { spec, files, confined, tasks: limits.map_or(MAX_TASKS, |limits| limits.pids), disk_bytes }
+        let shared = self.policy.iter().flat_map(|policy| &policy.files);
+        let fixed = shared.filter(|file| file.access == Access::ReadOnly).map(|file| Fixed {
+            path: file.path.clone(),
+            // One that is not there is refused when it is copied.
+            directory: file.source.is_dir(),
+        });
+        let tasks = limits.map_or(MAX_TASKS, |limits| limits.pids);
+        Plan { spec, files, confined, tasks, disk_bytes, fixed: fixed.collect() }
     }
 
     /// The tiers that will do, in this order: those of the policy, which none may be added to, and of them the one that was
@@ -351,6 +370,16 @@ impl Builder {
             return Ok((Box::new(Ironclaw(self.artifacts.clone())), ironclaw::chosen()));
         }
         select(wanted.into_iter().map(|tier| tier::of(tier, &self.artifacts)).collect()).await
+    }
+
+    /// The same container with this command in it and nothing of Chitin, to be measured beside; none of a microVM, which is
+    /// nothing without a monitor.
+    ///
+    /// # Errors
+    /// The tier cannot be had here, or something asked for is out of range.
+    pub async fn bare(&self, argv: &[String]) -> Result<Option<Bare>, Error> {
+        let (_, chosen) = self.choose().await?;
+        Bare::of(chosen.tier, &self.artifacts, &self.container()?, argv).await
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
@@ -726,7 +755,7 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name(), self.chosen.tier);
+        let confine = policy.confine(self.inner.channel.name(), Wall::of(&self.chosen));
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 

@@ -8,19 +8,29 @@ use tokio::io::AsyncReadExt;
 
 use super::peer::{self, PeerArgs};
 use super::stats::{self, Row};
-use super::{Beside, Guest, Output, Workload, nanoseconds, plot, progress, since};
+use super::{Beside, Guest, Output, Workload, nanoseconds, plot, progress, since, tiers};
 use crate::failure::Failure;
+use crate::tiers::Tiers;
 
 /// Arguments of `chitin bench exec`.
 #[derive(clap::Args)]
 #[command(
     after_help = "Times are milliseconds since the command was asked for. A few commands come first and are not counted.
 
+With --tier, each run is a `chitin run` of its own, from the start of its process to the first byte and to its end, in turns with
+the same command in the same container without Chitin: `runsc run`, `docker run`. With `all`, tiers that this host does not have
+are named and left out.
+
 Examples:
   chitin bench exec --runs 100
+  chitin bench exec --tier all --runs 20 --json exec.json
   chitin bench exec -- python3 -c 'print(1)'"
 )]
 pub struct Args {
+    /// Whole runs on this tier instead: ironclaw, nanoclaw, nemoclaw, or all that this host has
+    #[arg(long, value_name = "T", conflicts_with_all = ["peer", "plot"])]
+    tier: Option<Tiers>,
+
     /// How many commands, one after the other
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: u32,
@@ -77,6 +87,9 @@ struct Run {
 }
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
+    if let Some(tiers) = args.tier {
+        return tiers::run(tiers, args.runs, &args.guest, &args.workload, &args.output).await;
+    }
     let peer = args.peer.peer(1, args.guest.memory)?;
     let sandbox = args.guest.builder().start().await?;
     let mut other = match &peer {

@@ -8,6 +8,7 @@ mod plot;
 mod start;
 mod stats;
 mod throughput;
+mod tiers;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -34,7 +35,7 @@ pub enum Command {
     Boot(start::BootArgs),
     /// Copies of a template: from starting the monitor, or asking a pool, to the end of a small command
     Restore(start::RestoreArgs),
-    /// Round trips on a running sandbox: from asking for a small command to its end
+    /// Round trips on a running sandbox, or whole runs on several tiers: from asking for a small command to its end
     Exec(exec::Args),
     /// Memory that sandboxes take of the host, after one command
     Memory(memory::Args),

@@ -23,6 +23,7 @@ macro_rules! on_every_tier {
     };
 }
 
+mod egress;
 mod environment;
 mod exit;
 mod files;

@@ -22,7 +22,7 @@ use property::Setting;
 pub use property::{PROPERTIES, Property, Wall, document};
 
 use crate::template::fill_random;
-use crate::{Builder, Error, Exit, Sandbox, SecretSource};
+use crate::{Builder, Chosen, Error, Exit, Sandbox, SecretSource};
 
 const PROBES: &str = include_str!("probes.py");
 
@@ -69,18 +69,16 @@ pub struct Attack {
     pub seen: String,
 }
 
-/// Attacks every property in sandboxes of this kind, and calls `done` with each finding as it comes.
+/// Attacks every property in sandboxes of this kind, and calls `done` with each finding as it comes. What is promised follows
+/// from what the sandboxes turn out to be isolated by.
 ///
 /// # Errors
-/// A sandbox or its surroundings cannot be had. A sandbox that an attack ends is no error but a finding.
-pub async fn audit(
-    builder: &Builder,
-    wall: Wall,
-    mut done: impl FnMut(&Finding),
-) -> Result<Vec<Finding>, Error> {
+/// A sandbox or its surroundings cannot be had, or a probe fails. A sandbox that an attack ends is no error but a finding.
+pub async fn audit(builder: &Builder, mut done: impl FnMut(&Chosen, Finding)) -> Result<(), Error> {
     let scene = Scene::set(builder).await?;
     let sandbox = builder.clone().start().await?;
-    let mut findings = Vec::new();
+    let chosen = sandbox.chosen().clone();
+    let wall = Wall::of(&chosen);
     for property in &PROPERTIES {
         let attacks = match (property.exemption(wall), property.setting) {
             (Some(_), _) => Vec::new(),
@@ -93,13 +91,11 @@ pub async fn audit(
                 attacks
             }
         };
-        let finding = judge(property, wall, attacks);
-        done(&finding);
-        findings.push(finding);
+        done(&chosen, judge(property, wall, attacks));
     }
     let _ = sandbox.stop().await;
     scene.strike().await;
-    Ok(findings)
+    Ok(())
 }
 
 /// Says whether somebody who was not attacked still answers.
@@ -171,7 +167,7 @@ impl Scene {
         }
 
         let port = 47_114;
-        let context = json!({
+        let mut context = json!({
             "host_file": file.path(),
             "host_process": mark,
             "host_listeners": addresses,
@@ -182,11 +178,12 @@ impl Scene {
             "canary_sha256": format!("{:x}", Sha256::digest(canary.as_bytes())),
             "memory_mib": builder.memory()?,
         });
-        let context = context.to_string();
         let value = tempfile::NamedTempFile::new().map_err(host("hold a credential"))?;
         std::fs::write(value.path(), &canary).map_err(host("hold a credential"))?;
         let source = SecretSource::File(value.path().to_owned());
         let neighbour = builder.clone().secret("NEIGHBOUR", source).start().await?;
+        context["wall"] = json!(Wall::of(neighbour.chosen()));
+        let context = context.to_string();
         let mut serving = probe(&neighbour, &context, "neighbour").await?;
         let mut ready = [0; 6];
         if let Some(stdout) = &mut serving.stdout {

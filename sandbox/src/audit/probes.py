@@ -43,7 +43,11 @@ def attempt(what, attack):
 def refused(what, number, *arguments):
     """A system call that is not to be had at all: an error that only its own code returns means that it ran."""
     result, error = syscall(number, *arguments)
-    return [what, error not in ("ENOSYS", "EPERM", "EACCES", "EAFNOSUPPORT"), error or f"returned {result}"]
+    refusals = ["ENOSYS", "EPERM", "EACCES", "EAFNOSUPPORT"]
+    if CONTEXT.get("wall") == "gvisor":
+        # What gVisor says of some of those that it does not have.
+        refusals.append("ENOTSUP")
+    return [what, error not in refusals, error or f"returned {result}"]
 
 
 def written(path):
@@ -195,10 +199,28 @@ def agent():
         result, error = syscall(number, *arguments)
         # A signal that nobody handles is dropped where the target is PID 1, without an error.
         tried.append([what, result == 0 and number != 62, error or "no effect"])
-    for path in ["/proc/1/mem", "/proc/1/environ", "/proc/1/maps"]:
-        tried.append(attempt(f"read {path}", lambda: len(open(path, "rb").read(1) or "x")))
-    tried.append(attempt("open a file of the agent", lambda: os.listdir("/proc/1/fd")))
-    return tried
+    tried.append(attempt("read /proc/1/mem", lambda: len(open("/proc/1/mem", "rb").read(1) or "x")))
+    opened, count = [], 0
+    # Its numbers are small, also where they are not listed.
+    for path in [f"/proc/1/fd/{number}" for number in range(64)]:
+        for flags in [os.O_RDONLY, os.O_WRONLY]:
+            try:
+                file = os.open(path, flags | os.O_NONBLOCK)
+            except OSError:
+                count += 1
+                continue
+            if not os.path.samestat(os.fstat(file), os.stat("/dev/null")):
+                opened.append(path)
+            os.close(file)
+    return tried + [["open a file of the agent", bool(opened), ", ".join(opened) or f"{count} refused"]]
+
+
+def outlines():
+    tried = [
+        attempt(f"read {path}", lambda: len(open(path, "rb").read(1) or "x"))
+        for path in ["/proc/1/environ", "/proc/1/maps", "/proc/1/auxv"]
+    ]
+    return tried + [attempt("list the agent's files", lambda: os.listdir("/proc/1/fd"))]
 
 
 def vsock():
@@ -235,6 +257,8 @@ def memory():
 
 def pids():
     children, error, most = [], "", 1 << 15
+    # The limit may be met by a signal, or by all of the sandbox.
+    print(json.dumps([["fork without end", False, "killed"]]), flush=True)
     try:
         while len(children) < most:
             pid = os.fork()

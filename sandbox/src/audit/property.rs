@@ -1,5 +1,10 @@
 //! What is promised, tier by tier: data.
 
+use serde::Serialize;
+
+use crate::Chosen;
+use crate::policy::Runtime;
+
 /// Which attacks one property is put to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Property {
@@ -25,7 +30,8 @@ pub(super) enum Setting {
 }
 
 /// What stands between workload and host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Wall {
     /// A microVM with a kernel of its own.
     Kvm,
@@ -38,6 +44,15 @@ pub enum Wall {
 impl Wall {
     /// All of them, strongest first.
     pub const ALL: [Wall; 3] = [Wall::Kvm, Wall::Gvisor, Wall::Namespaces];
+
+    /// That of a sandbox.
+    pub fn of(chosen: &Chosen) -> Wall {
+        match chosen.tier {
+            Runtime::Ironclaw => Wall::Kvm,
+            Runtime::Nanoclaw if chosen.capabilities.implementation.starts_with("runsc") => Wall::Gvisor,
+            Runtime::Nanoclaw | Runtime::Nemoclaw => Wall::Namespaces,
+        }
+    }
 
     /// How a person calls it.
     pub fn name(self) -> &'static str {
@@ -60,7 +75,7 @@ const fn destructive(name: &'static str, probe: &'static str, claim: &'static st
 const SHARED_KERNEL: &str = "it runs on the host's own kernel";
 
 /// Every property, in the order of the table.
-pub const PROPERTIES: [Property; 18] = [
+pub const PROPERTIES: [Property; 19] = [
     alone("host files", "host_files", "It cannot read a file of the host."),
     alone("host processes", "processes", "It cannot see a process of the host."),
     alone(
@@ -83,6 +98,14 @@ pub const PROPERTIES: [Property; 18] = [
     alone("mounts", "mounts", "It can mount and unmount nothing, nor change its root."),
     alone("kernel modules", "modules", "It can load neither modules nor kernels, nor open physical memory."),
     alone("agent", "agent", "It can neither trace, read nor kill the agent."),
+    Property {
+        exempt: &[(Wall::Gvisor, "its kernel shows them to everybody, and there is nothing secret in them")],
+        ..alone(
+            "agent's outlines",
+            "outlines",
+            "It cannot see what the agent has mapped or opened, nor its environment.",
+        )
+    },
     alone("vsock", "vsock", "It can open no vsock: the channel is the agent's."),
     alone("root file system", "root", "It can write nothing but its scratch directories."),
     alone(
@@ -115,7 +138,10 @@ impl Property {
 pub fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
-        "# What each tier promises\n\nWritten by `chitin audit --document`. `chitin audit` attacks each property from inside a sandbox and says what held.\n\n",
+        "# What each tier promises\n\n\
+         Written by `chitin audit --document`. `chitin audit --tier ironclaw|nanoclaw|nemoclaw|all` attacks each property from inside a\n\
+         sandbox and says what held. The tier `ironclaw` is a microVM; `nanoclaw` is gVisor, or a container where that is missing, and\n\
+         then it says so; `nemoclaw` is a container.\n\n",
     );
     let _ = writeln!(text, "| property | the workload | {} |", Wall::ALL.map(Wall::name).join(" | "));
     let _ = writeln!(text, "|---|---|{}", "---|".repeat(Wall::ALL.len()));

@@ -37,6 +37,7 @@ use file::PolicyFile;
 use yaml::{MAX_BYTES, Problem};
 
 use crate::SecretSpec;
+use crate::audit::Wall;
 
 /// What is wrong with a policy, or with what is asked for under it.
 #[derive(Debug, thiserror::Error)]
@@ -264,9 +265,13 @@ impl Policy {
         }
     }
 
-    /// What the agent has to do about it on a tier. Of a container, whoever made it bounds processes and disk.
-    pub(crate) fn confine(&self, request: u32, tier: Runtime) -> Confine {
-        let bounded = tier == Runtime::Ironclaw;
+    /// What the agent has to do about it behind a wall. Of a container, whoever made it bounds processes and disk; of gVisor's,
+    /// whose kernel counts for itself, the agent has the processes bounded.
+    pub(crate) fn confine(&self, request: u32, wall: Wall) -> Confine {
+        let counts = match wall {
+            Wall::Kvm | Wall::Gvisor => true,
+            Wall::Namespaces => false,
+        };
         let rule = |file: &SharedFile| FileRule {
             path: file.path.as_os_str().as_bytes().into(),
             writable: file.access == Access::ReadWrite,
@@ -278,8 +283,8 @@ impl Policy {
                 SyscallFilter::DefaultDeny => SystemCalls::DefaultDeny,
             },
             files: self.files_confined.then(|| self.files.iter().map(rule).collect()),
-            max_tasks: bounded.then_some(self.limits.pids),
-            max_disk: self.limits.disk_mib.filter(|_| bounded).map(|mib| u64::from(mib) << 20),
+            max_tasks: counts.then_some(self.limits.pids),
+            max_disk: self.limits.disk_mib.filter(|_| wall == Wall::Kvm).map(|mib| u64::from(mib) << 20),
         }
     }
 

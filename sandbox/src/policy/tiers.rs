@@ -119,7 +119,8 @@ impl Policy {
         match field {
             Field::Image => "the archive of the root that lies beside the image, read-only",
             Field::Filesystem if self.files_confined => {
-                "copies, and Landlock of the kernel below for all the rest; without it, as under gVisor, the start is refused"
+                "copies, those that are only read in a directory that the image does not have; and Landlock of the kernel below for \
+                 all the rest: without it, as under gVisor, the start is refused"
             }
             Field::Filesystem => "nothing of the host is in the container",
             Field::Egress if !self.egress.is_empty() => {
@@ -129,7 +130,7 @@ impl Policy {
             Field::Vcpus => "a quota of the container's cgroup",
             Field::Memory => "the container's cgroup",
             Field::Timeout => "this host ends the container",
-            Field::Pids => "the container's cgroup, in which gVisor's threads count too",
+            Field::Pids => "the container's cgroup; in gVisor, one of its own kernel's",
             Field::Disk => "the sizes of the three tmpfs that take all writes",
             Field::Capabilities
             | Field::ReadonlyRoot

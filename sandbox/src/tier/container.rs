@@ -1,11 +1,11 @@
 //! What the container tiers have in common: the agent is PID 1, the channel its standard input and output, the root the same
 //! read-only one that microVMs have, as an archive.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Unavailable;
-use crate::sandbox::Plan;
+use crate::sandbox::{Fixed, Plan};
 use crate::template::fill_random;
 use crate::{Artifacts, Error};
 
@@ -70,12 +70,22 @@ pub(crate) struct Scratch {
 /// Their pages count as the sandbox's memory. Together they leave a fifth of it, so that a workload that fills them is told
 /// ENOSPC, and not killed; or they have what it may write at all, if that is less.
 pub(crate) fn scratch(limits: Limits) -> [Scratch; 3] {
-    let bytes = limits.disk.unwrap_or(u64::MAX).min(limits.memory / 5 * 4);
+    let bytes = writable(limits);
     [
         Scratch { path: "/work", mode: "0755", owner: 1000, bytes: bytes / 8 * 5 },
         Scratch { path: "/tmp", mode: "1777", owner: 0, bytes: bytes / 4 },
         Scratch { path: "/dev/shm", mode: "1777", owner: 0, bytes: bytes / 8 },
     ]
+}
+
+fn writable(limits: Limits) -> u64 {
+    limits.disk.unwrap_or(u64::MAX).min(limits.memory / 5 * 4)
+}
+
+/// The bytes of each [place](RootArchive::places). Together they have the fifth that [`scratch`] leaves, and no workload
+/// writes to them.
+pub(crate) fn place_bytes(limits: Limits, places: usize) -> u64 {
+    writable(limits) / 4 / u64::try_from(places.max(1)).unwrap_or(u64::MAX)
 }
 
 /// The root as an archive.
@@ -128,6 +138,74 @@ impl RootArchive {
             }
         }
     }
+}
+
+impl RootArchive {
+    /// Directories that are to be mounted, so that the agent can put these into a root that is read-only for it too: the
+    /// topmost that the image does not have, or has empty. What the image has is hidden by none.
+    pub fn places(&self, wanted: &[Fixed]) -> Result<Vec<PathBuf>, Error> {
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let failed = |source| Error::Host { what: "read the archive of the root", source };
+        let content = File::open(&self.path).and_then(content).map_err(failed)?;
+        let mut places = Vec::new();
+        for fixed in wanted {
+            let place = place(&content, fixed)?;
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
+        Ok(places)
+    }
+}
+
+/// What can be found at a path of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Empty,
+    Filled,
+    /// A file or a link.
+    Other,
+}
+
+/// Every path of an archive, without the slash at its beginning.
+fn content(archive: File) -> io::Result<BTreeMap<PathBuf, Entry>> {
+    let mut content = BTreeMap::new();
+    for entry in tar::Archive::new(archive).entries_with_seek()? {
+        let entry = entry?;
+        let plain = |part: &Component| matches!(part, Component::Normal(_));
+        let path: PathBuf = entry.path()?.components().filter(plain).collect();
+        let directory = entry.header().entry_type().is_dir();
+        for above in path.ancestors().skip(1) {
+            content.insert(above.to_owned(), Entry::Filled);
+        }
+        content.entry(path).or_insert(if directory { Entry::Empty } else { Entry::Other });
+    }
+    Ok(content)
+}
+
+fn place(content: &BTreeMap<PathBuf, Entry>, Fixed { path, directory }: &Fixed) -> Result<PathBuf, Error> {
+    let refused = |reason| Err(Error::Place { path: path.clone(), reason });
+    let inner: PathBuf = path.components().skip(1).collect();
+    let mut place = PathBuf::new();
+    for part in inner.components() {
+        place.push(part);
+        match content.get(&place) {
+            Some(Entry::Filled) => {}
+            Some(Entry::Other) => {
+                return refused(format!("the image has something else at /{}", place.display()));
+            }
+            None | Some(Entry::Empty) if place != inner || *directory => {
+                return Ok(Path::new("/").join(place));
+            }
+            None | Some(Entry::Empty) => break,
+        }
+    }
+    let full = inner.parent().unwrap_or(Path::new("")).display();
+    refused(format!(
+        "/{full} belongs to the image and is read-only: choose a directory that the image does not have"
+    ))
 }
 
 /// It becomes a directory's and an image's name.
@@ -249,6 +327,45 @@ mod tests {
     }
 
     #[test]
+    fn a_place_is_a_directory_that_the_image_does_not_have_or_has_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("root.tar");
+        let mut tar = tar::Builder::new(File::create(&path).unwrap());
+        for name in ["./", "./mnt/", "./etc/", "./usr/", "./usr/share/"] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_size(0);
+            tar.append_data(&mut header, name, io::empty()).unwrap();
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(5);
+        tar.append_data(&mut header, "./etc/passwd", "root\n".as_bytes()).unwrap();
+        tar.into_inner().unwrap();
+        let archive = RootArchive { path, digest: String::new() };
+        let places = |wanted: &[(&str, bool)]| {
+            let wanted: Vec<Fixed> = wanted
+                .iter()
+                .map(|(path, directory)| Fixed { path: path.into(), directory: *directory })
+                .collect();
+            archive.places(&wanted).map_err(|error| error.to_string())
+        };
+        let paths = |list: &[&str]| Ok(list.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(places(&[("/shared/a/b", false), ("/shared/c", true)]), paths(&["/shared"]));
+        assert_eq!(places(&[("/mnt/a", false), ("/data", true)]), paths(&["/mnt", "/data"]));
+        assert_eq!(places(&[("/etc/app/a", false)]), paths(&["/etc/app"]));
+        assert_eq!(places(&[("/usr/share/a", false)]), paths(&["/usr/share"]));
+        for (path, directory, why) in [
+            ("/config", false, "/ belongs to the image"),
+            ("/etc/config", false, "/etc belongs to the image"),
+            ("/etc", true, "/ belongs to the image"),
+            ("/etc/passwd/a", false, "something else at /etc/passwd"),
+        ] {
+            let refused = places(&[(path, directory)]).unwrap_err();
+            assert!(refused.contains(path) && refused.contains(why), "{refused}");
+        }
+    }
+
+    #[test]
     fn scratch_leaves_memory_for_processes() {
         let memory = 256 << 20;
         let all = |disk| {
@@ -256,6 +373,8 @@ mod tests {
             scratch(limits).iter().map(|scratch| scratch.bytes).sum::<u64>()
         };
         assert!(all(None) <= memory / 5 * 4);
+        let limits = Limits { vcpus: 1, memory, tasks: 1, disk: None };
+        assert!(all(None) + 3 * place_bytes(limits, 3) <= memory);
         assert_eq!(all(Some(64 << 20)), 64 << 20);
     }
 

@@ -46,7 +46,7 @@ pub(crate) struct Ironclaw(pub Artifacts);
 /// As it is where nobody asked for anything else.
 pub(crate) fn chosen() -> Chosen {
     let version = env!("CARGO_PKG_VERSION").into();
-    let capabilities = Capabilities { implementation: "chitin-vmm".into(), version };
+    let capabilities = Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() };
     Chosen { tier: Runtime::Ironclaw, capabilities, passed_over: Vec::new() }
 }
 

@@ -18,6 +18,7 @@ use crate::policy::Runtime;
 use crate::sandbox::{BOOT_LIMIT, Plan};
 use crate::{Artifacts, Error};
 
+pub(crate) mod bare;
 mod container;
 pub(crate) mod ironclaw;
 mod nanoclaw;
@@ -89,6 +90,9 @@ pub struct Capabilities {
     pub implementation: String,
     /// Its version, in its own words.
     pub version: String,
+    /// What the tier would rather be made of, and why each is not it.
+    #[serde(default)]
+    pub short_of: Vec<String>,
 }
 
 /// Why a tier cannot be had on this host.

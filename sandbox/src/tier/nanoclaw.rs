@@ -10,13 +10,16 @@
 //!   /run/chitin/ENGINE                 the runtime's own state
 //!   /run/chitin/works.json             which runtime works here, found out once
 //!   /var/cache/chitin/roots/DIGEST     an unpacked root
+//!   /var/cache/chitin/trees/ENGINE-NAME    the top of a root in which a policy has a place; as long as its bundle
 //! ```
 
 mod bundle;
 mod engine;
 mod root;
+mod tree;
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -26,17 +29,21 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
 
-use self::bundle::Bundle;
+use self::bundle::{Bundle, Content};
 use self::engine::Engine;
-use super::container::{Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
+use self::tree::Tree;
+use super::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
 use crate::policy::Runtime;
 use crate::sandbox::Plan;
 use crate::{Artifacts, Error, GuestEnd};
 
-/// How long a runtime may take to clear up by force.
-const DELETE_LIMIT: Duration = Duration::from_secs(10);
+/// Tells the agent that it may bound the workload's processes itself.
+const OWN_KERNEL: &str = "--own-kernel";
+
+/// How long a runtime may take to clear up by force: one that hangs is noticed within this and the time of its trial.
+const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long standard error may stay open behind a runtime that has ended.
 const LOG_LIMIT: Duration = Duration::from_millis(500);
@@ -51,7 +58,16 @@ const PANICKED: i32 = 2;
 #[derive(Debug)]
 pub(crate) struct Nanoclaw {
     artifacts: Artifacts,
-    ready: OnceCell<(Engine, std::path::PathBuf)>,
+    ready: OnceCell<Ready>,
+}
+
+/// What containers are made of.
+#[derive(Debug)]
+struct Ready {
+    engine: Engine,
+    archive: RootArchive,
+    /// Its content.
+    root: PathBuf,
 }
 
 impl Nanoclaw {
@@ -59,8 +75,7 @@ impl Nanoclaw {
         Nanoclaw { artifacts: artifacts.clone(), ready: OnceCell::new() }
     }
 
-    /// The runtime, and the root that its containers get.
-    async fn ready(&self) -> Result<&(Engine, std::path::PathBuf), Unavailable> {
+    async fn ready(&self) -> Result<&Ready, Unavailable> {
         self.ready
             .get_or_try_init(|| async {
                 if !rustix::process::geteuid().is_root() {
@@ -70,7 +85,8 @@ impl Nanoclaw {
                     });
                 }
                 let archive = RootArchive::of(&self.artifacts)?;
-                let unpacking = tokio::task::spawn_blocking(move || root::unpacked(&archive));
+                let packed = archive.clone();
+                let unpacking = tokio::task::spawn_blocking(move || root::unpacked(&packed));
                 let root = unpacking.await.map_err(|error| error.to_string()).and_then(|root| root);
                 let root = root.map_err(|reason| Unavailable {
                     reason: format!("the root cannot be unpacked: {reason}"),
@@ -78,7 +94,7 @@ impl Nanoclaw {
                         .into(),
                 })?;
                 let engine = engine::that_works(&root).await?;
-                Ok((engine, root))
+                Ok(Ready { engine, archive, root })
             })
             .await
     }
@@ -90,20 +106,57 @@ impl Tier for Nanoclaw {
     }
 
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
-        Box::pin(async { self.ready().await.map(|(engine, _)| engine.capabilities()) })
+        Box::pin(async { self.ready().await.map(|ready| ready.engine.capabilities()) })
     }
 
     fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
-            let (engine, root) = self.ready().await.map_err(|unavailable| Error::NoTier {
-                missing: format!("{}: {unavailable}", Runtime::Nanoclaw),
+            let Ready { engine, archive, root } = self.ready().await.map_err(|unavailable| {
+                Error::NoTier { missing: format!("{}: {unavailable}", Runtime::Nanoclaw) }
             })?;
             bundle::sweep().await;
             let limits = Limits::of(plan);
+            if let (Some(fixed), true) = (plan.fixed.first(), engine.has_own_kernel()) {
+                return Err(Error::Place {
+                    path: fixed.path.clone(),
+                    reason: "gVisor's kernel has no Landlock, by which a policy's files are kept: choose the tier ironclaw \
+                             or nemoclaw"
+                        .into(),
+                });
+            }
+            let places = archive.places(&plan.fixed)?;
             let spawned = now_ns();
-            let (container, stream) = Container::start(engine, root, limits)?;
+            let (container, stream) = Container::start(engine, root, limits, &places)?;
             Ok(Launched { instance: Box::new(container), stream, spawned })
         })
+    }
+}
+
+/// A container of a command instead of the agent.
+#[derive(Debug)]
+pub(super) struct Bare {
+    engine: Engine,
+    bundle: Bundle,
+}
+
+impl Nanoclaw {
+    /// For measuring what the runtime alone takes.
+    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Bare, Error> {
+        let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| Error::NoTier {
+            missing: format!("{}: {unavailable}", Runtime::Nanoclaw),
+        })?;
+        let content = Content { root, limits: Limits::of(plan), places: &[], argv };
+        let bundle = Bundle::create(engine, &content)
+            .map_err(|source| Error::Host { what: "write an OCI bundle in /run/chitin", source })?;
+        Ok(Bare { engine: engine.clone(), bundle })
+    }
+}
+
+impl Bare {
+    pub fn command(&self) -> Command {
+        let mut command = self.engine.command(&["run", "--bundle"]);
+        command.arg(self.bundle.path()).arg(self.bundle.name());
+        command
     }
 }
 
@@ -114,8 +167,9 @@ struct Container {
     limits: Limits,
     name: String,
     child: Child,
-    /// Until the agent has answered.
+    /// Until the agent has answered, or as long as the container's root is in it.
     bundle: Option<Bundle>,
+    answered: bool,
     log: Log,
     reader: tokio::task::JoinHandle<()>,
     ended: Option<ExitStatus>,
@@ -124,12 +178,15 @@ struct Container {
 impl Container {
     fn start(
         engine: &Engine,
-        root: &std::path::Path,
+        root: &Path,
         limits: Limits,
+        places: &[PathBuf],
     ) -> Result<(Container, UnixStream), Error> {
         let host = |what| move |source| Error::Host { what, source };
-        let bundle =
-            Bundle::create(engine, root, limits).map_err(host("write an OCI bundle in /run/chitin"))?;
+        let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
+        let argv: Vec<String> = argv.map(str::to_owned).collect();
+        let content = Content { root, limits, places, argv: &argv };
+        let bundle = Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
         let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
         let theirs = theirs.into_std().map_err(host("hand over the channel"))?;
         let again: OwnedFd = theirs.try_clone().map_err(host("hand over the channel"))?.into();
@@ -166,6 +223,7 @@ impl Container {
             name,
             child,
             bundle: Some(bundle),
+            answered: false,
             log,
             reader,
             ended: None,
@@ -195,7 +253,9 @@ impl Container {
 
 impl Instance for Container {
     fn answered(&mut self) {
-        self.bundle = None;
+        self.answered = true;
+        // A tree is what the container's mounts are on: they would go with it.
+        self.bundle.take_if(|bundle| !bundle.has_tree());
     }
 
     fn start_limit(&self) -> Duration {
@@ -206,7 +266,7 @@ impl Instance for Container {
         Box::pin(async {
             let status = self.wait().await;
             let said = self.log.last_line();
-            if self.bundle.is_none() {
+            if self.answered {
                 let reason = match (status.code(), self.engine.has_own_kernel()) {
                     // Its own kernel is in its cgroup: what meets the limits is all of it, and not the one that asked too much.
                     (Some(KILLED), true) => format!(
@@ -230,7 +290,8 @@ impl Instance for Container {
         Box::pin(async {
             let by_itself = tokio::time::timeout(STOP_LIMIT, self.wait()).await.is_ok();
             // A runtime that fails when the agent has answered already may leave what it knows of the container.
-            if by_itself && self.bundle.is_none() && !self.engine.knows(&self.name) {
+            if by_itself && self.answered && !self.engine.knows(&self.name) {
+                self.bundle = None;
                 return Ok(());
             }
             self.kill();
@@ -250,7 +311,7 @@ impl Instance for Container {
 impl Drop for Container {
     fn drop(&mut self) {
         // One that has answered ends with its channel, and its runtime clears up.
-        if self.bundle.is_some() && self.ended.is_none() {
+        if !self.answered && self.ended.is_none() {
             self.kill();
             // Not waited for: whoever sweeps next finds the bundle if this one does not come to an end.
             let mut delete = self.engine.command(&["delete", "--force", &self.name]);

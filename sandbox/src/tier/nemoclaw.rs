@@ -31,7 +31,7 @@ use tokio_util::io::ReaderStream;
 
 use super::container::{
     AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT, new_name,
-    scratch,
+    place_bytes, scratch,
 };
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
@@ -176,6 +176,7 @@ impl Tier for Nemoclaw {
             self.daemon().await.map(|daemon| Capabilities {
                 implementation: daemon.implementation.clone(),
                 version: daemon.version.clone(),
+                short_of: Vec::new(),
             })
         })
     }
@@ -192,6 +193,46 @@ impl Tier for Nemoclaw {
     }
 }
 
+impl Nemoclaw {
+    /// The words of a `docker run` that makes the same container of a command instead of the agent, for measuring what Docker
+    /// alone takes. The image is there as soon as one sandbox was started.
+    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Vec<String>, Error> {
+        let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
+            missing: format!("{}: {unavailable}", Runtime::Nemoclaw),
+        })?;
+        let body = daemon.body(Limits::of(plan), &[]);
+        let host = body.host_config.unwrap_or_default();
+        let number = |value: Option<i64>| value.unwrap_or_default().to_string();
+        let mut words: Vec<String> =
+            ["--host", &address(), "run", "--rm", "--read-only"].map(Into::into).into();
+        let mut option = |name: &str, values: Vec<String>| {
+            words.extend(values.into_iter().map(|value| format!("--{name}={value}")));
+        };
+        option("network", host.network_mode.into_iter().collect());
+        option("dns", host.dns.unwrap_or_default());
+        option("dns-search", host.dns_search.unwrap_or_default());
+        option("ipc", host.ipc_mode.into_iter().collect());
+        option("cap-drop", host.cap_drop.unwrap_or_default());
+        option("cap-add", host.cap_add.unwrap_or_default());
+        option("security-opt", host.security_opt.unwrap_or_default());
+        let tmpfs = host.tmpfs.unwrap_or_default();
+        option("tmpfs", tmpfs.iter().map(|(path, options)| format!("{path}:{options}")).collect());
+        option("shm-size", vec![number(host.shm_size)]);
+        option("memory", vec![number(host.memory)]);
+        option("memory-swap", vec![number(host.memory_swap)]);
+        option("cpus", vec![plan.spec.vcpus.to_string()]);
+        option("pids-limit", vec![number(host.pids_limit)]);
+        option("log-driver", vec!["none".into()]);
+        option("user", body.user.into_iter().collect());
+        option("hostname", body.hostname.into_iter().collect());
+        option("workdir", body.working_dir.into_iter().collect());
+        option("env", body.env.unwrap_or_default());
+        words.extend(body.image);
+        words.extend_from_slice(argv);
+        Ok(words)
+    }
+}
+
 impl Daemon {
     fn failed(&self, error: &bollard::errors::Error) -> Error {
         Error::Container { engine: self.implementation.clone(), reason: chain(error) }
@@ -199,7 +240,7 @@ impl Daemon {
 
     async fn start(&self, plan: &Plan) -> Result<(Container, UnixStream), Error> {
         let name = new_name()?;
-        let body = self.body(Limits::of(plan));
+        let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
         if is_status(&created, 404) {
@@ -249,18 +290,20 @@ impl Daemon {
         &self.archive.digest[..32]
     }
 
-    fn body(&self, limits: Limits) -> ContainerCreateBody {
+    fn body(&self, limits: Limits, places: &[PathBuf]) -> ContainerCreateBody {
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let [work, tmp, shm] = scratch(limits);
-        let tmpfs = [work, tmp].map(|scratch| {
-            let options = format!(
-                "rw,nosuid,nodev,exec,mode={},uid={owner},gid={owner},size={}",
-                scratch.mode,
-                scratch.bytes,
-                owner = scratch.owner
-            );
-            (scratch.path.to_owned(), options)
-        });
+        let options = |mode: &str, owner: u32, bytes: u64| {
+            format!("rw,nosuid,nodev,exec,mode={mode},uid={owner},gid={owner},size={bytes}")
+        };
+        let mut tmpfs: HashMap<String, String> = [work, tmp]
+            .map(|scratch| (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes)))
+            .into();
+        for place in places {
+            // Not a byte of the policy, which is UTF-8, is lost.
+            let path = place.to_string_lossy().into_owned();
+            tmpfs.insert(path, options("0755", 0, place_bytes(limits, places.len())));
+        }
         let host = HostConfig {
             auto_remove: Some(true),
             network_mode: Some("none".into()),
@@ -274,7 +317,7 @@ impl Daemon {
             cap_add: Some(CAPABILITIES.map(str::to_owned).to_vec()),
             // The daemon's own filter, which it has by default, stays.
             security_opt: Some(vec!["no-new-privileges".into()]),
-            tmpfs: Some(tmpfs.into()),
+            tmpfs: Some(tmpfs),
             shm_size: Some(bytes(shm.bytes)),
             memory: Some(bytes(limits.memory)),
             memory_swap: Some(bytes(limits.memory)),

@@ -31,22 +31,33 @@ pub struct PassedOver {
 impl Chosen {
     /// The tier's name, with what it falls short of by: `nanoclaw/runc` has no kernel of its own.
     pub fn name(&self) -> String {
-        match (self.tier, self.capabilities.implementation.split('/').next()) {
-            (Runtime::Nanoclaw, Some(engine)) if engine != "runsc" => format!("{}/{engine}", self.tier),
-            _ => self.tier.to_string(),
+        match self.is_weakened() {
+            true => format!("{}/{}", self.tier, self.capabilities.implementation),
+            false => self.tier.to_string(),
         }
+    }
+
+    /// Whether its wall is weaker than its tier's, as gVisor's tier is without gVisor.
+    pub fn is_weakened(&self) -> bool {
+        self.tier == Runtime::Nanoclaw && !self.capabilities.implementation.starts_with("runsc")
+    }
+
+    /// Whether it is less than what was asked for, which is never to go unsaid.
+    pub fn is_less(&self) -> bool {
+        !self.passed_over.is_empty() || self.is_weakened()
     }
 
     /// Why it is this one, in a sentence.
     pub fn why(&self) -> String {
-        if self.passed_over.is_empty() {
+        if !self.is_less() {
             return "it is what was asked for".into();
         }
-        let reasons: Vec<_> = self
-            .passed_over
-            .iter()
-            .map(|other| format!("no {}: {}", other.tier, other.unavailable.reason))
-            .collect();
+        let others = self.passed_over.iter();
+        let mut reasons: Vec<_> =
+            others.map(|other| format!("no {}: {}", other.tier, other.unavailable.reason)).collect();
+        if self.is_weakened() {
+            reasons.extend(self.capabilities.short_of.iter().cloned());
+        }
         reasons.join("; ")
     }
 }

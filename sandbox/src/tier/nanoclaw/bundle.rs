@@ -9,9 +9,10 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
+use super::Tree;
 use super::engine::Engine;
 use crate::template::fill_random;
-use crate::tier::container::{AGENT, CAPABILITIES, HOST_NAME, Limits, Owner, new_name, scratch};
+use crate::tier::container::{CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch};
 
 pub(super) const RUN: &str = "/run/chitin";
 const BUNDLES: &str = "/run/chitin/bundles";
@@ -19,17 +20,30 @@ const BUNDLES: &str = "/run/chitin/bundles";
 /// In a bundle, the file that names the process that runs it.
 const RUNTIME: &str = "runtime";
 
+/// What a container is made of.
+#[derive(Debug)]
+pub(super) struct Content<'a> {
+    /// The image, unpacked.
+    pub root: &'a Path,
+    pub limits: Limits,
+    /// Directories that the agent can write to, and the workload cannot.
+    pub places: &'a [PathBuf],
+    /// What runs in it.
+    pub argv: &'a [String],
+}
+
 /// A bundle's directory. Dropping it removes it.
 #[derive(Debug)]
 pub(crate) struct Bundle {
     path: PathBuf,
     name: String,
+    tree: Option<Tree>,
     /// As long as it is held the bundle has an owner.
     _lock: File,
 }
 
 impl Bundle {
-    pub fn create(engine: &Engine, root: &Path, limits: Limits) -> io::Result<Bundle> {
+    pub fn create(engine: &Engine, content: &Content<'_>) -> io::Result<Bundle> {
         let name = new_name().map_err(io::Error::other)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(BUNDLES)?;
         // It gets its name when it has its lock, so that nobody takes it for one without an owner.
@@ -37,10 +51,15 @@ impl Bundle {
         fs::create_dir(&draft)?;
         let lock = File::create(draft.join("lock"))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-        let path = Path::new(BUNDLES).join(format!("{}-{name}", engine.name));
+        let full_name = format!("{}-{name}", engine.name);
+        let path = Path::new(BUNDLES).join(&full_name);
         fs::rename(&draft, &path)?;
-        let bundle = Bundle { path, name, _lock: lock };
-        let spec: Spec = serde_json::from_value(config(engine, &bundle.name, root, limits)?)?;
+        let mut bundle = Bundle { path, name, tree: None, _lock: lock };
+        if !content.places.is_empty() {
+            bundle.tree = Some(Tree::create(&full_name, content.root, content.places)?);
+        }
+        let config = config(engine, &bundle.name, content, bundle.tree.as_ref())?;
+        let spec: Spec = serde_json::from_value(config)?;
         spec.save(bundle.path.join("config.json")).map_err(io::Error::other)?;
         Ok(bundle)
     }
@@ -57,10 +76,17 @@ impl Bundle {
     pub fn name(&self) -> &str {
         &self.name
     }
+
+    /// Whether the container's root is of its own, and has to stay as long as it.
+    pub fn has_tree(&self) -> bool {
+        self.tree.is_some()
+    }
 }
 
 impl Drop for Bundle {
     fn drop(&mut self) {
+        // First, because a bundle is what leads a sweep to it.
+        self.tree = None;
         // What is left is swept by the next start.
         let _ = fs::remove_dir_all(&self.path);
     }
@@ -91,6 +117,7 @@ pub(crate) async fn sweep() {
             // There may be none of that name.
             engine.delete(name).await;
         }
+        Tree::remove(&name);
         let _ = fs::remove_dir_all(&path);
     }
 }
@@ -106,29 +133,46 @@ fn user_range() -> io::Result<u64> {
 /// Users in one.
 const USERS: u64 = 65_536;
 
-fn config(engine: &Engine, name: &str, root: &Path, limits: Limits) -> io::Result<Value> {
-    let capabilities = CAPABILITIES.map(|capability| format!("CAP_{capability}"));
+fn config(
+    engine: &Engine,
+    name: &str,
+    &Content { root, limits, argv, .. }: &Content<'_>,
+    tree: Option<&Tree>,
+) -> io::Result<Value> {
+    // In gVisor's kernel it is a right over nothing of the host's, and the agent's alone: with it the agent mounts a cgroup.
+    let own = engine.has_own_kernel().then_some("SYS_ADMIN");
+    let capabilities: Vec<String> =
+        CAPABILITIES.into_iter().chain(own).map(|capability| format!("CAP_{capability}")).collect();
     let closed = ["nosuid", "nodev", "noexec"];
-    let mut mounts = vec![
+    let borrowed = tree.iter().flat_map(|tree| &tree.borrowed).map(|(source, destination)| {
+        json!({"destination": destination, "type": "bind", "source": source, "options": ["bind", "ro", "nosuid", "nodev"]})
+    });
+    let mut mounts: Vec<Value> = borrowed.collect();
+    mounts.extend([
         json!({"destination": "/proc", "type": "proc", "source": "proc", "options": closed}),
         json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
                "options": ["nosuid", "strictatime", "mode=0755", "size=64k"]}),
         json!({"destination": "/dev/pts", "type": "devpts", "source": "devpts",
                "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]}),
         json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "nodev", "noexec", "ro"]}),
-    ];
-    for scratch in scratch(limits) {
+    ]);
+    let tmpfs = |path: &Path, mode: &str, owner: u32, bytes: u64| {
         let options = [
             "nosuid".to_owned(),
             "nodev".to_owned(),
-            format!("mode={}", scratch.mode),
-            format!("uid={}", scratch.owner),
-            format!("gid={}", scratch.owner),
-            format!("size={}", scratch.bytes),
+            format!("mode={mode}"),
+            format!("uid={owner}"),
+            format!("gid={owner}"),
+            format!("size={bytes}"),
         ];
-        mounts.push(
-            json!({"destination": scratch.path, "type": "tmpfs", "source": "tmpfs", "options": options}),
-        );
+        json!({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options})
+    };
+    for scratch in scratch(limits) {
+        mounts.push(tmpfs(scratch.path.as_ref(), scratch.mode, scratch.owner, scratch.bytes));
+    }
+    for place in tree.iter().flat_map(|tree| &tree.places) {
+        let places = tree.map_or(0, |tree| tree.places.len());
+        mounts.push(tmpfs(place, "0755", 0, place_bytes(limits, places)));
     }
     let mut namespaces = vec!["pid", "mount", "network", "ipc", "uts"];
     let mut memory = json!({"limit": limits.memory});
@@ -139,7 +183,7 @@ fn config(engine: &Engine, name: &str, root: &Path, limits: Limits) -> io::Resul
         "cgroupsPath": format!("/chitin/{name}"),
         "resources": {
             "memory": memory,
-            "pids": {"limit": limits.tasks + engine.own_tasks()},
+            "pids": {"limit": engine.host_tasks(limits.tasks)},
             "cpu": {"quota": u64::from(limits.vcpus) * 100_000, "period": 100_000},
         },
         "maskedPaths": MASKED,
@@ -157,13 +201,13 @@ fn config(engine: &Engine, name: &str, root: &Path, limits: Limits) -> io::Resul
     Ok(json!({
         "ociVersion": "1.0.2",
         "hostname": HOST_NAME,
-        "root": {"path": root, "readonly": true},
+        "root": {"path": tree.map_or(root, Tree::path), "readonly": true},
         "mounts": mounts,
         "linux": linux,
         "process": {
             "terminal": false,
             "user": {"uid": 0, "gid": 0},
-            "args": AGENT,
+            "args": argv,
             "env": ["PATH=/usr/bin"],
             "cwd": "/",
             "noNewPrivileges": true,

@@ -1,6 +1,7 @@
 //! Which OCI runtime there is, and whether it works: found out by running a container, once, because a runtime that is
 //! installed may still not work on this kernel, and may hang.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
+use tokio::task::JoinHandle;
 
 use super::bundle::RUN;
 use super::{Container, succeeds};
@@ -32,7 +34,7 @@ const VERSION_LIMIT: Duration = Duration::from_secs(5);
 /// The least that a microVM has too.
 const TRIAL: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None };
 
-/// Threads that gVisor's kernel and its helper have on the host.
+/// Threads that gVisor's kernel and its helper have on the host, beside those by which it runs the sandbox's.
 const GVISOR_TASKS: u32 = 256;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -50,6 +52,8 @@ pub(crate) struct Engine {
     pub program: PathBuf,
     platform: Option<&'static str>,
     version: String,
+    /// Why none of those before it.
+    short_of: Vec<String>,
 }
 
 /// What is remembered until the next boot.
@@ -60,13 +64,26 @@ struct Found {
     /// The index in [`ENGINES`].
     engine: usize,
     version: String,
+    short_of: Vec<String>,
 }
 
 impl Engine {
     /// The one of that name, to clear up behind it.
     pub fn named(name: &str) -> Option<Engine> {
         let (name, _) = ENGINES.into_iter().find(|(known, _)| *known == name)?;
-        Some(Engine { name, program: find(name)?, platform: None, version: String::new() })
+        Some(Engine { program: find(name)?, ..Engine::new(name, None) })
+    }
+
+    fn new(name: &'static str, platform: Option<&'static str>) -> Engine {
+        Engine { name, program: PathBuf::new(), platform, version: String::new(), short_of: Vec::new() }
+    }
+
+    /// The program, and its platform if it has several.
+    fn title(&self) -> String {
+        match self.platform {
+            Some(platform) => format!("{}/{platform}", self.name),
+            None => self.name.to_owned(),
+        }
     }
 
     /// Whether a sandbox under it has a kernel that is not the host's.
@@ -74,17 +91,18 @@ impl Engine {
         self.name == "runsc"
     }
 
-    /// Tasks of its own that count as the container's.
-    pub fn own_tasks(&self) -> u32 {
-        if self.has_own_kernel() { GVISOR_TASKS } else { 0 }
+    /// The most tasks of the host by which so many of a container run. gVisor has one or two for each, and the agent has it keep
+    /// the exact number inside: this one is met only by a kernel that does not.
+    pub fn host_tasks(&self, tasks: u32) -> u32 {
+        if self.has_own_kernel() { tasks.saturating_mul(2).saturating_add(GVISOR_TASKS) } else { tasks }
     }
 
     pub fn capabilities(&self) -> Capabilities {
-        let implementation = match self.platform {
-            Some(platform) => format!("{}/{platform}", self.name),
-            None => self.name.to_owned(),
-        };
-        Capabilities { implementation, version: self.version.clone() }
+        Capabilities {
+            implementation: self.title(),
+            version: self.version.clone(),
+            short_of: self.short_of.clone(),
+        }
     }
 
     pub fn command(&self, words: &[&str]) -> Command {
@@ -158,31 +176,30 @@ pub(crate) async fn that_works(root: &Path) -> Result<Engine, Unavailable> {
     if let Some(engine) = remembered(&programs) {
         return Ok(engine);
     }
-    let mut reasons: Vec<String> = Vec::new();
+    let mut short_of: Vec<String> = Vec::new();
+    let mut trials = Trials { name: "", version: Ok(String::new()), running: VecDeque::new() };
     for (index, (name, platform)) in ENGINES.into_iter().enumerate() {
-        let said = match platform {
-            Some(platform) => format!("{name}/{platform}"),
-            None => name.to_owned(),
-        };
+        let engine = Engine::new(name, platform);
         let Some(program) = find(name) else {
-            if !reasons.contains(&format!("{name} is not installed")) {
-                reasons.push(format!("{name} is not installed"));
+            let reason = format!("{name} is not installed");
+            if !short_of.contains(&reason) {
+                short_of.push(reason);
             }
             continue;
         };
-        let engine = Engine { name, program, platform, version: String::new() };
-        match try_out(&engine, root).await {
+        let engine = Engine { program, ..engine };
+        match trials.outcome(&engine, root).await {
             Ok(version) => {
-                let found = Found { programs, engine: index, version: version.clone() };
+                let found = Found { programs, engine: index, version, short_of };
                 // Not remembered, it is found out again.
                 let _ = serde_json::to_vec(&found).map(|json| fs::write(FOUND, json));
-                return Ok(Engine { version, ..engine });
+                return Ok(Engine { version: found.version, short_of: found.short_of, ..engine });
             }
-            Err(reason) => reasons.push(format!("{said} does not work: {reason}")),
+            Err(reason) => short_of.push(format!("{} does not work: {reason}", engine.title())),
         }
     }
     Err(Unavailable {
-        reason: reasons.join(", "),
+        reason: short_of.join(", "),
         remedy: "install runsc (Debian: apt-get install runsc), crun or runc".into(),
     })
 }
@@ -191,7 +208,46 @@ fn remembered(programs: &[String]) -> Option<Engine> {
     let found: Found = serde_json::from_slice(&fs::read(FOUND).ok()?).ok()?;
     let (name, platform) = *ENGINES.get(found.engine)?;
     (found.programs == programs).then_some(())?;
-    Some(Engine { name, program: find(name)?, platform, version: found.version })
+    let engine = Engine::new(name, platform);
+    Some(Engine { program: find(name)?, version: found.version, short_of: found.short_of, ..engine })
+}
+
+/// Trials of one program, all its platforms at the same time: one that hangs costs its time once.
+struct Trials {
+    name: &'static str,
+    version: Result<String, String>,
+    running: VecDeque<JoinHandle<Result<String, String>>>,
+}
+
+impl Trials {
+    /// Of the next platform of its program.
+    async fn outcome(&mut self, engine: &Engine, root: &Path) -> Result<String, String> {
+        if self.name != engine.name {
+            self.name = engine.name;
+            self.running.clear();
+            self.version = version(engine).await;
+            let Ok(version) = &self.version else { return self.version.clone() };
+            let platforms = ENGINES.into_iter().filter(|(name, _)| *name == engine.name);
+            self.running = platforms
+                .map(|(_, platform)| {
+                    let (engine, root) = (Engine { platform, ..engine.clone() }, root.to_owned());
+                    let version = version.clone();
+                    tokio::spawn(async move { try_out(&engine, &root).await.map(|()| version) })
+                })
+                .collect();
+        }
+        match self.running.pop_front() {
+            Some(trial) => trial.await.unwrap_or_else(|error| Err(error.to_string())),
+            None => self.version.clone(),
+        }
+    }
+}
+
+impl Drop for Trials {
+    fn drop(&mut self) {
+        // What is weaker than what works is not waited for.
+        self.running.iter().for_each(JoinHandle::abort);
+    }
 }
 
 /// Changes when the program does.
@@ -201,8 +257,7 @@ fn identity(name: &str) -> String {
     format!("{} {} {} {}", path.display(), is.ino(), is.len(), is.mtime())
 }
 
-/// Runs a container that says hello. Returns the runtime's version.
-async fn try_out(engine: &Engine, root: &Path) -> Result<String, String> {
+async fn version(engine: &Engine) -> Result<String, String> {
     let mut version = engine.command(&[]);
     version.kill_on_drop(true).arg("--version");
     let asked = tokio::time::timeout(VERSION_LIMIT, version.output()).await;
@@ -210,17 +265,21 @@ async fn try_out(engine: &Engine, root: &Path) -> Result<String, String> {
         asked.map_err(|_| "it does not say its version".to_owned())?.map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let words = text.lines().next().unwrap_or_default();
-    let version = words.rsplit(' ').next().unwrap_or_default().to_owned();
+    Ok(words.rsplit(' ').next().unwrap_or_default().to_owned())
+}
 
-    let (mut container, mut stream) = Container::start(engine, root, TRIAL).map_err(|error| match error {
-        crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
-        other => other.to_string(),
-    })?;
+/// Runs a container that says hello.
+async fn try_out(engine: &Engine, root: &Path) -> Result<(), String> {
+    let (mut container, mut stream) =
+        Container::start(engine, root, TRIAL, &[]).map_err(|error| match error {
+            crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
+            other => other.to_string(),
+        })?;
     let hello = tokio::time::timeout(TRIAL_LIMIT, stream.read(&mut [0])).await;
     let outcome = match hello {
         Ok(Ok(1)) => {
             container.answered();
-            Ok(version)
+            Ok(())
         }
         Ok(_) => Err(match container.ended().await {
             crate::Error::Container { reason, .. } => reason,
