@@ -341,20 +341,12 @@ impl Builder {
             let first = self.tier.is_none().then_some(Runtime::Ironclaw);
             return Ok(first.into_iter().chain(asked).collect());
         };
-        // Why none of them will do, if none does.
-        policy.tier()?;
         let listed: Vec<Runtime> = policy.tiers().collect();
         let asked: Vec<Runtime> = asked.collect();
         if let Some(tier) = asked.iter().find(|tier| !listed.contains(tier)) {
             return Err(PolicyError::Tier { origin: policy.origin.clone(), tier: *tier }.into());
         }
-        let asked = if asked.is_empty() { listed } else { asked };
-        let able: Vec<Runtime> =
-            asked.iter().copied().filter(|tier| policy.check_tier(*tier).is_ok()).collect();
-        match (able.is_empty(), asked.first()) {
-            (true, Some(tier)) => policy.check_tier(*tier).map(|()| able).map_err(Error::from),
-            _ => Ok(able),
-        }
+        Ok(if asked.is_empty() { listed } else { asked })
     }
 
     /// The tier it will be.
@@ -541,7 +533,6 @@ impl Builder {
             }
             return Ok(());
         };
-        policy.tier()?;
         if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
             return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
         }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::file::{Access, Runtime};
-use super::{Field, Policy, SyscallFilter, Verdict};
+use super::{Field, Policy, SyscallFilter};
 use crate::SecretSource;
 use crate::credential::Delivery;
 
@@ -150,7 +150,7 @@ fn resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
     )
 }
 
-/// Which field is kept by what on the tiers that may be used, and which refuse the policy.
+/// Which field is kept by what on each tier.
 fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
     for tier in Runtime::ALL {
         let wanted = if tier == policy.runtime {
@@ -161,24 +161,9 @@ fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
             " (not listed here)"
         };
         writeln!(out)?;
-        match policy.check_tier(tier) {
-            Ok(()) => writeln!(out, "On {tier}{wanted} all of it is kept:")?,
-            Err(_) => writeln!(out, "On {tier}{wanted} a run is REFUSED:")?,
-        }
-        let verdicts = Field::ALL.map(|field| (field, policy.verdict(field, tier)));
-        // A tier that refuses everything says so once.
-        if let [(_, first @ Verdict::Refused(why)), rest @ ..] = &verdicts
-            && rest.iter().all(|(_, verdict)| matches!(verdict, Verdict::Refused(_)))
-        {
-            let Verdict::Refused(_) = first else { continue };
-            writeln!(out, "  {why}")?;
-            continue;
-        }
-        for (field, verdict) in verdicts {
-            match verdict {
-                Verdict::Kept(how) => writeln!(out, "  {}: {how}", field.name())?,
-                Verdict::Refused(why) => writeln!(out, "  {}: REFUSED: {why}", field.name())?,
-            }
+        writeln!(out, "On {tier}{wanted} it is kept by:")?;
+        for field in Field::ALL {
+            writeln!(out, "  {}: {}", field.name(), policy.keeper(field, tier))?;
         }
     }
     Ok(())

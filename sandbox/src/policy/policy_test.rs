@@ -47,7 +47,6 @@ fn the_first_shape() {
     assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::Default));
     let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
     assert_eq!(policy.credential_source, Some(source));
-    policy.check_tier(Runtime::Ironclaw).unwrap();
     assert!(policy.explain().contains("vault://openclaw/creds"));
 }
 
@@ -61,7 +60,6 @@ fn the_second_shape() {
     assert_eq!(policy.files, [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]);
     assert!(policy.files_confined);
     assert_eq!(policy.egress, [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]);
-    policy.check_tier(Runtime::Ironclaw).unwrap();
     let reach = |endpoint: &str| policy.may_reach(&endpoint.parse().unwrap());
     assert!(reach("api.example.com:443"));
     for more in ["api.example.com:80", "example.com:443", "*.example.com:443", "a.api.example.com:443"] {
@@ -374,11 +372,9 @@ fn a_file_is_read_within_bounds() {
 }
 
 #[test]
-fn the_first_tier_that_can_keep_it_is_taken() {
-    assert_eq!(parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Ironclaw);
+fn tiers_are_in_the_order_of_the_file() {
     let order: Vec<Runtime> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
     assert_eq!(order, [Runtime::Nemoclaw, Runtime::Ironclaw]);
-    assert_eq!(parse("runtime: nanoclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Nanoclaw);
 }
 
 #[test]
