@@ -48,7 +48,9 @@ fn twenty_at_once_use_up_only_what_is_theirs() {
         for (reader_stopped, disk_full) in [(false, false), (false, true), (true, false), (true, true)] {
             let disk = tempfile::tempdir().unwrap();
             let out = format!("big:{}", disk.path().join("big").display());
-            let run = copy_of(dir.path(), &format!("--timeout 90s --copy-out {out}"));
+            let by_itself = ends && !reader_stopped;
+            let limit = if by_itself { "" } else { "--timeout 60s" };
+            let run = copy_of(dir.path(), &format!("{limit} --copy-out {out}"));
             let mut run = run.arg(format!("{script}; {AFTER}"));
             if disk_full {
                 let unshare =
@@ -57,7 +59,7 @@ fn twenty_at_once_use_up_only_what_is_theirs() {
                     unshare.iter().map(OsStr::new).chain([disk.path().as_os_str()]).collect();
                 run = run.by(&words);
             }
-            let expected = match (ends && !reader_stopped, disk_full) {
+            let expected = match (by_itself, disk_full) {
                 (false, _) => 124,
                 (true, true) => 125,
                 (true, false) => 0,
