@@ -636,7 +636,7 @@ impl Agent {
         let streams = Streams { stdin: stdin_child, stdout: stdout_child, stderr: stderr_child };
         let groups = launch::Groups {
             born_into: self.cgroup.as_ref().map(Cgroup::directory),
-            joined: self.counted.as_ref().map(Counted::procs),
+            joined: self.counted.as_ref().map(Counted::directory),
         };
         let child = launch::launch(start, &self.secrets, &streams, &self.lockdown, groups)?;
         self.processes.push(Process {

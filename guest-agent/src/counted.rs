@@ -1,6 +1,7 @@
 //! A bound on the workload's processes in a container whose kernel is its own, which is gVisor's: it has the first version of
 //! cgroups, and of them what is needed to count. The runtime's own bound is around that kernel, which does not survive it.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
@@ -17,9 +18,8 @@ const MAX_TASKS: u32 = 4096;
 
 /// A cgroup that every child joins.
 pub struct Counted {
+    /// Closed to the workload, which could otherwise open it as a descriptor of this process: gVisor lets it try.
     directory: OwnedFd,
-    /// Its `cgroup.procs`.
-    procs: OwnedFd,
 }
 
 impl Counted {
@@ -34,11 +34,10 @@ impl Counted {
 
     fn create_in(place: &str) -> Result<Counted, SystemError> {
         let path = format!("{place}/workload");
-        rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755)).context("create", &path)?;
+        rustix::fs::mkdir(&path, Mode::from_raw_mode(0o700)).context("create", &path)?;
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&path, flags, Mode::empty()).context("open", &path)?;
-        let procs = open_to_write(&directory, "cgroup.procs").context("open", "cgroup.procs")?;
-        let counted = Counted { directory, procs };
+        let counted = Counted { directory };
         counted.limit(MAX_TASKS).context("limit", "processes")?;
         Ok(counted)
     }
@@ -46,22 +45,23 @@ impl Counted {
     /// Bounds processes and threads.
     pub fn limit(&self, tasks: u32) -> Result<(), Errno> {
         let text = tasks.min(MAX_TASKS).to_string();
-        let written = rustix::io::write(open_to_write(&self.directory, "pids.max")?, text.as_bytes())?;
+        let file = open_to_write(self.directory.as_fd(), c"pids.max")?;
+        let written = rustix::io::write(file, text.as_bytes())?;
         if written == text.len() { Ok(()) } else { Err(Errno::IO) }
     }
 
-    /// What a child writes its number to.
-    pub fn procs(&self) -> BorrowedFd<'_> {
-        self.procs.as_fd()
+    /// What a child [joins](join).
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
     }
 }
 
-fn open_to_write(directory: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+fn open_to_write(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// In the child, before it is a user: from here on it counts, and what it starts. System calls only.
-pub fn join(procs: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn join(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut digits = [0; 10];
     let mut at = digits.len();
     let mut number = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
@@ -70,22 +70,19 @@ pub fn join(procs: BorrowedFd<'_>) -> Result<(), Errno> {
         digits[at] = b'0' + u8::try_from(number % 10).unwrap_or(0);
         number /= 10;
     }
-    rustix::io::write(procs, &digits[at..]).map(drop)
+    rustix::io::write(open_to_write(directory, c"cgroup.procs")?, &digits[at..]).map(drop)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
 
     #[test]
     fn a_process_writes_its_number() {
-        let (reader, writer) = rustix::pipe::pipe().unwrap();
-        join(writer.as_fd()).unwrap();
-        drop(writer);
-        let mut text = String::new();
-        std::fs::File::from(reader).read_to_string(&mut text).unwrap();
-        assert_eq!(text, std::process::id().to_string());
+        let dir = tempfile::tempdir().unwrap();
+        let procs = dir.path().join("cgroup.procs");
+        std::fs::write(&procs, "").unwrap();
+        join(std::fs::File::open(dir.path()).unwrap().as_fd()).unwrap();
+        assert_eq!(std::fs::read_to_string(procs).unwrap(), std::process::id().to_string());
     }
 }

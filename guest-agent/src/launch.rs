@@ -136,7 +136,7 @@ struct Plan<'a> {
 pub struct Groups<'a> {
     /// The directory of the cgroup it is born into.
     pub born_into: Option<BorrowedFd<'a>>,
-    /// The `cgroup.procs` that it writes its number to.
+    /// The directory of the cgroup that it joins.
     pub joined: Option<BorrowedFd<'a>>,
 }
 
@@ -281,8 +281,8 @@ impl Plan<'_> {
 
     fn prepare(&self) -> Result<(), (Step, Errno)> {
         let at = |step| move |errno| (step, errno);
-        if let Some(procs) = self.joined {
-            counted::join(procs).map_err(at(Step::Limits))?;
+        if let Some(directory) = self.joined {
+            counted::join(directory).map_err(at(Step::Limits))?;
         }
         rustix::process::setsid().map_err(at(Step::Session))?;
         for (number, stream) in (0..).zip(self.streams) {

@@ -261,9 +261,10 @@ fn phases(report: &std::path::Path) -> Result<Option<Phases>, Failure> {
 fn show(measured: &[Measured], runs: u32) {
     println!("{runs} runs of each kind, in turns; milliseconds since each process was started");
     for Measured { tier, capabilities, chitin, parts, bare, .. } in measured {
+        println!();
         println!(
             "{}",
-            printable(&format!("\n{tier} ({} {})", capabilities.implementation, capabilities.version))
+            printable(&format!("{tier} ({} {})", capabilities.implementation, capabilities.version))
         );
         stats::print("phase", &chitin.summary, MILLISECOND);
         if let Some(bare) = bare {

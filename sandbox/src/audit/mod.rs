@@ -199,15 +199,17 @@ impl Scene {
     /// Runs a property's attacks. What has succeeded is seen from outside too.
     async fn attack(&self, sandbox: &Sandbox, property: &Property) -> Result<Vec<Attack>, Error> {
         let mut process = probe(sandbox, &self.context, property.probe).await?;
-        let (mut stdout, mut stderr) = (String::new(), String::new());
+        // As bytes: what was read before the sandbox ended would be lost to a text.
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let attacked = async {
             if let (Some(out), Some(err)) = (process.stdout.take(), process.stderr.take()) {
                 let (mut out, mut err) = (out.take(MAX_OUTPUT), err.take(MAX_OUTPUT));
-                let _ = tokio::join!(out.read_to_string(&mut stdout), err.read_to_string(&mut stderr));
+                let _ = tokio::join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr));
             }
             process.wait().await
         };
         let ended = tokio::time::timeout(PROBE_LIMIT, attacked).await;
+        let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
         // The last line counts: a probe that may be killed says beforehand what that would mean.
         let last = stdout.lines().last().unwrap_or_default();
         let mut attacks: Vec<Attack> = serde_json::from_str::<Vec<(String, bool, String)>>(last)
