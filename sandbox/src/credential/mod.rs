@@ -2,6 +2,7 @@
 
 mod authority;
 mod keeper;
+mod keystore;
 mod placeholder;
 mod proxy;
 mod selftest;
