@@ -4,13 +4,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use chitin_integration::{Running, chitin, workspace};
+use chitin_integration::{Chitin, On, canary, chitin, on_every_tier, workspace};
 use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::Value;
@@ -77,9 +77,9 @@ impl Endpoint {
     }
 
     /// `chitin run` with the credential for it, and an audit.
-    fn run(&self, options: &str) -> chitin_integration::Chitin {
-        chitin(&format!(
-            "run --allow-private --secret API_KEY=env:API_KEY_HERE@localhost:{} {options} --audit",
+    fn run(&self, on: On, options: &str) -> Chitin {
+        on.with(&format!(
+            "--allow-private --secret API_KEY=env:API_KEY_HERE@localhost:{} {options} --audit",
             self.port
         ))
         .arg(self.audit())
@@ -102,70 +102,11 @@ impl Endpoint {
     }
 }
 
-fn holds(bytes: &[u8], needle: &[u8]) -> bool {
-    // Page by page: most have not even the first byte, and the standard library sees that quickly.
-    (0..bytes.len()).step_by(4096).any(|at| {
-        let page = &bytes[at..bytes.len().min(at + 4096 + needle.len())];
-        page.contains(&needle[0]) && page.windows(needle.len()).any(|window| window == needle)
-    })
-}
+const MICROVM: On = On { tier: chitin::Runtime::Ironclaw };
 
-/// All memory of a process that can be read: of a monitor, that of its guest.
-fn memory(process: &Path, mut look: impl FnMut(&[u8])) -> u64 {
-    let maps = fs::read_to_string(process.join("maps")).unwrap();
-    let mut file = fs::File::open(process.join("mem")).unwrap();
-    let mut read = 0;
-    for line in maps
-        .lines()
-        .filter(|line| line.split_whitespace().nth(1).is_some_and(|rights| rights.starts_with('r')))
-    {
-        let (start, end) = line.split_whitespace().next().unwrap().split_once('-').unwrap();
-        let (mut at, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-        let mut buffer = vec![0; 1 << 20];
-        while at < end {
-            let length = usize::try_from((end - at).min(1 << 20)).unwrap();
-            // Parts of the kernel's own, such as the vvar page, cannot be read.
-            if file.seek(SeekFrom::Start(at)).is_err() || file.read_exact(&mut buffer[..length]).is_err() {
-                break;
-            }
-            look(&buffer[..length]);
-            read += length as u64;
-            // What straddles two pieces is in the next one whole.
-            at += if at + (length as u64) < end { length as u64 - 4096 } else { length as u64 };
-        }
-    }
-    read
-}
+on_every_tier!(python_uses_a_credential_that_never_enters);
 
-/// That the value is nowhere but in `chitin` itself, and the placeholder is where the search would have found it.
-fn assert_absent(running: &Running, placeholder: &str) {
-    let (mut monitors, mut found) = (0, false);
-    for process in running.processes() {
-        let exe = fs::read_link(process.join("exe")).unwrap_or_default();
-        for name in ["cmdline", "environ"] {
-            let bytes = fs::read(process.join(name)).unwrap_or_default();
-            // The variable was given to `chitin` by whoever called it; it must not pass it on.
-            assert!(
-                name == "environ" && exe.ends_with("chitin") || !holds(&bytes, CANARY.as_bytes()),
-                "{process:?} {name}"
-            );
-        }
-        if exe.ends_with("chitin") {
-            continue;
-        }
-        let mut leaked = false;
-        let read = memory(&process, |bytes| {
-            leaked |= holds(bytes, CANARY.as_bytes());
-            found |= holds(bytes, placeholder.as_bytes());
-        });
-        monitors += usize::from(read > 64 << 20);
-        assert!(!leaked, "the value is in the memory of {process:?}, {exe:?}");
-    }
-    assert!(monitors > 0 && found, "the search has found neither a guest's memory nor the placeholder in it");
-}
-
-#[test]
-fn python_uses_a_credential_that_never_enters() {
+fn python_uses_a_credential_that_never_enters(on: On) {
     let endpoint = Endpoint::start();
     let script = format!(
         "
@@ -188,7 +129,7 @@ sys.stdin.read()
 ",
         endpoint.port
     );
-    let mut running = endpoint.run("").args(["--", "python3", "-c"]).arg(script).spawn();
+    let mut running = endpoint.run(on, "").args(["--", "python3", "-c"]).arg(script).spawn();
     let placeholder = running.line();
     assert!(placeholder.starts_with("chitin-") && placeholder.len() == 47, "{placeholder}");
     assert_eq!(running.line(), "200 {'*'} False True False");
@@ -198,7 +139,7 @@ sys.stdin.read()
         "403 chitin: the placeholder of API_KEY stands in the query, where it is not replaced"
     );
     // After the value went out and came back.
-    assert_absent(&running, &placeholder);
+    canary::assert_absent(&running, CANARY, &placeholder);
     drop(running.child.stdin.take());
     let mut stderr = String::new();
     running.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
@@ -234,7 +175,7 @@ fn node_fetches_with_a_credential_that_never_enters() {
         CANARY.len()
     );
     let outcome = endpoint
-        .run("--memory 1024")
+        .run(MICROVM, "--memory 1024")
         .args(["--copy-in", &format!("{}:node", node.display()), "--", "./node", "-e"])
         .arg(script)
         .outcome();
@@ -254,7 +195,7 @@ except OSError as e:
         endpoint.port
     );
     let outcome = endpoint
-        .run("")
+        .run(MICROVM, "")
         .env("SSL_CERT_FILE", "/dev/null")
         .args(["--", "python3", "-c"])
         .arg(script)

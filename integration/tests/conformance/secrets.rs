@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use chitin_integration::{On, file};
+use chitin_integration::{On, canary, file};
 
 on_every_tier!(
     a_secret_is_read_from_the_file_its_variable_names,
@@ -52,19 +52,11 @@ fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it(on: On) {
     assert_ne!(running.line(), "0");
     assert_eq!(running.line(), CANARY);
     assert_eq!(running.line(), "up");
-    for process in running.processes() {
-        let own = fs::read_link(process.join("exe")).is_ok_and(|exe| exe.ends_with("chitin"));
-        let shown = |name: &str| {
-            let bytes = fs::read(process.join(name)).unwrap_or_default();
-            bytes.windows(CANARY.len()).any(|window| window == CANARY.as_bytes())
-        };
-        assert!(!shown("cmdline"), "{process:?}");
-        // The variable was given to `chitin` itself by whoever called it; it must not pass it on.
-        assert!(own || !shown("environ"), "{process:?}");
-    }
+    canary::assert_unwritten(&running, CANARY);
     running.child.kill().unwrap();
     running.wait();
     running.assert_nothing_left();
+    canary::assert_gone(&running, CANARY);
 }
 
 fn in_the_environment_only_when_asked_for(on: On) {
@@ -85,6 +77,7 @@ fn it_is_not_in_the_report(on: On) {
         .env("API_TOKEN", CANARY)
         .outcome();
     outcome.ok();
+    canary::assert_no_file_holds(&[dir.path()], CANARY);
     let text = fs::read_to_string(report).unwrap();
     assert!(!text.contains(CANARY) && text.contains("exit_code"), "{text}");
 }
