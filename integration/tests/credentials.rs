@@ -304,7 +304,8 @@ except OSError as e:
     assert_eq!(outcome.ok(), "no", "{outcome:?}");
     assert!(endpoint.seen().is_empty(), "{:?}", endpoint.seen());
     let lines = endpoint.lines();
-    let reason = lines[0]["reason"].as_str().unwrap();
+    assert_eq!((&lines[0]["verdict"], &lines[0]["delivery"]), (&"delivered".into(), &"proxy".into()));
+    let reason = lines[1]["reason"].as_str().unwrap();
     assert!(reason.starts_with("the TLS handshake with the endpoint failed"), "{reason}");
 }
 

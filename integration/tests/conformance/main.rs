@@ -9,6 +9,7 @@ extern crate chitin_integration;
 
 mod canary;
 mod egress;
+mod endpoint;
 mod environment;
 mod exit;
 mod files;
