@@ -191,6 +191,13 @@ impl Builder {
         self
     }
 
+    /// Certificates, PEM, that vouch for the endpoints of credentials that do not enter, instead of the system's: for a server with an
+    /// authority of its own.
+    pub fn trust(mut self, certificates: impl Into<String>) -> Builder {
+        self.credentials.trusted = Some(certificates.into());
+        self
+    }
+
     /// Holds the sandbox to a policy. Its credentials and files are handed over at the start; numbers that are set beside it
     /// may ask for less than it allows, and no credential may be.
     pub fn policy(mut self, policy: Policy) -> Builder {

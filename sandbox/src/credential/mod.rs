@@ -16,6 +16,8 @@ mod vault;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
@@ -57,6 +59,8 @@ pub(crate) struct Spec {
     pub source: Option<VaultSource>,
     /// The vault; without it, the one that the environment names.
     pub vault: Option<VaultConfig>,
+    /// PEM: who vouches for endpoints; without it, who the system trusts.
+    pub trusted: Option<String>,
 }
 
 /// A credential with its value, for the agent.
@@ -223,7 +227,13 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
     }
     let mut proxy = None;
     if !proxied.is_empty() {
-        let made = Arc::new(Proxy::new(proxied, tls::client(tls::system_roots()), fill_random)?);
+        let roots = match &spec.trusted {
+            Some(pem) => {
+                Arc::new(tls::roots_of(CertificateDer::pem_slice_iter(pem.as_bytes()).flatten().collect()))
+            }
+            None => tls::system_roots(),
+        };
+        let made = Arc::new(Proxy::new(proxied, tls::client(roots), fill_random)?);
         made.self_test().await?;
         for (name, placeholder) in made.placeholders() {
             let failed = |reason| Error::Secret { name: name.into(), reason };

@@ -222,7 +222,7 @@ async fn each_field_of_a_credential_source_is_a_credential() {
     let server = Server::start(600).await;
     let login = VaultLogin::Token(Zeroizing::new(server.root.clone()));
     let config = VaultConfig { address: server.address.clone(), login, namespace: None, ca: None };
-    let mut spec = Spec { vault: Some(config), source: Some(server.source("plain")) };
+    let mut spec = Spec { vault: Some(config), source: Some(server.source("plain")), ..Spec::default() };
     // One that is asked for by name stays what it was asked to be.
     let own = ["user=exec:echo me".parse().unwrap()];
     let mut found = exposed(&fetch(&own, &spec).await.unwrap());
