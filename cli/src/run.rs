@@ -45,6 +45,7 @@ Examples:
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
   chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
   chitin run --secret API_TOKEN=env:API_TOKEN@api.example.com -- python3 agent.py
+  chitin run --secret AWS=vault://aws/creds/deploy --secret-endpoint AWS -- python3 deploy.py
   chitin run --allow api.example.com:443 --audit net.jsonl -- python3 agent.py
   chitin run -p 8080:8000 -- python3 -m http.server"
 )]
@@ -89,6 +90,11 @@ pub struct Args {
     /// Put the secret NAME into the environment variable NAME instead, where everything the workload starts sees it
     #[arg(long, value_name = "NAME")]
     secret_env: Vec<String>,
+
+    /// Answer AWS's SDKs in the sandbox when they ask for credentials: the secret NAME is a pair of keys, JSON or a vault's secret, and is
+    /// read again when it is nearly over
+    #[arg(long, value_name = "NAME")]
+    secret_endpoint: Option<String>,
 
     /// Replace the placeholder of NAME in the query of URLs as well, which servers write to their logs
     #[arg(long, value_name = "NAME")]
@@ -292,10 +298,17 @@ async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progres
         bytes_per_second: args.egress_rate,
         ..usual
     });
-    let sandbox = tokio::select! {
-        started = builder.start() => started?,
-        // Dropping the unfinished start ends what it has begun.
-        number = signals.next() => return Ok(128 + number),
+    let started = tokio::select! {
+        started = builder.start() => Ok(started?),
+        number = signals.next() => Err(number),
+    };
+    let sandbox = match started {
+        Ok(sandbox) => sandbox,
+        Err(number) => {
+            // The unfinished start was dropped, which ends what it has begun; what was issued for it must not outlive us.
+            chitin::given_back().await;
+            return Ok(128 + number);
+        }
     };
     let chosen = sandbox.chosen();
     announce(chosen);
@@ -525,6 +538,16 @@ fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
             return Err(Failure::Usage(format!("--secret-env {name}: {what}")));
         }
         secret.delivery = Delivery::Env;
+    }
+    if let Some(name) = &args.secret_endpoint {
+        let usage = |what: &str| Failure::Usage(format!("--secret-endpoint {name}: {what}"));
+        let Some(secret) = secrets.iter_mut().find(|secret| secret.name == *name) else {
+            return Err(usage(&format!("there is no --secret {name}=SRC")));
+        };
+        if secret.delivery != Delivery::Memory {
+            return Err(usage("it is delivered in another way already: leave one of both out"));
+        }
+        secret.delivery = Delivery::Endpoint;
     }
     for (option, names) in [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)] {
         for name in names {

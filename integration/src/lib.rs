@@ -19,9 +19,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+pub use chitin::Runtime;
 pub use docker::Dockerd;
 pub use on::{On, Policy};
 
+pub mod canary;
 pub mod docker;
 mod on;
 
@@ -246,6 +248,11 @@ impl Running {
             line.push(byte[0]);
         }
         String::from_utf8(line).expect("UTF-8").trim_end().to_owned()
+    }
+
+    /// The directory that `chitin` runs in.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The processes of this run: `chitin`, the monitor's keeper, and the monitor, which is in a jail. Whoever has been seen

@@ -11,6 +11,26 @@ use tempfile::TempDir;
 
 use crate::{Chitin, GONE_LIMIT, chitin, docker, file};
 
+/// Tests of these cases, functions of the tier: `ironclaw::CASE`, `nanoclaw::CASE`, `nemoclaw::CASE`.
+#[macro_export]
+macro_rules! on_every_tier {
+    ($($case:ident),+ $(,)?) => {
+        $crate::on_every_tier!(@ironclaw, Ironclaw, $($case),+);
+        $crate::on_every_tier!(@nanoclaw, Nanoclaw, $($case),+);
+        $crate::on_every_tier!(@nemoclaw, Nemoclaw, $($case),+);
+    };
+    (@$name:ident, $tier:ident, $($case:ident),+) => {
+        mod $name {
+            $(
+                #[test]
+                fn $case() {
+                    $crate::On { tier: $crate::Runtime::$tier }.check(super::$case);
+                }
+            )+
+        }
+    };
+}
+
 /// Sandboxes of one tier.
 #[derive(Debug, Clone, Copy)]
 pub struct On {

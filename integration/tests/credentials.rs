@@ -4,13 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use chitin_integration::{Running, chitin, workspace};
+use chitin_integration::{Chitin, On, canary, chitin, on_every_tier, workspace};
 use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::Value;
@@ -30,6 +31,11 @@ struct Endpoint {
 
 impl Endpoint {
     fn start() -> Endpoint {
+        Endpoint::with(None)
+    }
+
+    /// One that gives the files below a directory instead.
+    fn with(files: Option<PathBuf>) -> Endpoint {
         let dir = tempfile::tempdir().unwrap();
         let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
         let certificate = dir.path().join("endpoint.pem");
@@ -50,6 +56,7 @@ impl Endpoint {
         thread::spawn(move || {
             for socket in listener.incoming() {
                 let (config, log, socket) = (config.clone(), log.clone(), socket.unwrap());
+                let files = files.clone();
                 thread::spawn(move || {
                     let connection = rustls::ServerConnection::new(config).unwrap();
                     let mut stream = rustls::StreamOwned::new(connection, socket);
@@ -61,13 +68,17 @@ impl Endpoint {
                         }
                     }
                     let text = String::from_utf8(request).unwrap();
-                    let length = text.len();
                     log.lock().unwrap().push(text.clone());
+                    let path =
+                        text.split([' ', '?']).nth(1).unwrap_or_default().trim_start_matches('/').to_owned();
+                    let found = files.map_or(Ok(text.into_bytes()), |dir| fs::read(dir.join(path)));
+                    let status = if found.is_ok() { "200 OK" } else { "404 Not Found" };
+                    let body = found.unwrap_or_default();
+                    let length = body.len();
                     let head = format!(
-                        "HTTP/1.1 200 OK\r\nX-Echo: {CANARY}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+                        "HTTP/1.1 {status}\r\nX-Echo: {CANARY}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
                     );
-                    let _ =
-                        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(text.as_bytes()));
+                    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
                     stream.conn.send_close_notify();
                     let _ = stream.flush();
                 });
@@ -77,9 +88,9 @@ impl Endpoint {
     }
 
     /// `chitin run` with the credential for it, and an audit.
-    fn run(&self, options: &str) -> chitin_integration::Chitin {
-        chitin(&format!(
-            "run --allow-private --secret API_KEY=env:API_KEY_HERE@localhost:{} {options} --audit",
+    fn run(&self, on: On, options: &str) -> Chitin {
+        on.with(&format!(
+            "--allow-private --secret API_KEY=env:API_KEY_HERE@localhost:{} {options} --audit",
             self.port
         ))
         .arg(self.audit())
@@ -102,70 +113,15 @@ impl Endpoint {
     }
 }
 
-fn holds(bytes: &[u8], needle: &[u8]) -> bool {
-    // Page by page: most have not even the first byte, and the standard library sees that quickly.
-    (0..bytes.len()).step_by(4096).any(|at| {
-        let page = &bytes[at..bytes.len().min(at + 4096 + needle.len())];
-        page.contains(&needle[0]) && page.windows(needle.len()).any(|window| window == needle)
-    })
-}
+const MICROVM: On = On { tier: chitin::Runtime::Ironclaw };
 
-/// All memory of a process that can be read: of a monitor, that of its guest.
-fn memory(process: &Path, mut look: impl FnMut(&[u8])) -> u64 {
-    let maps = fs::read_to_string(process.join("maps")).unwrap();
-    let mut file = fs::File::open(process.join("mem")).unwrap();
-    let mut read = 0;
-    for line in maps
-        .lines()
-        .filter(|line| line.split_whitespace().nth(1).is_some_and(|rights| rights.starts_with('r')))
-    {
-        let (start, end) = line.split_whitespace().next().unwrap().split_once('-').unwrap();
-        let (mut at, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-        let mut buffer = vec![0; 1 << 20];
-        while at < end {
-            let length = usize::try_from((end - at).min(1 << 20)).unwrap();
-            // Parts of the kernel's own, such as the vvar page, cannot be read.
-            if file.seek(SeekFrom::Start(at)).is_err() || file.read_exact(&mut buffer[..length]).is_err() {
-                break;
-            }
-            look(&buffer[..length]);
-            read += length as u64;
-            // What straddles two pieces is in the next one whole.
-            at += if at + (length as u64) < end { length as u64 - 4096 } else { length as u64 };
-        }
-    }
-    read
-}
+on_every_tier!(
+    python_uses_a_credential_that_never_enters,
+    curl_git_requests_and_go_use_one_unmodified,
+    java_reads_the_list_with_the_authority_of_its_sandbox
+);
 
-/// That the value is nowhere but in `chitin` itself, and the placeholder is where the search would have found it.
-fn assert_absent(running: &Running, placeholder: &str) {
-    let (mut monitors, mut found) = (0, false);
-    for process in running.processes() {
-        let exe = fs::read_link(process.join("exe")).unwrap_or_default();
-        for name in ["cmdline", "environ"] {
-            let bytes = fs::read(process.join(name)).unwrap_or_default();
-            // The variable was given to `chitin` by whoever called it; it must not pass it on.
-            assert!(
-                name == "environ" && exe.ends_with("chitin") || !holds(&bytes, CANARY.as_bytes()),
-                "{process:?} {name}"
-            );
-        }
-        if exe.ends_with("chitin") {
-            continue;
-        }
-        let mut leaked = false;
-        let read = memory(&process, |bytes| {
-            leaked |= holds(bytes, CANARY.as_bytes());
-            found |= holds(bytes, placeholder.as_bytes());
-        });
-        monitors += usize::from(read > 64 << 20);
-        assert!(!leaked, "the value is in the memory of {process:?}, {exe:?}");
-    }
-    assert!(monitors > 0 && found, "the search has found neither a guest's memory nor the placeholder in it");
-}
-
-#[test]
-fn python_uses_a_credential_that_never_enters() {
+fn python_uses_a_credential_that_never_enters(on: On) {
     let endpoint = Endpoint::start();
     let script = format!(
         "
@@ -188,7 +144,7 @@ sys.stdin.read()
 ",
         endpoint.port
     );
-    let mut running = endpoint.run("").args(["--", "python3", "-c"]).arg(script).spawn();
+    let mut running = endpoint.run(on, "").args(["--", "python3", "-c"]).arg(script).spawn();
     let placeholder = running.line();
     assert!(placeholder.starts_with("chitin-") && placeholder.len() == 47, "{placeholder}");
     assert_eq!(running.line(), "200 {'*'} False True False");
@@ -198,7 +154,7 @@ sys.stdin.read()
         "403 chitin: the placeholder of API_KEY stands in the query, where it is not replaced"
     );
     // After the value went out and came back.
-    assert_absent(&running, &placeholder);
+    canary::assert_absent(&running, CANARY, &placeholder);
     drop(running.child.stdin.take());
     let mut stderr = String::new();
     running.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
@@ -219,6 +175,92 @@ sys.stdin.read()
     assert_eq!(lines.iter().filter(stopped).count(), 1, "{lines:?}");
 }
 
+fn program(name: &str) -> PathBuf {
+    let path = fs::canonicalize(workspace().join("target/programs").join(name));
+    path.unwrap_or_else(|_| panic!("no target/programs/{name}: `cargo xtask programs` fetches it"))
+}
+
+/// Runs a program of this host, as it would run in the sandbox.
+fn here(dir: &Path, words: &[&str]) {
+    let debian = program("debian");
+    let status = Command::new(words[0])
+        .args(&words[1..])
+        .current_dir(dir)
+        .env("PATH", format!("{}/bin:/usr/bin:/bin", debian.display()))
+        .env("LD_LIBRARY_PATH", debian.join("lib"))
+        .env("GIT_EXEC_PATH", debian.join("git-core"))
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        .env("HOME", dir)
+        .status();
+    assert!(status.unwrap().success(), "{words:?}");
+}
+
+fn curl_git_requests_and_go_use_one_unmodified(on: On) {
+    let files = tempfile::tempdir().unwrap();
+    let dir = files.path();
+    fs::write(dir.join("page"), "a page").unwrap();
+    fs::write(dir.join("a.proto"), "syntax = \"proto3\";\npackage a;\nmessage Seen {}\n").unwrap();
+    here(dir, &["tar", "-czf", "a.tar.gz", "a.proto"]);
+    here(dir, &["git", "init", "--quiet", "--template=", "repo"]);
+    fs::write(dir.join("repo/file"), "a file of the repository\n").unwrap();
+    let repo = dir.join("repo");
+    here(&repo, &["git", "add", "file"]);
+    let who = ["-c", "user.name=a", "-c", "user.email=a@example.com"];
+    here(&repo, &[&["git"], &who[..], &["commit", "--quiet", "--message", "first"]].concat());
+    here(&repo, &["git", "update-server-info"]);
+    let endpoint = Endpoint::with(Some(dir.to_owned()));
+
+    let script = format!(
+        "export PATH=/work/debian/bin:$PATH LD_LIBRARY_PATH=/work/debian/lib GIT_EXEC_PATH=/work/debian/git-core HOME=/work
+at=https://localhost:{}
+curl --silent --show-error --header \"Authorization: Bearer $API_KEY\" $at/page; echo
+curl --silent --show-error --user \"me:$API_KEY\" $at/page; echo
+git -c http.extraHeader=\"Authorization: Bearer $API_KEY\" clone --quiet --template= $at/repo/.git clone && cat clone/file
+PYTHONPATH=/work/python python3 -c \"import os, requests; print(requests.get('$at/page', auth=('me', os.environ['API_KEY'])).text)\"
+BUF_INPUT_HTTPS_USERNAME=me BUF_INPUT_HTTPS_PASSWORD=$API_KEY ./buf export $at/a.tar.gz --output out && cat out/a.proto | grep -c Seen
+curl --silent http://localhost:{}/page || echo refused
+",
+        endpoint.port, endpoint.port
+    );
+    let copy = |name: &str| format!("{}:{name}", program(name).display());
+    let outcome = endpoint
+        .run(on, "--memory 768")
+        .args(["--copy-in", &copy("debian"), "--copy-in", &copy("python"), "--copy-in", &copy("buf")])
+        .args(["--", "sh", "-c", &script])
+        .outcome();
+    let lines: Vec<&str> = outcome.ok().lines().collect();
+    let expected = ["a page", "a page", "a file of the repository", "a page", "1"];
+    assert_eq!(lines[..5], expected, "{outcome:?}");
+    // What is no TLS does not come through to a credential's host.
+    assert_eq!(lines[5..], ["refused"], "{outcome:?}");
+    let seen = endpoint.seen();
+    // Each came with the value, also inside Base64, which was made of the placeholder.
+    let bearer = format!("Bearer {CANARY}");
+    let basic = "Basic bWU6Y2FuYXJ5LTcxYmUwZDVjK2Y0LzkzYQ==";
+    assert!(seen.iter().all(|request| request.contains(&bearer) || request.contains(basic)), "{seen:?}");
+    assert!(seen.iter().any(|request| request.contains("User-Agent: git/")), "{seen:?}");
+    assert!(
+        seen.iter().any(|request| request.contains("user-agent: Go-http-client")
+            || request.contains("User-Agent: Go-http-client")),
+        "{seen:?}"
+    );
+}
+
+fn java_reads_the_list_with_the_authority_of_its_sandbox(on: On) {
+    // To a name without a dot, as a server of this host has, Java sends no SNI, so that it cannot be let to connect to one.
+    let endpoint = Endpoint::start();
+    let script = "java/bin/keytool -list -v -keystore ${JAVA_TOOL_OPTIONS#*=} </dev/null | grep -c 'Owner:.*CN=Chitin sandbox'
+java/bin/keytool -list -keystore ${JAVA_TOOL_OPTIONS#*=} </dev/null | grep -c trustedCertEntry";
+    let outcome = endpoint
+        .run(on, "--memory 1024")
+        .args(["--copy-in", &format!("{}:java", program("java").display()), "--", "sh", "-c", script])
+        .outcome();
+    let lines: Vec<&str> = outcome.ok().lines().collect();
+    assert_eq!(lines[0], "1", "{outcome:?}");
+    // Beside those of the image.
+    assert!(lines[1].parse::<usize>().unwrap() > 100, "{outcome:?}");
+}
+
 #[test]
 fn node_fetches_with_a_credential_that_never_enters() {
     let node = fs::canonicalize(workspace().join("target/programs/node"));
@@ -234,7 +276,7 @@ fn node_fetches_with_a_credential_that_never_enters() {
         CANARY.len()
     );
     let outcome = endpoint
-        .run("--memory 1024")
+        .run(MICROVM, "--memory 1024")
         .args(["--copy-in", &format!("{}:node", node.display()), "--", "./node", "-e"])
         .arg(script)
         .outcome();
@@ -254,7 +296,7 @@ except OSError as e:
         endpoint.port
     );
     let outcome = endpoint
-        .run("")
+        .run(MICROVM, "")
         .env("SSL_CERT_FILE", "/dev/null")
         .args(["--", "python3", "-c"])
         .arg(script)
@@ -262,7 +304,8 @@ except OSError as e:
     assert_eq!(outcome.ok(), "no", "{outcome:?}");
     assert!(endpoint.seen().is_empty(), "{:?}", endpoint.seen());
     let lines = endpoint.lines();
-    let reason = lines[0]["reason"].as_str().unwrap();
+    assert_eq!((&lines[0]["verdict"], &lines[0]["delivery"]), (&"delivered".into(), &"proxy".into()));
+    let reason = lines[1]["reason"].as_str().unwrap();
     assert!(reason.starts_with("the TLS handshake with the endpoint failed"), "{reason}");
 }
 

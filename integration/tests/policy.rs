@@ -63,7 +63,7 @@ fn a_check_says_beforehand_what_a_run_will_say() {
         chitin("policy check").arg(&policy.path).outcome()
     };
     let fine = check(RESTRICTED);
-    assert!(fine.ok().contains("On ironclaw it is kept by:"), "{fine:?}");
+    assert!(fine.ok().contains("On ironclaw all of it is kept:"), "{fine:?}");
     let secret = check("secrets: [{name: A, source: 'vault://kv/a#b'}]\n");
     assert!(secret.ok().contains("A from vault://kv/a#b, as a file in memory"), "{secret:?}");
     let egress = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");

@@ -48,7 +48,7 @@ pub use artifacts::Artifacts;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
 pub use chitin_protocol::{Exit, StartError, Usage};
 pub use chitin_vmm::jail::Jail;
-pub use credential::{Delivery, Reach, SecretId, VaultConfig, VaultLogin};
+pub use credential::{Delivery, Reach, SecretId, VaultConfig, VaultLogin, given_back};
 pub use egress::{EgressError, EgressLimits, Forward};
 pub use error::{Error, GuestEnd};
 pub use fork::MAX_FORKS;

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 use crate::audit::Wall;
 use crate::channel::{Channel, Tunnel};
-use crate::credential::{self, Delivery, Fetched, Keeper, VaultConfig};
+use crate::credential::{self, Delivery, ENDPOINT_PORT, Endpoint as Keys, Fetched, Keeper, VaultConfig};
 use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
@@ -191,6 +191,13 @@ impl Builder {
         self
     }
 
+    /// Certificates, PEM, that vouch for the endpoints of credentials that do not enter, instead of the system's: for a server with an
+    /// authority of its own.
+    pub fn trust(mut self, certificates: impl Into<String>) -> Builder {
+        self.credentials.trusted = Some(certificates.into());
+        self
+    }
+
     /// Holds the sandbox to a policy. Its credentials and files are handed over at the start; numbers that are set beside it
     /// may ask for less than it allows, and no credential may be.
     pub fn policy(mut self, policy: Policy) -> Builder {
@@ -341,12 +348,20 @@ impl Builder {
             let first = self.tier.is_none().then_some(Runtime::Ironclaw);
             return Ok(first.into_iter().chain(asked).collect());
         };
+        // Why none of them will do, if none does.
+        policy.tier()?;
         let listed: Vec<Runtime> = policy.tiers().collect();
         let asked: Vec<Runtime> = asked.collect();
         if let Some(tier) = asked.iter().find(|tier| !listed.contains(tier)) {
             return Err(PolicyError::Tier { origin: policy.origin.clone(), tier: *tier }.into());
         }
-        Ok(if asked.is_empty() { listed } else { asked })
+        let asked = if asked.is_empty() { listed } else { asked };
+        let able: Vec<Runtime> =
+            asked.iter().copied().filter(|tier| policy.check_tier(*tier).is_ok()).collect();
+        match (able.is_empty(), asked.first()) {
+            (true, Some(tier)) => policy.check_tier(*tier).map(|()| able).map_err(Error::from),
+            _ => Ok(able),
+        }
     }
 
     /// The tier it will be.
@@ -401,6 +416,15 @@ impl Builder {
 
     /// Fetches the secrets.
     pub(crate) async fn fetch(&self) -> Result<Fetched, Error> {
+        let served = self.secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint);
+        if let Some(secret) = served
+            && self.egress.endpoints.iter().any(|endpoint| Keys::is_at(&endpoint.host, endpoint.port))
+        {
+            let reason = format!(
+                "localhost:{ENDPOINT_PORT} is its endpoint in the sandbox, and cannot be allowed beside it"
+            );
+            return Err(Error::Secret { name: secret.name.clone(), reason });
+        }
         credential::fetch(&self.secrets, &self.credentials).await
     }
 
@@ -411,7 +435,7 @@ impl Builder {
         plan: &Plan,
         mut fetched: Fetched,
     ) -> Result<Sandbox, Error> {
-        let keeper = fetched.keeper.take();
+        let (keeper, keys) = (fetched.keeper.take(), fetched.endpoint.clone());
         let finishing = async {
             let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
             if let Some(proxy) = &fetched.proxy {
@@ -424,7 +448,7 @@ impl Builder {
         };
         match finishing.await {
             Ok(mut sandbox) => {
-                sandbox.keeper = keeper;
+                (sandbox.keeper, sandbox.keys) = (keeper, keys);
                 Ok(sandbox)
             }
             Err(error) => {
@@ -447,17 +471,20 @@ impl Builder {
             sandbox.up().await?;
             sandbox.inner.reseed()?;
         }
+        let audit = Arc::new(self.egress.open_audit()?);
+        self.egress.deliver(&audit, fetched.deliveries())?;
         for credential::Value { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
             let secret = Secret { request, name: name.clone(), value: value.to_bytes(), delivery: *delivery };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
         }
-        if self.egress.is_on() {
+        if self.egress.is_on() || fetched.endpoint.is_some() {
             let channel = sandbox.inner.channel.clone();
-            let broker = Arc::new(Broker::new(&self.egress, fetched.proxy.clone())?);
+            let (proxy, keys) = (fetched.proxy.clone(), fetched.endpoint.clone());
+            let broker = Broker::new(&self.egress, audit, proxy, keys);
+            let (endpoints, broker) = (broker.wire(), Arc::new(broker));
             sandbox.broker = Some(tokio::spawn(broker.serve(channel.clone(), channel.knocks())));
             let request = channel.name();
-            let endpoints = self.egress.wire();
             answers.push(sandbox.inner.ask(request, &ToGuest::Egress { request, endpoints })?);
         }
         sandbox.up().await?;
@@ -533,6 +560,7 @@ impl Builder {
             }
             return Ok(());
         };
+        policy.tier()?;
         if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
             return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
         }
@@ -639,7 +667,7 @@ impl Builder {
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
         let (chosen, origin) = (ironclaw::chosen(), self.forkable.then(origin));
-        Sandbox { inner, clock, broker: None, keeper: None, chosen, origin, policy }
+        Sandbox { inner, clock, broker: None, keeper: None, keys: None, chosen, origin, policy }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -667,6 +695,8 @@ pub struct Sandbox {
     broker: Option<tokio::task::JoinHandle<()>>,
     /// Keeps its credentials alive.
     keeper: Option<Keeper>,
+    /// Answers who asks for one.
+    keys: Option<Arc<Keys>>,
     chosen: Chosen,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
@@ -842,6 +872,9 @@ impl Sandbox {
     /// As [`stop`](Sandbox::stop), and says what went wrong with credentials meanwhile, a line each: one that could not be
     /// renewed may have stopped working in mid-run, one that could not be given back is good until its term is over.
     pub async fn end(mut self) -> (Result<(), Error>, Vec<String>) {
+        if let Some(keys) = &self.keys {
+            keys.revoke();
+        }
         self.inner.channel.close();
         if let Some(broker) = self.broker.take() {
             // It has nothing to wait for but to write down what it did.
@@ -858,6 +891,9 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
+        if let Some(keys) = &self.keys {
+            keys.revoke();
+        }
         // A process may still hold the rest of it.
         self.inner.channel.close();
         if let Some(clock) = self.clock.take() {

@@ -50,10 +50,12 @@ pub struct SecretSpec {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSecretError {
     /// There is no `=`.
-    #[error("`{0}` is not NAME=SOURCE")]
+    #[error("`{0:.80}` is not NAME=SOURCE")]
     NoSource(String),
     /// The name could not be an environment variable's.
-    #[error("the name `{0}` is not an environment variable's: letters, digits and `_`, at most {MAX_NAME}")]
+    #[error(
+        "the name `{0:.80}` is not an environment variable's: letters, digits and `_`, at most {MAX_NAME}"
+    )]
     Name(String),
     /// The source is of no known kind.
     #[error("the source `{0}` is none of env:VAR, file:PATH, exec:CMD, vault://MOUNT/PATH#FIELD")]
@@ -250,6 +252,18 @@ mod tests {
             ["A=exec:ssh me@box", "A=file:/a@b/c.d", "A=exec:mail x@y.z w", "A=env:A@", "A=env:A@1.2.3.4"]
         {
             assert_eq!(own.parse::<SecretSpec>().unwrap().delivery, Delivery::Memory, "{own}");
+        }
+        let long = "A".repeat(65_536);
+        for name in [&long, "A\0B", "Ä", "A B", "A\n"] {
+            let error = format!("{name}=env:A").parse::<SecretSpec>().unwrap_err().to_string();
+            assert!(error.contains("letters, digits and `_`, at most 128") && error.len() < 250, "{error:?}");
+        }
+        assert!(long.parse::<SecretSpec>().unwrap_err().to_string().len() < 250);
+        // Ports and names that are none make no host, and the whole a source that is not there.
+        for hosts in
+            ["api.example.com:0", "api.example.com:70000", "1.2.3.4:443", "a\0.test", &format!("{long}.test")]
+        {
+            assert_eq!(format!("A=env:K@{hosts}").parse::<SecretSpec>().unwrap().delivery, Delivery::Memory);
         }
         // What may be a pasted value is not echoed.
         let error = "A=sk-live-12345".parse::<SecretSpec>().unwrap_err().to_string();

@@ -92,6 +92,16 @@ fn lock(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// Removes a link, or a file, if it is there.
+pub fn remove_link(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Removes a directory tree if it is there.
 pub fn remove_tree(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {

@@ -5,6 +5,7 @@
 
 mod bench;
 mod cache;
+mod clients;
 mod debian;
 mod demo;
 mod duration;
@@ -15,7 +16,9 @@ mod microvm;
 mod nested;
 mod npm;
 mod process;
+mod programs;
 mod progress;
+mod pypi;
 mod rootfs;
 mod setup;
 mod static_build;
@@ -44,6 +47,8 @@ enum Task {
     Rootfs(rootfs::Args),
     /// Build the server of the Vault API that tests of credentials ask, target/artifacts/rvault
     Vault(vault::Args),
+    /// Fetch the programs that tests run in sandboxes, target/programs
+    Programs(programs::Args),
     /// Run a command on an emulated machine that has a usable /dev/kvm
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
@@ -64,6 +69,7 @@ fn main() -> ExitCode {
         Task::Kernel(args) => kernel::run(&args),
         Task::Rootfs(args) => rootfs::run(&args),
         Task::Vault(args) => vault::run(&args),
+        Task::Programs(args) => programs::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),

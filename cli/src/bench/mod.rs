@@ -1,5 +1,6 @@
 //! `chitin bench`: how long things take, by phase, and what they take of the host.
 
+mod egress;
 mod enter;
 mod exec;
 mod memory;
@@ -41,6 +42,8 @@ pub enum Command {
     Memory(memory::Args),
     /// Bytes per second through a command's standard input and output
     Throughput(throughput::Args),
+    /// Requests over TLS through a sandbox's egress and its proxy of credentials, beside the same from this host
+    Egress(egress::Args),
 }
 
 pub async fn run(command: Command) -> Result<u8, Failure> {
@@ -51,6 +54,7 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
         Command::Exec(args) => exec::run(args).await,
         Command::Memory(args) => memory::run(args).await,
         Command::Throughput(args) => throughput::run(args).await,
+        Command::Egress(args) => egress::run(args).await,
     }
 }
 

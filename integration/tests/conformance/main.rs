@@ -4,26 +4,12 @@
 //! own, templates, a console) is in the other files beside this one.
 #![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
 
-/// Tests of these cases: `ironclaw::CASE`, `nanoclaw::CASE`, `nemoclaw::CASE`.
-macro_rules! on_every_tier {
-    ($($case:ident),+ $(,)?) => {
-        on_every_tier!(@ironclaw, Ironclaw, $($case),+);
-        on_every_tier!(@nanoclaw, Nanoclaw, $($case),+);
-        on_every_tier!(@nemoclaw, Nemoclaw, $($case),+);
-    };
-    (@$name:ident, $tier:ident, $($case:ident),+) => {
-        mod $name {
-            $(
-                #[test]
-                fn $case() {
-                    chitin_integration::On { tier: chitin::Runtime::$tier }.check(super::$case);
-                }
-            )+
-        }
-    };
-}
+#[macro_use(on_every_tier)]
+extern crate chitin_integration;
 
+mod canary;
 mod egress;
+mod endpoint;
 mod environment;
 mod exit;
 mod files;

@@ -1,8 +1,15 @@
 //! A credential reaches the workload and nothing else.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
 
-use chitin_integration::{On, file};
+use rustix::process::Signal;
+
+use chitin_integration::{On, canary, file};
 
 on_every_tier!(
     a_secret_is_read_from_the_file_its_variable_names,
@@ -10,7 +17,9 @@ on_every_tier!(
     it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it,
     in_the_environment_only_when_asked_for,
     it_is_not_in_the_report,
+    each_delivery_is_written_down_without_the_value,
     a_source_that_fails_stops_the_run_before_it_starts,
+    an_interrupt_gives_back_what_was_issued_whenever_it_comes,
 );
 
 const CANARY: &str = "canary-8d1f02c97b";
@@ -52,19 +61,11 @@ fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it(on: On) {
     assert_ne!(running.line(), "0");
     assert_eq!(running.line(), CANARY);
     assert_eq!(running.line(), "up");
-    for process in running.processes() {
-        let own = fs::read_link(process.join("exe")).is_ok_and(|exe| exe.ends_with("chitin"));
-        let shown = |name: &str| {
-            let bytes = fs::read(process.join(name)).unwrap_or_default();
-            bytes.windows(CANARY.len()).any(|window| window == CANARY.as_bytes())
-        };
-        assert!(!shown("cmdline"), "{process:?}");
-        // The variable was given to `chitin` itself by whoever called it; it must not pass it on.
-        assert!(own || !shown("environ"), "{process:?}");
-    }
+    canary::assert_unwritten(&running, CANARY);
     running.child.kill().unwrap();
     running.wait();
     running.assert_nothing_left();
+    canary::assert_gone(&running, CANARY);
 }
 
 fn in_the_environment_only_when_asked_for(on: On) {
@@ -85,8 +86,29 @@ fn it_is_not_in_the_report(on: On) {
         .env("API_TOKEN", CANARY)
         .outcome();
     outcome.ok();
+    canary::assert_no_file_holds(&[dir.path()], CANARY);
     let text = fs::read_to_string(report).unwrap();
     assert!(!text.contains(CANARY) && text.contains("exit_code"), "{text}");
+}
+
+fn each_delivery_is_written_down_without_the_value(on: On) {
+    let dir = tempfile::tempdir().unwrap();
+    let audit = dir.path().join("audit");
+    let options = "--secret A=env:TOKEN --secret B=env:TOKEN --secret-env B --audit";
+    on.with(options).arg(&audit).args(["--", "true"]).env("TOKEN", CANARY).outcome().ok();
+    let text = fs::read_to_string(&audit).unwrap();
+    assert!(!text.contains(CANARY), "{text}");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told: Vec<_> =
+        lines.iter().map(|line| (&line["credentials"][0], &line["delivery"], &line["verdict"])).collect();
+    let delivered = serde_json::Value::from("delivered");
+    assert_eq!(told, [(&"A".into(), &"memory".into(), &delivered), (&"B".into(), &"env".into(), &delivered)]);
+    on.with(options)
+        .args(["/dev/full", "--", "true"])
+        .env("TOKEN", CANARY)
+        .outcome()
+        .refused("write the audit");
 }
 
 fn a_source_that_fails_stops_the_run_before_it_starts(on: On) {
@@ -95,4 +117,70 @@ fn a_source_that_fails_stops_the_run_before_it_starts(on: On) {
     on.with("--secret").arg("T=exec:exit 4").args(["--", "true"]).outcome().refused("`exit 4` failed");
     on.with("--secret T=vault -- true").outcome().refused("env:VAR, file:PATH, exec:CMD");
     on.with("--secret 1T=env:HOME -- true").outcome().refused("environment variable");
+}
+
+/// A double of a vault whose engine issues a credential, and takes it back. Its address, and the requests as they come.
+fn vault() -> (String, Receiver<String>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let (said, asked) = channel();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let (mut head, mut line) = (String::new(), String::new());
+            while stream.read_line(&mut line).unwrap_or(0) > 2 {
+                head.push_str(&line.to_ascii_lowercase());
+                line.clear();
+            }
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+            let mut body = vec![0; length.unwrap_or(0)];
+            let _ = stream.read_exact(&mut body);
+            let what = head.split(' ').take(2).collect::<Vec<_>>().join(" ");
+            let (status, answer) = match what.as_str() {
+                "get /v1/db/creds/app" => (
+                    "200 OK",
+                    format!(
+                        r#"{{"lease_id":"l","lease_duration":600,"renewable":true,"data":{{"p":"{CANARY}"}}}}"#
+                    ),
+                ),
+                "put /v1/sys/leases/revoke" => ("200 OK", "{}".to_owned()),
+                _ => ("404 Not Found", "{}".to_owned()),
+            };
+            let length = answer.len();
+            let reply =
+                format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{answer}");
+            let _ = stream.get_mut().write_all(reply.as_bytes());
+            let _ = said.send(what);
+        }
+    });
+    (address, asked)
+}
+
+fn an_interrupt_gives_back_what_was_issued_whenever_it_comes(on: On) {
+    let (address, asked) = vault();
+    let wait_for = |what: &str| {
+        while asked.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("no {what}")) != what {}
+    };
+    // While another source is asked; while it boots; while the workload runs.
+    for (more, pause) in
+        [(Some("B=exec:exec sleep 60"), Some(0)), (None, Some(0)), (None, Some(150)), (None, None)]
+    {
+        let mut running = on
+            .with("--secret A=vault://db/creds/app#p")
+            .args(more.into_iter().flat_map(|secret| ["--secret", secret]))
+            .args(["--", "sh", "-c", "echo up; exec sleep 600"])
+            .env("VAULT_ADDR", &address)
+            .env("VAULT_TOKEN", "t")
+            .spawn();
+        wait_for("get /v1/db/creds/app");
+        match pause {
+            Some(pause) => thread::sleep(Duration::from_millis(pause)),
+            None => assert_eq!(running.line(), "up"),
+        }
+        running.signal(Signal::INT);
+        let code = running.wait();
+        assert_eq!(code, 130, "{more:?} {pause:?}");
+        wait_for("put /v1/sys/leases/revoke");
+        running.assert_nothing_left();
+    }
 }

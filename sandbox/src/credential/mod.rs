@@ -1,9 +1,13 @@
 //! Credentials: where they come from beyond this host, how long they live, and how they get to where they are used.
 
 mod authority;
+mod endpoint;
 mod keeper;
+mod keys;
+mod keystore;
 mod placeholder;
 mod proxy;
+mod returning;
 mod selftest;
 mod tls;
 mod trust;
@@ -12,18 +16,26 @@ mod vault;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+pub(crate) use endpoint::{Endpoint, Fetched as Answered, PORT as ENDPOINT_PORT};
 use keeper::Issued;
 pub(crate) use keeper::Keeper;
+use keys::{Keys, KeysError};
 pub use proxy::Reach;
 pub(crate) use proxy::{Account, Proxy, SetupError};
+use returning::Returning;
+pub use returning::given_back;
 pub(crate) use trust::trust;
 use vault::{MAX_FIELDS, Read, Session, VaultError};
 pub use vault::{SecretId, VaultConfig, VaultLogin};
 
 use crate::policy::VaultSource;
-use crate::secret::{SecretValue, check_name};
+use crate::secret::{SecretSource, SecretValue, check_name};
 use crate::template::fill_random;
 use crate::{Error, SecretSpec};
 
@@ -36,6 +48,8 @@ pub enum Delivery {
     Env,
     /// Not at all: the environment variable `NAME` is a placeholder, which is replaced on its way to the named hosts.
     Proxy(Reach),
+    /// When it asks: keys of AWS, which its SDKs fetch from an address of the sandbox's own, again and again. For one credential.
+    Endpoint,
 }
 
 /// What is asked for beside single credentials.
@@ -45,6 +59,8 @@ pub(crate) struct Spec {
     pub source: Option<VaultSource>,
     /// The vault; without it, the one that the environment names.
     pub vault: Option<VaultConfig>,
+    /// PEM: who vouches for endpoints; without it, who the system trusts.
+    pub trusted: Option<String>,
 }
 
 /// A credential with its value, for the agent.
@@ -61,11 +77,31 @@ pub(crate) struct Fetched {
     pub values: Vec<Value>,
     /// Those whose values do not enter; their placeholders are among the others.
     pub proxy: Option<Arc<Proxy>>,
+    /// The one that is asked for; what finds it is among the others.
+    pub endpoint: Option<Arc<Endpoint>>,
     /// Who keeps what was issued for them alive, and takes it back.
     pub keeper: Option<Keeper>,
 }
 
 impl Fetched {
+    /// The credentials and how each is delivered, in the words of a policy.
+    pub fn deliveries(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        let proxied =
+            |name: &str| self.proxy.iter().flat_map(|proxy| proxy.placeholders()).any(|(own, _)| own == name);
+        let finds = |name: &str| self.endpoint.is_some() && Endpoint::is_variable(name);
+        let values = self.values.iter().filter_map(move |value| {
+            let name = value.name.as_str();
+            let how = match value.delivery {
+                _ if finds(name) => return None,
+                chitin_protocol::Delivery::Env if proxied(name) => "proxy",
+                chitin_protocol::Delivery::Env => "env",
+                chitin_protocol::Delivery::Memory => "memory",
+            };
+            Some((name, how))
+        });
+        values.chain(self.endpoint.iter().map(|endpoint| (endpoint.name(), "endpoint")))
+    }
+
     /// Takes back what was issued, when nothing has come of the sandbox.
     pub async fn give_back(self) {
         if let Some(keeper) = self.keeper {
@@ -74,27 +110,109 @@ impl Fetched {
     }
 }
 
-/// Fetches everything. What was issued is taken back if anything fails.
+/// Fetches everything. What was issued is taken back if anything fails, and if nobody waits for it any more.
 pub(crate) async fn fetch(secrets: &[SecretSpec], spec: &Spec) -> Result<Fetched, Error> {
+    let (waits, mut gone) = oneshot::channel();
+    let waits = Waits(Some(waits));
+    let (secrets, spec) = (secrets.to_vec(), spec.clone());
+    // In a task of its own, which has the time to give back what it has got when whoever asked is gone. What it leaves behind
+    // is dropped in this order, so that what is fetched begins to be given back before that who asked is gone is forgotten.
+    let fetched = tokio::spawn(async move { (fetch_for(&secrets, &spec, &mut gone).await, gone) }).await;
+    drop(waits);
+    fetched.map_or(Err(Error::Stopped), |(fetched, _)| fetched)
+}
+
+/// Somebody waits for credentials.
+struct Waits(Option<oneshot::Sender<Returning>>);
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        if let Some(waits) = self.0.take() {
+            let _ = waits.send(Returning::begin());
+        }
+    }
+}
+
+async fn fetch_for(
+    secrets: &[SecretSpec],
+    spec: &Spec,
+    gone: &mut oneshot::Receiver<Returning>,
+) -> Result<Fetched, Error> {
     let mut vault = Vault { config: spec.vault.as_ref(), ..Vault::default() };
-    let fetched = fetch_from(&mut vault, secrets, spec).await;
+    let mut returning = None;
+    let fetched = tokio::select! {
+        fetched = fetch_from(&mut vault, secrets, spec) => fetched,
+        gone = gone => {
+            returning = gone.ok();
+            Err(Error::Stopped)
+        }
+    };
     let keeper = vault.session.map(|session| Keeper::start(session, vault.issued));
+    let fetched = fetched.and_then(|Sorted { mut values, proxy, asked }| {
+        let reader = keeper.as_ref().map(Keeper::reader);
+        let endpoint = asked.map(|asked| serve(asked, reader, &mut values)).transpose()?;
+        Ok((values, proxy, endpoint))
+    });
     match fetched {
-        Ok((values, proxy)) => Ok(Fetched { values, proxy, keeper }),
+        Ok((values, proxy, endpoint)) => Ok(Fetched { values, proxy, endpoint, keeper }),
         Err(error) => {
             if let Some(keeper) = keeper {
                 keeper.end().await;
             }
+            drop(returning);
             Err(error)
         }
     }
 }
 
-type Sorted = (Vec<Value>, Option<Arc<Proxy>>);
+struct Sorted {
+    values: Vec<Value>,
+    proxy: Option<Arc<Proxy>>,
+    asked: Option<Asked>,
+}
+
+/// What is asked for by the workload, with what it would get now and how long the vault vouches for that.
+struct Asked {
+    secret: SecretSpec,
+    keys: Keys,
+    lease: Option<Instant>,
+}
+
+/// An endpoint, and beside it what has the workload find it.
+fn serve(
+    asked: Asked,
+    reader: Option<keeper::Reader>,
+    values: &mut Vec<Value>,
+) -> Result<Arc<Endpoint>, Error> {
+    let Asked { secret, keys, lease } = asked;
+    let name = secret.name.clone();
+    let failed = |reason| Error::Secret { name: name.clone(), reason };
+    let endpoint = Endpoint::new(secret, keys, lease, reader, fill_random).map_err(failed)?;
+    for (name, value) in endpoint.environment() {
+        let value = SecretValue::hold(value, false).map_err(failed)?;
+        values.push(Value { name: name.into(), delivery: chitin_protocol::Delivery::Env, value });
+    }
+    Ok(Arc::new(endpoint))
+}
 
 async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) -> Result<Sorted, Error> {
-    let (mut values, mut proxied) = (Vec::new(), Vec::new());
+    let (mut values, mut proxied, mut asked) = (Vec::new(), Vec::new(), None);
     for secret in secrets {
+        if secret.delivery == Delivery::Endpoint {
+            let failed = |reason: String| Error::Secret { name: secret.name.clone(), reason };
+            if asked.is_some() {
+                let reason =
+                    "there is one endpoint, at which programs look for one credential, and another has it";
+                return Err(failed(reason.into()));
+            }
+            let (keys, lease) = vault.keys(secret).await?;
+            asked = Some(Asked {
+                secret: secret.clone(),
+                keys: keys.map_err(|error| failed(error.to_string()))?,
+                lease,
+            });
+            continue;
+        }
         let value = secret.fetch(vault).await?;
         let name = secret.name.clone();
         match &secret.delivery {
@@ -103,11 +221,19 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
             }
             Delivery::Env => values.push(Value { name, delivery: chitin_protocol::Delivery::Env, value }),
             Delivery::Proxy(reach) => proxied.push((name, reach.clone(), value)),
+            // It was dealt with.
+            Delivery::Endpoint => {}
         }
     }
     let mut proxy = None;
     if !proxied.is_empty() {
-        let made = Arc::new(Proxy::new(proxied, tls::client(tls::system_roots()), fill_random)?);
+        let roots = match &spec.trusted {
+            Some(pem) => {
+                Arc::new(tls::roots_of(CertificateDer::pem_slice_iter(pem.as_bytes()).flatten().collect()))
+            }
+            None => tls::system_roots(),
+        };
+        let made = Arc::new(Proxy::new(proxied, tls::client(roots), fill_random)?);
         made.self_test().await?;
         for (name, placeholder) in made.placeholders() {
             let failed = |reason| Error::Secret { name: name.into(), reason };
@@ -127,7 +253,7 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
             }
         }
     }
-    Ok((values, proxy))
+    Ok(Sorted { values, proxy, asked })
 }
 
 /// A vault that is logged in to when it is first asked, and asked once for each secret.
@@ -157,6 +283,27 @@ impl Vault<'_> {
             (None, _) => return Err(VaultError::WhichField { what, count: fields.len() }),
         };
         value.clone().ok_or_else(|| VaultError::NoText { what, field: name.clone() })
+    }
+
+    /// The keys that a source gives, and how long the vault vouches for them.
+    async fn keys(
+        &mut self,
+        secret: &SecretSpec,
+    ) -> Result<(Result<Keys, KeysError>, Option<Instant>), Error> {
+        let SecretSource::Vault(source) = &secret.source else {
+            let value = secret.fetch(self).await?;
+            return Ok((Keys::from_json(value.to_bytes().expose()), None));
+        };
+        let failed =
+            |error: VaultError| Error::Secret { name: secret.name.clone(), reason: error.to_string() };
+        check_name(&secret.name)
+            .map_err(|error| Error::Secret { name: secret.name.clone(), reason: error.to_string() })?;
+        let keys = match &source.field {
+            Some(_) => Keys::from_json(&self.one(source).await.map_err(failed)?),
+            None => Keys::from_fields(&self.read(source).await.map_err(failed)?.fields),
+        };
+        let lease = self.read(source).await.map_err(failed)?.lease.as_ref().map(|(_, lease)| lease.until);
+        Ok((keys, lease))
     }
 
     /// The fields that can be credentials: all of them, or the one that is meant.

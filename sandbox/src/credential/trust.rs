@@ -1,8 +1,13 @@
 //! Has programs in a sandbox trust its authority, and nobody outside of it.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+
+use rustix::io::Errno;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 
 use super::proxy::Proxy;
 use crate::inner::Inner;
@@ -14,24 +19,51 @@ const BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// Ten times what there is.
 const MAX_BUNDLE: u64 = 4 * 1024 * 1024;
 
+/// Beside it, the same for Java, where Debian's looks for it.
+const KEYSTORE: &str = "/etc/ssl/certs/java/cacerts";
+
 /// For programs that bring their own list of authorities, and would not look there.
-const VARIABLES: [(&str, &str); 10] = [
+const VARIABLES: [&str; 10] = [
     // OpenSSL, and with it Python's ssl; Go; rustls where it asks the system.
-    ("SSL_CERT_FILE", BUNDLE),
+    "SSL_CERT_FILE",
     // Python's requests and what is built on it; pip.
-    ("REQUESTS_CA_BUNDLE", BUNDLE),
-    ("PIP_CERT", BUNDLE),
-    ("CURL_CA_BUNDLE", BUNDLE),
-    ("NODE_EXTRA_CA_CERTS", BUNDLE),
-    ("GIT_SSL_CAINFO", BUNDLE),
-    ("AWS_CA_BUNDLE", BUNDLE),
-    ("CARGO_HTTP_CAINFO", BUNDLE),
-    ("DENO_CERT", BUNDLE),
+    "REQUESTS_CA_BUNDLE",
+    "PIP_CERT",
+    "CURL_CA_BUNDLE",
+    "NODE_EXTRA_CA_CERTS",
+    "GIT_SSL_CAINFO",
+    "AWS_CA_BUNDLE",
+    "CARGO_HTTP_CAINFO",
+    "DENO_CERT",
     // gRPC.
-    ("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", BUNDLE),
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 ];
 
-/// Adds the authority to the sandbox's bundle, which lies where no workload can write, and has every command use it.
+/// Every JVM reads it, and says so on standard error.
+const JAVA: &str = "JAVA_TOOL_OPTIONS";
+
+/// Where the two lie.
+struct Place {
+    bundle: &'static str,
+    keystore: &'static str,
+    java: &'static str,
+}
+
+/// Where no workload can write.
+const SYSTEM: Place = Place {
+    bundle: BUNDLE,
+    keystore: KEYSTORE,
+    java: "-Djavax.net.ssl.trustStore=/etc/ssl/certs/java/cacerts",
+};
+
+/// Where the root is read-only for everybody, as in containers. A workload that changes it fools itself.
+const SCRATCH: Place = Place {
+    bundle: "/tmp/.chitin/ca-certificates.crt",
+    keystore: "/tmp/.chitin/cacerts",
+    java: "-Djavax.net.ssl.trustStore=/tmp/.chitin/cacerts",
+};
+
+/// Adds the authority to what the sandbox's programs trust, and has every command use it.
 pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
     let failed = |source| Error::Host { what: "add the sandbox's authority to its certificates", source };
     let dir = tempfile::tempdir().map_err(failed)?;
@@ -39,19 +71,31 @@ pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
     let mut bundle = match copy::copy_out(inner, Path::new(BUNDLE), &path).await {
         Ok(_) => read(&path).map_err(failed)?,
         // An image may have none.
-        Err(Error::Guest(failure)) if failure.errno == rustix::io::Errno::NOENT.raw_os_error() => Vec::new(),
+        Err(Error::Guest(failure)) if failure.errno == Errno::NOENT.raw_os_error() => Vec::new(),
         Err(error) => return Err(error),
     };
     if !bundle.is_empty() && !bundle.ends_with(b"\n") {
         bundle.push(b'\n');
     }
     bundle.extend_from_slice(proxy.certificate().as_bytes());
-    let joined = dir.path().join("joined");
-    fs::write(&joined, bundle).map_err(failed)?;
-    fs::set_permissions(&joined, std::os::unix::fs::PermissionsExt::from_mode(0o444)).map_err(failed)?;
-    copy::copy_in(inner, &joined, Path::new(BUNDLE)).await?;
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bundle).flatten().collect();
+    let (joined, keystore) = (dir.path().join("joined"), dir.path().join("keystore"));
+    for (path, content) in [(&joined, &bundle), (&keystore, &super::keystore::keystore(&certificates))] {
+        fs::write(path, content).map_err(failed)?;
+        fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
+    }
+    let place = match copy::copy_in(inner, &joined, Path::new(SYSTEM.bundle)).await {
+        Ok(_) => SYSTEM,
+        Err(Error::Guest(failure)) if failure.errno == Errno::ROFS.raw_os_error() => {
+            copy::copy_in(inner, &joined, Path::new(SCRATCH.bundle)).await?;
+            SCRATCH
+        }
+        Err(error) => return Err(error),
+    };
+    copy::copy_in(inner, &keystore, Path::new(place.keystore)).await?;
+    let variables = VARIABLES.map(|name| (name, place.bundle)).into_iter().chain([(JAVA, place.java)]);
     // A second time, for a sandbox that is the same, changes nothing.
-    let _ = inner.environment.set(VARIABLES.into());
+    let _ = inner.environment.set(variables.collect());
     Ok(())
 }
 

@@ -139,6 +139,8 @@ pub(crate) enum VaultError {
     FieldName { what: String, field: String },
     #[error("{what} has {count} fields: at most {MAX_FIELDS} can be credentials")]
     TooMany { what: String, count: usize },
+    #[error("what the vault had issued was given back")]
+    Ended,
 }
 
 impl VaultConfig {
@@ -191,10 +193,12 @@ impl Lease {
     }
 }
 
-/// A secret that was read: fields with their values.
+/// Fields with their values. A value that is no text, number or truth value is `None`.
+pub(crate) type Fields = Vec<(String, Option<Zeroizing<Vec<u8>>>)>;
+
+/// A secret that was read.
 pub(crate) struct Read {
-    /// A value that is no text, number or truth value is `None`.
-    pub fields: Vec<(String, Option<Zeroizing<Vec<u8>>>)>,
+    pub fields: Fields,
     /// Of a secret that the vault has made for us.
     pub lease: Option<(String, Lease)>,
 }
@@ -228,7 +232,7 @@ impl Drop for Auth {
 /// A value whose texts are wiped when it is dropped.
 #[derive(Deserialize, Default)]
 #[serde(transparent)]
-struct Wiped(Value);
+pub(super) struct Wiped(pub(super) Value);
 
 impl Drop for Wiped {
     fn drop(&mut self) {

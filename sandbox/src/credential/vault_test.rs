@@ -200,7 +200,7 @@ async fn refusal(secrets: &[SecretSpec], spec: &Spec) -> String {
 async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
     let server = Server::start(600).await;
     let config = server.config().await;
-    let spec = Spec { vault: Some(config.clone()), source: None };
+    let spec = Spec { vault: Some(config.clone()), ..Spec::default() };
     let secrets = [server.secret("TOKEN", "creds#api_token"), server.secret("PORT", "creds#port")];
     let fetched = fetch(&secrets, &spec).await.unwrap();
     let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -212,7 +212,7 @@ async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
     let token = session.middleware.token.clone();
     session.revoke().await.unwrap();
     let login = VaultLogin::Token(Zeroizing::new(token));
-    let spec = Spec { vault: Some(VaultConfig { login, ..config }), source: None };
+    let spec = Spec { vault: Some(VaultConfig { login, ..config }), ..Spec::default() };
     let error = refusal(&secrets, &spec).await;
     assert!(error.contains("the token has expired, or its policies"), "{error}");
 }
@@ -222,7 +222,7 @@ async fn each_field_of_a_credential_source_is_a_credential() {
     let server = Server::start(600).await;
     let login = VaultLogin::Token(Zeroizing::new(server.root.clone()));
     let config = VaultConfig { address: server.address.clone(), login, namespace: None, ca: None };
-    let mut spec = Spec { vault: Some(config), source: Some(server.source("plain")) };
+    let mut spec = Spec { vault: Some(config), source: Some(server.source("plain")), ..Spec::default() };
     // One that is asked for by name stays what it was asked to be.
     let own = ["user=exec:echo me".parse().unwrap()];
     let mut found = exposed(&fetch(&own, &spec).await.unwrap());
@@ -249,7 +249,7 @@ async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it() {
     let mut config = server.config().await;
     let VaultLogin::AppRole { secret_id, .. } = &mut config.login else { panic!() };
     *secret_id = SecretId::Plain(Zeroizing::new(CANARY.into()));
-    let spec = Spec { vault: Some(config), source: None };
+    let spec = Spec { vault: Some(config), ..Spec::default() };
     let error = refusal(&[server.secret("A", "creds#port")], &spec).await;
     assert_eq!(
         error,
@@ -307,7 +307,8 @@ async fn a_token_of_ours_is_renewed_until_its_longest_term_and_revoked() {
     let keeper = Keeper::start(session, Vec::new());
     // After 2 s for 3 more, after 2 s more for 2, after 1.3 s for 1, which is the last.
     tokio::time::sleep(Duration::from_millis(6500)).await;
-    assert_eq!(keeper.end().await, Vec::<String>::new());
+    let over = "the vault's token was good until 0 s before the end, and could not be renewed";
+    assert_eq!(keeper.end().await, [over]);
     let lines = double.lines();
     assert_eq!(lines.iter().filter(|line| line.ends_with("renew-self")).count(), 3, "{lines:?}");
     assert_eq!(lines.last().unwrap(), "POST /v1/auth/token/revoke-self");
@@ -317,7 +318,7 @@ async fn a_token_of_ours_is_renewed_until_its_longest_term_and_revoked() {
 async fn a_sealed_server_and_one_that_goes_away_are_told_apart() {
     let mut server = Server::start(3).await;
     let config = server.config().await;
-    let spec = Spec { vault: Some(config), source: None };
+    let spec = Spec { vault: Some(config), ..Spec::default() };
     let secret = [server.secret("A", "creds#port")];
     let keeper = fetch(&secret, &spec).await.unwrap().keeper.unwrap();
     // A real server is somebody's, and is left as it is.
@@ -429,7 +430,7 @@ async fn kv_2_is_noticed_and_a_namespace_goes_with_every_request() {
         _ => (404, json!({ "errors": [] })),
     })
     .await;
-    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let fetched = fetch(&["DB=vault://kv/app/db#password".parse().unwrap()], &spec).await.unwrap();
     assert_eq!(exposed(&fetched), [("DB".to_owned(), CANARY.to_owned())]);
     let asked = double.asked.lock().unwrap().clone();
@@ -458,11 +459,11 @@ async fn a_wrapped_secret_id_is_unwrapped_and_logs_in() {
         secret_id: SecretId::Wrapped(Zeroizing::new(wrapped.into())),
     };
     let secret = ["A=vault://kv/a".parse().unwrap()];
-    let spec = Spec { vault: Some(double.config(login("w-1"))), source: None };
+    let spec = Spec { vault: Some(double.config(login("w-1"))), ..Spec::default() };
     let fetched = fetch(&secret, &spec).await.unwrap();
     assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
     assert_eq!(double.lines().last().unwrap(), "POST /v1/auth/token/revoke-self");
-    let spec = Spec { vault: Some(double.config(login("w-2"))), source: None };
+    let spec = Spec { vault: Some(double.config(login("w-2"))), ..Spec::default() };
     assert!(refusal(&secret, &spec).await.contains("wrapping token is not valid"));
 }
 
@@ -481,7 +482,7 @@ async fn what_an_engine_issues_is_renewed_and_revoked() {
         _ => (404, json!({ "errors": [] })),
     })
     .await;
-    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let secrets = ["U=vault://database/creds/app#username", "P=vault://database/creds/app#password"];
     let fetched = fetch(&secrets.map(|text| text.parse().unwrap()), &spec).await.unwrap();
     tokio::time::sleep(Duration::from_millis(2800)).await;
@@ -495,6 +496,154 @@ async fn what_an_engine_issues_is_renewed_and_revoked() {
 }
 
 #[tokio::test]
+async fn what_ends_before_the_sandbox_and_cannot_be_renewed_is_said() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/db/creds/app" => (
+            200,
+            json!({ "lease_id": "l", "lease_duration": 1, "renewable": false, "data": { "p": CANARY } }),
+        ),
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
+    let secret = ["P=vault://db/creds/app#p".parse().unwrap()];
+    let early = fetch(&secret, &spec).await.unwrap();
+    assert_eq!(early.keeper.unwrap().end().await, Vec::<String>::new());
+    let late = fetch(&secret, &spec).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2200)).await;
+    let over = "vault://db/creds/app was good until 1 s before the end, and could not be renewed";
+    assert_eq!(late.keeper.unwrap().end().await, [over]);
+    // It is nobody's to renew.
+    assert!(double.lines().iter().all(|line| !line.ends_with("leases/renew")));
+}
+
+#[tokio::test]
+async fn who_gives_up_waiting_leaves_nothing_issued() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/db/creds/app" => (
+            200,
+            json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
+        ),
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
+    let count = || double.lines().iter().filter(|line| line.ends_with("leases/revoke")).count();
+    // While something else is fetched.
+    let secrets = ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
+    let fetching = tokio::time::timeout(Duration::from_secs(1), fetch(&secrets, &spec)).await;
+    assert!(fetching.is_err());
+    let limit = Duration::from_secs(5);
+    tokio::time::timeout(limit, crate::given_back()).await.expect("in time");
+    assert_eq!(count(), 1);
+    // After all was fetched.
+    drop(fetch(&secrets[..1], &spec).await.unwrap());
+    tokio::time::timeout(limit, crate::given_back()).await.expect("in time");
+    assert_eq!(count(), 2);
+}
+
+#[tokio::test]
+async fn a_server_that_says_nothing_breaks_off_or_never_ends_is_given_up() {
+    use rustix::net::sockopt::set_socket_linger;
+    let reset = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endless = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addresses = [&reset, &silent, &endless].map(|listener| listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = reset.accept().await {
+            set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+        }
+    });
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = endless.accept().await {
+            tokio::spawn(async move {
+                let body = format!("{{\"data\": \"{CANARY}");
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n",
+                    body.len()
+                );
+                let _ = stream.write_all(head.as_bytes()).await;
+                while stream.write_all(b"1\r\na\r\n").await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            });
+        }
+    });
+    let asked = |address: std::net::SocketAddr| async move {
+        let config =
+            VaultConfig { address: format!("http://{address}"), login: token(), namespace: None, ca: None };
+        let spec = Spec { vault: Some(config), ..Spec::default() };
+        let limit = Duration::from_secs(15);
+        tokio::time::timeout(limit, refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec))
+            .await
+            .expect("in time")
+    };
+    let [reset, mute, endless] = addresses.map(asked);
+    let (reset, mute, endless) = tokio::join!(reset, mute, endless);
+    drop(silent);
+    // Whether the connection was there before it was reset is not always to be told.
+    assert!(reset.contains("cannot be reached: "), "{reset}");
+    assert!(mute.ends_with("cannot be reached: it does not answer within 10 s"), "{mute}");
+    assert!(endless.ends_with("cannot be reached: it does not answer within 10 s"), "{endless}");
+}
+
+#[tokio::test]
+async fn keys_of_an_engine_are_followed_by_others_before_they_are_over() {
+    let made = Arc::new(Mutex::new(0));
+    let count = made.clone();
+    let double = Double::start(move |asked| match asked.line.as_str() {
+        "GET /v1/aws/creds/deploy" => {
+            let mut made = count.lock().unwrap();
+            *made += 1;
+            (
+                200,
+                json!({ "lease_id": format!("aws/{made}"), "lease_duration": 4, "renewable": false,
+                        "data": { "access_key": format!("ASIA{made}"), "secret_key": CANARY, "security_token": "t" } }),
+            )
+        }
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
+    let secret: SecretSpec = "AWS=vault://aws/creds/deploy".parse().unwrap();
+    let secret = SecretSpec { delivery: crate::Delivery::Endpoint, ..secret };
+    let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
+    let names: Vec<&str> = fetched.values.iter().map(|value| value.name.as_str()).collect();
+    assert!(names.iter().all(|name| name.starts_with("AWS_")) && names.len() == 4, "{names:?}");
+    assert!(exposed(&fetched).iter().all(|(_, value)| !value.contains(CANARY)));
+    let endpoint = fetched.endpoint.clone().unwrap();
+    let id = async || {
+        let (document, trouble) = endpoint.document().await.unwrap();
+        assert_eq!(trouble, None);
+        let document: Value = serde_json::from_slice(&document).unwrap();
+        document["AccessKeyId"].as_str().unwrap().to_owned()
+    };
+    // As long as they are good they are the same, however often they are asked for.
+    assert_eq!(id().await, "ASIA1");
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(id().await, "ASIA1");
+    tokio::time::sleep(Duration::from_millis(1700)).await;
+    assert_eq!(id().await, "ASIA2");
+    assert_eq!(*made.lock().unwrap(), 2);
+    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    // The first are not over yet, and given back as well.
+    let revoked =
+        double.asked.lock().unwrap().iter().filter(|asked| asked.line.ends_with("leases/revoke")).count();
+    assert_eq!(revoked, 2);
+    // Then there is nobody to ask any more: what there is goes on until it is over.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(endpoint.document().await.unwrap().1.unwrap(), "what the vault had issued was given back");
+    tokio::time::sleep(Duration::from_millis(3000)).await;
+    assert!(endpoint.document().await.is_err());
+
+    let more = [secret.clone(), SecretSpec { name: "AWS2".into(), ..secret }];
+    assert!(refusal(&more, &spec).await.contains("secret AWS2: there is one endpoint"));
+}
+
+#[tokio::test]
 async fn what_was_issued_is_given_back_when_something_else_fails() {
     let double = Double::start(|asked| match asked.line.as_str() {
         "GET /v1/db/creds/app" => (
@@ -505,7 +654,7 @@ async fn what_was_issued_is_given_back_when_something_else_fails() {
         _ => (404, json!({ "errors": [] })),
     })
     .await;
-    let spec = Spec { vault: Some(double.config(token())), source: None };
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let secrets = ["P=vault://db/creds/app#p".parse().unwrap(), "Q=env:CHITIN_NO_SUCH".parse().unwrap()];
     refusal(&secrets, &spec).await;
     assert_eq!(double.lines().last().unwrap(), "PUT /v1/sys/leases/revoke");
@@ -533,7 +682,7 @@ async fn every_class_of_error_is_one_line_without_what_the_server_said() {
             _ => (404, Value::Null),
         })
         .await;
-        let spec = Spec { vault: Some(double.config(token())), source: None };
+        let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
         let error = refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec).await;
         assert!(error.contains(words), "{code}: {error}");
     }
@@ -556,7 +705,7 @@ async fn a_server_that_is_none_is_named() {
         ("x".into(), "VAULT_ADDR is no http:// or https:// address"),
     ] {
         let config = VaultConfig { address, login: token(), namespace: None, ca: None };
-        let spec = Spec { vault: Some(config), source: None };
+        let spec = Spec { vault: Some(config), ..Spec::default() };
         let error = refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec).await;
         assert!(error.contains(words), "{error}");
     }
@@ -566,7 +715,7 @@ async fn a_server_that_is_none_is_named() {
         namespace: None,
         ca: None,
     };
-    let spec = |config: &VaultConfig| Spec { vault: Some(config.clone()), source: None };
+    let spec = |config: &VaultConfig| Spec { vault: Some(config.clone()), ..Spec::default() };
     let secret = ["A=vault://kv/a#x".parse().unwrap()];
     assert!(refusal(&secret, &spec(&config)).await.contains("was a newline copied with it?"));
     let config = VaultConfig { login: token(), ..config };

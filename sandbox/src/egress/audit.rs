@@ -1,4 +1,5 @@
-//! One line of JSON for each attempt to reach something, allowed or not. Never what was sent.
+//! One line of JSON for each attempt to reach something, allowed or not, and for each credential that is delivered. Never what was
+//! sent, and never a value.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -62,6 +63,20 @@ pub(crate) struct Line<'a> {
     pub omitted: u64,
 }
 
+/// A credential, about to be delivered.
+#[derive(Debug, Serialize)]
+struct Delivered<'a> {
+    time: String,
+    verdict: &'static str,
+    credentials: [&'a str; 1],
+    delivery: &'a str,
+}
+
+/// UTC.
+fn now() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_zero(number: &u64) -> bool {
     *number == 0
@@ -72,7 +87,7 @@ impl Line<'_> {
     pub fn new(host: &str, port: Option<u16>, verdict: Verdict, reason: Option<String>) -> Line<'_> {
         let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
         Line {
-            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            time: now(),
             host: &host[..end],
             port,
             verdict,
@@ -127,6 +142,15 @@ impl Audit {
         if let Some(state) = &self.state {
             state.lock().unwrap_or_else(PoisonError::into_inner).omitted += count;
         }
+    }
+
+    /// A credential is about to be delivered in this way. What cannot be written down is not to be done.
+    pub fn deliver(&self, name: &str, delivery: &str) -> io::Result<()> {
+        let Some(state) = &self.state else { return Ok(()) };
+        let line = Delivered { time: now(), verdict: "delivered", credentials: [name], delivery };
+        let mut text = serde_json::to_vec(&line)?;
+        text.push(b'\n');
+        state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
     }
 
     pub fn write(&self, mut line: Line<'_>) {
@@ -194,5 +218,6 @@ mod tests {
         audit.write(Line::new("a", None, Verdict::Refused, None));
         assert!(!audit.works());
         assert!(Audit::default().works());
+        assert!(audit.deliver("A", "memory").is_err() && Audit::default().deliver("A", "memory").is_ok());
     }
 }

@@ -128,7 +128,20 @@ async fn against<T: Send + 'static>(
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("audit");
     spec.audit = Some(path.clone());
-    let broker = Arc::new(Broker::with(&spec, names).unwrap());
+    let broker = broker(&spec, names);
+    with_broker(broker, &path, script).await
+}
+
+fn broker(spec: &Spec, names: Box<Names>) -> Broker {
+    Broker::with(spec, Arc::new(spec.open_audit().unwrap()), names)
+}
+
+async fn with_broker<T: Send + 'static>(
+    broker: Broker,
+    audit: &Path,
+    script: impl FnOnce(&mut Agent) -> T + Send + 'static,
+) -> (T, Vec<serde_json::Value>) {
+    let broker = Arc::new(broker);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let channel = Channel::new(ours);
     let serving = tokio::spawn(broker.serve(channel.clone(), channel.knocks()));
@@ -143,7 +156,7 @@ async fn against<T: Send + 'static>(
     let outcome = tokio::time::timeout(limit, agent).await.expect("in time").unwrap();
     channel.close();
     tokio::time::timeout(limit, serving).await.expect("in time").unwrap();
-    (outcome, lines(&path))
+    (outcome, lines(audit))
 }
 
 fn lines(path: &Path) -> Vec<serde_json::Value> {
@@ -516,10 +529,53 @@ async fn refused_names_are_written_down_and_dials_without_egress_are_a_breach() 
 }
 
 #[tokio::test]
+async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, audit) = (dir.path().join("keys"), dir.path().join("audit"));
+    std::fs::write(&source, r#"{"AccessKeyId":"ASIA1","SecretAccessKey":"canary-5e0c","SessionToken":"t"}"#)
+        .unwrap();
+    let secret: crate::SecretSpec = format!("AWS=file:{}", source.display()).parse().unwrap();
+    let secret = crate::SecretSpec { delivery: crate::Delivery::Endpoint, ..secret };
+    let fetched = crate::credential::fetch(&[secret], &Default::default()).await.unwrap();
+    let token =
+        fetched.values.iter().find(|value| value.name == "AWS_CONTAINER_AUTHORIZATION_TOKEN").unwrap();
+    let token = String::from_utf8(token.value.to_bytes().expose().to_vec()).unwrap();
+    // Nothing else is allowed.
+    let spec = Spec { audit: Some(audit.clone()), ..Spec::default() };
+    let broker = Broker { keys: fetched.endpoint, ..broker(&spec, Names::of(&[])) };
+    let endpoint = chitin_protocol::Endpoint { host: "localhost".into(), wildcard: false, port: 9911 };
+    assert_eq!(broker.wire(), [endpoint]);
+    let request = move |token: &str| {
+        format!("GET /credentials/AWS HTTP/1.1\r\nHost: 127.0.0.1:9911\r\nAuthorization: {token}\r\n\r\n")
+    };
+    let (answers, lines) = with_broker(broker, &audit, move |agent| {
+        let mut ask = |host, port, token: &str| {
+            let stream = agent.dial(host, port);
+            agent.send(stream, request(token).as_bytes());
+            agent.received(stream).map(|answer| String::from_utf8(answer).unwrap())
+        };
+        [
+            ask("localhost", 9911, &token),
+            ask("localhost", 9911, "no"),
+            ask("localhost", 9912, &token),
+            ask("a.localhost", 9911, &token),
+        ]
+    })
+    .await;
+    let [Some(given), Some(refused), None, None] = answers else { panic!("{answers:?}") };
+    assert!(given.starts_with("HTTP/1.1 200 OK") && given.contains("canary-5e0c"), "{given}");
+    assert!(refused.starts_with("HTTP/1.1 401") && !refused.contains("canary"), "{refused}");
+    let verdicts: Vec<_> = lines.iter().map(|line| line["verdict"].as_str().unwrap()).collect();
+    assert_eq!(verdicts, ["allowed", "refused", "refused", "refused"], "{lines:?}");
+    assert_eq!((&lines[0]["credentials"][0], &lines[0]["host"]), (&"AWS".into(), &"localhost".into()));
+    assert!(lines.iter().all(|line| !line.to_string().contains("canary")), "{lines:?}");
+}
+
+#[tokio::test]
 async fn what_cannot_be_written_down_is_not_done() {
     let port = echo().await;
     let spec = Spec { audit: Some("/dev/full".into()), ..allowing(&[format!("a.test:{port}")]) };
-    let broker = Broker::with(&spec, Names::of(&[("a.test", &[&["127.0.0.1"]])])).unwrap();
+    let broker = broker(&spec, Names::of(&[("a.test", &[&["127.0.0.1"]])]));
     assert!(broker.dial("a.test", port).await.is_ok());
     broker.audit.write(Line::new("a", None, Verdict::Refused, None));
     assert!(matches!(broker.dial("a.test", port).await, Err(Refusal::Audit)));

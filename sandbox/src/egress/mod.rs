@@ -28,14 +28,15 @@ use std::time::{Duration, Instant};
 use chitin_protocol::{MAX_DIALS, MAX_ENDPOINTS};
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::channel::{Channel, Knock, Tunnel};
-use crate::credential::{Account, Proxy};
+use crate::credential::{Account, Answered, Endpoint as Keys, Proxy};
 use crate::policy::Endpoint;
 use address::{Range, range};
-use audit::{Audit, Line, Verdict};
+pub(crate) use audit::Audit;
+use audit::{Line, Verdict};
 use bucket::Bucket;
 pub use forward::Forward;
 use resolve::{Resolve, System};
@@ -148,9 +149,25 @@ impl Spec {
         self.endpoints.iter().map(wire).collect()
     }
 
-    fn open_audit(&self) -> Result<Audit, EgressError> {
-        Audit::open(self.audit.as_deref())
-            .map_err(|source| EgressError::Audit { path: self.audit.clone().unwrap_or_default(), source })
+    /// Opens the file that attempts and deliveries are written to, if there is to be one.
+    pub fn open_audit(&self) -> Result<Audit, EgressError> {
+        Audit::open(self.audit.as_deref()).map_err(|source| self.unwritten(source))
+    }
+
+    /// Writes down how each of these is delivered, before it is.
+    pub fn deliver<'a>(
+        &self,
+        audit: &Audit,
+        deliveries: impl IntoIterator<Item = (&'a str, &'static str)>,
+    ) -> Result<(), EgressError> {
+        let mut deliveries = deliveries.into_iter();
+        deliveries
+            .try_for_each(|(name, how)| audit.deliver(name, how))
+            .map_err(|source| self.unwritten(source))
+    }
+
+    fn unwritten(&self, source: io::Error) -> EgressError {
+        EgressError::Audit { path: self.audit.clone().unwrap_or_default(), source }
     }
 }
 
@@ -164,8 +181,10 @@ fn wire(endpoint: &Endpoint) -> chitin_protocol::Endpoint {
 pub(crate) struct Broker {
     endpoints: Vec<chitin_protocol::Endpoint>,
     allow_private: bool,
-    audit: Audit,
+    audit: Arc<Audit>,
     proxy: Option<Arc<Proxy>>,
+    /// Answers at an endpoint that leads nowhere.
+    keys: Option<Arc<Keys>>,
     resolver: Box<dyn Resolve>,
     connections: Arc<Semaphore>,
     dials: Mutex<Bucket>,
@@ -230,25 +249,32 @@ impl Refusal {
 }
 
 impl Broker {
-    pub fn new(spec: &Spec, proxy: Option<Arc<Proxy>>) -> Result<Broker, EgressError> {
-        Ok(Broker { proxy, ..Broker::with(spec, Box::new(System::default()))? })
+    pub fn new(spec: &Spec, audit: Arc<Audit>, proxy: Option<Arc<Proxy>>, keys: Option<Arc<Keys>>) -> Broker {
+        Broker { proxy, keys, ..Broker::with(spec, audit, Box::new(System::default())) }
     }
 
-    fn with(spec: &Spec, resolver: Box<dyn Resolve>) -> Result<Broker, EgressError> {
+    /// What the agent is to accept for.
+    pub fn wire(&self) -> Vec<chitin_protocol::Endpoint> {
+        let keys = self.keys.as_ref().map(|_| Keys::wire());
+        self.endpoints.iter().cloned().chain(keys).collect()
+    }
+
+    fn with(spec: &Spec, audit: Arc<Audit>, resolver: Box<dyn Resolve>) -> Broker {
         let limits = &spec.limits;
         let rate = f64::from(limits.dials_per_second.max(1));
         #[expect(clippy::cast_precision_loss, reason = "a byte more or less")]
         let bytes = limits.bytes_per_second.map(|rate| Bucket::new(rate.get() as f64, rate.get() as f64));
-        Ok(Broker {
+        Broker {
             endpoints: spec.wire(),
             allow_private: spec.allow_private,
-            audit: spec.open_audit()?,
+            audit,
             proxy: None,
+            keys: None,
             resolver,
             connections: Arc::new(Semaphore::new(limits.connections.min(MAX_DIALS))),
             dials: Mutex::new(Bucket::new(rate, 4.0 * rate)),
             allowance: Allowance::new(limits.connection_bytes, limits.total_bytes, bytes),
-        })
+        }
     }
 
     /// Serves a channel until it has closed and every attempt is written down.
@@ -264,7 +290,14 @@ impl Broker {
                     }
                     Some(Knock::Dial { host, port, stream }) => {
                         let tunnel = channel.adopt(stream);
-                        attempts.spawn(self.clone().attempt(channel.clone(), tunnel, host, port));
+                        match self.keys.clone().filter(|_| Keys::is_at(&host, port)) {
+                            Some(keys) => {
+                                attempts.spawn(self.clone().give(channel.clone(), tunnel, keys, host, port));
+                            }
+                            None => {
+                                attempts.spawn(self.clone().attempt(channel.clone(), tunnel, host, port));
+                            }
+                        }
                     }
                 },
                 Some(_) = attempts.join_next() => {}
@@ -272,6 +305,43 @@ impl Broker {
             self.audit.omit(channel.missed());
         }
         while attempts.join_next().await.is_some() {}
+    }
+
+    /// One connection to the endpoint of a credential: a line in the audit if it asked for that.
+    async fn give(
+        self: Arc<Broker>,
+        channel: Channel,
+        tunnel: Tunnel,
+        keys: Arc<Keys>,
+        host: String,
+        port: u16,
+    ) {
+        let began = Instant::now();
+        let mut line = Line::new(&host, Some(port), Verdict::Allowed, None);
+        match self.admit() {
+            Ok(_permit) => {
+                let answered = tokio::select! {
+                    answered = keys.serve(tunnel) => answered,
+                    _ = channel.closed() => None,
+                };
+                (line.verdict, line.reason) = match answered {
+                    None => return,
+                    Some(Answered::Given { trouble }) => (Verdict::Allowed, trouble),
+                    Some(Answered::Refused(why)) => (Verdict::Refused, Some(why.into())),
+                    Some(Answered::Failed(why)) => (Verdict::Failed, Some(why)),
+                };
+                if line.verdict == Verdict::Allowed {
+                    line.credentials.push(keys.name().into());
+                }
+            }
+            Err(refusal) => {
+                drop(tunnel);
+                line.verdict = refusal.verdict();
+                line.reason = Some(refusal.to_string());
+            }
+        }
+        line.lasted(began.elapsed());
+        self.audit.write(line);
     }
 
     /// One attempt, from the Dial to its line in the audit.
@@ -368,11 +438,8 @@ impl Broker {
         self.audit.omit(more);
     }
 
-    async fn dial(&self, host: &str, port: u16) -> Result<Dialled, Refusal> {
-        check_name(host)?;
-        if !self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(host)) {
-            return Err(Refusal::Policy);
-        }
+    /// Whether one more connection is within the limits.
+    fn admit(&self) -> Result<OwnedSemaphorePermit, Refusal> {
         if !self.audit.works() {
             return Err(Refusal::Audit);
         }
@@ -382,7 +449,15 @@ impl Broker {
         if !self.dials.lock().unwrap_or_else(PoisonError::into_inner).take_one() {
             return Err(Refusal::Rate);
         }
-        let permit = self.connections.clone().try_acquire_owned().map_err(|_| Refusal::Number)?;
+        self.connections.clone().try_acquire_owned().map_err(|_| Refusal::Number)
+    }
+
+    async fn dial(&self, host: &str, port: u16) -> Result<Dialled, Refusal> {
+        check_name(host)?;
+        if !self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(host)) {
+            return Err(Refusal::Policy);
+        }
+        let permit = self.admit()?;
         let addresses = self.resolve(host).await?;
         let (stream, address) = connect(&addresses, port).await?;
         // A name may also resolve to one of this host's public addresses.
@@ -417,7 +492,7 @@ impl Broker {
 struct Dialled {
     stream: TcpStream,
     address: IpAddr,
-    permit: tokio::sync::OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
 /// Bounds and letters of a name that a guest sends: what the agent's own check lets through.

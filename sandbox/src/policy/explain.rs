@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::file::{Access, Runtime};
-use super::{Field, Policy, SyscallFilter};
+use super::{Field, Policy, SyscallFilter, Verdict};
 use crate::SecretSource;
 use crate::credential::Delivery;
 
@@ -110,6 +110,7 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
         let delivery = match &secret.delivery {
             Delivery::Memory => "a file in memory that it finds by the variable NAME_FILE".to_owned(),
             Delivery::Env => "an environment variable, seen by everything it starts".to_owned(),
+            Delivery::Endpoint => "keys that AWS's SDKs fetch when they need them".to_owned(),
             Delivery::Proxy(reach) => {
                 let parts = match (reach.query, reach.body) {
                     (false, false) => "headers",
@@ -150,7 +151,7 @@ fn resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
     )
 }
 
-/// Which field is kept by what on each tier.
+/// Which field is kept by what on the tiers that may be used, and which refuse the policy.
 fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
     for tier in Runtime::ALL {
         let wanted = if tier == policy.runtime {
@@ -161,9 +162,24 @@ fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
             " (not listed here)"
         };
         writeln!(out)?;
-        writeln!(out, "On {tier}{wanted} it is kept by:")?;
-        for field in Field::ALL {
-            writeln!(out, "  {}: {}", field.name(), policy.keeper(field, tier))?;
+        match policy.check_tier(tier) {
+            Ok(()) => writeln!(out, "On {tier}{wanted} all of it is kept:")?,
+            Err(_) => writeln!(out, "On {tier}{wanted} a run is REFUSED:")?,
+        }
+        let verdicts = Field::ALL.map(|field| (field, policy.verdict(field, tier)));
+        // A tier that refuses everything says so once.
+        if let [(_, first @ Verdict::Refused(why)), rest @ ..] = &verdicts
+            && rest.iter().all(|(_, verdict)| matches!(verdict, Verdict::Refused(_)))
+        {
+            let Verdict::Refused(_) = first else { continue };
+            writeln!(out, "  {why}")?;
+            continue;
+        }
+        for (field, verdict) in verdicts {
+            match verdict {
+                Verdict::Kept(how) => writeln!(out, "  {}: {how}", field.name())?,
+                Verdict::Refused(why) => writeln!(out, "  {}: REFUSED: {why}", field.name())?,
+            }
         }
     }
     Ok(())

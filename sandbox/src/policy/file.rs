@@ -207,6 +207,8 @@ pub enum How {
     Env,
     /// A placeholder in the environment variable `NAME`, replaced on the way to `hosts`.
     Proxy,
+    /// Keys of AWS, which SDKs fetch from an address in the sandbox when they need them. For one credential.
+    Endpoint,
 }
 
 // ---- values that are checked as they are read ----

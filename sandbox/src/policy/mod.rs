@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 pub use file::{Access, Endpoint, How, Runtime, Source, VaultSource};
 pub(crate) use file::{MAX_HOST, is_numeric};
 pub use profile::{Limits, PROFILES, Profile, ProfileSpec, SyscallFilter};
-pub use tiers::Field;
+pub use tiers::{Field, Verdict};
 pub use yaml::Place;
 
 use file::PolicyFile;
@@ -83,6 +83,18 @@ pub enum PolicyError {
         place: Place,
         /// What, and what would be right.
         what: String,
+    },
+    /// It asks for what this tier cannot do.
+    #[error("the policy {origin} cannot be kept on {tier}: {field}: {why}")]
+    Refused {
+        /// The file.
+        origin: String,
+        /// The tier.
+        tier: Runtime,
+        /// The field.
+        field: &'static str,
+        /// Why.
+        why: &'static str,
     },
     /// More was asked for than it allows.
     #[error(
@@ -223,9 +235,34 @@ impl Policy {
         explain::explain(self)
     }
 
+    /// Whether a tier can keep all of it.
+    ///
+    /// # Errors
+    /// [`PolicyError::Refused`] for the first field that it cannot.
+    pub fn check_tier(&self, tier: Runtime) -> Result<(), PolicyError> {
+        for field in Field::ALL {
+            if let Verdict::Refused(why) = self.verdict(field, tier) {
+                let origin = self.origin.clone();
+                return Err(PolicyError::Refused { origin, tier, field: field.name(), why });
+            }
+        }
+        Ok(())
+    }
+
     /// The tiers that will do, in this order.
     pub fn tiers(&self) -> impl Iterator<Item = Runtime> {
         std::iter::once(self.runtime).chain(self.fallback.iter().copied())
+    }
+
+    /// The first of the [`tiers`](Policy::tiers) that can keep all of it.
+    ///
+    /// # Errors
+    /// Why `runtime` cannot, if none can.
+    pub fn tier(&self) -> Result<Runtime, PolicyError> {
+        match self.tiers().find(|tier| self.check_tier(*tier).is_ok()) {
+            Some(tier) => Ok(tier),
+            None => self.check_tier(self.runtime).map(|()| self.runtime),
+        }
     }
 
     /// What the agent has to do about it behind a wall. Of a container, whoever made it bounds processes and disk; of gVisor's,

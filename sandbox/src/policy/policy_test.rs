@@ -47,6 +47,7 @@ fn the_first_shape() {
     assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::Default));
     let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
     assert_eq!(policy.credential_source, Some(source));
+    policy.check_tier(Runtime::Ironclaw).unwrap();
     assert!(policy.explain().contains("vault://openclaw/creds"));
 }
 
@@ -60,6 +61,7 @@ fn the_second_shape() {
     assert_eq!(policy.files, [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]);
     assert!(policy.files_confined);
     assert_eq!(policy.egress, [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]);
+    policy.check_tier(Runtime::Ironclaw).unwrap();
     let reach = |endpoint: &str| policy.may_reach(&endpoint.parse().unwrap());
     assert!(reach("api.example.com:443"));
     for more in ["api.example.com:80", "example.com:443", "*.example.com:443", "a.api.example.com:443"] {
@@ -372,9 +374,11 @@ fn a_file_is_read_within_bounds() {
 }
 
 #[test]
-fn tiers_are_in_the_order_of_the_file() {
+fn the_first_tier_that_can_keep_it_is_taken() {
+    assert_eq!(parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Ironclaw);
     let order: Vec<Runtime> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
     assert_eq!(order, [Runtime::Nemoclaw, Runtime::Ironclaw]);
+    assert_eq!(parse("runtime: nanoclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Nanoclaw);
 }
 
 #[test]
@@ -467,6 +471,7 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     refused("hosts: ['api.example.com:8443']", "is not among");
     refused("hosts: []", "a credential for nobody");
     refused("delivery: proxy", "`proxy` needs `hosts`");
+    refused("hosts: ['a.example.com:443'], delivery: endpoint", "leave one of both out");
     refused("hosts: ['a.example.com:443'], delivery: memory", "leave one of both out");
     refused("hosts: ['a.example.com:443'], delivery: env", "leave one of both out");
     refused("hosts: ['a.example.com:443'], replaced_in: [path]", "path");

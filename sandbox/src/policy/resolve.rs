@@ -170,6 +170,17 @@ fn secrets(
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Env) => Delivery::Env,
+            Some(How::Endpoint) if rule.hosts.is_some() => {
+                let what = "what is asked for at an endpoint is for no hosts: leave one of both out".into();
+                return Err(at(root, &["secrets", &index, "delivery"], what));
+            }
+            Some(How::Endpoint) => {
+                if let Some(other) = secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint) {
+                    let what = format!("{} has the one endpoint there is", other.name);
+                    return Err(at(root, &["secrets", &index, "delivery"], what));
+                }
+                Delivery::Endpoint
+            }
             Some(How::Proxy) if rule.hosts.is_none() => {
                 let what = "`proxy` needs `hosts`, which the value is for".into();
                 return Err(at(root, &["secrets", &index, "delivery"], what));

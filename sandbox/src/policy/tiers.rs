@@ -35,6 +35,15 @@ pub enum Field {
     Secrets,
 }
 
+/// What becomes of a field on a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is kept; by what.
+    Kept(&'static str),
+    /// A run is refused; why.
+    Refused(&'static str),
+}
+
 impl Field {
     /// All of them, in the order of the file.
     pub const ALL: [Field; 13] = [
@@ -74,11 +83,11 @@ impl Field {
 }
 
 impl Policy {
-    /// What keeps a field of this policy on a tier, its profile's part included.
-    pub fn keeper(&self, field: Field, tier: Runtime) -> &'static str {
+    /// What becomes of a field of this policy on a tier, its profile's part included.
+    pub fn verdict(&self, field: Field, tier: Runtime) -> Verdict {
         match tier {
-            Runtime::Ironclaw => self.microvm(field),
-            Runtime::Nanoclaw | Runtime::Nemoclaw => self.container(field),
+            Runtime::Ironclaw => Verdict::Kept(self.microvm(field)),
+            Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Kept(self.container(field)),
         }
     }
 

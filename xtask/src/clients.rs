@@ -1,0 +1,84 @@
+//! Programs of Debian that tests run in sandboxes: curl and git, with the libraries that the root image has not, as one directory
+//! to be copied in. Unpacked, never installed.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::{cache, debian, workspace};
+
+/// What the two link to, as far as it is not in the root image. Whichever versions apt has: nothing is measured with them.
+const PACKAGES: [&str; 25] = [
+    "curl",
+    "git",
+    "libbrotli1",
+    "libcom-err2",
+    "libcurl3-gnutls",
+    "libcurl4",
+    "libgnutls30",
+    "libgssapi-krb5-2",
+    "libhogweed6",
+    "libidn2-0",
+    "libk5crypto3",
+    "libkeyutils1",
+    "libkrb5-3",
+    "libkrb5support0",
+    "libldap-2.5-0",
+    "libnettle8",
+    "libnghttp2-14",
+    "libp11-kit0",
+    "libpsl5",
+    "librtmp1",
+    "libsasl2-2",
+    "libssh2-1",
+    "libtasn1-6",
+    "libunistring2",
+    "libzstd1",
+];
+
+/// Sees to it that `target/programs/debian` has them: `bin` for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
+pub fn programs() -> Result<()> {
+    let dir = workspace::target().join("programs");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let key = cache::Key::new("clients", 1).text("packages", &PACKAGES.join(" "));
+    let entry = cache::entry("clients", key, fetch)?;
+    let link = dir.join("debian");
+    cache::remove_link(&link)?;
+    symlink(entry.join("debian"), &link).with_context(|| format!("create {}", link.display()))
+}
+
+fn fetch(dir: &Path) -> Result<()> {
+    eprintln!("fetching curl and git for the tests of egress");
+    let tree = debian::scratch(dir, "tree")?;
+    for name in PACKAGES {
+        let package = debian::candidate(name)?;
+        let (_, deb) = package.download(dir, || debian::candidate(name))?;
+        debian::unpack(&deb, &tree)?;
+    }
+    let to = dir.join("debian");
+    let (bin, lib, core) = (to.join("bin"), to.join("lib"), to.join("git-core"));
+    for made in [&to, &bin, &lib, &core] {
+        fs::create_dir(made).with_context(|| format!("create {}", made.display()))?;
+    }
+    let take = |from: &Path, to: &Path| {
+        fs::copy(from, to).map(drop).with_context(|| format!("copy {}", from.display()))
+    };
+    take(&tree.join("usr/bin/curl"), &bin.join("curl"))?;
+    take(&tree.join("usr/bin/git"), &bin.join("git"))?;
+    take(&tree.join("usr/lib/git-core/git-remote-http"), &core.join("git-remote-https"))?;
+    // git calls itself by this path for what it does in processes of their own.
+    symlink("../bin/git", core.join("git")).context("create git-core/git")?;
+    for place in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
+        let Ok(entries) = fs::read_dir(tree.join(place)) else { continue };
+        for entry in entries {
+            let entry = entry.with_context(|| format!("list {place}"))?;
+            // A link stands for the file it leads to, which lies beside it.
+            if entry.path().is_file() && entry.file_name().to_string_lossy().contains(".so.") {
+                take(&entry.path(), &lib.join(entry.file_name()))?;
+            }
+        }
+    }
+    cache::remove_tree(&tree)
+}

