@@ -13,9 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::returning::Returning;
 use super::vault::{Fields, Lease, Read, Session, VaultError};
 use crate::policy::VaultSource;
+use crate::returning::Returning;
 
 /// How long giving everything back may take. What is not given back by then ends with its term.
 const REVOKE_LIMIT: Duration = Duration::from_secs(10);

@@ -36,6 +36,7 @@ use super::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
 use crate::policy::Runtime;
+use crate::returning::Returning;
 use crate::sandbox::Plan;
 use crate::{Artifacts, Error, GuestEnd};
 
@@ -311,11 +312,18 @@ impl Instance for Container {
 impl Drop for Container {
     fn drop(&mut self) {
         // One that has answered ends with its channel, and its runtime clears up.
-        if !self.answered && self.ended.is_none() {
-            self.kill();
-            // Not waited for: whoever sweeps next finds the bundle if this one does not come to an end.
-            let mut delete = self.engine.command(&["delete", "--force", &self.name]);
-            let _ = delete.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        if self.answered || self.ended.is_some() {
+            return;
+        }
+        self.kill();
+        let (engine, name) = (self.engine.clone(), self.name.clone());
+        let left = (self.bundle.take(), Returning::begin());
+        // Where nothing runs any more, the next start finds what is left.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                engine.delete(&name).await;
+                drop(left);
+            });
         }
     }
 }

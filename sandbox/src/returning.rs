@@ -1,4 +1,4 @@
-//! What is being given back, so that a process can wait for it before it ends.
+//! What is being given back and cleared away in the background, so that a process can wait for it before it ends.
 
 use std::sync::LazyLock;
 
@@ -23,8 +23,8 @@ impl Drop for Returning {
     }
 }
 
-/// Waits until what was issued for sandboxes that were dropped, also before they were up, is given back, or cannot be. To be
-/// awaited before a process ends that has dropped one; [`Sandbox::end`](crate::Sandbox::end) does it for its own.
+/// Waits until what was issued and made for sandboxes that were dropped, also before they were up, is given back and cleared away,
+/// or cannot be. To be awaited before a process ends that has dropped one; [`Sandbox::end`](crate::Sandbox::end) does it for its own.
 pub async fn given_back() {
     // The sender is never dropped.
     let _ = COUNT.subscribe().wait_for(|count| *count == 0).await;
