@@ -13,11 +13,12 @@ mod trust;
 mod vault;
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
@@ -138,11 +139,20 @@ async fn fetch_for(
 ) -> Result<Fetched, Error> {
     let mut vault = Vault { config: spec.vault.as_ref(), ..Vault::default() };
     let mut returning = None;
-    let fetched = tokio::select! {
-        fetched = fetch_from(&mut vault, secrets, spec) => fetched,
-        gone = gone => {
-            returning = gone.ok();
-            Err(Error::Stopped)
+    let asking = vault.asking.clone();
+    let fetched = {
+        let mut fetching = pin!(fetch_from(&mut vault, secrets, spec));
+        tokio::select! {
+            fetched = &mut fetching => fetched,
+            gone = gone => {
+                returning = gone.ok();
+                // What a vault is being asked for it may have issued already: its answer is waited for.
+                tokio::select! {
+                    _ = &mut fetching => {}
+                    _ = asking.lock() => {}
+                }
+                Err(Error::Stopped)
+            }
         }
     };
     let keeper = vault.session.map(|session| Keeper::start(session, vault.issued));
@@ -261,6 +271,8 @@ pub(crate) struct Vault<'a> {
     session: Option<Session>,
     read: BTreeMap<String, Read>,
     issued: Vec<Issued>,
+    /// Held from the question to the vault until what it has issued is noted.
+    asking: Arc<Mutex<()>>,
 }
 
 impl Vault<'_> {
@@ -327,6 +339,7 @@ impl Vault<'_> {
     async fn read(&mut self, source: &VaultSource) -> Result<&Read, VaultError> {
         let place = source.place();
         if !self.read.contains_key(&place) {
+            let _asking = self.asking.clone().lock_owned().await;
             if self.session.is_none() {
                 let found;
                 let config = match self.config {
@@ -340,11 +353,11 @@ impl Vault<'_> {
             }
             let missing = || VaultError::Answer { what: place.clone() };
             let read = self.session.as_ref().ok_or_else(missing)?.read(source).await?;
-            if read.fields.len() > MAX_FIELDS {
-                return Err(VaultError::TooMany { what: place, count: read.fields.len() });
-            }
             if let Some((id, lease)) = &read.lease {
                 self.issued.push(Issued { what: place.clone(), id: id.clone(), lease: *lease });
+            }
+            if read.fields.len() > MAX_FIELDS {
+                return Err(VaultError::TooMany { what: place, count: read.fields.len() });
             }
             self.read.insert(place.clone(), read);
         }

@@ -545,6 +545,28 @@ async fn who_gives_up_waiting_leaves_nothing_issued() {
 }
 
 #[tokio::test]
+async fn what_is_issued_while_whoever_asked_goes_is_given_back() {
+    let double = Double::start(|asked| match asked.line.as_str() {
+        "GET /v1/db/creds/app" => {
+            // All stand still, so that whoever asked goes before it has read the answer.
+            std::thread::sleep(Duration::from_millis(500));
+            (
+                200,
+                json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
+            )
+        }
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
+    })
+    .await;
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
+    let secrets = ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
+    assert!(tokio::time::timeout(Duration::from_millis(200), fetch(&secrets, &spec)).await.is_err());
+    tokio::time::timeout(Duration::from_secs(5), crate::given_back()).await.expect("in time");
+    assert!(double.lines().iter().any(|line| line.ends_with("leases/revoke")), "{:?}", double.lines());
+}
+
+#[tokio::test]
 async fn a_server_that_says_nothing_breaks_off_or_never_ends_is_given_up() {
     use rustix::net::sockopt::set_socket_linger;
     let reset = TcpListener::bind("127.0.0.1:0").await.unwrap();
