@@ -357,6 +357,21 @@ struct Double {
 }
 
 impl Double {
+    /// One whose engine issues a credential for so many seconds, after it has stood still, with all else, for `pause`.
+    async fn issuing(pause: Duration, seconds: u64) -> Double {
+        Double::start(move |asked| match asked.line.as_str() {
+            "GET /v1/db/creds/app" => {
+                std::thread::sleep(pause);
+                let data = json!({ "p": CANARY });
+                let lease = json!({ "lease_id": "l", "lease_duration": seconds, "renewable": seconds > 1, "data": data });
+                (200, lease)
+            }
+            "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+            _ => (404, json!({ "errors": [] })),
+        })
+        .await
+    }
+
     async fn start(answer: impl Fn(&Asked) -> (u16, Value) + Send + Sync + 'static) -> Double {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -497,15 +512,7 @@ async fn what_an_engine_issues_is_renewed_and_revoked() {
 
 #[tokio::test]
 async fn what_ends_before_the_sandbox_and_cannot_be_renewed_is_said() {
-    let double = Double::start(|asked| match asked.line.as_str() {
-        "GET /v1/db/creds/app" => (
-            200,
-            json!({ "lease_id": "l", "lease_duration": 1, "renewable": false, "data": { "p": CANARY } }),
-        ),
-        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
-        _ => (404, json!({ "errors": [] })),
-    })
-    .await;
+    let double = Double::issuing(Duration::ZERO, 1).await;
     let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let secret = ["P=vault://db/creds/app#p".parse().unwrap()];
     let early = fetch(&secret, &spec).await.unwrap();
@@ -520,15 +527,7 @@ async fn what_ends_before_the_sandbox_and_cannot_be_renewed_is_said() {
 
 #[tokio::test]
 async fn who_gives_up_waiting_leaves_nothing_issued() {
-    let double = Double::start(|asked| match asked.line.as_str() {
-        "GET /v1/db/creds/app" => (
-            200,
-            json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
-        ),
-        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
-        _ => (404, json!({ "errors": [] })),
-    })
-    .await;
+    let double = Double::issuing(Duration::ZERO, 60).await;
     let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let count = || double.lines().iter().filter(|line| line.ends_with("leases/revoke")).count();
     // While something else is fetched.
@@ -546,19 +545,8 @@ async fn who_gives_up_waiting_leaves_nothing_issued() {
 
 #[tokio::test]
 async fn what_is_issued_while_whoever_asked_goes_is_given_back() {
-    let double = Double::start(|asked| match asked.line.as_str() {
-        "GET /v1/db/creds/app" => {
-            // All stand still, so that whoever asked goes before it has read the answer.
-            std::thread::sleep(Duration::from_millis(500));
-            (
-                200,
-                json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
-            )
-        }
-        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
-        _ => (404, json!({ "errors": [] })),
-    })
-    .await;
+    // All stand still, so that whoever asked goes before it has read the answer.
+    let double = Double::issuing(Duration::from_millis(500), 60).await;
     let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let secrets = ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
     assert!(tokio::time::timeout(Duration::from_millis(200), fetch(&secrets, &spec)).await.is_err());
@@ -667,15 +655,7 @@ async fn keys_of_an_engine_are_followed_by_others_before_they_are_over() {
 
 #[tokio::test]
 async fn what_was_issued_is_given_back_when_something_else_fails() {
-    let double = Double::start(|asked| match asked.line.as_str() {
-        "GET /v1/db/creds/app" => (
-            200,
-            json!({ "lease_id": "l", "lease_duration": 60, "renewable": true, "data": { "p": CANARY } }),
-        ),
-        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
-        _ => (404, json!({ "errors": [] })),
-    })
-    .await;
+    let double = Double::issuing(Duration::ZERO, 60).await;
     let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
     let secrets = ["P=vault://db/creds/app#p".parse().unwrap(), "Q=env:CHITIN_NO_SUCH".parse().unwrap()];
     refusal(&secrets, &spec).await;
