@@ -93,9 +93,10 @@ impl Authority {
             .with_no_client_auth()
             .with_cert_resolver(resolver);
         config.alpn_protocols = vec![protocol.to_vec()];
-        // Nothing of a session outlives its connection.
-        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
+        // Nothing of a session outlives its connection, with which this storage ends. A ticket is sent all the same: it
+        // acknowledges the client's last word of the handshake, without which the client holds its request back for 40 ms.
+        config.session_storage = rustls::server::ServerSessionMemoryCache::new(1);
+        config.send_tls13_tickets = 1;
         Ok(config)
     }
 
