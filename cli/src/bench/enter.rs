@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use super::peer::{PeerArgs, Scratch};
 use super::stats::{self, Row};
-use super::{Beside, Guest, Output, plot, progress, since};
+use super::{Beside, Guest, Output, Report, plot, progress, since};
 use crate::failure::Failure;
 
 /// A monitor that has not entered its guest by then will not.
@@ -49,16 +49,6 @@ pub struct Args {
 
     #[command(flatten)]
     output: Output,
-}
-
-#[derive(Serialize)]
-struct Report {
-    chitin: &'static str,
-    memory_mib: u64,
-    #[serde(flatten)]
-    figures: Figures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    peer: Option<Beside<Figures>>,
 }
 
 #[derive(Serialize)]
@@ -136,7 +126,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         stats::print("phase", &figures.summary, 1e6);
         Beside::new(&peer, figures)
     });
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, figures, peer };
+    let report = Report::new(&args.guest, figures, peer);
     args.output
         .write(&report, || plot::phases(&title, &report.figures.summary, report.figures.runs.clone()))?;
     Ok(0)

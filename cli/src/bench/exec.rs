@@ -8,7 +8,7 @@ use tokio::io::AsyncReadExt;
 
 use super::peer::{self, PeerArgs};
 use super::stats::{self, Row};
-use super::{Beside, Guest, Output, Workload, nanoseconds, plot, progress, since, tiers};
+use super::{Beside, Guest, Output, Report, Workload, nanoseconds, plot, progress, since, tiers};
 use crate::failure::Failure;
 use crate::tiers::Tiers;
 
@@ -52,16 +52,6 @@ pub struct Args {
 const UNCOUNTED: u32 = 3;
 
 #[derive(Serialize)]
-struct Report {
-    chitin: &'static str,
-    memory_mib: u64,
-    #[serde(flatten)]
-    figures: Figures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    peer: Option<Beside<Figures>>,
-}
-
-#[derive(Serialize)]
 struct Figures {
     summary: Vec<Row>,
     runs: Vec<Run>,
@@ -69,11 +59,8 @@ struct Figures {
 
 impl Figures {
     fn of(runs: Vec<Run>) -> Figures {
-        let rows = [
-            Row::of("output", runs.iter().map(|run| run.output_ns).collect()),
-            Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),
-        ];
-        Figures { summary: rows.into_iter().flatten().collect(), runs }
+        let summary = stats::output_and_exit(runs.iter().map(|run| (run.output_ns, run.exit_ns)));
+        Figures { summary, runs }
     }
 }
 
@@ -125,7 +112,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         stats::print("phase", &figures.summary, 1e6);
         Beside::new(&peer, figures)
     });
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, figures, peer };
+    let report = Report::new(&args.guest, figures, peer);
     args.output.write(&report, || {
         let Figures { summary, runs } = &report.figures;
         plot::phases(&title, summary, runs.iter().map(|run| run.exit_ns).collect())

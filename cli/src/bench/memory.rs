@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::peer::{Peer, PeerArgs};
 use super::stats::{self, Row};
-use super::{Beside, Guest, Output, Temporary, Workload, plot};
+use super::{Beside, Guest, Output, Report, Temporary, Workload, plot};
 use crate::failure::Failure;
 
 /// Arguments of `chitin bench memory`.
@@ -40,16 +40,6 @@ pub struct Args {
 
     #[command(flatten)]
     workload: Workload,
-}
-
-#[derive(Serialize)]
-struct Report {
-    chitin: &'static str,
-    memory_mib: u64,
-    #[serde(flatten)]
-    figures: Figures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    peer: Option<Beside<Figures>>,
 }
 
 #[derive(Serialize)]
@@ -93,7 +83,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         }
         None => None,
     };
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: args.guest.memory, figures, peer };
+    let report = Report::new(&args.guest, figures, peer);
     args.output.write(&report, || plot::memory(&report.figures.booted, &report.figures.copied))?;
     Ok(0)
 }

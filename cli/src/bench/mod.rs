@@ -157,6 +157,23 @@ impl<T> Beside<T> {
     }
 }
 
+/// What is said of sandboxes of one size.
+#[derive(Serialize)]
+struct Report<T> {
+    chitin: &'static str,
+    memory_mib: u64,
+    #[serde(flatten)]
+    figures: T,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer: Option<Beside<T>>,
+}
+
+impl<T> Report<T> {
+    fn new(guest: &Guest, figures: T, peer: Option<Beside<T>>) -> Self {
+        Self { chitin: env!("CARGO_PKG_VERSION"), memory_mib: guest.memory, figures, peer }
+    }
+}
+
 /// A template that is there as long as this is.
 struct Temporary {
     templates: Templates,

@@ -29,6 +29,12 @@ impl Row {
     }
 }
 
+/// The rows of commands: when each one's first byte of output came, and its end.
+pub fn output_and_exit(times: impl Iterator<Item = (u64, u64)>) -> Vec<Row> {
+    let (outputs, exits) = times.unzip();
+    [Row::of("output", outputs), Row::of("exit", exits)].into_iter().flatten().collect()
+}
+
 /// Prints rows, each value divided by `unit`.
 pub fn print(title: &str, rows: &[Row], unit: f64) {
     println!("{title:<10} {:>10} {:>10} {:>10} {:>8}", "min", "median", "p99", "spread");

@@ -76,11 +76,8 @@ struct Phases {
 
 impl Figures {
     fn of(runs: Vec<Run>) -> Figures {
-        let rows = [
-            Row::of("output", runs.iter().map(|run| run.output_ns).collect()),
-            Row::of("exit", runs.iter().map(|run| run.exit_ns).collect()),
-        ];
-        Figures { summary: rows.into_iter().flatten().collect(), runs }
+        let summary = stats::output_and_exit(runs.iter().map(|run| (run.output_ns, run.exit_ns)));
+        Figures { summary, runs }
     }
 
     fn median(&self, name: &str) -> f64 {
