@@ -1,18 +1,23 @@
 //! Starts a process: everything that allocates or may fail for the host's fault before the fork, system calls only
 //! after it, in the order of [`Step`].
 //!
-//! The child reports a failed step through a pipe that a successful exec closes. The agent does not wait for that:
-//! a process of the workload could stop the child before its exec, and the agent with it. It reads the pipe when
-//! the child has ended.
+//! The first process shares the agent's memory until its exec, as vfork(2) has it, and the agent waits for that: to copy its memory
+//! would take longer than all else between here and there. Where the workload has a process already, that one could stop
+//! the child before its exec, and the agent with it, so there the child gets a copy, and the agent does not wait.
+//!
+//! The child reports a failed step through a pipe that a successful exec closes, and which the agent reads when the child
+//! has ended.
 
+use std::arch::asm;
 use std::ffi::{CStr, CString, c_char};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr;
 
 use chitin_protocol::{Failure, Start, StartError};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
 use rustix::pipe::PipeFlags;
-use rustix::process::Pid;
+use rustix::process::{Pid, WaitId, WaitIdOptions};
 use zeroize::Zeroizing;
 
 use crate::lockdown::{self, Lockdown, check, check_long};
@@ -198,23 +203,14 @@ pub fn launch(
         gid: start.gid,
         directory: c_string("enter", &start.cwd)?,
         programs,
-        arguments: argv.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect(),
-        environment: environment
-            .iter()
-            .map(|entry| entry.as_ptr().cast())
-            .chain([std::ptr::null()])
-            .collect(),
+        arguments: argv.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect(),
+        environment: environment.iter().map(|entry| entry.as_ptr().cast()).chain([ptr::null()]).collect(),
         lockdown,
         joined: groups.joined,
     };
     // SAFETY: the child calls nothing but `Plan::run`, which keeps to system calls.
-    let forked = unsafe { fork(groups.born_into) }.map_err(|errno| other("fork", b"", errno))?;
-    match forked {
-        None => plan.run(),
-        Some(pid) => {
-            Ok(Child { pid, status, program: program.clone(), user: start.uid, directory: start.cwd.clone() })
-        }
-    }
+    let pid = unsafe { spawn(&plan, groups.born_into) }.map_err(|errno| other("fork", b"", errno))?;
+    Ok(Child { pid, status, program: program.clone(), user: start.uid, directory: start.cwd.clone() })
 }
 
 /// Where to look for the program: as it is, if it has a slash, else in `PATH`.
@@ -242,28 +238,68 @@ fn candidates(program: &[u8], env: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<CString>
 /// From the kernel's `linux/sched.h`; the libc crate has it in a type that is too narrow.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Forks. In the parent: the child's pid.
+/// Starts a process that runs the plan, and gives its pid.
 ///
 /// # Safety
 /// Other threads may hold locks of the allocator and the C library. Until it execs, the child may make system calls
 /// only.
-unsafe fn fork(cgroup: Option<BorrowedFd<'_>>) -> Result<Option<Pid>, Errno> {
-    let result = match cgroup {
+unsafe fn spawn(plan: &Plan<'_>, cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, Errno> {
+    // SAFETY: all-zero is a valid `clone_args`.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    let shared = if is_alone() { libc::CLONE_VM | libc::CLONE_VFORK } else { 0 };
+    let [shared, signal] = [shared, libc::SIGCHLD].map(|flags| u64::from(flags.cast_unsigned()));
+    let (call, first, second) = match cgroup {
         Some(cgroup) => {
             // Born into its cgroup: moving it there would wait for an RCU grace period, milliseconds.
-            // SAFETY: all-zero is a valid `clone_args`.
-            let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-            arguments.flags = CLONE_INTO_CGROUP;
-            arguments.exit_signal = libc::SIGCHLD.cast_unsigned().into();
+            arguments.flags = CLONE_INTO_CGROUP | shared;
+            arguments.exit_signal = signal;
             arguments.cgroup = cgroup.as_raw_fd().cast_unsigned().into();
-            // SAFETY: without CLONE_VM the child has its own copy of the stack; the rest is the caller's promise.
-            unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) }
+            (libc::SYS_clone3, &raw const arguments as u64, size_of::<libc::clone_args>() as u64)
         }
-        // SAFETY: as above. Not the C library's fork(), which runs handlers and takes locks.
-        None => unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) },
+        None => (libc::SYS_clone, shared | signal, 0),
     };
-    check_long(result)?;
-    Ok(i32::try_from(result).ok().and_then(Pid::from_raw))
+    let result: i64;
+    // SAFETY: without a stack of its own the child goes on below this one's, which nobody else does before it has execed: it has a
+    // copy, or this thread waits. It never comes back from `run`. Not the C library's fork(), which runs handlers and takes locks.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "mov rdi, r12",
+            "call {run}",
+            "ud2",
+            "2:",
+            run = sym run,
+            inlateout("rax") call => result,
+            in("rdi") first,
+            in("rsi") second,
+            in("rdx") 0,
+            in("r10") 0,
+            in("r8") 0,
+            in("r12") ptr::from_ref(plan),
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid) if pid > 0 => Pid::from_raw(pid).ok_or(Errno::SRCH),
+        Ok(errno) => Err(Errno::from_raw_os_error(-errno)),
+        Err(_) => Err(Errno::OVERFLOW),
+    }
+}
+
+/// Whether no process of the workload is there that could stop a child, which then can have the agent wait for its exec. All others
+/// are children of PID 1, or theirs.
+fn is_alone() -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    rustix::process::getpid().is_init()
+        && matches!(rustix::process::waitid(WaitId::All, options), Err(Errno::CHILD))
+}
+
+/// Where a child begins.
+extern "C" fn run(plan: &Plan<'_>) -> ! {
+    plan.run()
 }
 
 impl Plan<'_> {

@@ -46,8 +46,8 @@ struct Bench {
     compared: &'static [&'static str],
 }
 
-/// What `cargo xtask nested` exits with when the time of its command is up.
-const TIMED_OUT: u8 = 124;
+/// Emulated hosts at a time: each keeps one processor busy, and their clocks do not run with ours.
+const HOSTS: usize = 2;
 
 const MILLISECONDS: f64 = 1e6;
 const KIB: f64 = 1024.0;
@@ -201,7 +201,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(peer) = &args.peer {
         return beside(peer, &dir);
     }
-    let code = measure(&dir)?;
+    let parts: Vec<_> = BENCHES.iter().map(|bench| part(bench.name, bench.arguments, None, &dir)).collect();
+    let code = microvm::nested_in_parallel(HOSTS, &parts)?;
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
@@ -246,11 +247,11 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
     for (name, benches, table) in
         [("peer", &PEER_BENCHES[..], peer_table as Table), ("root device", &ROOT_BENCHES[..], root_table)]
     {
-        for (bench, arguments) in benches {
-            let code = measure_beside(&binary, bench, arguments, dir)?;
-            if code != ExitCode::SUCCESS {
-                return Ok(code);
-            }
+        let parts: Vec<_> =
+            benches.iter().map(|(name, arguments)| part(name, arguments, Some(&binary), dir)).collect();
+        let code = microvm::nested_in_parallel(HOSTS, &parts)?;
+        if code != ExitCode::SUCCESS {
+            return Ok(code);
         }
         let path = workspace::root().join("docs/benchmarks.md");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
@@ -264,29 +265,35 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
 /// Makes a table of the reports in a directory.
 type Table = fn(&Path) -> Result<String>;
 
-/// Runs one bench on an emulated host of its own, and on another one if that hangs.
-fn measure_beside(binary: &Path, name: &str, arguments: &str, dir: &Path) -> Result<ExitCode> {
+/// One bench on an emulated host of its own, which writes what it measures to a file of its name.
+fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm::Part {
     let chitin = workspace::target().join("release/chitin");
-    let preload = [chitin.display().to_string(), binary.display().to_string()];
-    let options =
-        ["--icount", "--xsave", "--timeout", "6m", "--preload", &preload[0], "--preload", &preload[1]];
-    let arguments = arguments.replace("{python}", "'import json, ssl; print(1)'");
-    let (what, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
+    let serve = workspace::root().join("examples/warm-python.sh");
+    let arguments = arguments
+        .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
+        .replace("{print}", "'print(1)'")
+        .replace("{python}", "'import json, ssl; print(1)'")
+        .replace("{serve}", &format!("\"$(cat '{}')\"", serve.display()))
+        .replace("{question}", "'8000=print(1)'")
+        .replace("{asking}", ASKING);
+    // What follows `--` belongs to the command.
+    let (arguments, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
+    let beside = peer.map(|peer| format!("--peer firecracker='{}'", peer.display())).unwrap_or_default();
+    // In memory: what a copy reads of its template is not what is measured.
     let script = format!(
-        "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; \
-         exec '{}' bench {what} --peer firecracker='{}' --json '{}' {} {command}",
+        "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; exec '{}' bench {arguments} {beside} --json '{}' {} {command}",
         chitin.display(),
-        binary.display(),
         dir.join(name).with_extension("json").display(),
         if command.is_empty() { "" } else { "--" },
     );
-    let run = || microvm::nested_with(&options, &["/bin/sh", "-c", &script]);
-    let code = run()?;
-    if code != ExitCode::from(TIMED_OUT) {
-        return Ok(code);
+    let mut options = vec!["--icount".to_owned()];
+    // Firecracker asks for the whole state of a processor.
+    options.extend(peer.map(|_| "--xsave".to_owned()));
+    // As its command, the program would be copied into memory; in a script it has to be named.
+    for program in [Some(chitin.as_path()), peer].into_iter().flatten() {
+        options.extend(["--preload".to_owned(), program.display().to_string()]);
     }
-    eprintln!("bench: {name} has not ended in time: its emulated host hangs, another one tries");
-    run()
+    microvm::Part { options, command: ["/bin/sh", "-c", &script].map(str::to_owned).into() }
 }
 
 fn peer_table(dir: &Path) -> Result<String> {
@@ -322,39 +329,6 @@ fn root_table(dir: &Path) -> Result<String> {
 fn median(report: &Report, row: &str) -> Result<f64> {
     let found = all_rows(report).into_iter().find(|found| found.name == row);
     Ok(found.with_context(|| format!("a report without the row `{row}`"))?.median)
-}
-
-/// Runs all of them on one emulated host.
-fn measure(dir: &Path) -> Result<ExitCode> {
-    let chitin = workspace::target().join("release/chitin");
-    let serve = workspace::root().join("examples/warm-python.sh");
-    // In memory: what a copy reads of its template is not what is measured.
-    let mut script = "set -e; export CHITIN_TEMPLATES=/dev/shm/templates; ".to_owned();
-    for bench in &BENCHES {
-        let arguments = bench
-            .arguments
-            .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
-            .replace("{print}", "'print(1)'")
-            .replace("{serve}", &format!("\"$(cat '{}')\"", serve.display()))
-            .replace("{question}", "'8000=print(1)'")
-            .replace("{asking}", ASKING);
-        // What follows `--` belongs to the command.
-        let (options, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
-        let json = dir.join(bench.name).with_extension("json");
-        let dashes = if command.is_empty() { "" } else { "--" };
-        let _ = write!(
-            script,
-            "echo; '{}' bench {options} --json '{}' {dashes} {command}; ",
-            chitin.display(),
-            json.display()
-        );
-    }
-    // As its command, the program would be copied into memory; in a script it has to be named.
-    let preload = chitin.display().to_string();
-    microvm::nested_with(
-        &["--icount", "--timeout", "30m", "--preload", &preload],
-        &["/bin/sh", "-c", &script],
-    )
 }
 
 fn rows(path: &Path) -> Result<Vec<Row>> {

@@ -70,15 +70,15 @@ const PART_TRIES: usize = 3;
 /// What runs on an emulated host of its own.
 pub struct Part {
     /// Options of `cargo xtask nested`.
-    pub options: &'static [&'static str],
+    pub options: Vec<String>,
     /// The command and its arguments.
     pub command: Vec<String>,
 }
 
 /// Runs the parts on `hosts` emulated hosts at a time, a new host for each. What a part writes is seen when it has ended.
 ///
-/// An emulated host can stand still with all that runs in it; a part that this happens to is given another one, which is
-/// said.
+/// An emulated host can stand still with all that runs in it (docs/benchmarks.md, "Guests that stand still"); a part that this
+/// happens to is given another one, which is said.
 ///
 /// The exit code is the first that is not 0.
 pub fn nested_in_parallel(hosts: usize, parts: &[Part]) -> Result<ExitCode> {
@@ -116,7 +116,7 @@ fn nested_part(xtask: &Path, number: usize, part: &Part) -> Result<Output> {
     let mut tries = 0;
     loop {
         let mut nested = Command::new(xtask);
-        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE]).args(part.options);
+        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE]).args(&part.options);
         nested.arg("--").args(&part.command);
         let output = nested.stdin(Stdio::null()).output().with_context(|| start_failure(&nested))?;
         tries += 1;

@@ -92,8 +92,8 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
     // A few parts for each host, so that one that hangs costs little; a filter is for a few tests.
     let count = if filter.is_none() { hosts * PARTS_PER_HOST } else { 1 };
     command.extend(filter);
-    let part = |options, more: &[&str]| microvm::Part {
-        options,
+    let part = |options: &[&str], more: &[&str]| microvm::Part {
+        options: options.iter().map(|word| (*word).to_owned()).collect(),
         command: command.iter().chain(more).map(|word| (*word).to_owned()).collect(),
     };
     let mut parts: Vec<_> =
