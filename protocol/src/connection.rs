@@ -187,7 +187,11 @@ impl<R: Role> Connection<R> {
             self.parsed = 0;
             // A control frame may be larger than the usual buffer; its header has been checked by then.
             if self.input.len() < wanted {
-                self.input.resize(wanted, 0);
+                // Growing in place would write to every page of it, and could leave a part of a secret in freed memory.
+                let mut roomier = vec![0; wanted];
+                roomier[..self.received].copy_from_slice(&self.input[..self.received]);
+                self.input[..self.received].zeroize();
+                self.input = roomier;
             }
         }
         &mut self.input[self.received..]
