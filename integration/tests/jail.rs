@@ -252,7 +252,6 @@ fn a_control_group_limits_it_and_goes_with_it() {
     assert_eq!(fs::read_to_string(inmate.join("cgroup")).unwrap().trim(), format!("0::/chitin/{name}"));
     assert_eq!(read("memory.max"), ((128 + 2 + 64) << 20).to_string());
     assert_eq!((read("cpu.max").as_str(), read("pids.max").as_str()), ("200000 100000", "3"));
-    assert_eq!(read("memory.oom.group"), "1");
     assert_eq!(read("cgroup.procs").lines().count(), 1, "the keeper is not in it");
     kill(&inmate, Signal::KILL);
     running.wait();
