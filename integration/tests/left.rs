@@ -81,8 +81,8 @@ fn moment(batch: usize, step: u64, last: u64) -> Duration {
 #[tokio::test]
 async fn nothing_is_left_of_five_hundred_microvms() {
     const RUNS: usize = 500;
-    /// Each costs a third of a second on the emulated host, and twice that where the machine has other work.
-    const LIMIT: Duration = Duration::from_secs(900);
+    /// Each costs a quarter of a second on the emulated host; five times that is a host with much other work.
+    const LIMIT: Duration = Duration::from_secs(600);
 
     let on = On { tier: Runtime::Ironclaw };
     on.run("true").outcome().ok();
