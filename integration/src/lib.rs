@@ -19,10 +19,12 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+pub use belongings::Belongings;
 pub use chitin::Runtime;
 pub use docker::Dockerd;
 pub use on::{On, Policy};
 
+pub mod belongings;
 pub mod canary;
 pub mod docker;
 mod on;

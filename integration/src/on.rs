@@ -57,7 +57,7 @@ impl On {
 
     /// What there is on the host because of its sandboxes, but for processes. Those of others, of the same tier, are taken
     /// for its own if they come while a case runs and stay behind it.
-    fn traces(self) -> BTreeSet<String> {
+    pub(crate) fn traces(self) -> BTreeSet<String> {
         match self.tier {
             // All that a microVM is, is processes.
             Runtime::Ironclaw => BTreeSet::new(),

@@ -1,6 +1,7 @@
 //! The jail around the monitor, as `chitin` uses it. What the inside of one is like is tested in `vmm/tests/jail.rs`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -252,7 +253,6 @@ fn a_control_group_limits_it_and_goes_with_it() {
     assert_eq!(fs::read_to_string(inmate.join("cgroup")).unwrap().trim(), format!("0::/chitin/{name}"));
     assert_eq!(read("memory.max"), ((128 + 2 + 64) << 20).to_string());
     assert_eq!((read("cpu.max").as_str(), read("pids.max").as_str()), ("200000 100000", "3"));
-    assert_eq!(read("memory.oom.group"), "1");
     assert_eq!(read("cgroup.procs").lines().count(), 1, "the keeper is not in it");
     kill(&inmate, Signal::KILL);
     running.wait();
@@ -275,4 +275,109 @@ fn a_control_group_limits_it_and_goes_with_it() {
     let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
     assert!(report["jail"]["cgroup"].as_str().unwrap().starts_with("/sys/fs/cgroup/chitin/vm-"), "{report}");
     assert_eq!(report["jail"]["without"], serde_json::json!([]));
+}
+
+/// A control group that was handed to that user, with one in it to start from, as systemd does for each user. Dropping it
+/// removes it.
+struct Delegated(PathBuf);
+
+impl Delegated {
+    fn make() -> Delegated {
+        let top = Path::new("/sys/fs/cgroup");
+        let delegated = Delegated(top.join(format!("user-{}", std::process::id())));
+        let enable =
+            |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+cpu +memory +pids").unwrap();
+        enable(top);
+        fs::create_dir(&delegated.0).unwrap();
+        enable(&delegated.0);
+        fs::create_dir(delegated.shell()).unwrap();
+        for dir in [&delegated.0, &delegated.shell()] {
+            for file in ["", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+                std::os::unix::fs::chown(dir.join(file), USER.parse().ok(), USER.parse().ok()).unwrap();
+            }
+        }
+        delegated
+    }
+
+    /// Where the user's processes are.
+    fn shell(&self) -> PathBuf {
+        self.0.join("shell")
+    }
+
+    fn groups(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.is_dir() && *path != self.shell()).collect()
+    }
+}
+
+impl Drop for Delegated {
+    fn drop(&mut self) {
+        for path in [self.shell(), self.0.clone()] {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+/// Starts it in that group.
+fn within(group: &Path, chitin: chitin_integration::Chitin) -> chitin_integration::Chitin {
+    let enter = ["sh", "-c", "echo $$ >\"$0\"/cgroup.procs && exec \"$@\""].map(OsStr::new);
+    chitin.by(&[&enter[..], &[group.as_os_str()]].concat())
+}
+
+#[test]
+fn a_user_with_a_group_of_its_own_gets_limits_and_one_without_is_told() {
+    let place = Place::make();
+    let delegated = Delegated::make();
+    let start = |group: &Path| {
+        let run = chitin("run --memory 128 --report report.json -- sh -c").arg("echo up; cat");
+        let mut running = within(group, place.as_user(run)).spawn();
+        assert_eq!(running.line(), "up");
+        running
+    };
+    let end = |mut running: Running| {
+        drop(running.child.stdin.take());
+        assert_eq!(running.wait(), 0);
+        running.assert_nothing_left();
+        let report = fs::read(running.dir().join("report.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&report).unwrap()["jail"].clone()
+    };
+
+    let running = start(&delegated.shell());
+    let [cli, keeper, inmate] = family(&running);
+    assert_eq!(status(&inmate, "Uid"), [USER; 4].join(" "));
+    let group = delegated.0.join(format!("vm-{}", status(&keeper, "Pid")));
+    assert_eq!(delegated.groups(), std::slice::from_ref(&group));
+    let read = |file: &str| fs::read_to_string(group.join(file)).unwrap().trim().to_owned();
+    assert_eq!(read("memory.max"), ((128 + 2 + 64) << 20).to_string());
+    assert_eq!((read("cpu.max").as_str(), read("pids.max").as_str()), ("200000 100000", "3"));
+    assert_eq!(read("memory.swap.max"), "0");
+    // It is counted there, and nobody else is.
+    assert_eq!(read("cgroup.procs"), status(&inmate, "Pid"));
+    assert!(read("memory.current").parse::<u64>().unwrap() > 4 << 20);
+    for outside in [&cli, &keeper] {
+        let path = fs::read_to_string(outside.join("cgroup")).unwrap();
+        assert!(path.trim().ends_with("/shell"), "{path}");
+    }
+    let jail = end(running);
+    assert_eq!(jail["cgroup"], group.to_str().unwrap(), "{jail}");
+    assert_eq!(jail["without"], serde_json::json!([]));
+    assert_eq!(delegated.groups(), Vec::<PathBuf>::new());
+
+    // One that root keeps for itself.
+    let kept = Path::new("/sys/fs/cgroup").join(format!("kept-{}", std::process::id()));
+    fs::create_dir(&kept).unwrap();
+    let running = start(&kept);
+    let [_, _, inmate] = family(&running);
+    assert_eq!(
+        fs::read_to_string(inmate.join("cgroup")).unwrap().trim().rsplit('/').next(),
+        kept.file_name().and_then(OsStr::to_str)
+    );
+    let jail = end(running);
+    fs::remove_dir(&kept).unwrap();
+    assert_eq!(jail["cgroup"], serde_json::Value::Null);
+    let without = jail["without"][0].as_str().unwrap();
+    assert!(
+        without.starts_with("limits of a control group (") && without.contains("Permission denied"),
+        "{jail}"
+    );
 }

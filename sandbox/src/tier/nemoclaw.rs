@@ -25,7 +25,7 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
@@ -36,6 +36,7 @@ use super::container::{
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
 use crate::policy::Runtime;
+use crate::returning::Returning;
 use crate::sandbox::Plan;
 use crate::{Artifacts, Error, GuestEnd};
 
@@ -238,9 +239,29 @@ impl Daemon {
         Error::Container { engine: self.implementation.clone(), reason: chain(error) }
     }
 
+    /// Starts one. The daemon makes what it was asked for, also if whoever asked does not wait for it any more: then that is
+    /// removed in the background, which [`given_back`](crate::given_back) waits for.
     async fn start(&self, plan: &Plan) -> Result<(Container, UnixStream), Error> {
-        let name = new_name()?;
         let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
+        let (sender, receiver) = oneshot::channel();
+        let (daemon, returning) = (self.clone(), Returning::begin());
+        tokio::spawn(async move {
+            let started = daemon.create(body).await;
+            if let Err(Ok((mut container, _))) = sender.send(started) {
+                // It is marked as ours, and the next start finds it.
+                let _ = container.remove().await;
+            }
+            drop(returning);
+        });
+        let interrupted = || Error::Container {
+            engine: self.implementation.clone(),
+            reason: "its start was cut off".into(),
+        };
+        receiver.await.unwrap_or_else(|_| Err(interrupted()))
+    }
+
+    async fn create(&self, body: ContainerCreateBody) -> Result<(Container, UnixStream), Error> {
+        let name = new_name()?;
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
         if is_status(&created, 404) {

@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,9 @@ use crate::spec::VmSpec;
 
 /// Where hosts mount it: alone, or beside version 1.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// The group below which those of root's monitors are.
+const ROOT_S: &str = "chitin";
 
 /// What is limited.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -48,7 +51,13 @@ impl Group {
     /// # Errors
     /// Why there is none, for people.
     pub fn make(spec: &VmSpec, root: bool) -> Result<Group, String> {
-        let base = base(root)?;
+        // Whether everything is prepared is seen by making it: as a rule somebody has done that before us.
+        let prepared = MOUNTS.into_iter().map(|mount| Path::new(mount).join(ROOT_S));
+        let made = prepared.filter(|_| root).find_map(|base| Group::within(&base, spec).ok());
+        made.map_or_else(|| Group::within(&base(root)?, spec), Ok)
+    }
+
+    fn within(base: &Path, spec: &VmSpec) -> Result<Group, String> {
         let path = base.join(format!("{PREFIX}{}", std::process::id()));
         let failed = |what: &Path| {
             let what = what.display().to_string();
@@ -59,7 +68,10 @@ impl Group {
         let group = Group { path, dir, ours: true };
         for (name, value) in limits(spec) {
             let file = group.path.join(name);
-            match fs::write(&file, value) {
+            // Nothing is created: in a directory of another kind this is an error.
+            let written =
+                File::options().write(true).open(&file).and_then(|mut open| open.write_all(value.as_bytes()));
+            match written {
                 // Without swap there is nothing to limit.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && name == "memory.swap.max" => {}
                 result => result.map_err(failed(&file))?,
@@ -101,7 +113,7 @@ impl Drop for Group {
 }
 
 /// The limits of a group.
-fn limits(spec: &VmSpec) -> [(&'static str, String); 5] {
+fn limits(spec: &VmSpec) -> [(&'static str, String); 4] {
     let guest = u64::from(spec.memory_mib);
     // A file of a template may be in memory itself, and is then counted too.
     let copies = if spec.template { 2 } else { 1 };
@@ -114,7 +126,6 @@ fn limits(spec: &VmSpec) -> [(&'static str, String); 5] {
         // vCPUs, the VMM thread, and one of KVM's.
         ("pids.max", (vcpus + 2).to_string()),
         ("cpu.max", format!("{} {PERIOD_US}", (vcpus + 1) * PERIOD_US)),
-        ("memory.oom.group", "1".into()),
     ]
 }
 
@@ -127,7 +138,7 @@ fn base(root: bool) -> Result<PathBuf, String> {
     }
     if root {
         enable(mount)?;
-        let base = mount.join("chitin");
+        let base = mount.join(ROOT_S);
         match fs::create_dir(&base) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(format!("{}: {error}", base.display()));
