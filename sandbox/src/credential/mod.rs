@@ -5,6 +5,7 @@ mod endpoint;
 mod keeper;
 mod keys;
 mod keystore;
+mod message;
 mod placeholder;
 mod proxy;
 mod selftest;

@@ -1,6 +1,15 @@
+use bytes::Bytes;
+use http::header::{HOST, HeaderMap};
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
+use zeroize::Zeroizing;
 
+use super::super::message::MAX_BODY;
+use super::super::placeholder::{base64, percent_encoded};
 use super::super::selftest::Sender;
 use super::super::tls;
 use super::*;
