@@ -210,8 +210,12 @@ impl Place {
             if !credential.is_for(&self.host, self.port) || !allowed(credential) {
                 return Err(self.misplaced(index, place));
             }
+            let Some(value) = credential.value() else {
+                let name = &credential.name;
+                return Err(Blocked::forbidden(format!("the credential {name} was taken back, or is over")));
+            };
             out.extend_from_slice(&bytes[done..at]);
-            out.extend_from_slice(&written(credential.value.to_bytes().expose()));
+            out.extend_from_slice(&written(value.to_bytes().expose()));
             done = at + credential.placeholder.len();
             self.account.tally().delivered.insert(credential.name.clone());
         }
@@ -259,7 +263,7 @@ impl Place {
     fn scrub_headers(&self, headers: &mut HeaderMap) {
         for value in headers.values_mut() {
             let mut bytes = value.as_bytes().to_vec();
-            if self.proxy.needles.scrub(&mut bytes) {
+            if self.proxy.needles().scrub(&mut bytes) {
                 // Stars for text: it is as valid as it was.
                 *value = HeaderValue::from_bytes(&bytes).unwrap_or(HeaderValue::from_static("*"));
             }
@@ -296,7 +300,7 @@ impl Place {
                 let count = from_endpoint.read(&mut buffer).await?;
                 let bytes = match count {
                     0 => scrubber.finish(),
-                    _ => scrubber.feed(&self.proxy.needles, &buffer[..count]).0,
+                    _ => scrubber.feed(&self.proxy.needles(), &buffer[..count]).0,
                 };
                 to_sandbox.write_all(&bytes).await?;
                 to_sandbox.flush().await?;
@@ -392,7 +396,7 @@ impl Body for ScrubbedBody {
             let bytes = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(bytes) => this.scrubber.feed(&this.place.proxy.needles, &bytes).0,
+                    Ok(bytes) => this.scrubber.feed(&this.place.proxy.needles(), &bytes).0,
                     Err(frame) => {
                         let mut trailers = frame.into_trailers().unwrap_or_default();
                         this.place.scrub_headers(&mut trailers);

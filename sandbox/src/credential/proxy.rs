@@ -14,7 +14,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use hyper::client::conn::{http1 as client1, http2 as client2};
@@ -65,8 +65,17 @@ pub(super) struct Credential {
     pub hosts: Vec<chitin_protocol::Endpoint>,
     pub query: bool,
     pub body: bool,
-    pub value: SecretValue,
     pub placeholder: String,
+    values: Mutex<Values>,
+}
+
+/// What a credential is.
+#[derive(Default)]
+struct Values {
+    /// Nothing, once it was taken back.
+    now: Option<Arc<SecretValue>>,
+    /// What it was before, which is kept out of what comes back as well.
+    before: Option<Arc<SecretValue>>,
 }
 
 /// Why there is no proxy for a credential.
@@ -86,7 +95,7 @@ pub(crate) enum SetupError {
 pub(crate) struct Proxy {
     pub(super) credentials: Vec<Credential>,
     pub(super) placeholders: Placeholders,
-    pub(super) needles: Needles,
+    needles: RwLock<Needles>,
     pub(super) authority: Authority,
     endpoint: Arc<ClientConfig>,
     /// For bodies that are held whole.
@@ -177,31 +186,60 @@ impl Proxy {
         let (mut credentials, mut placeholders, mut needles) =
             (Vec::new(), Placeholders::default(), Needles::default());
         for (name, reach, value) in values {
-            let wrong = |why: &str| SetupError::Value { name: name.clone(), why: why.into() };
-            let bytes = value.to_bytes();
-            if bytes.expose().len() < MIN_VALUE {
-                return Err(wrong(
-                    "a value of less than 8 bytes cannot be kept out of what comes back: deliver it otherwise",
-                ));
-            }
-            if !bytes.expose().iter().all(|byte| (0x20..0x7f).contains(byte)) {
-                return Err(wrong("no HTTP header can hold its value: printable ASCII only"));
-            }
+            let wrong = |why: String| SetupError::Value { name: name.clone(), why };
+            check(&value).map_err(wrong)?;
             let mut digits = [0; 20];
-            random(&mut digits).map_err(|error| wrong(&format!("get random bytes: {error}")))?;
+            random(&mut digits).map_err(|error| wrong(format!("get random bytes: {error}")))?;
             let placeholder = placeholder(digits);
             placeholders.insert(placeholder.clone(), credentials.len());
-            needles.add(bytes.expose());
+            needles.add(value.to_bytes().expose());
+            let values = Mutex::new(Values { now: Some(Arc::new(value)), before: None });
             let hosts = reach.hosts.iter().map(|Endpoint { host, wildcard, port }| {
                 chitin_protocol::Endpoint { host: host.clone(), wildcard: *wildcard, port: *port }
             });
             let (hosts, Reach { query, body, .. }) = (hosts.collect(), reach);
-            credentials.push(Credential { name, hosts, query, body, value, placeholder });
+            credentials.push(Credential { name, hosts, query, body, placeholder, values });
         }
         let hosts = credentials.iter().flat_map(|credential: &Credential| &credential.hosts);
         let authority = Authority::new(hosts.map(|host| host.host.clone()).collect::<BTreeSet<_>>())?;
         let (endpoint, held) = (Arc::new(endpoint), Arc::new(Semaphore::new(MAX_HELD)));
-        Ok(Proxy { credentials, placeholders, needles, authority, endpoint, held })
+        Ok(Proxy { credentials, placeholders, needles: RwLock::new(needles), authority, endpoint, held })
+    }
+
+    /// What must not come back.
+    pub(super) fn needles(&self) -> RwLockReadGuard<'_, Needles> {
+        self.needles.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts another value in place of a credential's. Why it cannot, if it cannot.
+    pub fn replace(&self, name: &str, value: SecretValue) -> Result<(), String> {
+        check(&value)?;
+        self.change(name, Some(Arc::new(value)));
+        Ok(())
+    }
+
+    /// From now on the placeholder of this credential stops what it stands in.
+    pub fn revoke(&self, name: &str) {
+        self.change(name, None);
+    }
+
+    fn change(&self, name: &str, value: Option<Arc<SecretValue>>) {
+        // Before it goes out it is among those that must not come back.
+        let mut needles = self.needles.write().unwrap_or_else(PoisonError::into_inner);
+        for credential in self.credentials.iter().filter(|credential| credential.name == name) {
+            let mut values = credential.values();
+            if let Some(before) = values.now.take() {
+                values.before = Some(before);
+            }
+            values.now = value.clone();
+        }
+        *needles = Needles::default();
+        for credential in &self.credentials {
+            let values = credential.values();
+            for value in [&values.now, &values.before].into_iter().flatten() {
+                needles.add(value.to_bytes().expose());
+            }
+        }
     }
 
     /// What the sandbox is to trust, as PEM.
@@ -287,7 +325,30 @@ impl Proxy {
     }
 }
 
+/// Whether a value can be delivered so, and why not.
+fn check(value: &SecretValue) -> Result<(), String> {
+    let bytes = value.to_bytes();
+    if bytes.expose().len() < MIN_VALUE {
+        return Err(
+            "a value of less than 8 bytes cannot be kept out of what comes back: deliver it otherwise".into(),
+        );
+    }
+    if !bytes.expose().iter().all(|byte| (0x20..0x7f).contains(byte)) {
+        return Err("no HTTP header can hold its value: printable ASCII only".into());
+    }
+    Ok(())
+}
+
 impl Credential {
+    fn values(&self) -> std::sync::MutexGuard<'_, Values> {
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its value, until it is taken back.
+    pub fn value(&self) -> Option<Arc<SecretValue>> {
+        self.values().now.clone()
+    }
+
     pub fn is_for(&self, host: &str, port: u16) -> bool {
         self.hosts.iter().any(|endpoint| endpoint.port == port && endpoint.names(host))
     }
