@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use chitin_protocol::{Secret, ToGuest};
 
@@ -13,6 +14,9 @@ use crate::Error;
 use crate::egress::Audit;
 use crate::inner::Inner;
 use crate::secret::SecretValue;
+
+/// How long an agent may take to answer. One that does not must not keep the other credentials from what is to become of them.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The credentials of a running sandbox.
 pub(crate) struct Handed {
@@ -57,7 +61,7 @@ impl Handed {
             "proxy" => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
             _ => {
                 let request = self.inner.channel.name();
-                self.inner.request(request, &ToGuest::Revoke { request, name: name.into() }).await?;
+                self.ask(name, request, ToGuest::Revoke { request, name: name.into() }).await?;
             }
         }
         // It is taken back all the same, and nothing is dialled any more where lines are lost.
@@ -121,6 +125,14 @@ impl Handed {
         };
         let request = self.inner.channel.name();
         let secret = Secret { request, name: name.into(), value: value.to_bytes(), delivery };
-        self.inner.request(request, &ToGuest::Secret(secret)).await
+        self.ask(name, request, ToGuest::Secret(secret)).await
+    }
+
+    async fn ask(&self, name: &str, request: u32, message: ToGuest) -> Result<(), Error> {
+        let asking = self.inner.request(request, &message);
+        tokio::time::timeout(ANSWER_LIMIT, asking).await.unwrap_or_else(|_| {
+            let reason = format!("the agent has not answered within {} s", ANSWER_LIMIT.as_secs());
+            Err(Error::Secret { name: name.into(), reason })
+        })
     }
 }
