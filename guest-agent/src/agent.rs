@@ -371,6 +371,10 @@ impl Agent {
                 let result = self.secrets.insert(&secret);
                 self.send(&ToHost::Done { request: secret.request, result });
             }
+            ToGuest::Revoke { request, name } => {
+                let result = self.secrets.revoke(&name);
+                self.send(&ToHost::Done { request, result });
+            }
             ToGuest::Put { request, path, stream } => {
                 self.connection.accept(stream, Direction::Receive)?;
                 self.copy(request, copies::Direction::In, &path, stream)?;
@@ -481,8 +485,8 @@ impl Agent {
 
     fn freeze(&mut self) -> Result<(), Failure> {
         let refused = |what, errno| Err(failure(what, b"", errno));
-        if !self.secrets.is_empty() {
-            return refused("freeze a sandbox that holds credentials", Errno::PERM);
+        if !self.secrets.has_held_none() {
+            return refused("freeze a sandbox that holds credentials, or has held any", Errno::PERM);
         }
         if !self.copies.is_idle() {
             return refused("freeze a sandbox while files are copied", Errno::BUSY);

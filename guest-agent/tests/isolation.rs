@@ -208,6 +208,35 @@ fn a_credential_is_in_the_environment_only_if_asked_for() {
 }
 
 #[test]
+fn a_credential_is_replaced_and_taken_back_where_it_was_inherited() {
+    let mut agent = Agent::up();
+    agent.secret("A", b"the first", Delivery::Memory).unwrap();
+    agent.secret("B", b"1", Delivery::Env).unwrap();
+    // Reads it again for each line that it is sent, by the descriptor that it has had all the time.
+    let script = "while read -r line; do cat $A_FILE; echo \"|$B\"; done";
+    let running = agent.shell(script);
+    let next = |agent: &mut Agent| {
+        let stdin = running.stdin.unwrap();
+        assert_eq!(agent.connection.send(stdin, b"\n"), 1);
+        agent.until(|agent| agent.output.get(&running.stdout).is_some_and(|text| text.ends_with(b"\n")));
+        agent.text(running.stdout)
+    };
+    assert_eq!(next(&mut agent), "the first|1\n");
+    agent.secret("A", b"another", Delivery::Memory).unwrap();
+    agent.secret("B", b"2", Delivery::Env).unwrap();
+    // What is in an environment is there for good.
+    assert_eq!(next(&mut agent), "another|1\n");
+    for name in ["A", "B", "NEVER_THERE"] {
+        agent.revoke(name).unwrap();
+    }
+    assert_eq!(next(&mut agent), "|1\n");
+    let later = agent.shell("env | grep -c -e '^A_FILE' -e '^B='; ls /proc/$$/fd");
+    assert_eq!(agent.output(later), "0\n0\n1\n2\n");
+    agent.secret("A", b"again", Delivery::Memory).unwrap();
+    assert_eq!(next(&mut agent), "again|1\n");
+}
+
+#[test]
 fn credentials_are_checked_and_bounded() {
     let mut agent = Agent::up();
     for name in ["", "1A", "A=B", "A-B", &"A".repeat(129)] {

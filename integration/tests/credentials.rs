@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
@@ -21,6 +22,7 @@ const CANARY: &str = "canary-71be0d5c+f4/93a";
 
 /// A TLS server that says back what it is told.
 struct Endpoint {
+    host: &'static str,
     port: u16,
     /// The requests, without their bodies.
     seen: Arc<Mutex<Vec<String>>>,
@@ -31,13 +33,13 @@ struct Endpoint {
 
 impl Endpoint {
     fn start() -> Endpoint {
-        Endpoint::with(None)
+        Endpoint::with("localhost", None)
     }
 
     /// One that gives the files below a directory instead.
-    fn with(files: Option<PathBuf>) -> Endpoint {
+    fn with(host: &'static str, files: Option<PathBuf>) -> Endpoint {
         let dir = tempfile::tempdir().unwrap();
-        let key = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        let key = rcgen::generate_simple_self_signed(vec![host.to_owned()]).unwrap();
         let certificate = dir.path().join("endpoint.pem");
         fs::write(&certificate, key.cert.pem()).unwrap();
         let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.signing_key.serialize_der()));
@@ -84,14 +86,14 @@ impl Endpoint {
                 });
             }
         });
-        Endpoint { port, seen, certificate, dir }
+        Endpoint { host, port, seen, certificate, dir }
     }
 
     /// `chitin run` with the credential for it, and an audit.
     fn run(&self, on: On, options: &str) -> Chitin {
         on.with(&format!(
-            "--allow-private --secret API_KEY=env:API_KEY_HERE@localhost:{} {options} --audit",
-            self.port
+            "--allow-private --secret API_KEY=env:API_KEY_HERE@{}:{} {options} --audit",
+            self.host, self.port
         ))
         .arg(self.audit())
         .env("API_KEY_HERE", CANARY)
@@ -118,7 +120,7 @@ const MICROVM: On = On { tier: chitin::Runtime::Ironclaw };
 on_every_tier!(
     python_uses_a_credential_that_never_enters,
     curl_git_requests_and_go_use_one_unmodified,
-    java_reads_the_list_with_the_authority_of_its_sandbox
+    java_uses_one_and_trusts_the_authority_of_its_sandbox
 );
 
 fn python_uses_a_credential_that_never_enters(on: On) {
@@ -208,7 +210,7 @@ fn curl_git_requests_and_go_use_one_unmodified(on: On) {
     let who = ["-c", "user.name=a", "-c", "user.email=a@example.com"];
     here(&repo, &[&["git"], &who[..], &["commit", "--quiet", "--message", "first"]].concat());
     here(&repo, &["git", "update-server-info"]);
-    let endpoint = Endpoint::with(Some(dir.to_owned()));
+    let endpoint = Endpoint::with("localhost", Some(dir.to_owned()));
 
     let script = format!(
         "export PATH=/work/debian/bin:$PATH LD_LIBRARY_PATH=/work/debian/lib GIT_EXEC_PATH=/work/debian/git-core HOME=/work
@@ -246,19 +248,35 @@ curl --silent http://localhost:{}/page || echo refused
     );
 }
 
-fn java_reads_the_list_with_the_authority_of_its_sandbox(on: On) {
-    // To a name without a dot, as a server of this host has, Java sends no SNI, so that it cannot be let to connect to one.
-    let endpoint = Endpoint::start();
-    let script = "java/bin/keytool -list -v -keystore ${JAVA_TOOL_OPTIONS#*=} </dev/null | grep -c 'Owner:.*CN=Chitin sandbox'
-java/bin/keytool -list -keystore ${JAVA_TOOL_OPTIONS#*=} </dev/null | grep -c trustedCertEntry";
+fn java_uses_one_and_trusts_the_authority_of_its_sandbox(on: On) {
+    // To a name without a dot, as servers of this host have, Java sends no SNI, so that it cannot be let to connect to one. This
+    // one has a name with a dot, for this run.
+    let endpoint = Endpoint::with("localhost.chitin.test", None);
+    let hosts = endpoint.dir.path().join("hosts");
+    fs::write(&hosts, format!("127.0.0.1 localhost {}\n", endpoint.host)).unwrap();
+    // What of Java's own programs connects to whom Java trusts, and to nobody else: it fetches a list of revoked certificates, and
+    // what comes is none.
+    let script = format!(
+        "java/bin/keytool -printcrl -file \"https://{}:{}/list?key=$API_KEY\" </dev/null 2>&1 | grep -c -e PKIX -e SSL -e IOException
+java/bin/keytool -list -v -keystore ${{JAVA_TOOL_OPTIONS#*=}} </dev/null >list
+grep -c 'Owner:.*CN=Chitin sandbox' list; grep -c trustedCertEntry list",
+        endpoint.host, endpoint.port
+    );
+    let named = ["unshare", "--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""];
+    let words: Vec<&OsStr> = named.iter().map(OsStr::new).chain([hosts.as_os_str()]).collect();
     let outcome = endpoint
-        .run(on, "--memory 1024")
-        .args(["--copy-in", &format!("{}:java", program("java").display()), "--", "sh", "-c", script])
+        .run(on, "--memory 1024 --secret-query API_KEY")
+        .args(["--copy-in", &format!("{}:java", program("java").display()), "--", "sh", "-c", &script])
+        .by(&words)
         .outcome();
     let lines: Vec<&str> = outcome.ok().lines().collect();
-    assert_eq!(lines[0], "1", "{outcome:?}");
+    assert_eq!(lines[..2], ["0", "1"], "{outcome:?}");
     // Beside those of the image.
-    assert!(lines[1].parse::<usize>().unwrap() > 100, "{outcome:?}");
+    assert!(lines[2].parse::<usize>().unwrap() > 100, "{outcome:?}");
+    let seen = endpoint.seen();
+    let [request] = &seen[..] else { panic!("{seen:?}") };
+    assert!(request.starts_with("GET /list?key=canary-71be0d5c%2Bf4%2F93a "), "{request}");
+    assert!(request.contains("User-Agent: Java/"), "{request}");
 }
 
 #[test]

@@ -31,7 +31,8 @@ pub enum ToGuest {
         /// Linux signal number.
         signal: u8,
     },
-    /// Hand over a credential. Answered by [`ToHost::Done`]; every later `Start` has it.
+    /// Hand over a credential, in place of a former one of its name. Answered by [`ToHost::Done`]; every later `Start` has it,
+    /// and processes that inherited the former one in memory find this one in its place.
     Secret(Secret),
     /// Create `path` from the tree the host sends on `stream`. Answered by [`ToHost::Done`].
     Put {
@@ -53,7 +54,7 @@ pub enum ToGuest {
     },
     /// Make the sandbox ready to be saved as a template. The agent freezes every process, answers with
     /// [`ToHost::Done`], closes the channel and connects again; the state that is saved is the one in which that
-    /// connection is not answered yet. Refused while the sandbox holds credentials or copies are under way.
+    /// connection is not answered yet. Refused while the sandbox holds credentials, or has held any, or copies are under way.
     Freeze {
         /// Names the answer.
         request: u32,
@@ -81,6 +82,15 @@ pub enum ToGuest {
         port: u16,
         /// Carries the connection, both ways.
         stream: StreamId,
+    },
+    /// Take a credential back. Answered by [`ToHost::Done`], also if there is none of that name: no later `Start` has it, and
+    /// what was delivered in memory is overwritten and emptied, also where it was inherited. A [`ToGuest::Secret`] of its
+    /// name gives it anew.
+    Revoke {
+        /// Names the answer.
+        request: u32,
+        /// As in [`Secret`].
+        name: String,
     },
 }
 
@@ -287,7 +297,7 @@ pub struct Secret {
 /// How a workload gets a credential that enters the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Delivery {
-    /// A sealed memfd, inherited; `NAME_FILE=/proc/self/fd/N` says which.
+    /// A memfd that the workload cannot write, inherited; `NAME_FILE=/proc/self/fd/N` says which.
     Memory,
     /// The environment variable `NAME`.
     Env,

@@ -42,6 +42,7 @@ fn the_wire_surface_is_frozen() {
         (ToGuest::Reseed(reseed), "0607 02 0102 ac02 03030303030303030303030303030303"),
         (ToGuest::Egress { request: 8, endpoints }, "0808 01 03612e62 01 bb03"),
         (ToGuest::Connect { request: 9, port: 80, stream: 12 }, "0909 50 0c"),
+        (ToGuest::Revoke { request: 10, name: "T".into() }, "0a0a 0154"),
     ];
     let failure = Failure { what: "open /a".into(), errno: 2 };
     let not_started = Exit::NotStarted { error: StartError::NotFound, failure: failure.clone() };

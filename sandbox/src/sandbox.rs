@@ -26,7 +26,9 @@ use tokio::time::Instant;
 
 use crate::audit::Wall;
 use crate::channel::{Channel, Tunnel};
-use crate::credential::{self, Delivery, ENDPOINT_PORT, Endpoint as Keys, Fetched, Keeper, VaultConfig};
+use crate::credential::{
+    self, Delivery, ENDPOINT_PORT, Endpoint as Keys, Fetched, Handed, Keeper, VaultConfig,
+};
 use crate::egress::{self, Broker, EgressLimits, Forward};
 use crate::fork::Origin;
 use crate::inner::Inner;
@@ -435,7 +437,8 @@ impl Builder {
         plan: &Plan,
         mut fetched: Fetched,
     ) -> Result<Sandbox, Error> {
-        let (keeper, keys) = (fetched.keeper.take(), fetched.endpoint.clone());
+        let (keeper, changes) = (fetched.keeper.take(), fetched.changes.take());
+        let keys = fetched.endpoint.clone();
         let finishing = async {
             let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
             if let Some(proxy) = &fetched.proxy {
@@ -449,6 +452,9 @@ impl Builder {
         match finishing.await {
             Ok(mut sandbox) => {
                 (sandbox.keeper, sandbox.keys) = (keeper, keys);
+                // What has changed meanwhile is there to be read.
+                let followed = sandbox.handed.clone().zip(changes);
+                sandbox.following = followed.map(|(handed, changes)| tokio::spawn(handed.follow(changes)));
                 Ok(sandbox)
             }
             Err(error) => {
@@ -473,6 +479,7 @@ impl Builder {
         }
         let audit = Arc::new(self.egress.open_audit()?);
         self.egress.deliver(&audit, fetched.deliveries())?;
+        let handed = Handed::new(sandbox.inner.clone(), fetched, audit.clone());
         for credential::Value { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
             let secret = Secret { request, name: name.clone(), value: value.to_bytes(), delivery: *delivery };
@@ -491,6 +498,7 @@ impl Builder {
         for answer in answers {
             sandbox.inner.answered(answer).await?;
         }
+        sandbox.handed = Some(Arc::new(handed));
         Ok(sandbox)
     }
 
@@ -667,7 +675,18 @@ impl Builder {
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
         let (chosen, origin) = (ironclaw::chosen(), self.forkable.then(origin));
-        Sandbox { inner, clock, broker: None, keeper: None, keys: None, chosen, origin, policy }
+        Sandbox {
+            inner,
+            clock,
+            broker: None,
+            keeper: None,
+            keys: None,
+            handed: None,
+            following: None,
+            chosen,
+            origin,
+            policy,
+        }
     }
 
     fn spec(&self) -> Result<VmSpec, Error> {
@@ -697,6 +716,10 @@ pub struct Sandbox {
     keeper: Option<Keeper>,
     /// Answers who asks for one.
     keys: Option<Arc<Keys>>,
+    /// What was handed over of them.
+    handed: Option<Arc<Handed>>,
+    /// Replaces them and takes them back.
+    following: Option<tokio::task::JoinHandle<Vec<String>>>,
     chosen: Chosen,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
@@ -778,6 +801,20 @@ impl Sandbox {
         }
         let confine = policy.confine(self.inner.channel.name(), Wall::of(&self.chosen));
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
+    }
+
+    /// Takes a credential back from the running sandbox, for good: in memory, it is emptied also where a process has inherited it;
+    /// in the environment, what is started later does not have it; with a proxy or an endpoint, no request gets it any more.
+    /// What a process has made of it, a copy of its own, is not taken back, and what a vault has issued is given back when the
+    /// sandbox ends.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub async fn revoke(&self, name: &str) -> Result<(), Error> {
+        match &self.handed {
+            Some(handed) => handed.revoke(name).await,
+            None => Err(Error::Secret { name: name.into(), reason: "no credential was handed over".into() }),
+        }
     }
 
     /// Connects to a server in the sandbox that listens on this port of 127.0.0.1, or of any address.
@@ -881,10 +918,14 @@ impl Sandbox {
             let _ = broker.await;
         }
         let stopped = self.inner.instance.lock().await.stop().await;
-        let troubles = match self.keeper.take() {
+        let mut troubles = match self.keeper.take() {
             Some(keeper) => keeper.end().await,
             None => Vec::new(),
         };
+        if let Some(following) = self.following.take() {
+            // There is nobody any more to tell it of changes.
+            troubles.extend(following.await.unwrap_or_default());
+        }
         (stopped, troubles)
     }
 }
@@ -894,7 +935,10 @@ impl Drop for Sandbox {
         if let Some(keys) = &self.keys {
             keys.revoke();
         }
-        // A process may still hold the rest of it.
+        // A process may still hold the rest of it, and so does this.
+        if let Some(following) = self.following.take() {
+            following.abort();
+        }
         self.inner.channel.close();
         if let Some(clock) = self.clock.take() {
             clock.abort();

@@ -16,7 +16,8 @@ const MAX_HOSTS: usize = 4;
 /// Parts of the suite that each of them runs one after the other.
 const PARTS_PER_HOST: usize = 3;
 /// The tests that hold a clock to milliseconds, which mean something only where no other work counts.
-const DETERMINISTIC: &[&str] = &["-E", "test(copies_tell_the_time)"];
+const DETERMINISTIC: &[&str] =
+    &["-E", "test(copies_tell_the_time) | test(a_connection_costs_about_as_much_as_a_command)"];
 
 /// Run every check and every test
 #[derive(Debug, clap::Args)]

@@ -288,7 +288,16 @@ impl Agent {
         let request = self.request();
         let value = SecretBytes::new(value.to_vec());
         let secret = Secret { request, name: name.into(), value, delivery };
-        self.connection.send_message(&ToGuest::Secret(secret)).unwrap();
+        self.ask(request, &ToGuest::Secret(secret))
+    }
+
+    pub fn revoke(&mut self, name: &str) -> Result<(), Failure> {
+        let request = self.request();
+        self.ask(request, &ToGuest::Revoke { request, name: name.into() })
+    }
+
+    fn ask(&mut self, request: u32, message: &ToGuest) -> Result<(), Failure> {
+        self.connection.send_message(message).unwrap();
         self.until(|agent| agent.done.contains_key(&request));
         self.done.remove(&request).unwrap()
     }

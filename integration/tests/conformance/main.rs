@@ -8,7 +8,6 @@
 extern crate chitin_integration;
 
 mod canary;
-mod egress;
 mod endpoint;
 mod environment;
 mod exit;

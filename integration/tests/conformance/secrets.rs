@@ -3,13 +3,15 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use chitin_integration::{On, canary, file};
+use chitin_integration::{On, builder, canary, file};
 
 on_every_tier!(
     a_secret_is_read_from_the_file_its_variable_names,
@@ -20,6 +22,8 @@ on_every_tier!(
     each_delivery_is_written_down_without_the_value,
     a_source_that_fails_stops_the_run_before_it_starts,
     an_interrupt_gives_back_what_was_issued_whenever_it_comes,
+    one_that_was_issued_is_followed_by_others_in_place_and_taken_back_when_there_are_none,
+    one_is_taken_back_from_whoever_has_it,
 );
 
 const CANARY: &str = "canary-8d1f02c97b";
@@ -121,8 +125,9 @@ fn a_source_that_fails_stops_the_run_before_it_starts(on: On) {
     on.with("--secret 1T=env:HOME -- true").outcome().refused("environment variable");
 }
 
-/// A double of a vault whose engine issues a credential, and takes it back. Its address, and the requests as they come.
-fn vault() -> (String, Receiver<String>) {
+/// A double of a vault whose engine issues a credential, as `issue` says it, and takes it back. Its address, and the requests as
+/// they come.
+fn vault(issue: impl Fn() -> (&'static str, String) + Send + 'static) -> (String, Receiver<String>) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let (said, asked) = channel();
@@ -139,12 +144,7 @@ fn vault() -> (String, Receiver<String>) {
             let _ = stream.read_exact(&mut body);
             let what = head.split(' ').take(2).collect::<Vec<_>>().join(" ");
             let (status, answer) = match what.as_str() {
-                "get /v1/db/creds/app" => (
-                    "200 OK",
-                    format!(
-                        r#"{{"lease_id":"l","lease_duration":600,"renewable":true,"data":{{"p":"{CANARY}"}}}}"#
-                    ),
-                ),
+                "get /v1/db/creds/app" => issue(),
                 "put /v1/sys/leases/revoke" => ("200 OK", "{}".to_owned()),
                 _ => ("404 Not Found", "{}".to_owned()),
             };
@@ -158,8 +158,14 @@ fn vault() -> (String, Receiver<String>) {
     (address, asked)
 }
 
+fn lease(seconds: u32, renewable: bool, value: &str) -> String {
+    format!(
+        r#"{{"lease_id":"l","lease_duration":{seconds},"renewable":{renewable},"data":{{"p":"{value}"}}}}"#
+    )
+}
+
 fn an_interrupt_gives_back_what_was_issued_whenever_it_comes(on: On) {
-    let (address, asked) = vault();
+    let (address, asked) = vault(|| ("200 OK", lease(600, true, CANARY)));
     let wait_for = |what: &str| {
         while asked.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("no {what}")) != what {}
     };
@@ -185,4 +191,95 @@ fn an_interrupt_gives_back_what_was_issued_whenever_it_comes(on: On) {
         wait_for("put /v1/sys/leases/revoke");
         running.assert_nothing_left();
     }
+}
+
+fn one_that_was_issued_is_followed_by_others_in_place_and_taken_back_when_there_are_none(on: On) {
+    let (count, over) = (AtomicU32::new(0), Arc::new(AtomicBool::new(false)));
+    let ends = over.clone();
+    let (address, _asked) = vault(move || match ends.load(Ordering::Relaxed) {
+        true => ("403 Forbidden", "{}".to_owned()),
+        false => {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            ("200 OK", lease(4, false, &format!("{CANARY}-{number:06}")))
+        }
+    });
+    // Says what it finds whenever that is another; then what another process finds.
+    let program = "
+import os, subprocess, time
+last = None
+while last != '':
+    now = open(os.environ['A_FILE']).read()
+    if now != last:
+        print(now, flush=True)
+    last = now
+    time.sleep(0.05)
+print(subprocess.run(['sh', '-c', 'wc -c < $A_FILE'], close_fds=False, stdout=subprocess.PIPE, text=True).stdout.strip(), flush=True)
+";
+    let dir = tempfile::tempdir().unwrap();
+    let audit = dir.path().join("audit");
+    let mut running = on
+        .with("--secret A=vault://db/creds/app#p --audit")
+        .arg(&audit)
+        .args(["--", "python3", "-c", program])
+        .env("VAULT_ADDR", &address)
+        .env("VAULT_TOKEN", "t")
+        .spawn();
+    let (first, second) = (running.line(), running.line());
+    assert!(first.starts_with(CANARY) && second.starts_with(CANARY) && first < second, "{first} {second}");
+    over.store(true, Ordering::Relaxed);
+    let mut last = second;
+    while !last.is_empty() {
+        assert!(last.starts_with(CANARY), "{last}");
+        last = running.line();
+    }
+    assert_eq!(running.line(), "0");
+    let mut stderr = String::new();
+    running.child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(running.wait(), 0, "{stderr}");
+    assert!(stderr.contains("renew vault://db/creds/app, which is good for "), "{stderr}");
+    assert!(!stderr.contains(CANARY), "{stderr}");
+    running.assert_nothing_left();
+
+    let text = fs::read_to_string(&audit).unwrap();
+    assert!(!text.contains(CANARY), "{text}");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (last, before) = lines.split_last().unwrap();
+    assert!(before.len() >= 2 && before.iter().all(|line| line["verdict"] == "delivered"), "{text}");
+    assert_eq!((&last["verdict"], &last["credentials"][0]), (&"revoked".into(), &"A".into()), "{text}");
+    assert!(lines.iter().all(|line| line["delivery"] == "memory"), "{text}");
+}
+
+fn one_is_taken_back_from_whoever_has_it(on: On) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "token", CANARY).unwrap();
+        let source = || chitin::SecretSource::File((&path).into());
+        let in_environment =
+            chitin::SecretSpec { name: "B".into(), source: source(), delivery: chitin::Delivery::Env };
+        let sandbox =
+            builder().tier(on.tier).secret("A", source()).secret_spec(in_environment).start().await.unwrap();
+        let script = "while read line; do wc -c < $A_FILE; done";
+        let mut holds = sandbox.command("sh").args(["-c", script]).piped_stdin().spawn().unwrap();
+        let (mut stdin, stdout) = (holds.stdin.take().unwrap(), holds.stdout.take().unwrap());
+        let mut lines = tokio::io::BufReader::new(stdout).lines();
+        let mut ask = async || {
+            stdin.write_all(b"\n").await.unwrap();
+            lines.next_line().await.unwrap().unwrap().trim().to_owned()
+        };
+        assert_eq!(ask().await, CANARY.len().to_string());
+        for name in ["A", "B"] {
+            sandbox.revoke(name).await.unwrap();
+        }
+        let error = sandbox.revoke("C").await.unwrap_err().to_string();
+        assert_eq!(error, "secret C: there is no credential of that name in the sandbox");
+        assert_eq!(ask().await, "0");
+        let later =
+            sandbox.command("sh").args(["-c", "echo ${A_FILE-none} ${B-none}"]).output().await.unwrap();
+        assert_eq!(later.stdout, b"none none\n");
+        sandbox.stop().await.unwrap();
+    });
 }

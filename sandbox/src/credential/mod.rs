@@ -2,9 +2,11 @@
 
 mod authority;
 mod endpoint;
+mod handed;
 mod keeper;
 mod keys;
 mod keystore;
+mod message;
 mod placeholder;
 mod proxy;
 mod selftest;
@@ -23,13 +25,14 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 pub(crate) use endpoint::{Endpoint, Fetched as Answered, PORT as ENDPOINT_PORT};
-use keeper::Issued;
+pub(crate) use handed::Handed;
 pub(crate) use keeper::Keeper;
+use keeper::{Changes, Issued};
 use keys::{Keys, KeysError};
 pub use proxy::Reach;
 pub(crate) use proxy::{Account, Proxy, SetupError};
 pub(crate) use trust::trust;
-use vault::{MAX_FIELDS, Read, Session, VaultError};
+use vault::{Fields, MAX_FIELDS, Read, Session, VaultError};
 pub use vault::{SecretId, VaultConfig, VaultLogin};
 
 use crate::policy::VaultSource;
@@ -70,10 +73,21 @@ pub(crate) struct Value {
     pub value: SecretValue,
 }
 
+/// A credential that is what a vault's secret is, for as long as it is.
+#[derive(Debug, Clone)]
+pub(crate) struct Bound {
+    pub name: String,
+    pub source: VaultSource,
+}
+
 /// All credentials of a sandbox.
 #[derive(Debug, Default)]
 pub(crate) struct Fetched {
     pub values: Vec<Value>,
+    /// Those that are to follow what becomes of their secrets.
+    pub bound: Vec<Bound>,
+    /// What becomes of them.
+    pub changes: Option<Changes>,
     /// Those whose values do not enter; their placeholders are among the others.
     pub proxy: Option<Arc<Proxy>>,
     /// The one that is asked for; what finds it is among the others.
@@ -155,14 +169,19 @@ async fn fetch_for(
             }
         }
     };
-    let keeper = vault.session.map(|session| Keeper::start(session, vault.issued));
-    let fetched = fetched.and_then(|Sorted { mut values, proxy, asked }| {
+    let bound = fetched.as_ref().map_or(&[][..], |sorted| &sorted.bound);
+    let followed = bound.iter().map(|bound| (bound.source.place(), bound.source.clone())).collect();
+    let mut keeper = vault.session.map(|session| Keeper::start(session, vault.issued, followed));
+    let changes = keeper.as_mut().and_then(Keeper::changes);
+    let fetched = fetched.and_then(|Sorted { mut values, bound, proxy, asked }| {
         let reader = keeper.as_ref().map(Keeper::reader);
         let endpoint = asked.map(|asked| serve(asked, reader, &mut values)).transpose()?;
-        Ok((values, proxy, endpoint))
+        Ok((values, bound, proxy, endpoint))
     });
     match fetched {
-        Ok((values, proxy, endpoint)) => Ok(Fetched { values, proxy, endpoint, keeper }),
+        Ok((values, bound, proxy, endpoint)) => {
+            Ok(Fetched { values, bound, changes, proxy, endpoint, keeper })
+        }
         Err(error) => {
             if let Some(keeper) = keeper {
                 keeper.end().await;
@@ -175,6 +194,7 @@ async fn fetch_for(
 
 struct Sorted {
     values: Vec<Value>,
+    bound: Vec<Bound>,
     proxy: Option<Arc<Proxy>>,
     asked: Option<Asked>,
 }
@@ -204,7 +224,7 @@ fn serve(
 }
 
 async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) -> Result<Sorted, Error> {
-    let (mut values, mut proxied, mut asked) = (Vec::new(), Vec::new(), None);
+    let (mut values, mut bound, mut proxied, mut asked) = (Vec::new(), Vec::new(), Vec::new(), None);
     for secret in secrets {
         if secret.delivery == Delivery::Endpoint {
             let failed = |reason: String| Error::Secret { name: secret.name.clone(), reason };
@@ -223,6 +243,9 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
         }
         let value = secret.fetch(vault).await?;
         let name = secret.name.clone();
+        if let SecretSource::Vault(source) = &secret.source {
+            bound.push(Bound { name: name.clone(), source: source.clone() });
+        }
         match &secret.delivery {
             Delivery::Memory => {
                 values.push(Value { name, delivery: chitin_protocol::Delivery::Memory, value })
@@ -257,11 +280,13 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
             if values.iter().all(|value| value.name != name) {
                 let value = SecretValue::hold(bytes, false)
                     .map_err(|why| failed(format!("field `{name}`: {why}")))?;
+                let source = VaultSource { field: Some(name.clone()), ..source.clone() };
+                bound.push(Bound { name: name.clone(), source });
                 values.push(Value { name, delivery: chitin_protocol::Delivery::Memory, value });
             }
         }
     }
-    Ok(Sorted { values, proxy, asked })
+    Ok(Sorted { values, bound, proxy, asked })
 }
 
 /// A vault that is logged in to when it is first asked, and asked once for each secret.
@@ -282,17 +307,7 @@ impl Vault<'_> {
     }
 
     async fn one(&mut self, source: &VaultSource) -> Result<Zeroizing<Vec<u8>>, VaultError> {
-        let what = source.place();
-        let Read { fields, .. } = self.read(source).await?;
-        let (name, value) = match (&source.field, fields.as_slice()) {
-            (Some(name), _) => {
-                let missing = || VaultError::NoField { what: what.clone(), field: name.clone() };
-                fields.iter().find(|(field, _)| field == name).ok_or_else(missing)?
-            }
-            (None, [one]) => one,
-            (None, _) => return Err(VaultError::WhichField { what, count: fields.len() }),
-        };
-        value.clone().ok_or_else(|| VaultError::NoText { what, field: name.clone() })
+        field_of(source, &self.read(source).await?.fields)
     }
 
     /// The keys that a source gives, and how long the vault vouches for them.
@@ -363,6 +378,20 @@ impl Vault<'_> {
         }
         self.read.get(&place).ok_or(VaultError::Answer { what: place })
     }
+}
+
+/// The value of the field that is meant, or of the only one.
+fn field_of(source: &VaultSource, fields: &Fields) -> Result<Zeroizing<Vec<u8>>, VaultError> {
+    let what = source.place();
+    let (name, value) = match (&source.field, fields.as_slice()) {
+        (Some(name), _) => {
+            let missing = || VaultError::NoField { what: what.clone(), field: name.clone() };
+            fields.iter().find(|(field, _)| field == name).ok_or_else(missing)?
+        }
+        (None, [one]) => one,
+        (None, _) => return Err(VaultError::WhichField { what, count: fields.len() }),
+    };
+    value.clone().ok_or_else(|| VaultError::NoText { what, field: name.clone() })
 }
 
 fn credential_name(what: &str, field: &str) -> Result<String, VaultError> {

@@ -13,21 +13,10 @@ use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
-use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderValue,
-    PROXY_AUTHORIZATION, TRANSFER_ENCODING,
-};
-use http::uri::PathAndQuery;
-use http::{Method, Request, Response, StatusCode, Uri, Version};
-use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::{http1 as client1, http2 as client2};
 use hyper::server::conn::{http1 as server1, http2 as server2};
 use hyper::service::service_fn;
@@ -35,15 +24,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use rustls::server::Acceptor;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector};
-use zeroize::Zeroizing;
 
 use super::authority::{Authority, AuthorityError};
-use super::placeholder::{
-    Needles, Placeholders, Scrubber, Watch, base64, from_base64, percent_encoded, placeholder,
-};
+use super::message::{Place, Watched};
+use super::placeholder::{Needles, Placeholders, placeholder};
 use crate::policy::Endpoint;
 use crate::secret::SecretValue;
 
@@ -52,9 +39,6 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Shorter values would be found where they are not, and replaced there.
 const MIN_VALUE: usize = 8;
-
-/// The largest body that a placeholder is replaced in: it is held whole, for its length is told before it.
-const MAX_BODY: usize = 1024 * 1024;
 
 /// Bodies that are held whole, of all connections of a sandbox: 16 MiB. Others wait.
 const MAX_HELD: usize = 16;
@@ -79,10 +63,19 @@ pub struct Reach {
 pub(super) struct Credential {
     pub name: String,
     pub hosts: Vec<chitin_protocol::Endpoint>,
-    query: bool,
-    body: bool,
-    pub value: SecretValue,
+    pub query: bool,
+    pub body: bool,
     pub placeholder: String,
+    values: Mutex<Values>,
+}
+
+/// What a credential is.
+#[derive(Default)]
+struct Values {
+    /// Nothing, once it was taken back.
+    now: Option<Arc<SecretValue>>,
+    /// What it was before, which is kept out of what comes back as well.
+    before: Option<Arc<SecretValue>>,
 }
 
 /// Why there is no proxy for a credential.
@@ -101,11 +94,12 @@ pub(crate) enum SetupError {
 /// All credentials of a sandbox that are delivered so.
 pub(crate) struct Proxy {
     pub(super) credentials: Vec<Credential>,
-    placeholders: Placeholders,
-    needles: Needles,
+    pub(super) placeholders: Placeholders,
+    needles: RwLock<Needles>,
     pub(super) authority: Authority,
     endpoint: Arc<ClientConfig>,
-    held: Arc<Semaphore>,
+    /// For bodies that are held whole.
+    pub(super) held: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Proxy {
@@ -141,9 +135,9 @@ pub(crate) struct Account {
 }
 
 #[derive(Debug, Default)]
-struct Tally {
-    requests: u64,
-    delivered: BTreeSet<String>,
+pub(super) struct Tally {
+    pub requests: u64,
+    pub delivered: BTreeSet<String>,
     blocked: Vec<String>,
     blocked_more: u64,
 }
@@ -152,11 +146,11 @@ struct Tally {
 const MAX_BLOCKED: usize = 16;
 
 impl Account {
-    fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
+    pub(super) fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn block(&self, why: String) {
+    pub(super) fn block(&self, why: String) {
         let mut tally = self.tally();
         if tally.blocked.len() < MAX_BLOCKED {
             tally.blocked.push(why);
@@ -192,31 +186,60 @@ impl Proxy {
         let (mut credentials, mut placeholders, mut needles) =
             (Vec::new(), Placeholders::default(), Needles::default());
         for (name, reach, value) in values {
-            let wrong = |why: &str| SetupError::Value { name: name.clone(), why: why.into() };
-            let bytes = value.to_bytes();
-            if bytes.expose().len() < MIN_VALUE {
-                return Err(wrong(
-                    "a value of less than 8 bytes cannot be kept out of what comes back: deliver it otherwise",
-                ));
-            }
-            if !bytes.expose().iter().all(|byte| (0x20..0x7f).contains(byte)) {
-                return Err(wrong("no HTTP header can hold its value: printable ASCII only"));
-            }
+            let wrong = |why: String| SetupError::Value { name: name.clone(), why };
+            check(&value).map_err(wrong)?;
             let mut digits = [0; 20];
-            random(&mut digits).map_err(|error| wrong(&format!("get random bytes: {error}")))?;
+            random(&mut digits).map_err(|error| wrong(format!("get random bytes: {error}")))?;
             let placeholder = placeholder(digits);
             placeholders.insert(placeholder.clone(), credentials.len());
-            needles.add(bytes.expose());
+            needles.add(value.to_bytes().expose());
+            let values = Mutex::new(Values { now: Some(Arc::new(value)), before: None });
             let hosts = reach.hosts.iter().map(|Endpoint { host, wildcard, port }| {
                 chitin_protocol::Endpoint { host: host.clone(), wildcard: *wildcard, port: *port }
             });
             let (hosts, Reach { query, body, .. }) = (hosts.collect(), reach);
-            credentials.push(Credential { name, hosts, query, body, value, placeholder });
+            credentials.push(Credential { name, hosts, query, body, placeholder, values });
         }
         let hosts = credentials.iter().flat_map(|credential: &Credential| &credential.hosts);
         let authority = Authority::new(hosts.map(|host| host.host.clone()).collect::<BTreeSet<_>>())?;
         let (endpoint, held) = (Arc::new(endpoint), Arc::new(Semaphore::new(MAX_HELD)));
-        Ok(Proxy { credentials, placeholders, needles, authority, endpoint, held })
+        Ok(Proxy { credentials, placeholders, needles: RwLock::new(needles), authority, endpoint, held })
+    }
+
+    /// What must not come back.
+    pub(super) fn needles(&self) -> RwLockReadGuard<'_, Needles> {
+        self.needles.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts another value in place of a credential's. Why it cannot, if it cannot.
+    pub fn replace(&self, name: &str, value: SecretValue) -> Result<(), String> {
+        check(&value)?;
+        self.change(name, Some(Arc::new(value)));
+        Ok(())
+    }
+
+    /// From now on the placeholder of this credential stops what it stands in.
+    pub fn revoke(&self, name: &str) {
+        self.change(name, None);
+    }
+
+    fn change(&self, name: &str, value: Option<Arc<SecretValue>>) {
+        // Before it goes out it is among those that must not come back.
+        let mut needles = self.needles.write().unwrap_or_else(PoisonError::into_inner);
+        for credential in self.credentials.iter().filter(|credential| credential.name == name) {
+            let mut values = credential.values();
+            if let Some(before) = values.now.take() {
+                values.before = Some(before);
+            }
+            values.now = value.clone();
+        }
+        *needles = Needles::default();
+        for credential in &self.credentials {
+            let values = credential.values();
+            for value in [&values.now, &values.before].into_iter().flatten() {
+                needles.add(value.to_bytes().expose());
+            }
+        }
     }
 
     /// What the sandbox is to trust, as PEM.
@@ -236,7 +259,7 @@ impl Proxy {
 
     /// Looks for placeholders in what goes out to a host that none is for.
     pub fn watched<S>(self: &Arc<Proxy>, inner: S, account: &Arc<Account>) -> Watched<S> {
-        Watched { inner, watch: Watch::default(), proxy: self.clone(), account: account.clone() }
+        Watched::new(inner, self.clone(), account.clone())
     }
 
     /// Speaks for the endpoint to the sandbox, and for the sandbox to the endpoint, until either is done.
@@ -302,38 +325,37 @@ impl Proxy {
     }
 }
 
+/// Whether a value can be delivered so, and why not.
+fn check(value: &SecretValue) -> Result<(), String> {
+    let bytes = value.to_bytes();
+    if bytes.expose().len() < MIN_VALUE {
+        return Err(
+            "a value of less than 8 bytes cannot be kept out of what comes back: deliver it otherwise".into(),
+        );
+    }
+    if !bytes.expose().iter().all(|byte| (0x20..0x7f).contains(byte)) {
+        return Err("no HTTP header can hold its value: printable ASCII only".into());
+    }
+    Ok(())
+}
+
 impl Credential {
-    fn is_for(&self, host: &str, port: u16) -> bool {
+    fn values(&self) -> std::sync::MutexGuard<'_, Values> {
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its value, until it is taken back.
+    pub fn value(&self) -> Option<Arc<SecretValue>> {
+        self.values().now.clone()
+    }
+
+    pub fn is_for(&self, host: &str, port: u16) -> bool {
         self.hosts.iter().any(|endpoint| endpoint.port == port && endpoint.names(host))
     }
 }
 
 async fn in_time<T>(future: impl Future<Output = T>) -> Result<T, ProxyError> {
     tokio::time::timeout(HANDSHAKE_LIMIT, future).await.map_err(|_| ProxyError::Slow)
-}
-
-/// What a body is here: pieces on their way, and an error that ends the message.
-type Piece = BoxBody<Bytes, BoxError>;
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// One endpoint, as one connection sees it.
-struct Place {
-    proxy: Arc<Proxy>,
-    host: String,
-    port: u16,
-    account: Arc<Account>,
-}
-
-/// A request that does not go out: what the workload gets, and what the audit says.
-struct Blocked {
-    status: StatusCode,
-    why: String,
-}
-
-impl Blocked {
-    fn forbidden(why: String) -> Blocked {
-        Blocked { status: StatusCode::FORBIDDEN, why }
-    }
 }
 
 impl Place {
@@ -425,430 +447,6 @@ impl Place {
         }
         downstream.as_mut().graceful_shutdown();
         downstream.await.map_err(failed)
-    }
-
-    /// One request, and what the workload gets for it.
-    async fn answer<F>(
-        self: Arc<Place>,
-        mut request: Request<Incoming>,
-        send: impl FnOnce(Request<Piece>) -> F,
-    ) -> Response<Piece>
-    where
-        F: Future<Output = hyper::Result<Response<Incoming>>>,
-    {
-        let version = request.version();
-        let upgrade = (version == Version::HTTP_11 && request.headers().contains_key(http::header::UPGRADE))
-            .then(|| hyper::upgrade::on(&mut request));
-        let answered = match self.rewrite(request).await {
-            Ok(request) => {
-                self.account.tally().requests += 1;
-                match send(request).await {
-                    Ok(response) => self.pass_back(response, upgrade),
-                    Err(error) => Err(Blocked {
-                        status: StatusCode::BAD_GATEWAY,
-                        why: format!("the endpoint did not answer: {error}"),
-                    }),
-                }
-            }
-            Err(blocked) => Err(blocked),
-        };
-        answered.unwrap_or_else(|Blocked { status, why }| {
-            let text = format!("chitin: {why}\n");
-            self.account.block(why);
-            let mut response =
-                Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed());
-            *response.status_mut() = status;
-            // What is left of a request that was not read must not be taken for the next one.
-            if version < Version::HTTP_2 {
-                response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
-            }
-            response
-        })
-    }
-
-    /// The request as it goes out.
-    async fn rewrite(self: &Arc<Place>, request: Request<Incoming>) -> Result<Request<Piece>, Blocked> {
-        let (mut head, body) = request.into_parts();
-        if head.method == Method::CONNECT {
-            return Err(Blocked::forbidden("CONNECT is for proxies, and this is an endpoint".into()));
-        }
-        self.check_host(&head.uri, &head.headers)?;
-        head.uri = self.rewrite_uri(&head.uri)?;
-        self.rewrite_headers(&mut head.headers)?;
-        // What comes back compressed could not be looked through.
-        head.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        head.headers.remove(EXPECT);
-        if head.headers.remove(TRANSFER_ENCODING).is_some() {
-            head.headers.remove(CONTENT_LENGTH);
-        }
-        let replaces = |credential: &Credential| credential.body && credential.is_for(&self.host, self.port);
-        let body = if self.proxy.credentials.iter().any(replaces) {
-            let permit = self.proxy.held.clone().acquire_owned().await;
-            let whole = Limited::new(body, MAX_BODY).collect().await.map_err(|_| Blocked {
-                status: StatusCode::PAYLOAD_TOO_LARGE,
-                why: "a body over 1 MiB, to a host where placeholders are replaced in bodies, or one that broke off".into(),
-            })?;
-            let bytes = Zeroizing::new(whole.to_bytes().to_vec());
-            let bytes =
-                self.replace(&bytes, "the body", |credential| credential.body, |value| value.to_vec())?;
-            if head.headers.contains_key(CONTENT_LENGTH) {
-                head.headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes.len()));
-            }
-            let body = Full::new(Bytes::from(bytes)).map_frame(move |frame| {
-                // It lives as long as the body does.
-                let _ = &permit;
-                frame
-            });
-            body.map_err(|never| match never {}).boxed()
-        } else {
-            WatchedBody { inner: body, watch: Watch::default(), place: self.clone() }.boxed()
-        };
-        Ok(Request::from_parts(head, body))
-    }
-
-    /// That the request is for the host that the connection is to.
-    fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Blocked> {
-        let wrong = || {
-            let why = "the request was for another host than the connection".to_owned();
-            Err(Blocked { status: StatusCode::MISDIRECTED_REQUEST, why })
-        };
-        let mut hosts = headers.get_all(HOST).iter();
-        let named = hosts.next().map(|value| value.to_str().unwrap_or_default());
-        if hosts.next().is_some() || uri.authority().is_none() && named.is_none() {
-            return wrong();
-        }
-        let mut names = uri.authority().map(|authority| authority.as_str()).into_iter().chain(named);
-        let ours = |name: &str| {
-            let (host, port) = name.split_once(':').map_or((name, None), |(host, port)| (host, Some(port)));
-            let port = port.map_or(Some(443), |port| port.parse().ok());
-            // A port that is not named is 443, or left out by a client that does so for all.
-            host.eq_ignore_ascii_case(&self.host) && (port == Some(self.port) || !name.contains(':'))
-        };
-        if names.all(ours) { Ok(()) } else { wrong() }
-    }
-
-    fn rewrite_uri(&self, uri: &Uri) -> Result<Uri, Blocked> {
-        if let Some((_, credential)) = self.proxy.placeholders.find(uri.path().as_bytes(), 0) {
-            return Err(self.misplaced(credential, "the path"));
-        }
-        let Some(query) = uri.query() else { return Ok(uri.clone()) };
-        let replaced =
-            self.replace(query.as_bytes(), "the query", |credential| credential.query, percent_encoded)?;
-        let text = [uri.path().as_bytes(), b"?", &replaced].concat();
-        let mut parts = uri.clone().into_parts();
-        let invalid = |_| Blocked::forbidden("the query does not fit a URL".into());
-        parts.path_and_query = Some(PathAndQuery::try_from(text).map_err(invalid)?);
-        Uri::from_parts(parts).map_err(|_| Blocked::forbidden("the query does not fit a URL".into()))
-    }
-
-    fn rewrite_headers(&self, headers: &mut HeaderMap) -> Result<(), Blocked> {
-        for name in headers.keys() {
-            if let Some((_, credential)) = self.proxy.placeholders.find(name.as_str().as_bytes(), 0) {
-                return Err(self.misplaced(credential, "a header's name"));
-            }
-        }
-        for (name, value) in headers.iter_mut() {
-            let place = format!("the header {name}");
-            let anywhere = |_: &Credential| true;
-            let replaced = if [AUTHORIZATION, PROXY_AUTHORIZATION].contains(name)
-                && let Some((scheme, pair)) = basic(value)
-            {
-                if self.proxy.placeholders.find(&pair, 0).is_none() {
-                    continue;
-                }
-                let pair = Zeroizing::new(self.replace(&pair, &place, anywhere, |value| value.to_vec())?);
-                [scheme, b" ", &base64(&pair, false)].concat()
-            } else {
-                if self.proxy.placeholders.find(value.as_bytes(), 0).is_none() {
-                    continue;
-                }
-                self.replace(value.as_bytes(), &place, anywhere, |value| value.to_vec())?
-            };
-            let invalid = |_| Blocked::forbidden(format!("{place} cannot hold the value"));
-            *value = HeaderValue::from_maybe_shared(Bytes::from(replaced)).map_err(invalid)?;
-            // Not to be kept in a table of headers, nor shown.
-            value.set_sensitive(true);
-        }
-        Ok(())
-    }
-
-    /// Replaces every placeholder, if each may be replaced here.
-    fn replace(
-        &self,
-        bytes: &[u8],
-        place: &str,
-        allowed: impl Fn(&Credential) -> bool,
-        written: impl Fn(&[u8]) -> Vec<u8>,
-    ) -> Result<Vec<u8>, Blocked> {
-        let (mut out, mut done) = (Vec::with_capacity(bytes.len()), 0);
-        while let Some((at, index)) = self.proxy.placeholders.find(bytes, done) {
-            let credential = &self.proxy.credentials[index];
-            if !credential.is_for(&self.host, self.port) || !allowed(credential) {
-                return Err(self.misplaced(index, place));
-            }
-            out.extend_from_slice(&bytes[done..at]);
-            out.extend_from_slice(&written(credential.value.to_bytes().expose()));
-            done = at + credential.placeholder.len();
-            self.account.tally().delivered.insert(credential.name.clone());
-        }
-        out.extend_from_slice(&bytes[done..]);
-        Ok(out)
-    }
-
-    fn misplaced(&self, credential: usize, place: &str) -> Blocked {
-        let credential = &self.proxy.credentials[credential];
-        let name = &credential.name;
-        Blocked::forbidden(match credential.is_for(&self.host, self.port) {
-            true => format!("the placeholder of {name} stands in {place}, where it is not replaced"),
-            false => format!("the placeholder of {name} was sent to a host that it is not for, in {place}"),
-        })
-    }
-
-    /// The response as the workload gets it.
-    fn pass_back(
-        self: &Arc<Place>,
-        mut response: Response<Incoming>,
-        upgrade: Option<hyper::upgrade::OnUpgrade>,
-    ) -> Result<Response<Piece>, Blocked> {
-        if let Some(encoding) = response.headers().get(CONTENT_ENCODING)
-            && !encoding.as_bytes().eq_ignore_ascii_case(b"identity")
-        {
-            return Err(Blocked {
-                status: StatusCode::BAD_GATEWAY,
-                why: "the endpoint compressed its response, unasked, so that it cannot be looked through"
-                    .into(),
-            });
-        }
-        self.scrub_headers(response.headers_mut());
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS
-            && let Some(sandbox) = upgrade
-        {
-            let endpoint = hyper::upgrade::on(&mut response);
-            tokio::spawn(self.clone().switch(sandbox, endpoint));
-        }
-        let place = self.clone();
-        Ok(response.map(|inner| {
-            ScrubbedBody { inner, scrubber: Scrubber::default(), place, trailers: None, done: false }.boxed()
-        }))
-    }
-
-    fn scrub_headers(&self, headers: &mut HeaderMap) {
-        for value in headers.values_mut() {
-            let mut bytes = value.as_bytes().to_vec();
-            if self.proxy.needles.scrub(&mut bytes) {
-                // Stars for text: it is as valid as it was.
-                *value = HeaderValue::from_bytes(&bytes).unwrap_or(HeaderValue::from_static("*"));
-            }
-        }
-    }
-
-    /// A connection that became another protocol, such as a websocket: bytes both ways, still looked through.
-    async fn switch(
-        self: Arc<Place>,
-        sandbox: hyper::upgrade::OnUpgrade,
-        endpoint: hyper::upgrade::OnUpgrade,
-    ) {
-        let (Ok(sandbox), Ok(endpoint)) = tokio::join!(sandbox, endpoint) else { return };
-        let (mut from_sandbox, mut to_sandbox) = tokio::io::split(TokioIo::new(sandbox));
-        let (mut from_endpoint, mut to_endpoint) = tokio::io::split(TokioIo::new(endpoint));
-        let out = async {
-            let (mut watch, mut buffer) = (Watch::default(), vec![0; 16 * 1024]);
-            loop {
-                let count = from_sandbox.read(&mut buffer).await?;
-                if count == 0 {
-                    return to_endpoint.shutdown().await;
-                }
-                if let Some(credential) = watch.feed(&self.proxy.placeholders, &buffer[..count]) {
-                    self.account.block(self.misplaced(credential, "an upgraded connection").why);
-                    return Err(std::io::ErrorKind::PermissionDenied.into());
-                }
-                to_endpoint.write_all(&buffer[..count]).await?;
-                to_endpoint.flush().await?;
-            }
-        };
-        let back = async {
-            let (mut scrubber, mut buffer) = (Scrubber::default(), vec![0; 16 * 1024]);
-            loop {
-                let count = from_endpoint.read(&mut buffer).await?;
-                let bytes = match count {
-                    0 => scrubber.finish(),
-                    _ => scrubber.feed(&self.proxy.needles, &buffer[..count]).0,
-                };
-                to_sandbox.write_all(&bytes).await?;
-                to_sandbox.flush().await?;
-                if count == 0 {
-                    return to_sandbox.shutdown().await;
-                }
-            }
-        };
-        let _: std::io::Result<((), ())> = tokio::try_join!(out, back);
-    }
-}
-
-/// Scheme and decoded pair of a `Basic` header.
-fn basic(value: &HeaderValue) -> Option<(&[u8], Zeroizing<Vec<u8>>)> {
-    let bytes = value.as_bytes();
-    let space = bytes.iter().position(|byte| *byte == b' ')?;
-    let (scheme, rest) = bytes.split_at(space);
-    scheme.eq_ignore_ascii_case(b"basic").then(|| Some((scheme, from_base64(rest.trim_ascii())?)))?
-}
-
-/// A request's body, in which no placeholder may be.
-struct WatchedBody {
-    inner: Incoming,
-    watch: Watch,
-    place: Arc<Place>,
-}
-
-impl WatchedBody {
-    fn look(&mut self, frame: &Frame<Bytes>) -> Option<usize> {
-        let placeholders = &self.place.proxy.placeholders;
-        if let Some(bytes) = frame.data_ref() {
-            return self.watch.feed(placeholders, bytes);
-        }
-        let trailers = frame.trailers_ref()?;
-        trailers
-            .values()
-            .find_map(|value| placeholders.find(value.as_bytes(), 0))
-            .map(|(_, credential)| credential)
-    }
-}
-
-impl Body for WatchedBody {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(cx)) else { return Poll::Ready(None) };
-        let frame = frame?;
-        Poll::Ready(Some(match self.look(&frame) {
-            None => Ok(frame),
-            Some(credential) => {
-                let why = self.place.misplaced(credential, "the body").why;
-                self.place.account.block(why.clone());
-                Err(why.into())
-            }
-        }))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-/// A response's body, without the values. It is as long as it was.
-struct ScrubbedBody {
-    inner: Incoming,
-    scrubber: Scrubber,
-    place: Arc<Place>,
-    trailers: Option<HeaderMap>,
-    done: bool,
-}
-
-impl Body for ScrubbedBody {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        loop {
-            if self.done {
-                return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))));
-            }
-            let this = &mut *self;
-            let bytes = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(bytes) => this.scrubber.feed(&this.place.proxy.needles, &bytes).0,
-                    Err(frame) => {
-                        let mut trailers = frame.into_trailers().unwrap_or_default();
-                        this.place.scrub_headers(&mut trailers);
-                        this.trailers = Some(trailers);
-                        this.done = true;
-                        this.scrubber.finish()
-                    }
-                },
-                None => {
-                    this.done = true;
-                    this.scrubber.finish()
-                }
-            };
-            if !bytes.is_empty() {
-                return Poll::Ready(Some(Ok(Frame::data(bytes.into()))));
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        // What is held back is still to come.
-        self.done && self.trailers.is_none() || self.scrubber.is_empty() && self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let (held, inner) = (self.scrubber.held() as u64, self.inner.size_hint());
-        let mut hint = SizeHint::new();
-        hint.set_lower(inner.lower() + held);
-        if let Some(upper) = inner.upper() {
-            hint.set_upper(upper + held);
-        }
-        hint
-    }
-}
-
-/// A connection out of the sandbox to a host that no credential is for: it breaks at a placeholder.
-pub(crate) struct Watched<S> {
-    inner: S,
-    watch: Watch,
-    proxy: Arc<Proxy>,
-    account: Arc<Account>,
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut tokio::io::ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let before = buf.filled().len();
-        let this = &mut *self;
-        ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
-        match this.watch.feed(&this.proxy.placeholders, &buf.filled()[before..]) {
-            None => Poll::Ready(Ok(())),
-            Some(credential) => {
-                let name = &this.proxy.credentials[credential].name;
-                this.account
-                    .block(format!("the placeholder of {name} was sent to a host that it is not for"));
-                buf.set_filled(before);
-                Poll::Ready(Err(std::io::ErrorKind::PermissionDenied.into()))
-            }
-        }
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
 

@@ -1,6 +1,15 @@
+use bytes::Bytes;
+use http::header::{HOST, HeaderMap};
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
+use zeroize::Zeroizing;
 
+use super::super::message::MAX_BODY;
+use super::super::placeholder::{base64, percent_encoded};
 use super::super::selftest::Sender;
 use super::super::tls;
 use super::*;
@@ -226,6 +235,32 @@ async fn headers_go_out_with_the_value_and_come_back_without() {
 }
 
 #[tokio::test]
+async fn a_value_is_replaced_and_taken_back_while_a_connection_lasts() {
+    for h2 in [false, true] {
+        let proxy = one();
+        let mut setup = connect(proxy.clone(), "api.test", "api.test", h2, echo()).await.unwrap();
+        let token = setup.placeholder("TOKEN");
+        setup.ask("/", &[("x-api-key", &token)], "").await;
+        assert_eq!(setup.last().header("x-api-key"), VALUE);
+
+        let hold = |value: &str| SecretValue::hold(Zeroizing::new(value.into()), false).unwrap();
+        assert!(proxy.replace("TOKEN", hold("short")).unwrap_err().contains("less than 8 bytes"));
+        proxy.replace("TOKEN", hold(OTHER)).unwrap();
+        let (status, headers, body) = setup.ask("/", &[("x-api-key", &token), ("x", VALUE)], "").await;
+        assert_eq!((status, setup.last().header("x-api-key")), (StatusCode::OK, OTHER));
+        // Neither comes back.
+        assert_eq!(headers["x-echo"], "*".repeat(OTHER.len()));
+        assert!(!body.contains("canary") && body.contains(&"*".repeat(VALUE.len())), "{body}");
+
+        proxy.revoke("TOKEN");
+        let (status, _, body) = setup.ask("/", &[("x-api-key", &token)], "").await;
+        assert_eq!((status, setup.sent.lock().unwrap().len()), (StatusCode::FORBIDDEN, 2));
+        assert_eq!(body, "chitin: the credential TOKEN was taken back, or is over\n");
+        assert_eq!(setup.account.blocked().0, ["the credential TOKEN was taken back, or is over"]);
+    }
+}
+
+#[tokio::test]
 async fn a_placeholder_in_any_other_place_stops_the_request() {
     for h2 in [false, true] {
         for place in ["path", "query", "name", "body", "other"] {
@@ -441,7 +476,7 @@ async fn the_self_test_passes_and_notices_that_nothing_is_replaced() {
     let error = Arc::new(broken).self_test().await.unwrap_err().to_string();
     assert!(error.contains("the endpoint did not get the value"), "{error}");
     let mut broken = proxy(vec![("TOKEN", hosts, VALUE)]).unwrap();
-    broken.needles = Needles::default();
+    broken.needles = Needles::default().into();
     let error = Arc::new(broken).self_test().await.unwrap_err().to_string();
     assert!(error.contains("the value came back"), "{error}");
 }

@@ -54,7 +54,8 @@ impl Proxy {
         let (sandbox, near) = tokio::io::duplex(16 * 1024);
         let (far, ours) = tokio::io::duplex(16 * 1024);
         let seen = Arc::new(AtomicUsize::new(0));
-        let serving = serve(ours, server, &credential.value, seen.clone());
+        let value = credential.value().ok_or("it was taken back")?;
+        let serving = serve(ours, server, &value, seen.clone());
         let trust = Arc::new(tls::client(Arc::new(tls::roots_of(vec![authority.certificate()]))));
         let account = Arc::new(Account::default());
         let proxying = self.clone().run_with(trust, near, far, &host, endpoint.port, &account);
@@ -180,7 +181,8 @@ async fn ask(
         return Err(format!("the endpoint did not get the value (status {})", head.status));
     }
     let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| error.to_string())?.to_bytes();
-    if body.len() != credential.value.to_bytes().expose().len() || body.iter().any(|byte| *byte != b'*') {
+    let length = credential.value().map_or(0, |value| value.to_bytes().expose().len());
+    if body.len() != length || body.iter().any(|byte| *byte != b'*') {
         return Err("the value came back".into());
     }
     let response = sender.send(request(&format!("/{}", credential.placeholder))?).await.map_err(said)?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   VAULT_TOKEN ────────────────┐
-//!   VAULT_ROLE_ID + SECRET_ID ──┴─▶ Session ──read──▶ fields ──▶ Keeper: renew … renew ──▶ revoke
+//!   VAULT_ROLE_ID + SECRET_ID ──┴─▶ Session ──read──▶ fields ──▶ Keeper: renew … log in again, read again … ──▶ revoke
 //! ```
 //!
 //! The requests are those of `vaultrs`; answers are read here, because a server that speaks only part of the protocol leaves
@@ -141,6 +141,8 @@ pub(crate) enum VaultError {
     TooMany { what: String, count: usize },
     #[error("what the vault had issued was given back")]
     Ended,
+    #[error("it is renewed no longer")]
+    NoLonger,
 }
 
 impl VaultConfig {
@@ -283,7 +285,17 @@ pub(crate) struct Session {
     address: String,
     /// Of a token that is ours to renew and revoke.
     pub lease: Option<Lease>,
-    ours: bool,
+    /// To log in with again. What there is is ours then.
+    role: Option<Role>,
+    /// Tokens that others have followed, and until when they are good.
+    former: Vec<(Zeroizing<String>, Instant)>,
+}
+
+/// A role with what proves it.
+struct Role {
+    mount: String,
+    role_id: Zeroizing<String>,
+    secret_id: Zeroizing<String>,
 }
 
 impl Drop for Session {
@@ -318,7 +330,8 @@ impl Session {
         };
         // Without what may stand in front of an `@`.
         let shown = address.origin().ascii_serialization();
-        let mut session = Session { http, middleware, address: shown, lease: None, ours: false };
+        let mut session =
+            Session { http, middleware, address: shown, lease: None, role: None, former: Vec::new() };
         match &config.login {
             VaultLogin::Token(token) => session.take(token)?,
             VaultLogin::AppRole { mount, role_id, secret_id } => {
@@ -326,7 +339,9 @@ impl Session {
                     SecretId::Plain(secret_id) => secret_id.clone(),
                     SecretId::Wrapped(token) => session.unwrap(token).await?,
                 };
-                session.log_in(mount, role_id, &secret_id).await?;
+                let role = Role { mount: mount.clone(), role_id: role_id.clone(), secret_id };
+                session.log_in(&role).await?;
+                session.role = Some(role);
             }
         }
         Ok(session)
@@ -341,12 +356,33 @@ impl Session {
         Ok(())
     }
 
-    async fn log_in(&mut self, mount: &str, role_id: &str, secret_id: &str) -> Result<(), VaultError> {
+    /// Gets another token, if there is a role to log in with. The former is not given back before the end: what was issued
+    /// to it would end with it.
+    pub async fn log_in_again(&mut self) -> Result<(), VaultError> {
+        let Some(role) = self.role.take() else { return Err(VaultError::Login) };
+        let (token, lease) = (Zeroizing::new(std::mem::take(&mut self.middleware.token)), self.lease);
+        let again = self.log_in(&role).await;
+        self.role = Some(role);
+        match again {
+            Ok(()) => {
+                self.former.retain(|(_, until)| *until > Instant::now());
+                self.former.extend(lease.map(|lease| (token, lease.until)));
+                Ok(())
+            }
+            Err(error) => {
+                self.take(&token)?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn log_in(&mut self, role: &Role) -> Result<(), VaultError> {
+        let Role { mount, role_id, secret_id } = role;
         let what = format!("a login at auth/{mount}");
         let request = LoginWithApproleRequest::builder()
-            .mount(mount)
-            .role_id(role_id)
-            .secret_id(secret_id)
+            .mount(mount.as_str())
+            .role_id(role_id.as_str())
+            .secret_id(secret_id.as_str())
             .build()
             .map_err(|_| VaultError::Answer { what: what.clone() })?;
         let answer = match self.ask(&what, request).await {
@@ -358,7 +394,6 @@ impl Session {
         };
         let auth = answer.auth.as_ref().ok_or(VaultError::Answer { what })?;
         self.take(&auth.client_token)?;
-        self.ours = true;
         self.lease = Lease::new(auth.lease_duration, auth.renewable);
         Ok(())
     }
@@ -471,11 +506,23 @@ impl Session {
         }
     }
 
-    /// Gives the token back, if it was got here, and with it all that was issued to it.
-    pub async fn revoke(&self) -> Result<(), VaultError> {
-        if !self.ours {
+    /// Gives back the token, if it was got here, and those before it, and with them all that was issued to them.
+    pub async fn revoke(&mut self) -> Result<(), VaultError> {
+        if !self.is_ours() {
             return Ok(());
         }
+        let mut revoked = self.revoke_token().await;
+        for (token, until) in std::mem::take(&mut self.former) {
+            if until > Instant::now() {
+                self.take(&token)?;
+                let former = self.revoke_token().await;
+                revoked = revoked.and(former);
+            }
+        }
+        revoked
+    }
+
+    async fn revoke_token(&self) -> Result<(), VaultError> {
         let what = "the revocation of its token";
         let method = RequestMethod::POST;
         let request =
@@ -489,9 +536,9 @@ impl Session {
         }
     }
 
-    /// Whether the token was got here.
+    /// Whether the token was got here, with a role that gets another.
     pub fn is_ours(&self) -> bool {
-        self.ours
+        self.role.is_some()
     }
 
     async fn ask(&self, what: &str, endpoint: impl Endpoint) -> Result<Answer, VaultError> {

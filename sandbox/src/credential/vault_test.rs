@@ -2,6 +2,7 @@
 //! `cargo xtask vault` builds and each test starts on a loopback port. That one has neither policies, KV 2 nor wrapping, and
 //! renews no role's token; for these there is [`Double`], a double of a server that answers what it is told to.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 
-use super::super::keeper::Keeper;
+use super::super::keeper::{Change, Changes, Current, Issued, Keeper};
 use super::super::{Spec, fetch};
 use super::*;
 use crate::SecretSpec;
@@ -208,7 +209,7 @@ async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
     assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
 
     // The same by hand, to see the token before and after.
-    let session = Session::begin(&config).await.unwrap();
+    let mut session = Session::begin(&config).await.unwrap();
     let token = session.middleware.token.clone();
     session.revoke().await.unwrap();
     let login = VaultLogin::Token(Zeroizing::new(token));
@@ -258,7 +259,7 @@ async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it() {
 }
 
 #[tokio::test]
-async fn a_token_ends_with_its_term_and_lives_on_where_it_is_renewed() {
+async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again() {
     let server = Server::start(3).await;
     let config = server.config().await;
     let source = server.source("creds");
@@ -266,52 +267,153 @@ async fn a_token_ends_with_its_term_and_lives_on_where_it_is_renewed() {
     let kept = Session::begin(&config).await.unwrap();
     assert_eq!(kept.lease.unwrap().ttl, Duration::from_secs(3));
     let login = VaultLogin::Token(Zeroizing::new(kept.middleware.token.clone()));
-    let other = Session::begin(&VaultConfig { login, ..config }).await.unwrap();
-    let keeper = Keeper::start(kept, Vec::new());
+    let first = Session::begin(&VaultConfig { login, ..config }).await.unwrap();
+    let keeper = Keeper::start(kept, Vec::new(), BTreeMap::new());
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(matches!(forgotten.read(&source).await, Err(VaultError::Denied { .. })));
-    let read = other.read(&source).await;
-    let troubles = keeper.end().await;
-    if server.process.is_some() {
-        // rvault takes the renewal of a role's token, says nothing, and does nothing: that is noticed.
-        assert!(matches!(read, Err(VaultError::Denied { .. })));
-        assert!(
-            troubles[0].ends_with("the vault's answer to the renewal of its token is none"),
-            "{troubles:?}"
-        );
-    } else {
-        assert!(read.is_ok());
-        assert_eq!(troubles, Vec::<String>::new());
-        assert!(matches!(other.read(&source).await, Err(VaultError::Denied { .. })), "revoked at the end");
-    }
+    // rvault takes the renewal of a role's token, says nothing, and does nothing: there is a second one by now.
+    assert_eq!(first.read(&source).await.is_err(), server.process.is_some());
+    // And a third.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let reader = keeper.reader();
+    let current = reader.current(&source, true).await.unwrap();
+    let Current::Read(fields, _) = current else { panic!("it was read") };
+    assert!(fields.iter().any(|(name, value)| name == "api_token"
+        && value.as_ref().is_some_and(|value| value.as_slice() == CANARY.as_bytes())));
+    assert_eq!(keeper.end().await, Vec::<String>::new());
+    assert!(reader.current(&source, true).await.is_err(), "it has ended");
+    assert!(matches!(first.read(&source).await, Err(VaultError::Denied { .. })), "revoked at the end");
+}
+
+/// A double whose role's tokens are good for 5 s, are renewed for 3 and 2 more, and are followed by another so often as `logins`
+/// says. Each token has its own credentials.
+async fn short_lived(logins: u32) -> Double {
+    let state = Mutex::new((0, 3));
+    Double::start(move |asked| {
+        let mut state = state.lock().unwrap();
+        let (login, term) = &mut *state;
+        let current = format!("t-{login}");
+        let auth =
+            |token: &str, term: u32| json!({ "auth": { "client_token": token, "lease_duration": term, "renewable": true } });
+        match asked.line.as_str() {
+            "POST /v1/auth/approle/login" if *login >= logins => {
+                // Nobody's token is good any more.
+                *login = u32::MAX;
+                (400, json!({ "errors": [CANARY] }))
+            }
+            "POST /v1/auth/approle/login" => {
+                assert_eq!(asked.token, "", "none is needed to log in");
+                (*login, *term) = (*login + 1, 3);
+                (200, auth(&format!("t-{login}"), 5))
+            }
+            "POST /v1/auth/token/renew-self" if asked.token == current => {
+                let given = *term;
+                *term -= 1;
+                (200, auth(&asked.token, given))
+            }
+            "GET /v1/db/creds/app" if asked.token == current => (
+                200,
+                json!({ "lease_id": format!("l-{login}"), "lease_duration": 60, "renewable": true,
+                        "data": { "p": format!("password-{login}") } }),
+            ),
+            "POST /v1/auth/token/revoke-self" => (204, Value::Null),
+            _ => (403, json!({ "errors": [CANARY] })),
+        }
+    })
+    .await
+}
+
+fn role() -> VaultLogin {
+    let (role_id, secret_id) = (Zeroizing::new("r".to_owned()), SecretId::Plain(Zeroizing::new("s".into())));
+    VaultLogin::AppRole { mount: "approle".into(), role_id, secret_id }
+}
+
+/// The next change: what the field `p` is now.
+async fn next(changes: &mut Changes) -> Option<String> {
+    let change = tokio::time::timeout(Duration::from_secs(30), changes.recv()).await.expect("in time");
+    let Change { what, fields } = change.expect("the keeper is there");
+    assert_eq!(what, "vault://db/creds/app");
+    let value = fields?.into_iter().find(|(name, _)| name == "p").unwrap().1.unwrap();
+    Some(String::from_utf8(value.to_vec()).unwrap())
 }
 
 #[tokio::test]
-async fn a_token_of_ours_is_renewed_until_its_longest_term_and_revoked() {
-    let terms = std::sync::atomic::AtomicU64::new(3);
+async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_that_was_issued_to_it() {
+    let double = short_lived(u32::MAX).await;
+    let spec = Spec { vault: Some(double.config(role())), ..Spec::default() };
+    let mut fetched = fetch(&["DB=vault://db/creds/app#p".parse().unwrap()], &spec).await.unwrap();
+    assert_eq!(exposed(&fetched), [("DB".to_owned(), "password-1".to_owned())]);
+    let mut changes = fetched.changes.take().unwrap();
+    assert_eq!(next(&mut changes).await.unwrap(), "password-2");
+    // After 3.3 s for 3 more, after 2 s more for 2, which is less than half.
+    let renewals = double.lines().iter().filter(|line| line.ends_with("renew-self")).count();
+    assert_eq!(renewals, 2, "{:?}", double.lines());
+    assert_eq!(fetched.keeper.take().unwrap().end().await, Vec::<String>::new());
+    // The former is not over yet.
+    let asked = double.asked.lock().unwrap();
+    let revoked: Vec<&str> = asked
+        .iter()
+        .filter(|asked| asked.line.ends_with("revoke-self"))
+        .map(|asked| asked.token.as_str())
+        .collect();
+    assert_eq!(revoked, ["t-2", "t-1"]);
+}
+
+#[tokio::test]
+async fn what_was_issued_to_a_token_is_over_with_it() {
+    let double = short_lived(1).await;
+    let spec = Spec { vault: Some(double.config(role())), ..Spec::default() };
+    let mut fetched = fetch(&["DB=vault://db/creds/app#p".parse().unwrap()], &spec).await.unwrap();
+    let mut changes = fetched.changes.take().unwrap();
+    assert_eq!(next(&mut changes).await, None);
+    let troubles = fetched.keeper.take().unwrap().end().await;
+    let [renew, denied, over, token] = &troubles[..] else { panic!("{troubles:?}") };
+    assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
+    assert!(
+        renew.ends_with("the vault refuses the login: role id or secret id are wrong, used up or expired")
+    );
+    assert!(denied.starts_with("renew vault://db/creds/app, which is good for 0 s more: "), "{denied}");
+    assert!(over.starts_with("vault://db/creds/app was good until 0 s before the end"), "{over}");
+    assert!(token.starts_with("the vault's token was good until 0 s before the end"), "{token}");
+}
+
+#[tokio::test]
+async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer() {
+    let issued = Mutex::new(0);
     let double = Double::start(move |asked| match asked.line.as_str() {
-        "POST /v1/auth/approle/login" => {
-            (200, json!({ "auth": { "client_token": "t-3", "lease_duration": 3, "renewable": true } }))
+        "GET /v1/db/creds/app" => {
+            let mut issued = issued.lock().unwrap();
+            *issued += 1;
+            let data = json!({ "p": format!("password-{issued}") });
+            let lease = json!({ "lease_id": format!("l-{issued}"), "lease_duration": 3, "renewable": *issued == 1, "data": data });
+            if *issued < 4 { (200, lease) } else { (403, json!({ "errors": [CANARY] })) }
         }
-        "POST /v1/auth/token/renew-self" => {
-            let term = terms.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-            (200, json!({ "auth": { "client_token": "t-3", "lease_duration": term, "renewable": true } }))
-        }
-        "POST /v1/auth/token/revoke-self" => (204, Value::Null),
-        _ => (404, Value::Null),
+        // Not by this role.
+        "PUT /v1/sys/leases/renew" => (403, json!({ "errors": [CANARY] })),
+        "PUT /v1/sys/leases/revoke" => (204, Value::Null),
+        _ => (404, json!({ "errors": [] })),
     })
     .await;
-    let (role_id, secret_id) = (Zeroizing::new("r".to_owned()), SecretId::Plain(Zeroizing::new("s".into())));
-    let login = VaultLogin::AppRole { mount: "approle".into(), role_id, secret_id };
-    let session = Session::begin(&double.config(login)).await.unwrap();
-    let keeper = Keeper::start(session, Vec::new());
-    // After 2 s for 3 more, after 2 s more for 2, after 1.3 s for 1, which is the last.
-    tokio::time::sleep(Duration::from_millis(6500)).await;
-    let over = "the vault's token was good until 0 s before the end, and could not be renewed";
-    assert_eq!(keeper.end().await, [over]);
-    let lines = double.lines();
-    assert_eq!(lines.iter().filter(|line| line.ends_with("renew-self")).count(), 3, "{lines:?}");
-    assert_eq!(lines.last().unwrap(), "POST /v1/auth/token/revoke-self");
+    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
+    let secrets = ["A=vault://db/creds/app#p", "B=vault://db/creds/app"].map(|text| text.parse().unwrap());
+    let began = Instant::now();
+    let mut fetched = fetch(&secrets, &spec).await.unwrap();
+    assert_eq!(fetched.bound.len(), 2);
+    let mut changes = fetched.changes.take().unwrap();
+    assert_eq!(next(&mut changes).await.unwrap(), "password-2");
+    assert_eq!(next(&mut changes).await.unwrap(), "password-3");
+    assert_eq!(next(&mut changes).await, None);
+    // Two thirds of two terms, and the whole third, during which it was tried again.
+    let lasted = began.elapsed();
+    assert!((Duration::from_millis(6900)..Duration::from_secs(9)).contains(&lasted), "{lasted:?}");
+    let troubles = fetched.keeper.take().unwrap().end().await;
+    assert_eq!(troubles.len(), 2, "{troubles:?}");
+    assert!(
+        troubles[0].contains("which is good for 0 s more: the vault refuses vault://db/creds/app"),
+        "{troubles:?}"
+    );
+    // What has been followed is over as well, and nothing is left to be given back but the last.
+    assert_eq!(double.lines().iter().filter(|line| line.ends_with("leases/revoke")).count(), 1);
 }
 
 #[tokio::test]
@@ -513,14 +615,18 @@ async fn what_an_engine_issues_is_renewed_and_revoked() {
 #[tokio::test]
 async fn what_ends_before_the_sandbox_and_cannot_be_renewed_is_said() {
     let double = Double::issuing(Duration::ZERO, 1).await;
-    let spec = Spec { vault: Some(double.config(token())), ..Spec::default() };
-    let secret = ["P=vault://db/creds/app#p".parse().unwrap()];
-    let early = fetch(&secret, &spec).await.unwrap();
-    assert_eq!(early.keeper.unwrap().end().await, Vec::<String>::new());
-    let late = fetch(&secret, &spec).await.unwrap();
+    let source: VaultSource = "vault://db/creds/app#p".parse().unwrap();
+    let keep = async || {
+        let session = Session::begin(&double.config(token())).await.unwrap();
+        let (id, lease) = session.read(&source).await.unwrap().lease.unwrap();
+        // Nobody follows it: so are keys that an endpoint reads again when it is asked for them.
+        Keeper::start(session, vec![Issued { what: source.place(), id, lease }], BTreeMap::new())
+    };
+    assert_eq!(keep().await.end().await, Vec::<String>::new());
+    let late = keep().await;
     tokio::time::sleep(Duration::from_millis(2200)).await;
     let over = "vault://db/creds/app was good until 1 s before the end, and could not be renewed";
-    assert_eq!(late.keeper.unwrap().end().await, [over]);
+    assert_eq!(late.end().await, [over]);
     // It is nobody's to renew.
     assert!(double.lines().iter().all(|line| !line.ends_with("leases/renew")));
 }

@@ -1,5 +1,5 @@
-//! One line of JSON for each attempt to reach something, allowed or not, and for each credential that is delivered. Never what was
-//! sent, and never a value.
+//! One line of JSON for each attempt to reach something, allowed or not, and for each credential that is delivered or taken back.
+//! Never what was sent, and never a value.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -63,7 +63,7 @@ pub(crate) struct Line<'a> {
     pub omitted: u64,
 }
 
-/// A credential, about to be delivered.
+/// A credential, about to be delivered, or taken back.
 #[derive(Debug, Serialize)]
 struct Delivered<'a> {
     time: String,
@@ -151,6 +151,16 @@ impl Audit {
         let mut text = serde_json::to_vec(&line)?;
         text.push(b'\n');
         state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
+    }
+
+    /// A credential that was delivered in this way was taken back.
+    pub fn revoke(&self, name: &str, delivery: &str) {
+        let Some(state) = &self.state else { return };
+        let line = Delivered { time: now(), verdict: "revoked", credentials: [name], delivery };
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.broken |= state.file.write_all(&text).is_err();
     }
 
     pub fn write(&self, mut line: Line<'_>) {

@@ -455,7 +455,7 @@ fn the_documented_files_are_policies() {
 fn a_credential_is_for_hosts_that_are_allowed() {
     let policy = |secret: &str| {
         format!(
-            "sandbox: {{network: {{allowed_egress: ['*.example.com:443']}}}}\nsecrets:\n- {{name: A, source: 'env:A', {secret}}}\n"
+            "sandbox: {{network: {{allowed_egress: ['*.example.com:443']}}}}\nsecrets: [{{name: A, source: 'env:A', {secret}}}]\n"
         )
     };
     let kept = parse(&policy("hosts: ['api.example.com:443'], replaced_in: [body]"));
@@ -465,7 +465,7 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     assert!(kept.explain().contains("replaces in headers and the body of requests to api.example.com:443"));
     let refused = |secret: &str, words: &str| {
         let error = Policy::parse(&policy(secret), "p.yaml").unwrap_err().to_string();
-        assert!(error.starts_with("p.yaml, line 3,") && error.contains(words), "{error}");
+        assert!(error.starts_with("p.yaml, line 2,") && error.contains(words), "{error}");
     };
     refused("hosts: ['api.example.org:443']", "api.example.org:443 is not among the `allowed_egress`");
     refused("hosts: ['api.example.com:8443']", "is not among");
@@ -475,4 +475,8 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     refused("hosts: ['a.example.com:443'], delivery: memory", "leave one of both out");
     refused("hosts: ['a.example.com:443'], delivery: env", "leave one of both out");
     refused("hosts: ['a.example.com:443'], replaced_in: [path]", "path");
+    refused(
+        "delivery: endpoint}, {name: B, source: 'env:B', delivery: endpoint",
+        "A has the one endpoint there is",
+    );
 }
