@@ -4,7 +4,7 @@ use crate::Error;
 
 const BUILD_ARTIFACTS: &str = "build it with `cargo xtask setup && cargo xtask kernel && cargo xtask rootfs`, or name \
                                the directory that holds it in CHITIN_ARTIFACTS";
-const BUILD_MONITOR: &str = "build it with `cargo build --release -p chitin-vmm`, or name it in CHITIN_VMM";
+const BUILD_MONITOR: &str = "build it with `cargo xtask build`, or name it in CHITIN_VMM";
 
 /// The files every microVM is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -94,7 +94,7 @@ pub(crate) async fn microvm(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>)
         },
     };
     let mut checks = vec![
-        file("monitor", &artifacts.monitor, "build it with `cargo build --release -p chitin-vmm`"),
+        file("monitor", &artifacts.monitor, "build it with `cargo xtask build`"),
         file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
         file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
         probe(artifacts).await,

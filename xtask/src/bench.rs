@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::{microvm, setup, workspace};
+use crate::{build, microvm, setup, workspace};
 
 /// How much worse than the committed one a median may be, in percent. Two runs of the same build differ by less than one.
 const TOLERANCE: f64 = 3.0;
@@ -195,7 +195,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
-    microvm::build()?;
+    build::run(&build::Args::default())?;
     let dir = workspace::target().join("nested-out/bench");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     if let Some(peer) = &args.peer {

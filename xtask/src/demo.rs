@@ -15,7 +15,7 @@ use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
 use crate::process::{command, output, start_failure};
-use crate::{cache, microvm, setup, workspace};
+use crate::{build, cache, microvm, setup, workspace};
 
 /// The name under which the script expects its token.
 const TOKEN: &str = "API_TOKEN";
@@ -35,7 +35,7 @@ pub fn run(_: &Args) -> Result<ExitCode> {
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
-    microvm::build()?;
+    build::run(&build::Args::default())?;
 
     let out = workspace::target().join("demo");
     cache::remove_tree(&out)?;

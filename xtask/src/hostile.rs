@@ -34,7 +34,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let filter = args.filter.as_deref();
     match args.mutate.as_deref() {
         None => {
-            build(workspace::root(), &["--release", "--package", "chitin-vmm"], &[])?;
+            crate::build::monitor()?;
             attack(&workspace::target().join("release/chitin-vmm"), filter)
         }
         Some(name) => mutate(name, filter),

@@ -4,6 +4,7 @@
 //! and a line in [`Task`] and in [`main`].
 
 mod bench;
+mod build;
 mod cache;
 mod clients;
 mod debian;
@@ -41,6 +42,8 @@ struct Cli {
 enum Task {
     /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest, cargo-fuzz
     Setup(setup::Args),
+    /// Build guest kernel, root image, `chitin` and its monitor: target/artifacts and target/release
+    Build(build::Args),
     /// Build the guest kernel, target/artifacts/vmlinux
     Kernel(kernel::Args),
     /// Build the read-only root image, target/artifacts/root.img
@@ -66,6 +69,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup(args) => setup::run(&args),
+        Task::Build(args) => build::run(&args),
         Task::Kernel(args) => kernel::run(&args),
         Task::Rootfs(args) => rootfs::run(&args),
         Task::Vault(args) => vault::run(&args),

@@ -11,8 +11,8 @@ use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::process::{command, last_lines, run, start_failure};
-use crate::{kernel, nested, rootfs, workspace};
+use crate::process::{last_lines, start_failure};
+use crate::{nested, workspace};
 
 #[derive(Deserialize)]
 struct Diagnosis {
@@ -25,15 +25,6 @@ struct Check {
     name: String,
     ok: bool,
     detail: String,
-}
-
-/// Builds all that a microVM is made of: kernel, root image, and `chitin` and its monitor as they are shipped.
-pub fn build() -> Result<()> {
-    kernel::run(&kernel::Args::default())?;
-    rootfs::run(&rootfs::Args::default())?;
-    let mut build =
-        command("cargo", ["build", "--release", "--package", "chitin-cli", "--package", "chitin-vmm"]);
-    run(build.current_dir(workspace::root()))
 }
 
 /// Asks `chitin doctor`, and says in one line why not where it is not.

@@ -9,7 +9,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::process::{describe, output, run_aloud, start_failure};
-use crate::{fuzz, hostile, microvm, programs, setup, vault, workspace};
+use crate::{build, fuzz, hostile, microvm, programs, setup, vault, workspace};
 
 /// Emulated hosts at once, of 4 GiB each.
 const MAX_HOSTS: usize = 4;
@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cargo(&["fmt", "--all", "--check"])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     }
-    microvm::build()?;
+    build::run(&build::Args::default())?;
     programs::run(&programs::Args::default())?;
     if args.filter.is_none() {
         vault::run(&vault::Args::default())?;
