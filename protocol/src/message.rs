@@ -267,7 +267,8 @@ pub struct Usage {
     pub user_us: u64,
     /// CPU time in the kernel, microseconds.
     pub system_us: u64,
-    /// Largest resident set, KiB.
+    /// Largest resident set, KiB, as its kernel counts it: Linux in steps of 32 pages, and without what a microVM maps of its image, so
+    /// that a small program may have 0.
     pub max_rss_kib: u64,
 }
 
