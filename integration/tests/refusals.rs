@@ -53,7 +53,7 @@ fn a_root_image_that_is_cut_off() {
 
 #[test]
 fn a_missing_monitor() {
-    run("true").env("CHITIN_VMM", "/nonexistent/chitin-vmm").outcome().refused("cargo build");
+    run("true").env("CHITIN_VMM", "/nonexistent/chitin-vmm").outcome().refused("cargo xtask build");
     // One that is no monitor at all.
     run("true").env("CHITIN_VMM", "/bin/true").outcome().refused("the monitor ended without a word");
 }
