@@ -53,19 +53,16 @@ impl Secrets {
         if value.len() > MAX_SECRET {
             return Err(fail("keep credential", Errno::TOOBIG));
         }
-        let former = self.kept.iter().position(|(other, _)| other == name);
-        if former.is_none() && self.kept.len() >= MAX_SECRETS {
+        let at = self.kept.iter().position(|(other, _)| other == name);
+        if at.is_none() && self.kept.len() >= MAX_SECRETS {
             return Err(fail("keep more than 64 credentials:", Errno::NOSPC));
         }
-        let former = former.and_then(|at| self.kept.get_mut(at)).map(|(_, kept)| kept);
         self.held = true;
-        let kept = match (secret.delivery, &former) {
+        let failed = |errno| fail("keep credential", errno);
+        let mut former = at.and_then(|at| self.kept.get_mut(at)).map(|(_, kept)| kept);
+        let kept = match (secret.delivery, &mut former) {
             (Delivery::Env, _) if value.contains(&0) => {
                 return Err(fail("put into the environment a value with a NUL:", Errno::INVAL));
-            }
-            (Delivery::Memory, Some(Kept::Memory(_))) => None,
-            (Delivery::Memory, _) => {
-                Some(Kept::Memory(Shared::new().map_err(|errno| fail("keep credential", errno))?))
             }
             (Delivery::Env, _) => {
                 // Sized at once: growing would leave copies behind.
@@ -73,25 +70,21 @@ impl Secrets {
                 entry.extend_from_slice(name.as_bytes());
                 entry.push(b'=');
                 entry.extend_from_slice(value);
-                Some(Kept::Env(entry))
+                Kept::Env(entry)
+            }
+            // Processes have inherited it.
+            (Delivery::Memory, Some(Kept::Memory(shared))) => return shared.set(value).map_err(failed),
+            (Delivery::Memory, _) => {
+                let mut shared = Shared::new().map_err(failed)?;
+                shared.set(value).map_err(failed)?;
+                Kept::Memory(shared)
             }
         };
-        let place = match (former, kept) {
-            (Some(former), None) => former,
-            (Some(former), Some(kept)) => {
-                *former = kept;
-                former
-            }
-            (None, kept) => {
-                self.kept.extend(kept.map(|kept| (name.clone(), kept)));
-                let Some((_, last)) = self.kept.last_mut() else { return Ok(()) };
-                last
-            }
-        };
-        match place {
-            Kept::Memory(shared) => shared.set(value).map_err(|errno| fail("keep credential", errno)),
-            Kept::Env(_) => Ok(()),
+        match former {
+            Some(former) => *former = kept,
+            None => self.kept.push((name.clone(), kept)),
         }
+        Ok(())
     }
 
     /// Takes a credential back, if there is one of that name.

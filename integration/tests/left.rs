@@ -65,8 +65,26 @@ async fn attacks(builder: Builder) {
     assert!(matches!(error, Error::GuestEnded(_) | Error::Protocol(_)), "{error:?}");
 }
 
-/// Nothing is left, and it has not taken too long.
-async fn ended(before: Belongings, runs: usize, elapsed: Duration, limit: Duration) {
+/// Runs batches of `each`, and asserts that nothing is left of them, and that it has not taken too long. `last` makes one sandbox
+/// more: what somebody has left who was killed is found by the next start.
+async fn leave_nothing<F: Future<Output = ()>>(
+    on: On,
+    (runs, each): (usize, usize),
+    limit: Duration,
+    batch: impl Fn(usize) -> F,
+    last: Builder,
+) {
+    // What a process opens once for all its sandboxes.
+    batch(0).await;
+    chitin::given_back().await;
+    let before = Belongings::now(on);
+    let start = Instant::now();
+    for number in 0..runs / each {
+        batch(number).await;
+    }
+    exits(last, 0).await;
+    chitin::given_back().await;
+    let elapsed = start.elapsed();
     println!("{runs} runs took {elapsed:?}");
     // What was dropped is waited for by the runtime, which has to go on.
     tokio::task::spawn_blocking(move || before.assert_nothing_more()).await.unwrap();
@@ -130,18 +148,7 @@ async fn nothing_is_left_of_five_hundred_microvms() {
             );
         }
     };
-    // What a process opens once for all its sandboxes.
-    batch(0).await;
-    chitin::given_back().await;
-    let before = Belongings::now(on);
-    let start = Instant::now();
-    for number in 0..RUNS / MICROVMS {
-        batch(number).await;
-    }
-    // The control group of a keeper that was killed is found by the next start.
-    exits(copy.clone(), 0).await;
-    chitin::given_back().await;
-    ended(before, RUNS, start.elapsed(), LIMIT).await;
+    leave_nothing(on, (RUNS, MICROVMS), LIMIT, batch, copy.clone()).await;
 }
 
 /// The same with containers, as many as fit into two minutes.
@@ -161,17 +168,7 @@ async fn nothing_is_left_of(tier: Runtime, runs: usize, limit: Duration) {
             is_killed(on.sh(FOREVER), moment(number, 83, 2000)).await;
         }
     };
-    batch(0).await;
-    chitin::given_back().await;
-    let before = Belongings::now(on);
-    let start = Instant::now();
-    for number in 0..runs / CONTAINERS {
-        batch(number).await;
-    }
-    // What somebody has left who was killed is found by the next start.
-    exits(builder(), 0).await;
-    chitin::given_back().await;
-    ended(before, runs, start.elapsed(), limit).await;
+    leave_nothing(on, (runs, CONTAINERS), limit, batch, builder()).await;
 }
 
 mod nanoclaw {

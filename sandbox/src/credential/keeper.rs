@@ -87,11 +87,14 @@ impl Keeper {
         let (asks, asked) = mpsc::channel(1);
         // As many as terms end.
         let (tell, changes) = mpsc::unbounded_channel();
-        let term = |issued: Issued| (Term::new(issued.lease), issued);
+        let with_term = |issued: Issued| {
+            let term = Term::new(issued.lease);
+            (issued, Some(term))
+        };
         let keeping = Keeping {
             token: session.lease.map(Term::new),
             session,
-            leases: issued.into_iter().map(term).map(|(term, issued)| (issued, Some(term))).collect(),
+            leases: issued.into_iter().map(with_term).collect(),
             followed,
             tell,
             troubles: Vec::new(),
