@@ -71,10 +71,14 @@ impl Link {
         self.socket.as_fd()
     }
 
-    pub fn wake(&mut self, readable: bool, writable: bool, broken: bool) {
+    /// Takes note of an event. Whether something is wrong is the socket's to say, not the event's: under gVisor one whose both
+    /// ends have closed has every flag there is, also while there is something to be read.
+    pub fn wake(&mut self, readable: bool, writable: bool, doubtful: bool) {
         self.readable |= readable;
         self.writable |= writable;
-        self.broken |= broken;
+        if doubtful && self.connecting.is_none() {
+            self.broken |= self.error().is_err();
+        }
     }
 
     /// Takes bytes of the stream over and says how many have left for the socket already.
@@ -110,7 +114,8 @@ impl Link {
             moved = true;
         }
         let room = connection.sendable(stream).min(MAX_DATA);
-        if self.readable && !self.read && room > 0 {
+        // What is broken off has an end to be read, once the error was.
+        if self.readable && !self.read && !self.broken && room > 0 {
             match rustix::io::read(&self.socket, &mut scratch[..room]) {
                 Ok(0) => {
                     self.read = true;
@@ -139,11 +144,11 @@ impl Link {
 
     /// Sees what has become of a connection that is being made. `None`: there is one to use.
     fn connect(&mut self, connection: &mut Connection<Guest>, stream: StreamId) -> Option<Step> {
-        if self.connecting.is_some() && !self.writable && !self.broken {
+        if self.connecting.is_some() && !self.writable {
             return Some(Step::Waiting);
         }
         let Connecting { request, port } = self.connecting.take()?;
-        let outcome = sockopt::socket_error(&self.socket).and_then(|outcome| outcome);
+        let outcome = self.error();
         let failed = outcome.is_err();
         let result = outcome.map_err(|errno| refused(port, errno));
         if let Err(error) = connection.send_message(&ToHost::Done { request, result }) {
@@ -155,6 +160,11 @@ impl Link {
         }
         connection.reset(stream);
         Some(Step::Finished)
+    }
+
+    /// What has happened to the socket; it says so once.
+    fn error(&self) -> Result<(), Errno> {
+        sockopt::socket_error(&self.socket)?
     }
 
     /// Sends these bytes, or what waits, and says how many.
@@ -176,4 +186,68 @@ impl Link {
 /// Why the host's connection could not be made.
 pub fn refused(port: u16, errno: Errno) -> chitin_protocol::Failure {
     failure("connect to port", port.to_string().as_bytes(), errno)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use chitin_protocol::{Direction, Event, Host};
+
+    use super::*;
+
+    /// A link whose host has ended its half, and the socket at the other end of it.
+    fn half_closed() -> (Link, TcpStream, Connection<Guest>, Connection<Host>, StreamId) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        near.set_nonblocking(true).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        let (mut guest, mut host) = (Connection::<Guest>::new(), Connection::<Host>::new());
+        let stream = host.open(Direction::Both).unwrap();
+        guest.accept(stream, Direction::Both).unwrap();
+        let mut link = Link::new(near.into()).unwrap();
+        link.end();
+        assert_eq!(link.step(&mut guest, stream, &mut [0; MAX_DATA]), Step::Moved);
+        assert_eq!(far.read(&mut [0]).unwrap(), 0);
+        (link, far, guest, host, stream)
+    }
+
+    /// What has arrived at the host, and whether it ended well.
+    fn arrived(guest: &mut Connection<Guest>, host: &mut Connection<Host>) -> (Vec<u8>, bool) {
+        let sent = guest.output().to_vec();
+        host.space()[..sent.len()].copy_from_slice(&sent);
+        host.filled(sent.len());
+        let (mut bytes, mut ended) = (Vec::new(), false);
+        while let Some(event) = host.next_event().unwrap() {
+            match event {
+                Event::Data { bytes: more, .. } => bytes.extend_from_slice(more),
+                Event::End { .. } => ended = true,
+                _ => {}
+            }
+        }
+        (bytes, ended)
+    }
+
+    #[test]
+    fn every_flag_at_once_is_no_reset_while_there_is_something_to_read() {
+        let (mut link, mut far, mut guest, mut host, stream) = half_closed();
+        far.write_all(b"the answer").unwrap();
+        drop(far);
+        link.wake(true, true, true);
+        while link.step(&mut guest, stream, &mut [0; MAX_DATA]) == Step::Moved {}
+        assert_eq!(arrived(&mut guest, &mut host), (b"the answer".to_vec(), true));
+    }
+
+    #[test]
+    fn a_reset_is_one() {
+        let (mut link, far, mut guest, mut host, stream) = half_closed();
+        sockopt::set_socket_linger(&far, Some(Duration::ZERO)).unwrap();
+        drop(far);
+        link.wake(true, true, true);
+        assert_eq!(link.step(&mut guest, stream, &mut [0; MAX_DATA]), Step::Finished);
+        assert_eq!(arrived(&mut guest, &mut host), (Vec::new(), false));
+    }
 }
