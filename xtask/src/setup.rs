@@ -20,7 +20,7 @@ const PACKAGES: [(&str, &str); 12] = [
     ("xz-utils", "unpacking kernel source and modules"),
     ("erofs-utils", "mkfs.erofs makes the root image"),
     ("fakeroot", "gives the root image's files their owners without being root"),
-    ("libssl-dev", "the server that tests of vaults ask"),
+    ("libssl-dev", "rvault, a server that tests of vaults ask"),
     ("pkg-config", "finding that library"),
     ("ca-certificates", "downloads"),
 ];
@@ -105,7 +105,7 @@ fn missing() -> Result<Vec<Missing>> {
     }
     // Each counts as well if it came another way than from Debian.
     for (program, package, why) in [
-        ("pip3", "python3-pip", "fetching boto3, requests and a JVM, that tests of credentials run"),
+        ("pip3", "python3-pip", "fetching boto3, requests, a JVM and OpenBao, for tests of credentials"),
         ("dockerd", "docker.io", "a Docker daemon of the tests' own, for the tier nemoclaw"),
         ("runsc", "runsc", "gVisor, for the tier nanoclaw"),
         ("crun", "crun", "the runtime of the tier nanoclaw where gVisor does not work"),

@@ -115,8 +115,10 @@ pub(crate) enum VaultError {
         "the vault at {address} answers with a redirect, which would take the token elsewhere: set VAULT_ADDR to the active server"
     )]
     Redirect { address: String },
-    #[error("the vault refuses the login: role id or secret id are wrong, used up or expired")]
-    Login,
+    #[error(
+        "the vault refuses the login at auth/{mount}: role id or secret id are wrong, used up or expired, or no AppRole is there"
+    )]
+    Login { mount: String },
     #[error("the vault's wrapping token is not valid: it was used before, or has expired")]
     Wrapping,
     #[error("the vault refuses {what}: the token has expired, or its policies do not allow this")]
@@ -359,7 +361,7 @@ impl Session {
     /// Gets another token, if there is a role to log in with. The former is not given back before the end: what was issued
     /// to it would end with it.
     pub async fn log_in_again(&mut self) -> Result<(), VaultError> {
-        let Some(role) = self.role.take() else { return Err(VaultError::Login) };
+        let Some(role) = self.role.take() else { return Err(VaultError::NoLonger) };
         let (token, lease) = (Zeroizing::new(std::mem::take(&mut self.middleware.token)), self.lease);
         let again = self.log_in(&role).await;
         self.role = Some(role);
@@ -378,7 +380,7 @@ impl Session {
 
     async fn log_in(&mut self, role: &Role) -> Result<(), VaultError> {
         let Role { mount, role_id, secret_id } = role;
-        let what = format!("a login at auth/{mount}");
+        let what = format!("auth/{mount}/login");
         let request = LoginWithApproleRequest::builder()
             .mount(mount.as_str())
             .role_id(role_id.as_str())
@@ -386,9 +388,9 @@ impl Session {
             .build()
             .map_err(|_| VaultError::Answer { what: what.clone() })?;
         let answer = match self.ask(&what, request).await {
-            // Servers do not agree on which of these a wrong role is.
+            // Servers do not agree on which of these a wrong role is, nor what is no role's place.
             Err(VaultError::Denied { .. } | VaultError::Status { code: 400 | 401, .. }) => {
-                return Err(VaultError::Login);
+                return Err(VaultError::Login { mount: mount.clone() });
             }
             answer => answer?,
         };
@@ -506,12 +508,16 @@ impl Session {
         }
     }
 
-    /// Gives back the token, if it was got here, and those before it, and with them all that was issued to them.
+    /// Gives back the token, if it was got here, and those before it, and with them all that was issued to them. What is over
+    /// is not: a server refuses what comes with it.
     pub async fn revoke(&mut self) -> Result<(), VaultError> {
         if !self.is_ours() {
             return Ok(());
         }
-        let mut revoked = self.revoke_token().await;
+        let mut revoked = Ok(());
+        if self.lease.is_none_or(|lease| lease.until > Instant::now()) {
+            revoked = self.revoke_token().await;
+        }
         for (token, until) in std::mem::take(&mut self.former) {
             if until > Instant::now() {
                 self.take(&token)?;
@@ -640,5 +646,5 @@ fn check_header(what: &'static str, text: &str) -> Result<(), VaultError> {
 }
 
 #[cfg(test)]
-#[path = "vault_test.rs"]
+#[path = "vault_test/mod.rs"]
 mod tests;
