@@ -22,8 +22,14 @@ use zeroize::Zeroize;
 use crate::frame::{HEADER_LEN, HELLO_LEN, Header, Kind, MAGIC, MAX_DATA};
 use crate::{Fault, MAX_DIALS, MAX_STREAMS, StreamId, ToGuest, ToHost, VERSION, WINDOW};
 
+/// What is read into as long as all that comes are short messages: most commands need no more, and a buffer is cleared first.
+const FEW_MESSAGES: usize = 4096;
+
 /// Above this much unsent output no more stream data is taken: enough for four full frames in flight.
-const OUTPUT_HIGH_WATER: usize = 4 * (HEADER_LEN + MAX_DATA);
+const OUTPUT_HIGH_WATER: usize = 4 * WHOLE_FRAME;
+
+/// The longest data frame.
+const WHOLE_FRAME: usize = HEADER_LEN + MAX_DATA;
 
 /// An honest peer reads its answers; one that lets this much of them pile up is attacking memory.
 const OUTPUT_LIMIT: usize = 4 * 1024 * 1024;
@@ -180,12 +186,16 @@ impl<R: Role> Connection<R> {
             self.parsed = 0;
             self.received = 0;
         }
-        let wanted = self.wanted();
+        let mut wanted = self.wanted();
         if self.input.len() - self.parsed < wanted || self.received == self.input.len() {
             self.input.copy_within(self.parsed..self.received, 0);
             self.received -= self.parsed;
             self.parsed = 0;
-            // A control frame may be larger than the usual buffer; its header has been checked by then.
+            // Full of what nobody has asked for yet.
+            if self.received >= FEW_MESSAGES && self.received == self.input.len() {
+                wanted = wanted.max(WHOLE_FRAME);
+            }
+            // A frame may be larger than the buffer; its header has been checked by then.
             if self.input.len() < wanted {
                 // Growing in place would write to every page of it, and could leave a part of a secret in freed memory.
                 let mut roomier = vec![0; wanted];
@@ -202,10 +212,10 @@ impl<R: Role> Connection<R> {
         self.received = self.input.len().min(self.received + count);
     }
 
-    /// The buffer that takes the frame now arriving, and at least one full data frame.
+    /// The buffer that takes the frame now arriving; where that is more than a few messages, any data frame too.
     fn wanted(&self) -> usize {
-        let announced = self.peek().ok().flatten().map_or(0, |header| header.len as usize);
-        HEADER_LEN + announced.max(MAX_DATA)
+        let announced = self.peek().ok().flatten().map_or(0, |header| HEADER_LEN + header.len as usize);
+        if announced <= FEW_MESSAGES { FEW_MESSAGES } else { announced.max(WHOLE_FRAME) }
     }
 
     fn peek(&self) -> Result<Option<Header>, Fault> {

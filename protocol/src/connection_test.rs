@@ -44,6 +44,25 @@ fn hello(version: u32) -> Vec<u8> {
 }
 
 #[test]
+fn there_is_always_room_and_little_of_it_before_more_is_needed() {
+    let (_, mut guest) = established();
+    assert_eq!(guest.space().len(), FEW_MESSAGES);
+    // Short frames, none of which is asked for.
+    let signal = raw(3, 0, &[0; 3]);
+    for _ in 0..2 * WHOLE_FRAME / signal.len() {
+        let space = guest.space();
+        let count = signal.len().min(space.len());
+        assert!(count > 0);
+        space[..count].copy_from_slice(&signal[..count]);
+        guest.filled(count);
+        if guest.received >= WHOLE_FRAME {
+            return;
+        }
+    }
+    panic!("{} bytes of room", guest.input.len());
+}
+
+#[test]
 fn the_lower_version_wins_and_none_is_a_fault() {
     for (theirs, outcome) in [
         (1, Ok(1)),
