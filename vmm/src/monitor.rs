@@ -213,10 +213,11 @@ impl Monitor {
         vcpu::install_kick_handler().map_err(host("install the signal handler of vCPUs"))?;
         let outcome = Rc::new(Outcome::default());
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(MonitorError::EventLoop)?;
-        let mut watched = vec![notice.event.as_raw_fd(), mailbox.as_raw_fd()];
-        watched.extend(control.as_deref().map(AsRawFd::as_raw_fd));
+        let watched = vec![notice.event.as_raw_fd(), mailbox.as_raw_fd()];
+        let asked = control.as_deref().map(AsRawFd::as_raw_fd);
         let stops = stop_on.iter().map(AsRawFd::as_raw_fd).chain([stopper.0.as_raw_fd()]).collect();
-        manager.add_subscriber(Subscriber::Watch(Watch { watched, stops, outcome: Rc::clone(&outcome) }));
+        let watch = Watch { watched, asked, stops, outcome: Rc::clone(&outcome) };
+        manager.add_subscriber(Subscriber::Watch(watch));
         let mut desk = Desk {
             manager,
             requests,
@@ -243,15 +244,15 @@ impl Monitor {
         };
         let gate = Arc::new(Gate::default());
         let filters = filters.then(|| Filters::of(&spec));
+        let filter = |vcpus: usize| {
+            let Some(filters) = filters else { return Ok(()) };
+            // The only one runs no guest before it has its filter on; of several, each must.
+            gate.await_arrivals(if vcpus > 1 { vcpus } else { 0 });
+            seccomp::no_more_threads(vcpus + 1).map_err(host("limit the number of threads"))?;
+            filters.install(Thread::Vmm).map_err(host("filter system calls"))
+        };
         // From here on the guest may do what it wants: whatever is not needed to serve it has been done.
-        let enter = |desk: &mut Desk<'_>, vcpus: usize| {
-            go(desk)?;
-            if let Some(filters) = filters {
-                // The only one runs no guest before it has its filter on; of several, each must.
-                gate.await_arrivals(if vcpus > 1 { vcpus } else { 0 });
-                seccomp::no_more_threads(vcpus + 1).map_err(host("limit the number of threads"))?;
-                filters.install(Thread::Vmm).map_err(host("filter system calls"))?;
-            }
+        let enter = |desk: &mut Desk<'_>| {
             gate.open();
             desk.serve(&notice)
         };
@@ -265,11 +266,15 @@ impl Monitor {
         }
         let served = match refused {
             Some(error) => Err(error),
-            None if spec.prepared => wait_for_go(&mut desk, &notice, &slot).and_then(|end| match end {
-                Some(end) => Ok(Turn::End(end)),
-                None => enter(&mut desk, running.len()),
-            }),
-            None => enter(&mut desk, running.len()),
+            // Before it waits, because somebody waits for it afterwards.
+            None if spec.prepared => filter(running.len())
+                .and_then(|()| wait_for_go(&mut desk, &notice, &slot))
+                .and_then(|end| match end {
+                    Some(end) => Ok(Turn::End(end)),
+                    None => go(&mut desk).and_then(|()| enter(&mut desk)),
+                }),
+            // No rule is needed for what goes before it.
+            None => go(&mut desk).and_then(|()| filter(running.len())).and_then(|()| enter(&mut desk)),
         };
 
         // A vCPU may be waiting for an answer to a request: it gets none, and goes on to see that it is to stop.

@@ -33,13 +33,19 @@ thread_local! {
 pub struct Filters {
     console: bool,
     restored: bool,
+    prepared: bool,
     saved: bool,
 }
 
 impl Filters {
     /// Those that fit what is asked for.
     pub fn of(spec: &VmSpec) -> Self {
-        Self { console: spec.console, restored: spec.restore, saved: spec.template || spec.record }
+        Self {
+            console: spec.console,
+            restored: spec.restore,
+            prepared: spec.prepared,
+            saved: spec.template || spec.record,
+        }
     }
 
     fn hold(self, when: When) -> bool {
@@ -47,6 +53,7 @@ impl Filters {
             When::Always => true,
             When::Console => self.console,
             When::Restored => self.restored,
+            When::Prepared => self.prepared,
             When::Saved => self.saved,
         }
     }

@@ -159,6 +159,11 @@ impl Vcpu {
         let builder = std::thread::Builder::new().name(format!("vcpu{}", self.index)).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
             let filtered = filters.map_or(Ok(()), |filters| filters.install(Thread::Vcpu));
+            // At its first run KVM starts a thread of its own, at the latest. It comes back at once, and says that it was
+            // interrupted; whatever else is wrong is found when the guest is to run.
+            self.fd.set_kvm_immediate_exit(1);
+            let _ = self.fd.run();
+            self.fd.set_kvm_immediate_exit(0);
             gate.pass();
             let end = match filtered {
                 Ok(()) => self.run(),

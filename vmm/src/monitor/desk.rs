@@ -71,6 +71,8 @@ impl Worker for Mailbox {
 #[derive(Default)]
 pub(super) struct Outcome {
     stop: Cell<bool>,
+    /// The host may have asked for something.
+    asked: Cell<bool>,
     end: RefCell<Option<End>>,
     /// The guest waits to be saved, which is told once.
     frozen: Cell<Option<Frozen>>,
@@ -107,11 +109,13 @@ impl Desk<'_> {
     /// Serves until the guest ends, or the host asks for something.
     pub(super) fn serve(&mut self, notice: &Notice) -> Result<Turn, MonitorError> {
         loop {
-            // Looked for before each wait: requests that come together are one event.
-            if let Some(control) = &self.control {
+            // Until there is nothing: requests that come together are one event.
+            if let Some(control) = &self.control
+                && self.outcome.asked.get()
+            {
                 match control.command() {
                     Ok(command) => return Ok(Turn::Command(command)),
-                    Err(ControlError::Nothing) => {}
+                    Err(ControlError::Nothing) => self.outcome.asked.set(false),
                     // Closing the socket is how a host stops a guest.
                     Err(ControlError::Closed) => return Ok(Turn::End(End::new(EndReason::Stopped))),
                     Err(error) => return Err(error.into()),
@@ -151,8 +155,15 @@ impl Desk<'_> {
     /// Looks into all queues, as if their drivers had notified them.
     pub(super) fn serve_all(&mut self) {
         for id in self.active.values() {
-            if let Ok(Subscriber::Runner(runner)) = self.manager.subscriber_mut(*id) {
-                runner.serve_all();
+            let interest = match self.manager.subscriber_mut(*id) {
+                Ok(Subscriber::Runner(runner)) => {
+                    runner.serve_all();
+                    runner.new_interest()
+                }
+                _ => continue,
+            };
+            if let Ok(mut ops) = self.manager.event_ops(*id) {
+                interest.into_iter().for_each(|events| watch_anew(events, &mut ops));
             }
         }
     }
@@ -170,7 +181,7 @@ impl Desk<'_> {
             Request::Start { device, handler, kick } => {
                 let Some(shared) = self.shared.get(device) else { return };
                 let (shared, outcome) = (Arc::clone(shared), Rc::clone(&self.outcome));
-                let runner = Runner { handler, kick, shared, outcome, broken: false };
+                let runner = Runner { handler, kick, shared, outcome, blocked: false, broken: false };
                 let id = self.manager.add_subscriber(Subscriber::Runner(runner));
                 self.active.insert(device, id);
             }
@@ -231,17 +242,22 @@ impl MutEventSubscriber for Subscriber {
 pub(super) struct Watch {
     /// Only wake the loop, which looks for itself.
     pub(super) watched: Vec<RawFd>,
+    /// The control socket.
+    pub(super) asked: Option<RawFd>,
     pub(super) stops: Vec<RawFd>,
     pub(super) outcome: Rc<Outcome>,
 }
 
 const WAKE: u32 = 0;
 const STOP: u32 = 1;
+const ASKED: u32 = 2;
 
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        if events.data() == STOP {
-            self.outcome.stop.set(true);
+        match events.data() {
+            STOP => self.outcome.stop.set(true),
+            ASKED => self.outcome.asked.set(true),
+            _ => {}
         }
     }
 
@@ -249,7 +265,8 @@ impl MutEventSubscriber for Watch {
         // Edge-triggered, so that an eventfd needs not be read: every write is another event.
         let wake = self.watched.iter().map(|fd| (*fd, WAKE));
         let stop = self.stops.iter().map(|fd| (*fd, STOP));
-        for (fd, data) in wake.chain(stop) {
+        let asked = self.asked.iter().map(|fd| (*fd, ASKED));
+        for (fd, data) in wake.chain(stop).chain(asked) {
             let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
             if ops.add(Events::with_data_raw(fd, data, interest)).is_err() {
                 // What cannot be watched cannot stop the guest; that must not go unnoticed.
@@ -265,6 +282,8 @@ pub(super) struct Runner {
     kick: Arc<EventFd>,
     shared: Arc<Shared>,
     outcome: Rc<Outcome>,
+    /// Whether its sources are watched for output too.
+    blocked: bool,
     /// After a fault nothing is served until the driver resets the device, which makes a new runner.
     broken: bool,
 }
@@ -282,6 +301,21 @@ impl Runner {
 
     fn is_drained(&self) -> bool {
         self.broken || self.handler.is_drained()
+    }
+
+    fn sources(&self) -> impl Iterator<Item = Events> {
+        let output = if self.blocked { EventSet::OUT } else { EventSet::empty() };
+        let interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED | output;
+        let sources = (FIRST_SOURCE..).zip(self.handler.sources());
+        sources.map(move |(data, fd)| Events::with_data_raw(fd, data, interest))
+    }
+
+    /// Its sources, if they are to be watched for something else from now on.
+    fn new_interest(&mut self) -> Vec<Events> {
+        if std::mem::replace(&mut self.blocked, self.handler.is_blocked()) == self.blocked {
+            return Vec::new();
+        }
+        self.sources().collect()
     }
 
     fn settle(&mut self, result: Result<Flow, GuestFault>) {
@@ -309,7 +343,7 @@ impl Runner {
 }
 
 impl MutEventSubscriber for Runner {
-    fn process(&mut self, events: Events, _: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         if self.broken {
             return;
         }
@@ -327,19 +361,22 @@ impl MutEventSubscriber for Runner {
             }
         };
         self.settle(result);
+        self.new_interest().into_iter().for_each(|events| watch_anew(events, ops));
     }
 
     fn init(&mut self, ops: &mut EventOps) {
         // Edge-triggered: an eventfd need not be read, and a channel's handler remembers what it is ready for.
-        let kick = [(self.kick.as_raw_fd(), 0, EventSet::IN)].into_iter();
-        let channel = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP;
-        let sources = self.handler.sources();
-        let sources = (FIRST_SOURCE..).zip(sources).map(|(data, fd)| (fd, data, channel));
-        for (fd, data, interest) in kick.chain(sources) {
-            let events = Events::with_data_raw(fd, data, interest | EventSet::EDGE_TRIGGERED);
+        let kick = Events::with_data_raw(self.kick.as_raw_fd(), 0, EventSet::IN | EventSet::EDGE_TRIGGERED);
+        for events in [kick].into_iter().chain(self.sources()) {
             if let Err(error) = ops.add(events) {
                 self.end(End::because(EndReason::Stopped, format!("watch a device's descriptor: {error}")));
             }
         }
     }
+}
+
+/// What it is ready for at this moment is an event of its own, so that nothing is missed. A descriptor that is gone needs no
+/// watching.
+fn watch_anew(events: Events, ops: &mut EventOps) {
+    let _ = ops.modify(events);
 }

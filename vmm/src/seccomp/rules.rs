@@ -8,7 +8,7 @@ use kvm_bindings as kvm;
 use libc::c_long;
 
 use self::Check::{Any, OneOf, Without};
-use self::When::{Always, Console, Restored, Saved};
+use self::When::{Always, Console, Prepared, Restored, Saved};
 
 /// One of the two kinds of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub enum When {
     Console,
     /// For one that goes on from a template.
     Restored,
+    /// For one that waits for its channel.
+    Prepared,
     /// For one that is made into a template, or recorded.
     Saved,
 }
@@ -134,7 +136,7 @@ const VCPU: [Rule; 4] = [
 ];
 
 /// The VMM thread's own.
-const VMM: [Rule; 20] = [
+const VMM: [Rule; 21] = [
     rule(libc::SYS_epoll_wait, "epoll_wait", Any, Always, "the loop"),
     rule(libc::SYS_epoll_ctl, "epoll_ctl", Any, Always, "a device that is started or reset"),
     rule(libc::SYS_read, "read", Any, Always, "the channel; the key of a template"),
@@ -156,6 +158,13 @@ const VMM: [Rule; 20] = [
         Without(5, u32::MAX),
         Always,
         "the control socket: events, to nobody by name",
+    ),
+    rule(
+        libc::SYS_getsockopt,
+        "getsockopt",
+        OneOf(2, &[SO_DOMAIN, SO_TYPE]),
+        Prepared,
+        "whether what came as the channel is one",
     ),
     rule(libc::SYS_close, "close", Any, Always, "the end of everything that is open"),
     rule(libc::SYS_getpid, "getpid", Any, Always, "to send a signal to a thread of ours"),
@@ -191,6 +200,9 @@ const SAVING: [Rule; 2] = [
 const KICK: u32 = 34;
 const SIGABRT: u32 = 6;
 
+const SO_TYPE: u32 = 3;
+const SO_DOMAIN: u32 = 39;
+
 const fn io(direction: u32, number: u32, bytes: usize) -> u32 {
     // `_IOC` of Linux. No structure of KVM's has more than the 14 bits there are.
     assert!(bytes < 1 << 14);
@@ -217,8 +229,15 @@ const STATE: &str = "the state of a vCPU is read, and tried out on a spare one";
 const CHIPS: &str = "the state of clock and interrupt controllers is read";
 const SPARE: &str = "a spare VM, to find out which registers are worth saving";
 
-/// The VMM thread's requests. None, unless the guest is saved.
-const VMM_IOCTLS: [Ioctl; 23] = [
+/// The VMM thread's requests. None, unless the guest waits for its channel, or is saved.
+const VMM_IOCTLS: [Ioctl; 25] = [
+    ioctl(0x5421, "FIONBIO", Prepared, "the channel does not block"),
+    ioctl(
+        io(WRITE, 0x7b, size_of::<kvm::kvm_clock_data>()),
+        "KVM_SET_CLOCK",
+        Prepared,
+        "the guest's clock goes on when the guest does",
+    ),
     ioctl(io(NONE, 0x01, 0), "KVM_CREATE_VM", Saved, SPARE),
     ioctl(io(BOTH, 0x02, size_of::<kvm::kvm_msr_list>()), "KVM_GET_MSR_INDEX_LIST", Saved, SPARE),
     ioctl(io(NONE, 0x03, 0), "KVM_CHECK_EXTENSION", Saved, SPARE),

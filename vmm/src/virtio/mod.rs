@@ -61,10 +61,15 @@ pub struct Activation {
 /// The running half of a device: owned by the VMM thread, which calls it when one of its descriptors is ready. No method
 /// may block.
 pub trait QueueHandler: Send {
-    /// Descriptors to watch, beside the queues: edge-triggered, for input, output and hang-up. Asked for once, after
-    /// activation; [`on_source`](Self::on_source) gets their index.
+    /// Descriptors to watch, beside the queues: edge-triggered, for input and hang-up, and for output while
+    /// [blocked](Self::is_blocked). [`on_source`](Self::on_source) gets their index.
     fn sources(&self) -> Vec<RawFd> {
         Vec::new()
+    }
+
+    /// Whether a source has not taken all that it was to take. Otherwise nobody needs to hear each time its reader has read.
+    fn is_blocked(&self) -> bool {
+        false
     }
 
     /// The driver has notified a queue, or a queue asked to be called again. Which one is not said: looking into a queue

@@ -14,6 +14,8 @@ const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const LEAF_7_EBX_SGX: u32 = 1 << 2;
 const LEAF_7_ECX_SGX_LC: u32 = 1 << 30;
+/// `KVM_FEATURE_ASYNC_PF` of the leaf of KVM's features, and what it can be done by (Documentation/virt/kvm/x86/cpuid.rst).
+const LEAF_4000_0001_EAX_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 const LEAF_8000_0001_ECX_SVM: u32 = 1 << 2;
 const LEAF_8000_0001_ECX_PERFCTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 
@@ -22,8 +24,9 @@ const LEAF_8000_0001_ECX_PERFCTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 /// `deadline` says whether KVM emulates the TSC deadline timer, which it does not list by itself; a guest with it needs
 /// neither calibration nor any other timer.
 ///
-/// Taken out: nested virtualization and SGX, which are large and have been attacked, and performance counters, which
-/// measure what else the host does. Mitigations and their feature bits stay.
+/// Taken out: nested virtualization and SGX, which are large and have been attacked; performance counters, which measure what
+/// else the host does; and asynchronous page faults, for which every copy of a template would be interrupted before it does
+/// anything else, where a sandbox has little else to do while a page comes. Mitigations and their feature bits stay.
 pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8, deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
     cpuid.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
@@ -129,6 +132,7 @@ fn fit(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8, deadline: bool) {
         0xa | 0x12 | 0x8000_000a | 0x8000_0022 => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
+        0x4000_0001 => entry.eax &= !LEAF_4000_0001_EAX_ASYNC_PF,
         0x8000_0001 => entry.ecx &= !(LEAF_8000_0001_ECX_SVM | LEAF_8000_0001_ECX_PERFCTR),
         // AMD: cores, and bits of the APIC id that number them.
         0x8000_0008 => {
@@ -176,7 +180,15 @@ mod tests {
             edx: !0,
             ..Default::default()
         };
-        CpuId::from_entries(&[leaf(0x1), leaf(0x7), leaf(0xa), leaf(0xb), leaf(0x8000_0001)]).unwrap()
+        CpuId::from_entries(&[
+            leaf(0x1),
+            leaf(0x7),
+            leaf(0xa),
+            leaf(0xb),
+            leaf(0x4000_0001),
+            leaf(0x8000_0001),
+        ])
+        .unwrap()
     }
 
     fn leaf(cpuid: &CpuId, function: u32) -> kvm_cpuid_entry2 {
@@ -220,11 +232,12 @@ mod tests {
     }
 
     #[test]
-    fn nested_virtualization_and_counters_are_not_there() {
+    fn what_a_sandbox_has_no_use_for_is_not_there() {
         let cpuid = for_vcpu(&supported(), 0, 1, false);
         assert_eq!(leaf(&cpuid, 1).ecx & (LEAF_1_ECX_VMX | LEAF_1_ECX_TSC_DEADLINE), 0);
         assert_eq!(leaf(&cpuid, 0x8000_0001).ecx & LEAF_8000_0001_ECX_SVM, 0);
         assert_eq!(leaf(&cpuid, 0xa).eax, 0);
+        assert_eq!(leaf(&cpuid, 0x4000_0001).eax & LEAF_4000_0001_EAX_ASYNC_PF, 0);
         assert_ne!(leaf(&cpuid, 1).ecx & LEAF_1_ECX_HYPERVISOR, 0);
     }
 }

@@ -125,6 +125,10 @@ impl QueueHandler for VsockHandler {
         self.muxer.channel().map(AsRawFd::as_raw_fd).into_iter().collect()
     }
 
+    fn is_blocked(&self) -> bool {
+        self.muxer.is_blocked()
+    }
+
     fn on_kick(&mut self) -> Result<Flow, GuestFault> {
         self.pump()
     }

@@ -142,6 +142,11 @@ impl Muxer {
         }
     }
 
+    /// Whether the channel did not take all of what it was given.
+    pub fn is_blocked(&self) -> bool {
+        !self.writable && self.channel.is_some()
+    }
+
     /// Whether everything that came from the guest is with the host.
     pub fn is_drained(&self) -> bool {
         self.backlog.is_empty() || self.channel.is_none()
