@@ -5,7 +5,8 @@
 //! have queued something.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -14,8 +15,8 @@ use chitin_protocol::{
     Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost, TooLarge,
     Usage,
 };
+use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::phases::now_ns;
@@ -285,41 +286,67 @@ impl Shared {
 
 /// Moves bytes until the channel ends, and says why it did.
 async fn drive(shared: &Shared, socket: UnixStream) -> Closed {
+    move_all(shared, socket).await.unwrap_or_else(|error| Closed::Io(error.kind()))
+}
+
+async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
+    socket.set_nonblocking(true)?;
+    let incoming = watch(socket, Interest::READABLE)?;
+    // There only while the socket takes nothing more: otherwise we would be woken each time that the other side has read.
+    let mut outgoing = None;
     // A peer that no longer listens may have said why: what it wrote last is read before the channel is given up.
     let mut listens = true;
     loop {
-        listens = listens && write_out(shared, &socket).is_ok();
-        let interest = match shared.lock() {
-            state if state.closed => return Closed::Local,
-            state if listens && !state.connection.output().is_empty() => {
-                Interest::READABLE | Interest::WRITABLE
+        listens = listens && write_out(shared, incoming.get_ref()).is_ok();
+        let blocked = match shared.lock() {
+            state if state.closed => return Ok(Closed::Local),
+            state => listens && !state.connection.output().is_empty(),
+        };
+        outgoing = match (blocked, outgoing) {
+            (false, _) => None,
+            (true, None) => Some(watch(incoming.get_ref().try_clone()?, Interest::WRITABLE)?),
+            (true, outgoing) => outgoing,
+        };
+        let writable = async {
+            match &outgoing {
+                Some(outgoing) => outgoing.writable().await.map(|mut ready| ready.clear_ready()),
+                None => std::future::pending().await,
             }
-            _ => Interest::READABLE,
         };
         tokio::select! {
-            ready = socket.ready(interest) => match ready {
-                Ok(ready) if ready.is_readable() => match read_in(shared, &socket) {
-                    Ok(()) => {}
-                    Err(why) => return why,
-                },
-                Ok(_) => {}
-                Err(error) => return Closed::Io(error.kind()),
-            },
+            ready = incoming.readable() => {
+                let mut ready = ready?;
+                match read_in(shared, incoming.get_ref()) {
+                    Ok(true) => {}
+                    Ok(false) => ready.clear_ready(),
+                    Err(why) => return Ok(why),
+                }
+            }
+            ready = writable => ready?,
             () = shared.driver.notified() => {}
         }
     }
 }
 
-fn write_out(shared: &Shared, socket: &UnixStream) -> io::Result<()> {
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe, because of types whose descriptor changes: this one's does not"
+)]
+fn watch(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
+    AsyncFd::with_interest(socket, interest)
+}
+
+fn write_out(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
     let mut state = shared.lock();
     let mut wrote = false;
     while !state.connection.output().is_empty() {
-        match socket.try_write(state.connection.output()) {
+        match socket.write(state.connection.output()) {
             Ok(count) => {
                 state.connection.wrote(count);
                 wrote = true;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
@@ -334,16 +361,22 @@ fn write_out(shared: &Shared, socket: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-fn read_in(shared: &Shared, socket: &UnixStream) -> Result<(), Closed> {
+/// Reads once; false when there was no more.
+fn read_in(shared: &Shared, mut socket: &UnixStream) -> Result<bool, Closed> {
     let mut state = shared.lock();
-    match socket.try_read(state.connection.space()) {
+    let space = state.connection.space();
+    let room = space.len();
+    let count = match socket.read(space) {
         Ok(0) => return Err(Closed::Eof),
-        Ok(count) => state.connection.filled(count),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        Ok(count) => count,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
         Err(error) => return Err(Closed::Io(error.kind())),
-    }
+    };
+    state.connection.filled(count);
     while state.handle_event(shared).map_err(Closed::Fault)? {}
-    Ok(())
+    // That it has ended is an event of its own.
+    Ok(count == room)
 }
 
 impl State {

@@ -61,9 +61,7 @@ fn usage() -> Usage {
 
 /// Runs `host` against an agent that does `script`; nothing may take longer than ten seconds.
 async fn against<T>(script: impl FnOnce(Agent) + Send + 'static, host: impl AsyncFnOnce(Channel) -> T) -> T {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let socket = theirs.into_std().unwrap();
-    socket.set_nonblocking(false).unwrap();
+    let (ours, socket) = UnixStream::pair().unwrap();
     let agent = std::thread::spawn(move || script(Agent { socket, connection: Connection::new() }));
     let result = within(host(Channel::new(ours))).await;
     within(tokio::task::spawn_blocking(move || agent.join().unwrap())).await.unwrap();

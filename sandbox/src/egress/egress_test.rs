@@ -142,11 +142,9 @@ async fn with_broker<T: Send + 'static>(
     script: impl FnOnce(&mut Agent) -> T + Send + 'static,
 ) -> (T, Vec<serde_json::Value>) {
     let broker = Arc::new(broker);
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, socket) = StdStream::pair().unwrap();
     let channel = Channel::new(ours);
     let serving = tokio::spawn(broker.serve(channel.clone(), channel.knocks()));
-    let socket = theirs.into_std().unwrap();
-    socket.set_nonblocking(false).unwrap();
     let agent = tokio::task::spawn_blocking(move || {
         let (data, ended, reset) = Default::default();
         let mut agent = Agent { socket, connection: Connection::new(), data, ended, reset };
@@ -513,7 +511,7 @@ async fn refused_names_are_written_down_and_dials_without_egress_are_a_breach() 
     assert_eq!(lines[0]["verdict"], "refused");
 
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let channel = Channel::new(ours);
+    let channel = Channel::new(ours.into_std().unwrap());
     let mut connection = Connection::<Guest>::new();
     let stream = connection.open(Direction::Both).unwrap();
     connection.send_message(&ToHost::Dial { host: "a.test".into(), port: 443, stream }).unwrap();

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
     socketpair,
 };
-use tokio::net::{UnixDatagram, UnixStream};
+use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::watch;
 
@@ -168,7 +169,7 @@ pub(crate) fn prepare(artifacts: &Artifacts, spec: &VmSpec, files: Option<&Files
 /// Our end of a channel, and the monitor's.
 fn channel() -> Result<(UnixStream, OwnedFd), Error> {
     let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
-    Ok((ours, theirs.into_std().map_err(host("hand over the channel"))?.into()))
+    Ok((ours, theirs.into()))
 }
 
 fn spawn(

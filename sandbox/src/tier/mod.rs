@@ -8,11 +8,11 @@
 //! ```
 
 use std::fmt;
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixStream;
 
 use crate::policy::Runtime;
 use crate::sandbox::{BOOT_LIMIT, Plan};

@@ -19,13 +19,13 @@ mod root;
 mod tree;
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
 
@@ -189,7 +189,6 @@ impl Container {
         let content = Content { root, limits, places, argv: &argv };
         let bundle = Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
         let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
-        let theirs = theirs.into_std().map_err(host("hand over the channel"))?;
         let again: OwnedFd = theirs.try_clone().map_err(host("hand over the channel"))?.into();
         let mut child = engine
             .command(&["run", "--bundle"])
@@ -289,6 +288,11 @@ impl Instance for Container {
 
     fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
         Box::pin(async {
+            // gVisor's kernel would end the processes by which it runs the sandbox after itself, and `runsc`, which finds them in
+            // the cgroup that it removes then, looks again a tenth of a second later.
+            if self.answered && self.engine.has_own_kernel() {
+                self.engine.kill(&self.name);
+            }
             let by_itself = tokio::time::timeout(STOP_LIMIT, self.wait()).await.is_ok();
             // A runtime that fails when the agent has answered already may leave what it knows of the container.
             if by_itself && self.answered && !self.engine.knows(&self.name) {

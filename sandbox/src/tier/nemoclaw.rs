@@ -10,6 +10,7 @@
 //! removes it. A daemon that crashes leaves its containers running until it is started again, and then ends them.
 
 use std::collections::HashMap;
+use std::os::unix::net::UnixStream as StdStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -241,7 +242,7 @@ impl Daemon {
 
     /// Starts one. The daemon makes what it was asked for, also if whoever asked does not wait for it any more: then that is
     /// removed in the background, which [`given_back`](crate::given_back) waits for.
-    async fn start(&self, plan: &Plan) -> Result<(Container, UnixStream), Error> {
+    async fn start(&self, plan: &Plan) -> Result<(Container, StdStream), Error> {
         let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
         let (sender, receiver) = oneshot::channel();
         let (daemon, returning) = (self.clone(), Returning::begin());
@@ -260,7 +261,7 @@ impl Daemon {
         receiver.await.unwrap_or_else(|_| Err(interrupted()))
     }
 
-    async fn create(&self, body: ContainerCreateBody) -> Result<(Container, UnixStream), Error> {
+    async fn create(&self, body: ContainerCreateBody) -> Result<(Container, StdStream), Error> {
         let name = new_name()?;
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
@@ -389,8 +390,9 @@ struct Container {
 }
 
 impl Container {
-    async fn run(&mut self) -> Result<UnixStream, bollard::errors::Error> {
+    async fn run(&mut self) -> Result<StdStream, bollard::errors::Error> {
         let (ours, theirs) = UnixStream::pair()?;
+        let ours = ours.into_std()?;
         let options = AttachContainerOptionsBuilder::default()
             .stdin(true)
             .stdout(true)

@@ -7,8 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 
@@ -133,12 +135,26 @@ impl Engine {
         deleted || !self.knows(name)
     }
 
+    /// Kills every process of a container at the same time.
+    pub fn kill(&self, name: &str) {
+        for cgroup in cgroups(name) {
+            let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+            for pid in processes.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+                // Held before it is looked at, so that a number that is given again means nobody else.
+                let held = pidfd_open(pid, PidfdFlags::empty());
+                let place = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+                if let Ok(process) = held
+                    && place.lines().any(|line| line.ends_with(&format!("/chitin/{name}")))
+                {
+                    let _ = pidfd_send_signal(process, Signal::KILL);
+                }
+            }
+        }
+    }
+
     /// Removes what a runtime forgets of a container when it was killed itself: cgroups, which have to be empty, and locks.
     fn clear(&self, name: &str) -> bool {
-        let root = Path::new(CGROUPS);
-        let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-        let left = hierarchies.chain([root.to_owned()]).map(|hierarchy| hierarchy.join("chitin").join(name));
-        let cleared = left.filter(|cgroup| cgroup.is_dir()).all(|cgroup| fs::remove_dir(cgroup).is_ok());
+        let cleared = cgroups(name).all(|cgroup| fs::remove_dir(cgroup).is_ok());
         for state in self.states(name).filter(|path| path.extension() == Some("lock".as_ref())) {
             let _ = fs::remove_file(state);
         }
@@ -155,6 +171,15 @@ impl Engine {
     pub fn knows(&self, name: &str) -> bool {
         self.states(name).next().is_some()
     }
+}
+
+/// Those of a container: one, or with version 1 one in each hierarchy.
+fn cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
+    let root = Path::new(CGROUPS);
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    let places =
+        hierarchies.chain([root.to_owned()]).map(move |hierarchy| hierarchy.join("chitin").join(name));
+    places.filter(|cgroup| cgroup.is_dir())
 }
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -270,11 +295,15 @@ async fn version(engine: &Engine) -> Result<String, String> {
 
 /// Runs a container that says hello.
 async fn try_out(engine: &Engine, root: &Path) -> Result<(), String> {
-    let (mut container, mut stream) =
+    let (mut container, stream) =
         Container::start(engine, root, TRIAL, &[]).map_err(|error| match error {
             crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
             other => other.to_string(),
         })?;
+    let mut stream = stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .map_err(|error| error.to_string())?;
     let hello = tokio::time::timeout(TRIAL_LIMIT, stream.read(&mut [0])).await;
     let outcome = match hello {
         Ok(Ok(1)) => {
