@@ -24,6 +24,17 @@ async fn many_commands_share_a_sandbox() {
 }
 
 #[tokio::test]
+async fn a_jail_is_what_one_gets_without_asking() {
+    let jailed = builder().start().await.unwrap();
+    let jail = jailed.jail().expect("a jail");
+    assert!(jail.uid.is_some_and(|uid| uid >= 0x7000_0000), "{jail:?}");
+    jailed.stop().await.unwrap();
+    let free = builder().jail(false).start().await.unwrap();
+    assert_eq!(free.jail().map(|jail| jail.uid), None);
+    free.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn commands_can_be_talked_to_and_signalled() {
     let sandbox = builder().start().await.unwrap();
     let mut process = sandbox.command("cat").piped_stdin().spawn().unwrap();
