@@ -53,7 +53,7 @@ const MILLISECONDS: f64 = 1e6;
 const KIB: f64 = 1024.0;
 const MIB: f64 = 1048576.0;
 
-const BENCHES: [Bench; 9] = [
+const BENCHES: [Bench; 10] = [
     Bench {
         name: "boot",
         arguments: "boot --runs 9",
@@ -109,6 +109,19 @@ const BENCHES: [Bench; 9] = [
         unit: MIB,
         rising: true,
         compared: &["in", "out"],
+    },
+    Bench {
+        name: "egress",
+        arguments: "egress --runs 15 --size 8 --large 2",
+        unit: MILLISECONDS,
+        rising: false,
+        compared: &[
+            "requests egress",
+            "requests proxy",
+            "answers egress",
+            "answers proxy",
+            "connections egress",
+        ],
     },
     Bench {
         name: "memory",
@@ -174,6 +187,12 @@ struct Report {
     booted: Vec<Row>,
     #[serde(default)]
     copied: Vec<Row>,
+    #[serde(default)]
+    requests: Vec<Row>,
+    #[serde(default)]
+    answers: Vec<Row>,
+    #[serde(default)]
+    connections: Vec<Row>,
     peer: Option<Box<Report>>,
     /// Of a peer.
     #[serde(default)]
@@ -345,7 +364,15 @@ fn all_rows(report: &Report) -> Vec<Row> {
         let name = |row: &Row| Row { name: format!("{group} {}", row.name), ..row.clone() };
         rows.iter().map(name).collect::<Vec<_>>()
     };
-    [report.summary.clone(), named("booted", &report.booted), named("copied", &report.copied)].concat()
+    let groups = [
+        ("booted", &report.booted),
+        ("copied", &report.copied),
+        ("requests", &report.requests),
+        ("answers", &report.answers),
+        ("connections", &report.connections),
+    ];
+    let groups = groups.into_iter().flat_map(|(group, rows)| named(group, rows));
+    report.summary.iter().cloned().chain(groups).collect()
 }
 
 fn table(rows: &[Row], unit: f64) -> String {

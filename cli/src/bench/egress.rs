@@ -105,7 +105,8 @@ struct Report {
     size_mib: u64,
     /// Nanoseconds of a small request.
     requests: Vec<Row>,
-    /// Bytes per second of a large one, from the first byte of its answer on.
+    /// Nanoseconds of a large one, from the first byte of its answer on; and the same in bytes per second.
+    answers: Vec<Row>,
     rates: Vec<Row>,
     /// Nanoseconds: a connection that gets a byte, and the round trip of a command.
     connections: Vec<Row>,
@@ -120,6 +121,7 @@ enum Place {
 /// What one place has measured.
 struct Measured {
     requests: Vec<u64>,
+    answers: Vec<u64>,
     rates: Vec<u64>,
     connections: Vec<u64>,
 }
@@ -163,6 +165,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         places.into_iter().filter_map(|(name, place)| Row::of(name, of(place).clone())).collect::<Vec<_>>()
     };
     let requests = rows(|place| &place.requests);
+    let answers = rows(|place| &place.answers);
     let rates = rows(|place| &place.rates);
     let mut connections = rows(|place| &place.connections);
     connections.extend(Row::of("command", commands));
@@ -172,6 +175,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         runs: args.runs,
         size_mib: args.size,
         requests,
+        answers,
         rates,
         connections,
     };
@@ -211,14 +215,16 @@ async fn measure(place: &Place, args: &Args, server: &Server, trusted: &str) -> 
     let small = place.client(server, args.runs, SMALL, trusted).await?;
     let large = place.client(server, args.large, args.size * MIB, trusted).await?;
     let runs = args.runs as usize;
-    let rate = |(_, took): &(u64, u64)| {
+    let answers: Vec<u64> = large.iter().take(args.large as usize).map(|(_, took)| *took).collect();
+    let rate = |took: &u64| {
         let rate = u128::from(args.size * MIB) * 1_000_000_000 / u128::from(*took).max(1);
         u64::try_from(rate).unwrap_or(u64::MAX)
     };
     Ok(Measured {
         requests: small.iter().take(runs).map(|(all, _)| *all).collect(),
         connections: small.iter().skip(runs).map(|(all, _)| *all).collect(),
-        rates: large.iter().take(args.large as usize).map(rate).collect(),
+        rates: answers.iter().map(rate).collect(),
+        answers,
     })
 }
 
