@@ -9,7 +9,7 @@ use std::time::Duration;
 use chitin_protocol::{Secret, ToGuest};
 
 use super::keeper::{Change, Changes};
-use super::{Bound, Endpoint, Fetched, Proxy, field_of};
+use super::{Bound, Endpoint, Fetched, Proxy, Way, field_of};
 use crate::Error;
 use crate::egress::Audit;
 use crate::inner::Inner;
@@ -22,7 +22,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct Handed {
     inner: Arc<Inner>,
     /// How each is delivered.
-    deliveries: Vec<(String, &'static str)>,
+    deliveries: Vec<(String, Way)>,
     bound: Vec<Bound>,
     proxy: Option<Arc<Proxy>>,
     endpoint: Option<Arc<Endpoint>>,
@@ -57,9 +57,9 @@ impl Handed {
             return Err(Error::Secret { name: name.into(), reason });
         };
         match how {
-            "endpoint" => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
-            "proxy" => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
-            _ => {
+            Way::Endpoint => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
+            Way::Proxy => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
+            Way::Memory | Way::Env => {
                 let request = self.inner.channel.name();
                 self.ask(name, request, ToGuest::Revoke { request, name: name.into() }).await?;
             }
@@ -69,7 +69,7 @@ impl Handed {
         Ok(())
     }
 
-    fn how(&self, name: &str) -> Option<&'static str> {
+    fn how(&self, name: &str) -> Option<Way> {
         self.deliveries.iter().find(|(own, _)| own == name).map(|(_, how)| *how)
     }
 
@@ -116,12 +116,14 @@ impl Handed {
         // What cannot be written down is not done.
         self.audit.deliver(name, how).map_err(|error| failed(format!("write the audit: {error}")))?;
         let delivery = match how {
-            "proxy" => {
+            Way::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };
                 return proxy.replace(name, value).map_err(failed);
             }
-            "env" => chitin_protocol::Delivery::Env,
-            _ => chitin_protocol::Delivery::Memory,
+            // It is read anew each time that the workload asks.
+            Way::Endpoint => return Ok(()),
+            Way::Env => chitin_protocol::Delivery::Env,
+            Way::Memory => chitin_protocol::Delivery::Memory,
         };
         let request = self.inner.channel.name();
         let secret = Secret { request, name: name.into(), value: value.to_bytes(), delivery };

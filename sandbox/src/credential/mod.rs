@@ -54,6 +54,27 @@ pub enum Delivery {
     Endpoint,
 }
 
+/// How one that was fetched gets there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Memory,
+    Env,
+    Proxy,
+    Endpoint,
+}
+
+impl Way {
+    /// In the words of a policy.
+    pub fn word(self) -> &'static str {
+        match self {
+            Way::Memory => "memory",
+            Way::Env => "env",
+            Way::Proxy => "proxy",
+            Way::Endpoint => "endpoint",
+        }
+    }
+}
+
 /// What is asked for beside single credentials.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Spec {
@@ -97,8 +118,8 @@ pub(crate) struct Fetched {
 }
 
 impl Fetched {
-    /// The credentials and how each is delivered, in the words of a policy.
-    pub fn deliveries(&self) -> impl Iterator<Item = (&str, &'static str)> {
+    /// The credentials and how each is delivered.
+    pub fn deliveries(&self) -> impl Iterator<Item = (&str, Way)> {
         let proxied =
             |name: &str| self.proxy.iter().flat_map(|proxy| proxy.placeholders()).any(|(own, _)| own == name);
         let finds = |name: &str| self.endpoint.is_some() && Endpoint::is_variable(name);
@@ -106,13 +127,13 @@ impl Fetched {
             let name = value.name.as_str();
             let how = match value.delivery {
                 _ if finds(name) => return None,
-                chitin_protocol::Delivery::Env if proxied(name) => "proxy",
-                chitin_protocol::Delivery::Env => "env",
-                chitin_protocol::Delivery::Memory => "memory",
+                chitin_protocol::Delivery::Env if proxied(name) => Way::Proxy,
+                chitin_protocol::Delivery::Env => Way::Env,
+                chitin_protocol::Delivery::Memory => Way::Memory,
             };
             Some((name, how))
         });
-        values.chain(self.endpoint.iter().map(|endpoint| (endpoint.name(), "endpoint")))
+        values.chain(self.endpoint.iter().map(|endpoint| (endpoint.name(), Way::Endpoint)))
     }
 
     /// Takes back what was issued, when nothing has come of the sandbox.

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::bucket::Bucket;
+use crate::credential::Way;
 
 /// Lines that a sandbox can cause in a second, and at once. What is over is counted in the next line: a sandbox must not be
 /// able to fill the host's disk.
@@ -69,7 +70,14 @@ struct Delivered<'a> {
     time: String,
     verdict: &'static str,
     credentials: [&'a str; 1],
-    delivery: &'a str,
+    delivery: &'static str,
+}
+
+fn delivered(verdict: &'static str, name: &str, way: Way) -> io::Result<Vec<u8>> {
+    let line = Delivered { time: now(), verdict, credentials: [name], delivery: way.word() };
+    let mut text = serde_json::to_vec(&line)?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// UTC.
@@ -145,20 +153,16 @@ impl Audit {
     }
 
     /// A credential is about to be delivered in this way. What cannot be written down is not to be done.
-    pub fn deliver(&self, name: &str, delivery: &str) -> io::Result<()> {
+    pub fn deliver(&self, name: &str, way: Way) -> io::Result<()> {
         let Some(state) = &self.state else { return Ok(()) };
-        let line = Delivered { time: now(), verdict: "delivered", credentials: [name], delivery };
-        let mut text = serde_json::to_vec(&line)?;
-        text.push(b'\n');
+        let text = delivered("delivered", name, way)?;
         state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
     }
 
     /// A credential that was delivered in this way was taken back.
-    pub fn revoke(&self, name: &str, delivery: &str) {
+    pub fn revoke(&self, name: &str, way: Way) {
         let Some(state) = &self.state else { return };
-        let line = Delivered { time: now(), verdict: "revoked", credentials: [name], delivery };
-        let mut text = serde_json::to_vec(&line).unwrap_or_default();
-        text.push(b'\n');
+        let text = delivered("revoked", name, way).unwrap_or_default();
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         state.broken |= state.file.write_all(&text).is_err();
     }
@@ -228,6 +232,8 @@ mod tests {
         audit.write(Line::new("a", None, Verdict::Refused, None));
         assert!(!audit.works());
         assert!(Audit::default().works());
-        assert!(audit.deliver("A", "memory").is_err() && Audit::default().deliver("A", "memory").is_ok());
+        assert!(
+            audit.deliver("A", Way::Memory).is_err() && Audit::default().deliver("A", Way::Memory).is_ok()
+        );
     }
 }

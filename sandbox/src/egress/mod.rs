@@ -32,7 +32,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::channel::{Channel, Knock, Tunnel};
-use crate::credential::{Account, Answered, Endpoint as Keys, Proxy};
+use crate::credential::{Account, Answered, Endpoint as Keys, Proxy, Way};
 use crate::policy::Endpoint;
 use address::{Range, range};
 pub(crate) use audit::Audit;
@@ -158,7 +158,7 @@ impl Spec {
     pub fn deliver<'a>(
         &self,
         audit: &Audit,
-        deliveries: impl IntoIterator<Item = (&'a str, &'static str)>,
+        deliveries: impl IntoIterator<Item = (&'a str, Way)>,
     ) -> Result<(), EgressError> {
         let mut deliveries = deliveries.into_iter();
         deliveries
