@@ -302,11 +302,11 @@ async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
             state if state.closed => return Ok(Closed::Local),
             state => listens && !state.connection.output().is_empty(),
         };
-        outgoing = match (blocked, outgoing) {
-            (false, _) => None,
-            (true, None) => Some(watch(incoming.get_ref().try_clone()?, Interest::WRITABLE)?),
-            (true, outgoing) => outgoing,
-        };
+        if !blocked {
+            outgoing = None;
+        } else if outgoing.is_none() {
+            outgoing = Some(watch(incoming.get_ref().try_clone()?, Interest::WRITABLE)?);
+        }
         let writable = async {
             match &outgoing {
                 Some(outgoing) => outgoing.writable().await.map(|mut ready| ready.clear_ready()),

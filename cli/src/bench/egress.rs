@@ -122,7 +122,6 @@ enum Place {
 struct Measured {
     requests: Vec<u64>,
     answers: Vec<u64>,
-    rates: Vec<u64>,
     connections: Vec<u64>,
 }
 
@@ -160,14 +159,18 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     place.end().await?;
     progress.finish_and_clear();
 
-    let rows = |of: fn(&Measured) -> &Vec<u64>| {
+    let rows = |of: &dyn Fn(&Measured) -> Vec<u64>| {
         let places = [("host", &host), ("egress", &egress), ("proxy", &proxy)];
-        places.into_iter().filter_map(|(name, place)| Row::of(name, of(place).clone())).collect::<Vec<_>>()
+        places.into_iter().filter_map(|(name, place)| Row::of(name, of(place))).collect::<Vec<_>>()
     };
-    let requests = rows(|place| &place.requests);
-    let answers = rows(|place| &place.answers);
-    let rates = rows(|place| &place.rates);
-    let mut connections = rows(|place| &place.connections);
+    let rate = |took: &u64| {
+        let rate = u128::from(args.size * MIB) * 1_000_000_000 / u128::from(*took).max(1);
+        u64::try_from(rate).unwrap_or(u64::MAX)
+    };
+    let requests = rows(&|place| place.requests.clone());
+    let answers = rows(&|place| place.answers.clone());
+    let rates = rows(&|place| place.answers.iter().map(rate).collect());
+    let mut connections = rows(&|place| place.connections.clone());
     connections.extend(Row::of("command", commands));
     let report = Report {
         chitin: env!("CARGO_PKG_VERSION"),
@@ -215,16 +218,10 @@ async fn measure(place: &Place, args: &Args, server: &Server, trusted: &str) -> 
     let small = place.client(server, args.runs, SMALL, trusted).await?;
     let large = place.client(server, args.large, args.size * MIB, trusted).await?;
     let runs = args.runs as usize;
-    let answers: Vec<u64> = large.iter().take(args.large as usize).map(|(_, took)| *took).collect();
-    let rate = |took: &u64| {
-        let rate = u128::from(args.size * MIB) * 1_000_000_000 / u128::from(*took).max(1);
-        u64::try_from(rate).unwrap_or(u64::MAX)
-    };
     Ok(Measured {
         requests: small.iter().take(runs).map(|(all, _)| *all).collect(),
         connections: small.iter().skip(runs).map(|(all, _)| *all).collect(),
-        rates: answers.iter().map(rate).collect(),
-        answers,
+        answers: large.iter().take(args.large as usize).map(|(_, took)| *took).collect(),
     })
 }
 
