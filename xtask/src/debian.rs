@@ -37,7 +37,24 @@ impl Package {
     ///
     /// Returns what was downloaded and the file.
     pub fn download(&self, dir: &Path, newest: impl FnOnce() -> Result<Self>) -> Result<(Self, PathBuf)> {
-        let first = match self.download_exactly(dir) {
+        self.or_substitute(|package| package.download_exactly(dir), newest)
+    }
+
+    /// Downloads upstream's part of a source package into `dir`, from the release `suite`, which need not be the machine's:
+    /// it is asked for with lists of its own, for which no rights are needed.
+    ///
+    /// Returns what was downloaded and the file.
+    pub fn download_source(&self, suite: &str, dir: &Path) -> Result<(Self, PathBuf)> {
+        let apt = SourceApt::update(suite, dir)?;
+        self.or_substitute(|package| apt.download(package, dir), || apt.newest(&self.name))
+    }
+
+    fn or_substitute(
+        &self,
+        download: impl Fn(&Self) -> Result<PathBuf>,
+        newest: impl FnOnce() -> Result<Self>,
+    ) -> Result<(Self, PathBuf)> {
+        let first = match download(self) {
             Ok(file) => return Ok((self.clone(), file)),
             Err(error) => error,
         };
@@ -46,7 +63,7 @@ impl Package {
             return Err(first);
         }
         eprintln!("{self} is not in the archive any more; taking {substitute}");
-        let file = substitute.download_exactly(dir)?;
+        let file = download(&substitute)?;
         fs::write(self.substitute_file()?, format!("{} {}\n", substitute.name, substitute.version))?;
         Ok((substitute, file))
     }
@@ -57,10 +74,13 @@ impl Package {
         let apt = ["-q", "-o", "APT::Sandbox::User=root", "download"];
         output(command("apt-get", apt).arg(spec).current_dir(dir))
             .with_context(|| format!("download {self} (if the package lists are empty: apt-get update)"))?;
-        let debs = fs::read_dir(dir)?.filter_map(|item| Some(item.ok()?.path()));
-        let mut debs = debs.filter(|path| path.extension().is_some_and(|extension| extension == "deb"));
-        debs.next().with_context(|| format!("apt-get download of {self} left no file"))
+        file_with_extension(dir, "deb").with_context(|| format!("apt-get download of {self} left no file"))
     }
+}
+
+fn file_with_extension(dir: &Path, extension: &str) -> Option<PathBuf> {
+    let paths = fs::read_dir(dir).ok()?.filter_map(|item| Some(item.ok()?.path()));
+    paths.into_iter().find(|path| path.extension().is_some_and(|found| found == extension))
 }
 
 impl std::fmt::Display for Package {
@@ -93,54 +113,63 @@ fn parse_candidate(policy: &str) -> Option<String> {
 /// The commands, for root, that install packages. A fresh container has no package lists, and stale ones name versions that
 /// are gone.
 pub fn install(names: &[&str]) -> Vec<Vec<String>> {
-    install_with(&[], names)
+    let apt = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
+    vec![apt(&["apt-get", "update"]), apt(&install)]
 }
 
-/// The same, with options of apt.
-fn install_with(options: &[&str], names: &[&str]) -> Vec<Vec<String>> {
-    let apt =
-        |words: &[&str]| [&["apt-get"], options, words].concat().into_iter().map(str::to_owned).collect();
-    let install = [&["install", "--yes", "--no-install-recommends"], names].concat();
-    vec![apt(&["update"]), apt(&install)]
+/// An apt that knows the source packages of one release. The machine's own sources stay as they are.
+struct SourceApt {
+    options: Vec<String>,
 }
 
-/// The commands, for root, that install a package whose major version is at least `major`: from this Debian, or from its
-/// backports. Those are asked for this one time, with lists of their own below target/; the machine's sources stay as
-/// they are.
-pub fn newer(name: &str, major: u32) -> Result<Vec<Vec<String>>> {
-    let at_hand = candidate(name).ok().and_then(|package| major_version(&package.version));
-    if at_hand.is_some_and(|at_hand| at_hand >= major) {
-        return Ok(install(&[name]));
-    }
-    let (archive, codename) = archive()?;
-    let dir = workspace::target().join("apt");
-    let sources = dir.join("sources");
-    cache::remove_tree(&sources)?;
-    fs::create_dir_all(&sources).with_context(|| format!("create {}", sources.display()))?;
-    fs::create_dir_all(dir.join("lists/partial")).with_context(|| format!("create {}", dir.display()))?;
-    let configured = fs::read_dir("/etc/apt/sources.list.d")
-        .into_iter()
-        .flatten()
-        .filter_map(|item| Some(item.ok()?.path()));
-    for path in configured {
-        if let Some(name) = path.file_name() {
-            std::os::unix::fs::symlink(&path, sources.join(name))?;
+impl SourceApt {
+    /// Downloads the lists into `dir` (about 10 MiB).
+    fn update(suite: &str, dir: &Path) -> Result<Self> {
+        let (sources, state, cache) = (dir.join("sources.list"), dir.join("lists"), dir.join("apt-cache"));
+        for below in [&state, &cache] {
+            fs::create_dir_all(below.join("partial"))
+                .with_context(|| format!("create {}", below.display()))?;
         }
+        let line = format!("deb-src [signed-by={KEYRING}] {} {suite} main\n", archive()?);
+        fs::write(&sources, line).with_context(|| format!("write {}", sources.display()))?;
+        let option = |key: &str, path: &Path| format!("--option={key}={}", path.display());
+        let apt = Self {
+            options: vec![
+                option("Dir::Etc::SourceList", &sources),
+                option("Dir::Etc::SourceParts", Path::new("/dev/null")),
+                option("Dir::State::Lists", &state),
+                option("Dir::Cache", &cache),
+                // As root, apt would drop to the user _apt, who cannot write here.
+                "--option=APT::Sandbox::User=root".into(),
+            ],
+        };
+        output(command("apt-get", &apt.options).args(["-q", "update"]))
+            .with_context(|| format!("fetch the list of source packages of {suite}"))?;
+        Ok(apt)
     }
-    let suite = format!("{codename}-backports");
-    let line = format!("deb [signed-by={KEYRING}] {archive} {suite} main\n");
-    fs::write(sources.join("chitin-backports.list"), line)?;
-    let option = |key: &str, path: &Path| format!("--option={key}={}", path.display());
-    let (parts, lists) =
-        (option("Dir::Etc::SourceParts", &sources), option("Dir::State::Lists", &dir.join("lists")));
-    Ok(install_with(&[&parts, &lists], &["--target-release", &suite, name]))
+
+    fn newest(&self, name: &str) -> Result<Package> {
+        let shown = output(command("apt-cache", &self.options).args(["showsrc", name]))?;
+        let version = shown.lines().find_map(|line| line.strip_prefix("Version: "));
+        let version = version.with_context(|| format!("apt knows no source package {name}"))?.to_owned();
+        Ok(Package { name: name.to_owned(), version })
+    }
+
+    fn download(&self, package: &Package, dir: &Path) -> Result<PathBuf> {
+        let mut source = command("apt-get", &self.options);
+        source.args(["-q", "source", "--download-only", "--tar-only"]).current_dir(dir);
+        output(source.arg(format!("{}={}", package.name, package.version)))
+            .with_context(|| format!("download the source of {package}"))?;
+        file_with_extension(dir, "xz").with_context(|| format!("the source of {package} left no file"))
+    }
 }
 
 /// Debian's own keys, which its base system brings.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Where the machine's Debian comes from, and its codename.
-fn archive() -> Result<(String, String)> {
+/// Where the machine's Debian comes from, which has its other releases too.
+fn archive() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
     let codename =
@@ -149,10 +178,8 @@ fn archive() -> Result<(String, String)> {
         "apt-get",
         ["indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages", "Component: main"],
     ))?;
-    match parse_archive(&targets, codename) {
-        Some(archive) => Ok((archive, codename.to_owned())),
-        None => bail!("apt has no source for {codename} main: run apt-get update, or add one"),
-    }
+    parse_archive(&targets, codename)
+        .with_context(|| format!("apt has no source for {codename} main: run apt-get update, or add one"))
 }
 
 fn parse_archive(targets: &str, codename: &str) -> Option<String> {
@@ -162,16 +189,31 @@ fn parse_archive(targets: &str, codename: &str) -> Option<String> {
         .find_map(|(uri, name)| (name == codename).then(|| uri.to_owned()))
 }
 
-/// `10` of `1:10.0.2+ds-2`.
-fn major_version(version: &str) -> Option<u32> {
-    let upstream = version.split_once(':').map_or(version, |(_, upstream)| upstream);
-    upstream.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-}
-
 /// Unpacks a package into a directory and removes the package file.
 pub fn unpack(deb: &Path, into: &Path) -> Result<()> {
     output(command("dpkg-deb", ["--extract"]).args([deb, into]))?;
     fs::remove_file(deb).with_context(|| format!("remove {}", deb.display()))
+}
+
+/// Unpacks upstream's archive of a source package, whose files are in one directory, and removes it.
+pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
+    output(
+        command("tar", ["--extract", "--strip-components=1", "--file"])
+            .arg(archive)
+            .arg("--directory")
+            .arg(into),
+    )?;
+    fs::remove_file(archive).with_context(|| format!("remove {}", archive.display()))
+}
+
+/// Applies patches to a source. No fuzz: one that does not fit exactly was written for another version.
+pub fn patch(source: &Path, patches: &[PathBuf]) -> Result<()> {
+    for patch in patches {
+        let mut apply = command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
+        output(apply.arg(patch).current_dir(source))
+            .with_context(|| format!("{} does not fit the source any more", patch.display()))?;
+    }
+    Ok(())
 }
 
 /// Renames a cache entry that was made of a substitute, so that the next run finds it under the substitute's key.
@@ -212,10 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_and_archives_are_read() {
-        assert_eq!(major_version("1:10.0.2+ds-2+deb13u1~bpo12+1"), Some(10));
-        assert_eq!(major_version("7.2"), Some(7));
-        assert_eq!(major_version("~"), None);
+    fn the_archive_is_read() {
         let targets = "http://a/debian-security/ bookworm-security\nhttp://a/debian/ bookworm\n";
         assert_eq!(parse_archive(targets, "bookworm").as_deref(), Some("http://a/debian/"));
         assert_eq!(parse_archive(targets, "trixie"), None);
@@ -223,9 +262,8 @@ mod tests {
 
     #[test]
     fn lists_are_fetched_before_packages_are() {
-        let lines = install_with(&["--option=a=b"], &["x"]).into_iter().map(|words| words.join(" "));
-        let expected =
-            ["apt-get --option=a=b update", "apt-get --option=a=b install --yes --no-install-recommends x"];
+        let lines = install(&["x"]).into_iter().map(|words| words.join(" "));
+        let expected = ["apt-get update", "apt-get install --yes --no-install-recommends x"];
         assert_eq!(lines.collect::<Vec<_>>(), expected);
     }
 

@@ -4,15 +4,14 @@
 //! same bytes: time, user and host of the build are fixed.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::debian::{self, Package};
-use crate::process::{command, describe, last_lines, output, start_failure};
+use crate::process::{command, output};
 use crate::progress::Progress;
 use crate::{cache, workspace};
 
@@ -81,18 +80,8 @@ fn build(
     let progress = Progress::start(&format!("Fetching and unpacking {package}"), 0);
     let (used, deb) = package.download(&scratch, || debian::candidate(SOURCE))?;
     debian::unpack(&deb, &scratch)?;
-    let archive = scratch.join(format!("usr/src/{SOURCE}.tar.xz"));
-    output(
-        command("tar", ["--extract", "--strip-components=1", "--file"])
-            .arg(&archive)
-            .arg("--directory")
-            .arg(&scratch),
-    )?;
-    for patch in patches {
-        // No fuzz: a patch that does not fit exactly was written for another kernel.
-        let mut apply = command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
-        output(apply.arg(patch).current_dir(&scratch))?;
-    }
+    debian::unpack_source(&scratch.join(format!("usr/src/{SOURCE}.tar.xz")), &scratch)?;
+    debian::patch(&scratch, patches)?;
     progress.finish();
 
     configure(&scratch, fragments)?;
@@ -128,28 +117,6 @@ fn compile(source: &Path) -> Result<()> {
     // What would differ from one build to the next.
     make.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01T00:00:00Z").env("KBUILD_BUILD_USER", "chitin");
     make.env("KBUILD_BUILD_HOST", "chitin").env("KBUILD_BUILD_VERSION", "1").env("LC_ALL", "C");
-    make.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = make.spawn().with_context(|| start_failure(&make))?;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let complaints = thread::spawn(move || {
-        let mut text = Vec::new();
-        if let Some(mut stderr) = stderr {
-            let _ = stderr.read_to_end(&mut text);
-        }
-        text
-    });
-    let mut progress = Progress::start("Building the guest kernel", STEPS);
-    for line in stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
-        // A line per step: "  CC      kernel/fork.o".
-        if line?.starts_with("  ") {
-            progress.tick();
-        }
-    }
-    let status = child.wait().context("wait for make")?;
-    let complaints = complaints.join().unwrap_or_default();
-    if !status.success() {
-        bail!("{} failed ({status}):\n{}", describe(&make), last_lines(&complaints, 20));
-    }
-    progress.finish();
-    Ok(())
+    // A line per step: "  CC      kernel/fork.o".
+    Progress::follow(&mut make, "Building the guest kernel", STEPS, |line| line.starts_with("  "))
 }

@@ -1,9 +1,18 @@
 //! Progress: a bar on a terminal, a line every ten percent elsewhere.
 
-use std::io::{IsTerminal, stderr};
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, IsTerminal, Read, stderr};
+use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result, bail};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use crate::process::{describe, last_lines, start_failure};
+
+/// How much of what a failed command said last is shown.
+const LAST_LINES: usize = 20;
 
 /// One long piece of work, shown on stderr.
 pub struct Progress {
@@ -57,6 +66,48 @@ impl Progress {
             }
             None => {}
         }
+    }
+
+    /// Shows a command's work, one step for each line it prints that `is_step` says is one. An error carries the end of what
+    /// it complained about.
+    pub fn follow(
+        command: &mut Command,
+        label: &str,
+        total: u64,
+        is_step: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| start_failure(command))?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let complaints = thread::spawn(move || {
+            let mut text = Vec::new();
+            if let Some(mut stderr) = stderr {
+                let _ = stderr.read_to_end(&mut text);
+            }
+            text
+        });
+        let mut progress = Self::start(label, total);
+        let mut last = VecDeque::new();
+        for line in stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
+            let line = line.with_context(|| format!("read the output of {}", describe(command)))?;
+            if is_step(&line) {
+                progress.tick();
+            }
+            last.truncate(LAST_LINES - 1);
+            last.push_front(line);
+        }
+        let status = child.wait().with_context(|| format!("wait for {}", describe(command)))?;
+        let complaints = complaints.join().unwrap_or_default();
+        if !status.success() {
+            // Make passes on what a compiler complains about; ninja prints it.
+            let complaints = match &complaints[..] {
+                [] => last.into_iter().rev().collect::<Vec<_>>().join("\n"),
+                complaints => last_lines(complaints, LAST_LINES),
+            };
+            bail!("{} failed ({status}):\n{complaints}", describe(command));
+        }
+        progress.finish();
+        Ok(())
     }
 
     /// The work is done.

