@@ -399,7 +399,8 @@ async fn attend(
     let stdin = process.stdin.take().map(|mut stdin| {
         tokio::spawn(async move {
             // Errors are ends: ours has nothing more to give, or the workload wants no more.
-            let _ = tokio::io::copy(&mut tokio::io::stdin(), &mut stdin).await;
+            let mut ours = BufReader::with_capacity(CHUNK, tokio::io::stdin());
+            let _ = tokio::io::copy_buf(&mut ours, &mut stdin).await;
             let _ = stdin.shutdown().await;
         })
     });

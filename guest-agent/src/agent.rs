@@ -31,9 +31,10 @@ use crate::counted::Counted;
 use crate::egress::{self, Dialled, Egress, Link};
 use crate::launch::{self, Child, Streams};
 use crate::lockdown::{Lockdown, check};
-use crate::pump::{Inflow, Outflow, Pump, Step};
+use crate::pump::{Buffers, Inflow, Outflow, Pump, Step};
 use crate::reseed::{self, BootId};
 use crate::secrets::Secrets;
+use crate::splice::Splicer;
 use crate::{Context, Mode, SystemError, boottime_ns, copies, end, failure, root};
 
 /// Processes of the host's at once; what they start themselves is the cgroup's matter. Each has three of the
@@ -110,7 +111,7 @@ pub struct Agent {
     counted: Option<Counted>,
     /// The file system that takes all writes, if the agent made it.
     scratch_disk: Option<OwnedFd>,
-    scratch: Box<[u8]>,
+    buffers: Buffers,
 }
 
 impl Agent {
@@ -158,6 +159,8 @@ impl Agent {
             Ok(counted) => counted,
         };
         let copies = Copies::new(root)?;
+        // The channel of a container is not one that takes pages.
+        let splicer = (!mode.stdio).then(Splicer::default);
 
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC).context("create", "an epoll")?;
         watch_channel(&poll, &channel)?;
@@ -184,7 +187,7 @@ impl Agent {
             cgroup,
             counted,
             scratch_disk,
-            scratch: vec![0; MAX_DATA].into_boxed_slice(),
+            buffers: Buffers { scratch: vec![0; MAX_DATA].into_boxed_slice(), splicer },
         })
     }
 
@@ -209,7 +212,7 @@ impl Agent {
                 Some(any) => moved = any,
                 None => return Ok(()),
             }
-            if self.stage == Stage::Freezing && self.connection.output().is_empty() {
+            if self.stage == Stage::Freezing && self.is_all_written() {
                 self.reconnect()?;
                 moved = true;
             }
@@ -286,12 +289,17 @@ impl Agent {
 
     fn write(&mut self) -> Result<bool, Error> {
         let mut moved = false;
-        while self.writable && !self.connection.output().is_empty() {
-            match rustix::io::write(self.channel.output(), self.connection.output()) {
-                Ok(count) => {
-                    self.connection.wrote(count);
-                    moved = true;
-                }
+        while self.writable {
+            let channel = self.channel.output();
+            let outcome = match &mut self.buffers.splicer {
+                // Before all that was queued since.
+                Some(splicer) if !splicer.is_empty() => splicer.send(channel),
+                _ if self.connection.output().is_empty() => break,
+                _ => rustix::io::write(channel, self.connection.output())
+                    .inspect(|count| self.connection.wrote(*count)),
+            };
+            match outcome {
+                Ok(_) => moved = true,
                 Err(Errno::AGAIN) => self.writable = false,
                 Err(Errno::INTR) => {}
                 // The reading side says so too, and first hands over what has arrived.
@@ -306,6 +314,10 @@ impl Agent {
         Ok(moved)
     }
 
+    fn is_all_written(&self) -> bool {
+        self.connection.output().is_empty() && self.buffers.splicer.as_ref().is_none_or(Splicer::is_empty)
+    }
+
     /// One step of each pump, beginning with another one each time: output room is shared, and the first one
     /// to ask gets it.
     fn pump(&mut self) -> bool {
@@ -315,9 +327,9 @@ impl Agent {
         self.first = order.get(1).copied().unwrap_or(0);
         for stream in order {
             let step = match self.pumps.get_mut(&stream) {
-                Some(Pump::Out(outflow)) => outflow.step(&mut self.connection, stream, &mut self.scratch),
+                Some(Pump::Out(outflow)) => outflow.step(&mut self.connection, stream, &mut self.buffers),
                 Some(Pump::In(inflow)) => inflow.step(&mut self.connection, stream),
-                Some(Pump::Link(link)) => link.step(&mut self.connection, stream, &mut self.scratch),
+                Some(Pump::Link(link)) => link.step(&mut self.connection, stream, &mut self.buffers.scratch),
                 None => Step::Waiting,
             };
             moved |= step != Step::Waiting;
@@ -458,7 +470,7 @@ impl Agent {
 
     /// Answers questions for names, and hands new connections to the host, as many as there may be.
     fn serve_egress(&mut self) -> bool {
-        let (denied, mut moved) = self.egress.answer(&self.poll, &mut self.scratch);
+        let (denied, mut moved) = self.egress.answer(&self.poll, &mut self.buffers.scratch);
         for message in denied {
             self.send(&message);
         }

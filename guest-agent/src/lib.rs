@@ -30,6 +30,7 @@ mod pump;
 mod reseed;
 mod root;
 mod secrets;
+mod splice;
 mod syscalls;
 
 use std::fmt::Display;

@@ -8,6 +8,10 @@ use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId};
 use rustix::io::Errno;
 
 use crate::egress::Link;
+use crate::splice::{Splicer, WORTH_SPLICING};
+
+/// Frames that are spliced after a large one.
+const FRAMES_TO_SPLICE: u8 = 4;
 
 /// What a step of a pump came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,17 +24,27 @@ pub enum Step {
     Finished,
 }
 
+/// What all pumps share.
+pub struct Buffers {
+    /// Room for a frame, of [`MAX_DATA`] bytes.
+    pub scratch: Box<[u8]>,
+    /// Where the channel can be spliced to.
+    pub splicer: Option<Splicer>,
+}
+
 /// From a pipe to a stream: standard output and error, and files on their way out.
 pub struct Outflow {
     pipe: OwnedFd,
     ready: bool,
+    /// How many of the next frames are spliced, whatever they hold: one that fills a pipe leaves little behind in between.
+    to_splice: u8,
     /// How many more bytes there are to move: known only once the process that was waited for has ended.
     left: Option<u64>,
 }
 
 impl Outflow {
     pub fn new(pipe: OwnedFd) -> Outflow {
-        Outflow { pipe, ready: true, left: None }
+        Outflow { pipe, ready: true, to_splice: 0, left: None }
     }
 
     pub fn wake(&mut self) {
@@ -43,8 +57,13 @@ impl Outflow {
         self.ready = true;
     }
 
-    /// Moves one frame at most, so that pumps take turns. `scratch` has room for [`MAX_DATA`] bytes.
-    pub fn step(&mut self, connection: &mut Connection<Guest>, stream: StreamId, scratch: &mut [u8]) -> Step {
+    /// Moves one frame at most, so that pumps take turns.
+    pub fn step(
+        &mut self,
+        connection: &mut Connection<Guest>,
+        stream: StreamId,
+        buffers: &mut Buffers,
+    ) -> Step {
         let left = self.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
         let room = connection.sendable(stream).min(MAX_DATA);
         // An end needs no credit, so it is looked for even if nothing could be sent.
@@ -55,13 +74,14 @@ impl Outflow {
         if !self.ready || room == 0 {
             return Step::Waiting;
         }
-        match rustix::io::read(&self.pipe, &mut scratch[..room.min(left)]) {
+        match self.take(connection, stream, room.min(left), buffers) {
             Ok(0) => {
                 connection.end(stream);
                 Step::Finished
             }
             Ok(count) => {
-                connection.send(stream, &scratch[..count]);
+                self.to_splice =
+                    if count >= WORTH_SPLICING { FRAMES_TO_SPLICE } else { self.to_splice.saturating_sub(1) };
                 self.left = self.left.map(|left| left.saturating_sub(count as u64));
                 Step::Moved
             }
@@ -76,6 +96,28 @@ impl Outflow {
                 Step::Finished
             }
         }
+    }
+
+    /// Takes a frame out of the pipe; 0 at its end.
+    fn take(
+        &self,
+        connection: &mut Connection<Guest>,
+        stream: StreamId,
+        most: usize,
+        buffers: &mut Buffers,
+    ) -> Result<usize, Errno> {
+        // A frame that is spliced goes first, so that nothing may wait before it.
+        if let Some(splicer) = &mut buffers.splicer
+            && self.to_splice > 0
+            && splicer.is_empty()
+            && connection.output().is_empty()
+            && splicer.open()
+        {
+            return splicer.take(&self.pipe, most, |count| connection.data_header(stream, count));
+        }
+        let count = rustix::io::read(&self.pipe, &mut buffers.scratch[..most])?;
+        connection.send(stream, &buffers.scratch[..count]);
+        Ok(count)
     }
 }
 

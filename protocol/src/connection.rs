@@ -418,13 +418,25 @@ impl<R: Role> Connection<R> {
                 break;
             }
             self.push(Kind::Data, id, &bytes[taken..taken + count]);
-            if let Some(credit) = self.streams.get_mut(&id).and_then(|stream| stream.send.as_mut()) {
-                // `sendable` is at most the credit, which fits u32.
-                *credit = credit.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
-            }
+            self.spend(id, count);
             taken += count;
         }
         taken
+    }
+
+    /// The header of a data frame that the caller sends itself, and its payload of `count` bytes behind it, before all that is
+    /// queued from now on: when [`output`](Self::output) is empty. `count` is at most [`sendable`](Self::sendable) and [`MAX_DATA`].
+    pub fn data_header(&mut self, id: StreamId, count: usize) -> [u8; HEADER_LEN] {
+        debug_assert!(self.output().is_empty() && count <= self.sendable(id).min(MAX_DATA));
+        self.spend(id, count);
+        Header { kind: Kind::Data, len: u32::try_from(count).unwrap_or(u32::MAX), stream: id }.encode()
+    }
+
+    /// Takes off the credit of a stream what is sent on it: what [`sendable`](Self::sendable) allows, which fits u32.
+    fn spend(&mut self, id: StreamId, count: usize) {
+        if let Some(credit) = self.streams.get_mut(&id).and_then(|stream| stream.send.as_mut()) {
+            *credit = credit.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+        }
     }
 
     /// Ends this side's half of the stream. Harmless if it has ended.

@@ -313,3 +313,18 @@ fn debug_output_never_shows_a_secret() {
     let value = SecretBytes::new(b"canary".to_vec());
     assert_eq!(format!("{value:?}"), "SecretBytes(6 bytes)");
 }
+
+#[test]
+fn a_frame_that_the_caller_sends_itself_is_one_like_any_other() {
+    let (mut host, mut guest) = established();
+    let stream = host.open(Direction::Receive).unwrap();
+    guest.accept(stream, Direction::Send).unwrap();
+    let header = guest.data_header(stream, 3);
+    assert!(guest.output().is_empty());
+    feed(&mut host, &[&header[..], b"abc"].concat());
+    assert_eq!(host.next_event(), Ok(Some(Event::Data { stream, bytes: b"abc" })));
+    guest.send(stream, b"def");
+    carry(&mut guest, &mut host);
+    assert_eq!(host.next_event(), Ok(Some(Event::Data { stream, bytes: b"def" })));
+    assert_eq!(guest.streams[&stream].send, Some(WINDOW - 6));
+}

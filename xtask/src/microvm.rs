@@ -68,7 +68,7 @@ pub struct Part {
 
 /// Runs the parts on `hosts` emulated hosts at a time, a new host for each. What a part writes is seen when it has ended.
 ///
-/// An emulated host can stand still with all that runs in it (docs/benchmarks.md, "Guests that stand still"); a part that this
+/// An emulated host can stand still with all that runs in it, if seldom since its QEMU is patched; a part that this
 /// happens to is given another one, which is said.
 ///
 /// The exit code is the first that is not 0.

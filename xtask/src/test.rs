@@ -18,7 +18,7 @@ const PARTS_PER_HOST: usize = 3;
 /// The tests that hold a clock to milliseconds, which mean something only where no other work counts.
 const DETERMINISTIC: &[&str] =
     &["-E", "test(copies_tell_the_time) | test(a_connection_costs_about_as_much_as_a_command)"];
-/// So many guests that it is likely for one to stand still, and with it their host; and all that is not of them.
+/// So many guests that they take as long as all others; and those.
 const MANY: &[&str] = &["-E", "test(nothing_is_left_of_five_hundred_microvms)"];
 const FEW: &[&str] = &["-E", "not test(nothing_is_left_of_five_hundred_microvms)"];
 

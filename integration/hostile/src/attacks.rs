@@ -2,6 +2,7 @@
 
 use chitin_vmm::arch::x86_64::layout::{DEVICE_HOLE, image_address};
 use chitin_vmm::virtio::vsock::CHANNEL_PORT;
+use chitin_vmm::virtio::vsock::muxer::MAX_ANSWERS;
 use chitin_vmm::virtio::vsock::packet::{
     Address, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
 };
@@ -770,19 +771,19 @@ fn connections(list: &mut List) {
             driver.status(program, DRIVER_OK);
             let destination = Address { port: 9, ..header(Op::Request).destination };
             let packet = driver.packet(program, Header { destination, ..header(Op::Request) }, &[], 1);
-            for _ in 0..100 {
+            let (sent, kept) = (100, u16::try_from(MAX_ANSWERS).unwrap_or(u16::MAX));
+            for _ in 0..sent {
                 driver.add(program, TRANSMIT, &packet);
             }
-            // As many as are kept, then as many as there are buffers more, and then the rest.
-            program.wait_until(driver.used(TRANSMIT), 32);
-            program.store(Width::W16, driver.available(RECEIVE), SIZES[0].into());
-            driver.kick(program, RECEIVE);
-            program.wait_until(driver.used(TRANSMIT), 96);
-            program.wait_until(driver.used(RECEIVE), SIZES[0]);
-            program.add16(driver.available(RECEIVE), SIZES[0]);
-            driver.kick(program, RECEIVE);
-            program.wait_until(driver.used(TRANSMIT), 100);
-            driver.skip_to(program, 100);
+            // As many as are kept, and then as many more as there are buffers each time.
+            program.wait_until(driver.used(TRANSMIT), kept);
+            for given in (SIZES[0]..sent + SIZES[0]).step_by(SIZES[0].into()) {
+                program.add16(driver.available(RECEIVE), SIZES[0]);
+                driver.kick(program, RECEIVE);
+                program.wait_until(driver.used(TRANSMIT), sent.min(kept + given));
+                program.wait_until(driver.used(RECEIVE), sent.min(given));
+            }
+            driver.skip_to(program, sent);
             driver.connect(program);
             driver.talk(program);
             program.say(CARRIED_ON);

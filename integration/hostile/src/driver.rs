@@ -1,6 +1,7 @@
 //! A virtio driver, of which every step can be left out or done wrong.
 
 use chitin_vmm::arch::x86_64::layout::{VIRTIO_MMIO, VIRTIO_MMIO_BYTES};
+pub use chitin_vmm::virtio::vsock::QUEUE_SIZES as SIZES;
 use chitin_vmm::virtio::vsock::packet::{Address, HEADER_BYTES, Header, Op, TYPE_STREAM};
 use chitin_vmm::virtio::vsock::{CHANNEL_PORT, GUEST_CID, HOST_CID};
 use virtio_bindings::virtio_mmio::{
@@ -22,8 +23,6 @@ pub const RECEIVE: u16 = 0;
 /// What the guest sends.
 pub const TRANSMIT: u16 = 1;
 
-/// The largest size of the vsock device's queues.
-pub const SIZES: [u16; 3] = [64, 128, 8];
 /// The size of the root image's queue.
 pub const PMEM_SIZE: u16 = 16;
 

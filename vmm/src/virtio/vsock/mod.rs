@@ -34,10 +34,10 @@ pub const HOST_CID: u64 = 2;
 /// The port of the host that the agent connects to.
 pub const CHANNEL_PORT: u32 = 1024;
 
-/// Receive, transmit, events. A driver fills the receive queue with buffers before the first connection, at some 4 KiB of
-/// guest memory each, so that its length is boot time: 64 of them are as much as one socket's window. Events are sent
-/// only when a guest is restored, one at a time.
-const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
+/// The most entries of the queues: receive, transmit, events. A driver fills the receive queue with buffers before the first
+/// connection. Ours gives it a socket's window (256 KiB) in as many buffers as there are entries
+/// (`kernel-config/patches/0012`), so that a packet can hold 32 KiB. Events are sent only when a guest is restored, one at a time.
+pub const QUEUE_SIZES: [u16; 3] = [8, 128, 8];
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
