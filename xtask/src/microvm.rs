@@ -74,6 +74,8 @@ pub struct Part {
 /// The exit code is the first that is not 0.
 pub fn nested_in_parallel(hosts: usize, parts: &[Part]) -> Result<ExitCode> {
     let xtask = std::env::current_exe().context("find this program")?;
+    // Before what is said about it is kept until the end of a part.
+    nested::prepare()?;
     let next = AtomicUsize::new(0);
     let ended = Mutex::new(ExitCode::SUCCESS);
     let work = || -> Result<()> {

@@ -103,10 +103,14 @@ pub struct Args {
     command: Vec<OsString>,
 }
 
+/// Builds what the machine is made of, if it is not in the cache.
+pub fn prepare() -> Result<(PathBuf, host::Host)> {
+    Ok((qemu::find_or_build()?, host::find_or_build()?))
+}
+
 /// Boots the machine, runs the command, and returns its exit code.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let program = qemu::find_or_build()?;
-    let host = host::find_or_build()?;
+    let (program, host) = prepare()?;
     let shares = shares(&args.out)?;
     let launch = Launch {
         argv: args.command.iter().map(|word| word.as_bytes().to_vec()).collect(),
