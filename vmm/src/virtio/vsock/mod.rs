@@ -35,9 +35,10 @@ pub const HOST_CID: u64 = 2;
 pub const CHANNEL_PORT: u32 = 1024;
 
 /// The most entries of the queues: receive, transmit, events. A driver fills the receive queue with buffers before the first
-/// connection. Ours gives it a socket's window (256 KiB) in as many buffers as there are entries
-/// (`kernel-config/patches/0012`), so that a packet can hold 32 KiB. Events are sent only when a guest is restored, one at a time.
-pub const QUEUE_SIZES: [u16; 3] = [8, 128, 8];
+/// connection, and again when half of them are used. Ours gives it a socket's window (256 KiB) in as many buffers as there are
+/// entries (`kernel-config/patches/0012`): with fewer and larger ones more bytes go in each packet, and a copy has to touch new
+/// pages sooner. Events are sent only when a guest is restored, one at a time.
+pub const QUEUE_SIZES: [u16; 3] = [32, 128, 8];
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
