@@ -6,7 +6,7 @@ use chitin_protocol::VSOCK_PORT;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_error;
+use rustix::net::sockopt::{set_socket_send_buffer_size_force, socket_error};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::{Context, SystemError};
@@ -14,6 +14,11 @@ use crate::{Context, SystemError};
 /// The host listens before it starts the machine, so an answer takes as long as the host's thread needs to wake.
 /// Generous, because an emulated host may be a hundred times slower; it equals the kernel's own limit.
 pub const CONNECT_TIMEOUT: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
+
+/// When the host has made room, the kernel wakes a sender only if less than half of its send buffer is in use, and what the device
+/// has sent counts until something else is sent (`kernel-config/patches/0011`): up to the device's window of 256 KiB, which
+/// is more than half of what a socket has by default. In bytes; the kernel takes twice as many.
+const SEND_BUFFER: usize = 1 << 20;
 
 /// From the kernel's `linux/vm_sockets.h`.
 const SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW: libc::c_int = 8;
@@ -42,9 +47,10 @@ pub struct Socket(OwnedFd);
 impl Socket {
     pub fn open() -> Result<Socket, SystemError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)
-            .map(Socket)
-            .context("open", "a vsock socket")
+        let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)
+            .context("open", "a vsock socket")?;
+        set_socket_send_buffer_size_force(&socket, SEND_BUFFER).context("let", "a vsock socket send more")?;
+        Ok(Socket(socket))
     }
 
     /// Begins to connect to the host's vsock port. The answer arrives while other things are done:
