@@ -45,6 +45,11 @@ impl Key {
         Ok(self.bytes(&name, &contents))
     }
 
+    /// Adds the contents of files, each under its name.
+    pub fn files(self, paths: &[PathBuf]) -> Result<Self> {
+        paths.iter().try_fold(self, |key, path| key.file(path))
+    }
+
     /// 64 bits of the hash in hexadecimal: the keys are not an adversary's choice.
     pub fn finish(self) -> String {
         self.0.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()

@@ -216,16 +216,23 @@ pub fn patch(source: &Path, patches: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// Renames a cache entry that was made of a substitute, so that the next run finds it under the substitute's key.
-pub fn file_under_substitute(
-    entry: PathBuf,
-    as_pinned: bool,
-    name: impl FnOnce() -> String,
+/// The cache entry of what `build` makes of a package, or of the substitute that it had to take and returns. That one is filed
+/// under its own key, so that the next run finds it.
+pub fn entry(
+    what: &str,
+    package: &Package,
+    key: impl Fn(&Package) -> cache::Key,
+    build: impl FnOnce(&Path) -> Result<Package>,
 ) -> Result<PathBuf> {
-    if as_pinned {
+    let mut used = package.clone();
+    let entry = cache::entry(what, key(package), |dir| {
+        used = build(dir)?;
+        Ok(())
+    })?;
+    if used == *package {
         return Ok(entry);
     }
-    let renamed = entry.with_file_name(name());
+    let renamed = entry.with_file_name(format!("{what}-{}", key(&used).finish()));
     if !renamed.exists() {
         fs::rename(&entry, &renamed).with_context(|| format!("rename {}", entry.display()))?;
     }

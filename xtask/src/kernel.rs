@@ -11,7 +11,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 
 use crate::debian::{self, Package};
-use crate::process::{command, output};
+use crate::process::{command, output, version};
 use crate::progress::Progress;
 use crate::{cache, workspace};
 
@@ -46,15 +46,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 pub fn find_or_build() -> Result<PathBuf> {
     let fragments = config::read_fragments(&workspace::root().join("kernel-config"))?;
     let patches = workspace::patches("kernel-config/patches")?;
-    let mut patch_key = cache::Key::new("patches", 1);
-    for patch in &patches {
-        patch_key = patch_key.file(patch)?;
-    }
-    let patch_key = patch_key.finish();
-    let compiler = output(&mut command("gcc", ["--version"]))?;
-    let linker = output(&mut command("ld", ["--version"]))?;
-    let first_line = |text: &str| text.lines().next().unwrap_or_default().to_owned();
-    let (compiler, linker) = (first_line(&compiler), first_line(&linker));
+    let patch_key = cache::Key::new("patches", 1).files(&patches)?.finish();
+    let (compiler, linker) = (version("gcc")?, version("ld")?);
     let key = |source: &Package| {
         let key = cache::Key::new("kernel", 1).text("source", &source.to_string());
         let key = key.text("config", &fragments.text).text("patches", &patch_key);
@@ -62,12 +55,7 @@ pub fn find_or_build() -> Result<PathBuf> {
     };
 
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
-    let mut used = package.clone();
-    let entry = cache::entry("kernel", key(&package), |dir| {
-        used = build(dir, &package, &patches, &fragments)?;
-        Ok(())
-    })?;
-    debian::file_under_substitute(entry, used == package, || format!("kernel-{}", key(&used).finish()))
+    debian::entry("kernel", &package, key, |dir| build(dir, &package, &patches, &fragments))
 }
 
 fn build(

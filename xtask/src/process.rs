@@ -37,6 +37,12 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&stdout).into_owned())
 }
 
+/// The first line of what a program says of its version.
+pub fn version(program: &str) -> Result<String> {
+    let text = output(&mut command(program, ["--version"]))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
 /// Whether a program of that name is on PATH.
 pub fn exists(program: &str) -> bool {
     find(program).is_some()

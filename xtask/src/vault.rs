@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use crate::process::{command, output, run_aloud};
+use crate::process::{command, run_aloud, version};
 use crate::{cache, pypi, workspace};
 
 const OPENBAO: [pypi::Wheel; 1] =
@@ -28,8 +28,8 @@ pub fn run(_: &Args) -> Result<ExitCode> {
 }
 
 fn rvault() -> Result<PathBuf> {
-    let compiler = output(&mut command("rustc", ["--version"]))?;
-    let key = cache::Key::new("rvault", 1).text("version", RVAULT).text("compiler", compiler.trim());
+    let compiler = version("rustc")?;
+    let key = cache::Key::new("rvault", 1).text("version", RVAULT).text("compiler", &compiler);
     let entry = cache::entry("rvault", key, |dir| {
         eprintln!("building rvault {RVAULT}, a server that the tests of vaults ask: several minutes, once");
         let mut install =

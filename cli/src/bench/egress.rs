@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chitin::{
     Builder, Delivery, ECHO, EgressLimits, Exit, Reach, Runtime, Sandbox, SecretSource, SecretSpec,
@@ -163,10 +163,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         let places = [("host", &host), ("egress", &egress), ("proxy", &proxy)];
         places.into_iter().filter_map(|(name, place)| Row::of(name, of(place))).collect::<Vec<_>>()
     };
-    let rate = |took: &u64| {
-        let rate = u128::from(args.size * MIB) * 1_000_000_000 / u128::from(*took).max(1);
-        u64::try_from(rate).unwrap_or(u64::MAX)
-    };
+    let rate = |took: &u64| stats::rate(args.size * MIB, Duration::from_nanos(*took));
     let requests = rows(&|place| place.requests.clone());
     let answers = rows(&|place| place.answers.clone());
     let rates = rows(&|place| place.answers.iter().map(rate).collect());

@@ -1,5 +1,7 @@
 //! Many values as a few.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 /// One quantity over all runs. Nanoseconds or bytes, as its table says.
@@ -33,6 +35,12 @@ impl Row {
 pub fn output_and_exit(times: impl Iterator<Item = (u64, u64)>) -> Vec<Row> {
     let (outputs, exits) = times.unzip();
     [Row::of("output", outputs), Row::of("exit", exits)].into_iter().flatten().collect()
+}
+
+/// Bytes per second.
+pub fn rate(bytes: u64, took: Duration) -> u64 {
+    let nanoseconds = took.as_nanos().max(1);
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
 }
 
 /// Prints rows, each value divided by `unit`.

@@ -71,11 +71,12 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         Some(peer) => Some(peer.boot().await?),
         None => None,
     };
+    let bytes = args.size * MIB;
     let progress = progress(2 * args.runs, "transfers");
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     // The first of each finds buffers and the guest's page cache cold, and is not counted.
     for run in 0..=args.runs {
-        let rates = |(into, out)| (rate(args.size, into), rate(args.size, out));
+        let rates = |(into, out)| (stats::rate(bytes, into), stats::rate(bytes, out));
         let once = rates((send(&sandbox, args.size).await?, receive(&sandbox, args.size).await?));
         let beside = match &mut other {
             Some(guest) => Some(rates(exchange(guest, args.size).await?)),
@@ -157,10 +158,4 @@ fn check(exit: &Exit, all: bool) -> Result<(), Failure> {
         Exit::Code(0) if all => Ok(()),
         _ => Err(Failure::Usage(format!("the transfer went wrong: {exit:?}"))),
     }
-}
-
-/// Bytes per second.
-fn rate(mib: u64, took: Duration) -> u64 {
-    let nanoseconds = took.as_nanos().max(1);
-    u64::try_from(u128::from(mib * MIB) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
 }

@@ -59,19 +59,16 @@ fn kernel() -> Result<PathBuf> {
     let key = |package: &Package| {
         cache::Key::new("nested-kernel", 1).text("kernel", &package.to_string()).text("modules", &modules)
     };
-    let mut used = package.clone();
-    let entry = cache::entry("nested-kernel", key(&package), |dir| {
+    debian::entry("nested-kernel", &package, key, |dir| {
         let progress = Progress::start(&format!("Fetching {package}"), 0);
         let scratch = debian::scratch(dir, "unpacked")?;
-        let (taken, deb) = package.download(&scratch, newest)?;
+        let (used, deb) = package.download(&scratch, newest)?;
         debian::unpack(&deb, &scratch)?;
         extract(&scratch, dir)?;
         cache::remove_tree(&scratch)?;
         progress.finish();
-        used = taken;
-        Ok(())
-    })?;
-    debian::file_under_substitute(entry, used == package, || format!("nested-kernel-{}", key(&used).finish()))
+        Ok(used)
+    })
 }
 
 /// The newest 6.12 kernel that apt has: what the metapackage of that series depends on.

@@ -11,7 +11,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::debian::{self, Package};
-use crate::process::{command, output};
+use crate::process::{command, output, version};
 use crate::progress::Progress;
 use crate::{cache, pypi, workspace};
 
@@ -49,25 +49,14 @@ pub const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 /// Something needed is missing, or the build fails.
 pub fn find_or_build() -> Result<PathBuf> {
     let patches = workspace::patches("integration/nested-qemu/patches")?;
-    let mut inputs = cache::Key::new("patches", 1).file(&devices())?;
-    for patch in &patches {
-        inputs = inputs.file(patch)?;
-    }
-    let inputs = inputs.finish();
-    let compiler = output(&mut command("gcc", ["--version"]))?;
-    let compiler = compiler.lines().next().unwrap_or_default();
+    let inputs = cache::Key::new("patches", 1).file(&devices())?.files(&patches)?.finish();
+    let compiler = version("gcc")?;
     let key = |source: &Package| {
         let key = cache::Key::new("qemu", 1).text("source", &source.to_string()).text("inputs", &inputs);
-        key.text("configure", &CONFIGURE.join(" ")).text("compiler", compiler)
+        key.text("configure", &CONFIGURE.join(" ")).text("compiler", &compiler)
     };
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
-    let mut used = package.clone();
-    let entry = cache::entry("qemu", key(&package), |dir| {
-        used = build(dir, &package, &patches)?;
-        Ok(())
-    })?;
-    let entry =
-        debian::file_under_substitute(entry, used == package, || format!("qemu-{}", key(&used).finish()))?;
+    let entry = debian::entry("qemu", &package, key, |dir| build(dir, &package, &patches))?;
     Ok(entry.join(PROGRAM))
 }
 
