@@ -72,7 +72,14 @@ struct Tier {
 
 impl Tier {
     fn new(tier: Runtime) -> Tier {
-        Tier { tier, capabilities: None, wall: None, not_here: None, failed: None, findings: Vec::new() }
+        Tier {
+            tier,
+            capabilities: None,
+            wall: None,
+            not_here: None,
+            failed: None,
+            findings: Vec::new(),
+        }
     }
 
     fn is_broken(&self) -> bool {
@@ -110,10 +117,18 @@ pub async fn run(args: &Args) -> Result<u8, Failure> {
     }
     for tier in &tiers {
         if let Some(reason) = &tier.failed {
-            eprintln!("chitin: {}: the audit could not be finished: {}", tier.tier, printable(reason));
+            eprintln!(
+                "chitin: {}: the audit could not be finished: {}",
+                tier.tier,
+                printable(reason)
+            );
         }
         if let Some(unavailable) = &tier.not_here {
-            eprintln!("chitin: {} was not attacked: {}", tier.tier, printable(&unavailable.to_string()));
+            eprintln!(
+                "chitin: {} was not attacked: {}",
+                tier.tier,
+                printable(&unavailable.to_string())
+            );
         }
     }
     let code = exit_code(&tiers);
@@ -168,7 +183,9 @@ fn introduce(chosen: &Chosen, all: bool) {
     let is = printable(&format!("{implementation} {version}"));
     match all {
         true => println!("{:<9} {is}", chosen.tier),
-        false => println!("{:<20} {:<13} EVIDENCE ({is})", "PROPERTY", chosen.name().to_uppercase()),
+        false => {
+            println!("{:<20} {:<13} EVIDENCE ({is})", "PROPERTY", chosen.name().to_uppercase())
+        }
     }
 }
 
@@ -188,7 +205,12 @@ fn show(finding: &Finding, tier: Option<Runtime>, verbose: bool) {
         _ => finding.evidence.clone(),
     };
     let tier = tier.map(|tier| format!("{tier:<9} ")).unwrap_or_default();
-    println!("{tier}{:<20} {:<13} {}", finding.property, word(finding.verdict), printable(&evidence));
+    println!(
+        "{tier}{:<20} {:<13} {}",
+        finding.property,
+        word(finding.verdict),
+        printable(&evidence)
+    );
     if verbose {
         for attack in &finding.attacks {
             let outcome = if attack.succeeded { "SUCCEEDED" } else { "failed" };
@@ -218,7 +240,13 @@ fn table(tiers: &[Tier], out: &mut impl io::Write) -> io::Result<()> {
         }
         for finding in tier.findings.iter().filter(|finding| finding.verdict != Verdict::Held) {
             let evidence = printable(&finding.evidence);
-            writeln!(out, "{}: {}: {}: {evidence}", tier.tier, finding.property, word(finding.verdict))?;
+            writeln!(
+                out,
+                "{}: {}: {}: {evidence}",
+                tier.tier,
+                finding.property,
+                word(finding.verdict)
+            )?;
         }
     }
     Ok(())
@@ -274,7 +302,8 @@ mod tests {
         let mut text = Vec::new();
         table(&tiers, &mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
-        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let lines: Vec<Vec<&str>> =
+            text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["PROPERTY", "IRONCLAW", "NANOCLAW", "NEMOCLAW"]);
         assert_eq!(lines[2], ["host", "files", "not", "here", "held", "BROKEN"]);
         assert_eq!(lines[3], ["host", "processes", "not", "here", "held", "NOT", "TRIED"]);

@@ -19,8 +19,10 @@ pub struct Args {
 pub async fn run(args: &Args) -> Result<u8, Failure> {
     let diagnosis = chitin::doctor::diagnose(&Artifacts::locate()).await;
     if args.json {
-        let json = serde_json::to_string_pretty(&diagnosis)
-            .map_err(|error| Failure::Io { what: "encode the diagnosis".into(), source: error.into() })?;
+        let json = serde_json::to_string_pretty(&diagnosis).map_err(|error| Failure::Io {
+            what: "encode the diagnosis".into(),
+            source: error.into(),
+        })?;
         println!("{json}");
     } else {
         for check in &diagnosis.checks {

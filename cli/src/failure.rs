@@ -90,7 +90,9 @@ pub fn usage_line(error: &clap::Error) -> String {
 /// Text of a guest, or with a path in it, may hold escape sequences that a terminal would obey.
 pub fn printable(text: &str) -> String {
     text.chars()
-        .flat_map(|c| if c.is_control() && c != '\t' { c.escape_default().collect() } else { vec![c] })
+        .flat_map(
+            |c| if c.is_control() && c != '\t' { c.escape_default().collect() } else { vec![c] },
+        )
         .collect()
 }
 

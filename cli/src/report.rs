@@ -115,8 +115,10 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
     }
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
-    std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, path)).map_err(|error| {
-        let _ = std::fs::remove_file(&temporary);
-        failed(error)
-    })
+    std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, path)).map_err(
+        |error| {
+            let _ = std::fs::remove_file(&temporary);
+            failed(error)
+        },
+    )
 }

@@ -10,8 +10,8 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Chosen, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Runtime, Sandbox,
-    SecretSpec, StartError, StreamReader, Usage,
+    Builder, Chosen, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Runtime,
+    Sandbox, SecretSpec, StartError, StreamReader, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -183,8 +183,9 @@ fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
 
 fn parse_ports(text: &str) -> Result<Ports, String> {
     let port = |text: &str| text.parse().ok().filter(|port| *port > 0);
-    let ports =
-        text.split_once(':').and_then(|(host, guest)| Some(Ports { host: port(host)?, guest: port(guest)? }));
+    let ports = text
+        .split_once(':')
+        .and_then(|(host, guest)| Some(Ports { host: port(host)?, guest: port(guest)? }));
     ports.ok_or_else(|| "it is not HOST:GUEST, two ports from 1 to 65535".into())
 }
 
@@ -231,10 +232,12 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let mut progress = Progress::default();
     let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
     let governed = policy.as_ref().map(Governed::of);
-    let wanted = args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(Runtime::Ironclaw);
+    let wanted =
+        args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(Runtime::Ironclaw);
     let outcome = run_sandbox(&args, policy, &mut progress).await;
     if let Some(path) = &args.report {
-        let (exit, usage) = progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
+        let (exit, usage) =
+            progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
         let report = Report {
             chitin: env!("CARGO_PKG_VERSION"),
             tier: progress.chosen.as_ref().map_or_else(|| wanted.to_string(), Chosen::name),
@@ -258,13 +261,19 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     outcome
 }
 
-async fn run_sandbox(args: &Args, policy: Option<Policy>, progress: &mut Progress) -> Result<u8, Failure> {
+async fn run_sandbox(
+    args: &Args,
+    policy: Option<Policy>,
+    progress: &mut Progress,
+) -> Result<u8, Failure> {
     let env = environment(&args.env)?;
     let secrets = secrets(args)?;
     for copy in &args.copy_in {
         // Before anything is booted for it.
-        std::fs::symlink_metadata(&copy.source)
-            .map_err(|source| Failure::Io { what: format!("copy in {}", copy.source.display()), source })?;
+        std::fs::symlink_metadata(&copy.source).map_err(|source| Failure::Io {
+            what: format!("copy in {}", copy.source.display()),
+            source,
+        })?;
     }
     let listeners = listen(&args.publish).await?;
     let mut signals = Signals::listen()?;
@@ -332,8 +341,10 @@ async fn listen(publish: &[Ports]) -> Result<Vec<(TcpListener, u16)>, Failure> {
     let mut listeners = Vec::new();
     for Ports { host, guest } in publish {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *host)).await;
-        let failed =
-            |source| Failure::Io { what: format!("-p {host}:{guest}: listen on 127.0.0.1:{host}"), source };
+        let failed = |source| Failure::Io {
+            what: format!("-p {host}:{guest}: listen on 127.0.0.1:{host}"),
+            source,
+        };
         listeners.push((listener.map_err(failed)?, *guest));
     }
     Ok(listeners)
@@ -357,7 +368,8 @@ async fn work(
         number = signals.next() => return Ok(128 + number),
     }
 
-    let mut command = sandbox.command(&args.command[0]).args(&args.command[1..]).current_dir(&args.workdir);
+    let mut command =
+        sandbox.command(&args.command[0]).args(&args.command[1..]).current_dir(&args.workdir);
     for (name, value) in env {
         command = command.env(name, value);
     }
@@ -455,7 +467,10 @@ async fn within<T>(limit: Option<Duration>, future: impl Future<Output = T>) -> 
     }
 }
 
-async fn end_of(process: &mut Process, signals: &mut Signals) -> Result<Option<(Exit, Usage)>, Failure> {
+async fn end_of(
+    process: &mut Process,
+    signals: &mut Signals,
+) -> Result<Option<(Exit, Usage)>, Failure> {
     tokio::select! {
         ended = process.wait() => return Ok(Some(ended?)),
         number = signals.next() => process.signal(number),
@@ -482,7 +497,12 @@ async fn deliver(stream: StreamReader, mut to: impl AsyncWrite + Unpin) -> io::R
     match tokio::io::copy_buf(&mut stream, &mut to).await {
         Ok(_) => Ok(()),
         // BrokenPipe is our reader; ConnectionReset is the sandbox's end, which is reported with its reason.
-        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ) =>
+        {
             Ok(())
         }
         Err(error) => Err(error),
@@ -508,7 +528,10 @@ fn environment(given: &[OsString]) -> Result<Vec<(OsString, OsString)>, Failure>
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let pair = |bytes: &[u8]| {
         let equals = bytes.iter().position(|byte| *byte == b'=')?;
-        Some((OsString::from_vec(bytes[..equals].into()), OsString::from_vec(bytes[equals + 1..].into())))
+        Some((
+            OsString::from_vec(bytes[..equals].into()),
+            OsString::from_vec(bytes[equals + 1..].into()),
+        ))
     };
     given
         .iter()
@@ -532,7 +555,9 @@ fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
     let mut secrets = args.secret.clone();
     for name in &args.secret_env {
         let Some(secret) = secrets.iter_mut().find(|secret| secret.name == *name) else {
-            return Err(Failure::Usage(format!("--secret-env {name}: there is no --secret {name}=SRC")));
+            return Err(Failure::Usage(format!(
+                "--secret-env {name}: there is no --secret {name}=SRC"
+            )));
         };
         if matches!(secret.delivery, Delivery::Proxy(_)) {
             let what = "it is for hosts, so its value does not enter: leave one of both out";
@@ -550,11 +575,15 @@ fn secrets(args: &Args) -> Result<Vec<SecretSpec>, Failure> {
         }
         secret.delivery = Delivery::Endpoint;
     }
-    for (option, names) in [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)] {
+    for (option, names) in
+        [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)]
+    {
         for name in names {
             let secret = secrets.iter_mut().find(|secret| secret.name == *name);
             let Some(Delivery::Proxy(reach)) = secret.map(|secret| &mut secret.delivery) else {
-                return Err(Failure::Usage(format!("{option} {name}: there is no --secret {name}=SRC@HOST")));
+                return Err(Failure::Usage(format!(
+                    "{option} {name}: there is no --secret {name}=SRC@HOST"
+                )));
             };
             reach.query |= option == "--secret-query";
             reach.body |= option == "--secret-body";
@@ -574,8 +603,9 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Signals, Failure> {
-        let listen =
-            |kind| signal(kind).map_err(|source| Failure::Io { what: "listen for signals".into(), source });
+        let listen = |kind| {
+            signal(kind).map_err(|source| Failure::Io { what: "listen for signals".into(), source })
+        };
         Ok(Signals {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
@@ -601,7 +631,8 @@ mod tests {
 
     #[test]
     fn copies_name_a_target_or_a_place_to_go_into() {
-        let copy = |source: &str, target: &str| Ok(Copy { source: source.into(), target: target.into() });
+        let copy =
+            |source: &str, target: &str| Ok(Copy { source: source.into(), target: target.into() });
         assert_eq!(parse_copy_in("data/a.csv:/work/b.csv"), copy("data/a.csv", "/work/b.csv"));
         assert_eq!(parse_copy_in("data/a.csv:/work/"), copy("data/a.csv", "/work/a.csv"));
         assert_eq!(parse_copy_in("a:b:/x"), copy("a:b", "/x"));
@@ -619,7 +650,8 @@ mod tests {
         for (text, number) in [("1", 1), ("500k", 500 << 10), ("10M", 10 << 20), ("3G", 3 << 30)] {
             assert_eq!(bytes(text), Ok(number));
         }
-        for bad in ["", "0", "0M", "-1", "1.5G", "G", "1T", "10 M", "18446744073709551615k", "1ä"] {
+        for bad in ["", "0", "0M", "-1", "1.5G", "G", "1T", "10 M", "18446744073709551615k", "1ä"]
+        {
             assert!(bytes(bad).is_err(), "{bad}");
         }
     }
@@ -627,7 +659,9 @@ mod tests {
     #[test]
     fn ports_come_in_pairs() {
         assert_eq!(parse_ports("8080:80"), Ok(Ports { host: 8080, guest: 80 }));
-        for bad in ["", "80", "0:80", "80:0", "70000:80", "80:70000", "a:80", "80:", "-1:80", "1:2:3"] {
+        for bad in
+            ["", "80", "0:80", "80:0", "70000:80", "80:70000", "a:80", "80:", "-1:80", "1:2:3"]
+        {
             assert!(parse_ports(bad).is_err(), "{bad}");
         }
     }

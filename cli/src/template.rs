@@ -67,20 +67,26 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
             if let Some(policy) = &args.policy {
                 builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
             }
-            let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
+            let first =
+                args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
             let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
             let manifest = builder.build_template(&args.name.name, &warming).await?;
             println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
         }
         Command::Ls => {
             let list = templates.list().map_err(chitin::Error::from)?;
-            println!("{:<24} {:>4} {:>8} {:>8}  {:<12} WARM-UP", "NAME", "CPUS", "MEMORY", "SAVED", "AGE");
+            println!(
+                "{:<24} {:>4} {:>8} {:>8}  {:<12} WARM-UP",
+                "NAME", "CPUS", "MEMORY", "SAVED", "AGE"
+            );
             list.iter().for_each(print_line);
         }
         Command::Inspect(Name { name }) => {
             let manifest = templates.inspect(&name).map_err(chitin::Error::from)?;
-            let json = serde_json::to_string_pretty(&manifest)
-                .map_err(|error| Failure::Io { what: "encode the template".into(), source: error.into() })?;
+            let json = serde_json::to_string_pretty(&manifest).map_err(|error| Failure::Io {
+                what: "encode the template".into(),
+                source: error.into(),
+            })?;
             println!("{json}");
         }
         Command::Rm(Name { name }) => templates.remove(&name).map_err(chitin::Error::from)?,

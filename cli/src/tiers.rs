@@ -9,7 +9,10 @@ use crate::failure::printable;
 /// Says aloud where a sandbox is less than what was asked for.
 pub fn announce(chosen: &Chosen) {
     if chosen.is_less() {
-        eprintln!("chitin: {}", printable(&format!("running as {}: {}", chosen.name(), chosen.why())));
+        eprintln!(
+            "chitin: {}",
+            printable(&format!("running as {}: {}", chosen.name(), chosen.why()))
+        );
     }
 }
 

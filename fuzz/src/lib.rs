@@ -71,14 +71,16 @@ const STATUS: u64 = 0x70;
 
 impl Device {
     pub fn new(model: Box<dyn VirtioDevice>) -> Self {
-        let ram = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).unwrap());
+        let ram =
+            Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).unwrap());
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let shared = Shared::new(event());
         let handler = Slot::default();
         let hands = Hands(Arc::clone(&handler));
         let sizes = model.queue_sizes().to_vec();
         let kick = Arc::new(event());
-        let transport = MmioTransport::new(model, hands, Arc::clone(&ram), Arc::clone(&shared), kick);
+        let transport =
+            MmioTransport::new(model, hands, Arc::clone(&ram), Arc::clone(&shared), kick);
         Self { ram, transport, shared, handler, sizes }
     }
 

@@ -25,8 +25,8 @@ fn drive<R: Role>(data: &[u8]) {
                 Ok(None) => break,
                 Ok(Some(Event::Message(_))) => {
                     // Which streams a message names is the layer above's to know; here it names a new one each time.
-                    let direction =
-                        [Direction::Send, Direction::Receive, Direction::Both][usize::from(habits) % 3];
+                    let direction = [Direction::Send, Direction::Receive, Direction::Both]
+                        [usize::from(habits) % 3];
                     if connection.accept(next, direction).is_err() {
                         return;
                     }

@@ -24,7 +24,9 @@ fuzz_target!(|data: &[u8]| {
     assert!(state::open(data, key).is_err(), "a state without its MAC is taken");
 
     let Some((vcpus, payload)) = data.split_first() else { return };
-    let Ok(machine) = MachineState::decode(payload, *vcpus, MEMORY_BYTES, IMAGE_BYTES) else { return };
+    let Ok(machine) = MachineState::decode(payload, *vcpus, MEMORY_BYTES, IMAGE_BYTES) else {
+        return;
+    };
     let again = MachineState::decode(&machine.encode(), *vcpus, MEMORY_BYTES, IMAGE_BYTES);
     assert!(again.is_ok(), "what was read cannot be read again");
     let [vsock, pmem] = &machine.devices[..] else { panic!("two devices") };

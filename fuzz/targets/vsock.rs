@@ -16,8 +16,15 @@ const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
 const SIZES: [u16; 2] = [64, 128];
 const BUFFERS: u64 = 0x4_0000;
-const OPS: [Op; 7] =
-    [Op::Request, Op::Response, Op::Reset, Op::Shutdown, Op::Data, Op::CreditUpdate, Op::CreditRequest];
+const OPS: [Op; 7] = [
+    Op::Request,
+    Op::Response,
+    Op::Reset,
+    Op::Shutdown,
+    Op::Data,
+    Op::CreditUpdate,
+    Op::CreditRequest,
+];
 
 struct Guest {
     device: Device,

@@ -14,8 +14,8 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use chitin_protocol::{
-    Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Reseed, Start, StartError,
-    StreamId, ToGuest, ToHost, Usage,
+    Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Reseed, Start,
+    StartError, StreamId, ToGuest, ToHost, Usage,
 };
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -315,21 +315,30 @@ impl Agent {
     }
 
     fn is_all_written(&self) -> bool {
-        self.connection.output().is_empty() && self.buffers.splicer.as_ref().is_none_or(Splicer::is_empty)
+        self.connection.output().is_empty()
+            && self.buffers.splicer.as_ref().is_none_or(Splicer::is_empty)
     }
 
     /// One step of each pump, beginning with another one each time: output room is shared, and the first one
     /// to ask gets it.
     fn pump(&mut self) -> bool {
         let mut moved = false;
-        let order: Vec<StreamId> =
-            self.pumps.range(self.first..).chain(self.pumps.range(..self.first)).map(|(id, _)| *id).collect();
+        let order: Vec<StreamId> = self
+            .pumps
+            .range(self.first..)
+            .chain(self.pumps.range(..self.first))
+            .map(|(id, _)| *id)
+            .collect();
         self.first = order.get(1).copied().unwrap_or(0);
         for stream in order {
             let step = match self.pumps.get_mut(&stream) {
-                Some(Pump::Out(outflow)) => outflow.step(&mut self.connection, stream, &mut self.buffers),
+                Some(Pump::Out(outflow)) => {
+                    outflow.step(&mut self.connection, stream, &mut self.buffers)
+                }
                 Some(Pump::In(inflow)) => inflow.step(&mut self.connection, stream),
-                Some(Pump::Link(link)) => link.step(&mut self.connection, stream, &mut self.buffers.scratch),
+                Some(Pump::Link(link)) => {
+                    link.step(&mut self.connection, stream, &mut self.buffers.scratch)
+                }
                 None => Step::Waiting,
             };
             moved |= step != Step::Waiting;
@@ -373,8 +382,12 @@ impl Agent {
                 return Err(Fault::Unexpected { what: "a reseed without a freeze" })?;
             }
             (Stage::Running, _) | (Stage::Restored, ToGuest::Reseed(_)) => {}
-            (Stage::Freezing, _) => return Err(Fault::Unexpected { what: "a message behind a freeze" })?,
-            (Stage::Restored, _) => return Err(Fault::Unexpected { what: "a message before a reseed" })?,
+            (Stage::Freezing, _) => {
+                return Err(Fault::Unexpected { what: "a message behind a freeze" })?;
+            }
+            (Stage::Restored, _) => {
+                return Err(Fault::Unexpected { what: "a message before a reseed" })?;
+            }
         }
         match message {
             ToGuest::Start(start) => self.start(&start)?,
@@ -422,7 +435,8 @@ impl Agent {
             }
             ToGuest::Connect { request, port, stream } => {
                 self.connection.accept(stream, Direction::Both)?;
-                let link = egress::connect(port).and_then(|socket| Link::connecting(socket, request, port));
+                let link = egress::connect(port)
+                    .and_then(|socket| Link::connecting(socket, request, port));
                 if let Err(errno) = link.and_then(|link| self.link(stream, link)) {
                     self.connection.reset(stream);
                     self.send(&ToHost::Done { request, result: Err(egress::refused(port, errno)) });
@@ -442,9 +456,13 @@ impl Agent {
             return refused("confine a sandbox in which processes run", Errno::BUSY);
         }
         let limited = match (confine.max_tasks, &self.cgroup, &self.counted) {
-            (Some(tasks), Some(cgroup), _) => cgroup.limit_tasks(tasks.into()).map_err(|error| error.errno),
+            (Some(tasks), Some(cgroup), _) => {
+                cgroup.limit_tasks(tasks.into()).map_err(|error| error.errno)
+            }
             (Some(tasks), None, Some(counted)) => counted.limit(tasks),
-            (Some(_), None, None) => return refused("limit processes without a cgroup", Errno::OPNOTSUPP),
+            (Some(_), None, None) => {
+                return refused("limit processes without a cgroup", Errno::OPNOTSUPP);
+            }
             (None, ..) => Ok(()),
         };
         limited.map_err(|errno| failure("limit the number of processes", b"", errno))?;
@@ -453,7 +471,10 @@ impl Agent {
                 failure(&format!("limit what can be written to {bytes} bytes"), b"", errno)
             })?,
             (Some(_), None) => {
-                return refused("limit what can be written to another's file system", Errno::OPNOTSUPP);
+                return refused(
+                    "limit what can be written to another's file system",
+                    Errno::OPNOTSUPP,
+                );
             }
             (None, _) => {}
         }
@@ -463,7 +484,12 @@ impl Agent {
     /// Moves what comes on `stream` to a socket, and what comes from the socket back.
     fn link(&mut self, stream: StreamId, link: Link) -> Result<(), Errno> {
         let name = EventData::new_u64(PUMP | u64::from(stream));
-        epoll::add(&self.poll, link.socket(), name, EventFlags::IN | EventFlags::OUT | EventFlags::ET)?;
+        epoll::add(
+            &self.poll,
+            link.socket(),
+            name,
+            EventFlags::IN | EventFlags::OUT | EventFlags::ET,
+        )?;
         self.pumps.insert(stream, Pump::Link(link));
         Ok(())
     }
@@ -492,13 +518,18 @@ impl Agent {
             }
         }
         moved
-            || (self.connection.can_open() && self.egress.is_knocked() && self.connection.output().is_empty())
+            || (self.connection.can_open()
+                && self.egress.is_knocked()
+                && self.connection.output().is_empty())
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
         let refused = |what, errno| Err(failure(what, b"", errno));
         if !self.secrets.has_held_none() {
-            return refused("freeze a sandbox that holds credentials, or has held any", Errno::PERM);
+            return refused(
+                "freeze a sandbox that holds credentials, or has held any",
+                Errno::PERM,
+            );
         }
         if !self.copies.is_idle() {
             return refused("freeze a sandbox while files are copied", Errno::BUSY);
@@ -542,7 +573,8 @@ impl Agent {
         self.processes.clear();
         self.egress.close();
         // The host takes one connection at a time: the old one ends before the new one begins.
-        rustix::net::shutdown(self.channel.input(), Shutdown::Both).context("end", "the channel")?;
+        rustix::net::shutdown(self.channel.input(), Shutdown::Both)
+            .context("end", "the channel")?;
         self.channel = spare.connect()?;
         self.channel.connected(None)?;
         self.connection = hello(&self.channel, boottime_ns());
@@ -633,8 +665,9 @@ impl Agent {
     }
 
     fn try_start(&mut self, start: &Start) -> Result<(), (StartError, Failure)> {
-        let refused =
-            |operation: &'static str| move |errno| (StartError::Other, failure(operation, b"", errno));
+        let refused = |operation: &'static str| {
+            move |errno| (StartError::Other, failure(operation, b"", errno))
+        };
         if self.processes.len() >= MAX_PROCESSES {
             return Err(refused("start more than 64 processes at once")(Errno::AGAIN));
         }
@@ -647,8 +680,10 @@ impl Agent {
                 self.pump_in(stream, stdin).map_err(refused("watch a pipe"))?;
                 child
             }
-            None => rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, FileMode::empty())
-                .map_err(refused("open /dev/null"))?,
+            None => {
+                rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, FileMode::empty())
+                    .map_err(refused("open /dev/null"))?
+            }
         };
         self.pump_out(start.stdout, stdout).map_err(refused("watch a pipe"))?;
         self.pump_out(start.stderr, stderr).map_err(refused("watch a pipe"))?;
@@ -685,7 +720,12 @@ impl Agent {
     }
 
     /// The agent's end of a pipe becomes non-blocking; the other end, which is another's, does not.
-    fn watch_pipe(&self, stream: StreamId, pipe: &OwnedFd, interest: EventFlags) -> Result<(), Errno> {
+    fn watch_pipe(
+        &self,
+        stream: StreamId,
+        pipe: &OwnedFd,
+        interest: EventFlags,
+    ) -> Result<(), Errno> {
         rustix::io::ioctl_fionbio(pipe, true)?;
         let name = EventData::new_u64(PUMP | u64::from(stream));
         epoll::add(&self.poll, pipe, name, interest | EventFlags::ET)
@@ -732,8 +772,9 @@ impl Agent {
             if pid <= 0 {
                 return;
             }
-            let ended =
-                |process: &&mut Process| process.exit.is_none() && process.child.pid.as_raw_pid() == pid;
+            let ended = |process: &&mut Process| {
+                process.exit.is_none() && process.child.pid.as_raw_pid() == pid
+            };
             let Some(process) = self.processes.iter_mut().find(ended) else { continue };
             let exit = match process.child.failed_to_start() {
                 Some((error, failure)) => Exit::NotStarted { error, failure },
@@ -761,7 +802,8 @@ impl Agent {
     }
 
     fn announce_exits(&mut self) {
-        let ended: Vec<Process> = self.processes.extract_if(.., |process| process.exit.is_some()).collect();
+        let ended: Vec<Process> =
+            self.processes.extract_if(.., |process| process.exit.is_some()).collect();
         for process in ended {
             if let Some((exit, usage)) = process.exit {
                 self.send(&ToHost::Exited { process: process.name, exit, usage });
@@ -790,7 +832,12 @@ fn hello(channel: &Channel, started_ns: u64) -> Connection<Guest> {
     connection
 }
 
-fn watch(poll: &OwnedFd, fd: BorrowedFd<'_>, name: u64, flags: EventFlags) -> Result<(), SystemError> {
+fn watch(
+    poll: &OwnedFd,
+    fd: BorrowedFd<'_>,
+    name: u64,
+    flags: EventFlags,
+) -> Result<(), SystemError> {
     epoll::add(poll, fd, EventData::new_u64(name), flags).context("watch", "a descriptor")
 }
 
@@ -841,7 +888,13 @@ fn default_disposition(signal: i32) {
     // SAFETY: the kernel reads 32 bytes, of which the last 8 are the mask, as the last argument says. No code of
     // this process becomes a handler. SIGKILL and SIGSTOP are refused, which is no harm.
     unsafe {
-        libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, std::ptr::null_mut::<u64>(), 8)
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            &raw const action,
+            std::ptr::null_mut::<u64>(),
+            8,
+        )
     };
 }
 
@@ -864,7 +917,8 @@ fn low_byte(value: i32) -> u8 {
 
 fn usage_of(usage: &libc::rusage) -> Usage {
     let micros = |time: libc::timeval| {
-        u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_usec).unwrap_or(0)
+        u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000
+            + u64::try_from(time.tv_usec).unwrap_or(0)
     };
     Usage {
         user_us: micros(usage.ru_utime),

@@ -63,7 +63,11 @@ impl Cgroup {
         write(&self.directory, "cgroup.freeze", "1")?;
         for _ in 0..FREEZE_ROUNDS {
             let events = read_text(&self.directory, "cgroup.events");
-            if events.context("read cgroup file", "cgroup.events")?.lines().any(|line| line == "frozen 1") {
+            if events
+                .context("read cgroup file", "cgroup.events")?
+                .lines()
+                .any(|line| line == "frozen 1")
+            {
                 return Ok(());
             }
             std::thread::sleep(FREEZE_PAUSE);
@@ -80,8 +84,8 @@ impl Cgroup {
     /// Gives the workload what it has and what is free, but the reserve. To be repeated when the agent itself has
     /// taken memory for long, as files that it copies in do.
     pub fn set_memory_limit(&self) -> Result<(), SystemError> {
-        let used =
-            read_number(&self.directory, "memory.current").context("read cgroup file", "memory.current")?;
+        let used = read_number(&self.directory, "memory.current")
+            .context("read cgroup file", "memory.current")?;
         let info = rustix::system::sysinfo();
         let unit = u64::from(info.mem_unit);
         let (total, free) = (info.totalram as u64 * unit, info.freeram as u64 * unit);
@@ -112,14 +116,16 @@ fn read_number(directory: impl AsFd, file: &str) -> Result<u64, Errno> {
 
 /// The content of a small file.
 fn read_text(directory: impl AsFd, file: &str) -> Result<String, Errno> {
-    let file = rustix::fs::openat(directory, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let file =
+        rustix::fs::openat(directory, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let mut text = [0; 128];
     let count = rustix::io::read(&file, &mut text)?;
     std::str::from_utf8(&text[..count]).map(str::to_owned).map_err(|_| Errno::INVAL)
 }
 
 fn write(directory: impl AsFd, file: &'static str, value: &str) -> Result<(), SystemError> {
-    let open = || rustix::fs::openat(&directory, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+    let open =
+        || rustix::fs::openat(&directory, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
     match open().and_then(|file| rustix::io::write(file, value.as_bytes())) {
         Ok(count) if count == value.len() => Ok(()),
         Ok(_) => Err(Errno::IO),

@@ -47,9 +47,11 @@ pub struct Socket(OwnedFd);
 impl Socket {
     pub fn open() -> Result<Socket, SystemError> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)
-            .context("open", "a vsock socket")?;
-        set_socket_send_buffer_size_force(&socket, SEND_BUFFER).context("let", "a vsock socket send more")?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)
+                .context("open", "a vsock socket")?;
+        set_socket_send_buffer_size_force(&socket, SEND_BUFFER)
+            .context("let", "a vsock socket send more")?;
         Ok(Socket(socket))
     }
 
@@ -64,7 +66,8 @@ impl Socket {
         address.svm_cid = libc::VMADDR_CID_HOST;
         address.svm_port = VSOCK_PORT;
         // SAFETY: `address` is a `sockaddr_vm` of the length given, and outlives the call.
-        let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) };
+        let result =
+            unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) };
         match crate::lockdown::check(result) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(Channel { input: socket, output: None }),
             Err(errno) => Err(errno).context("connect to", object),
@@ -103,15 +106,22 @@ impl Channel {
 
     /// Takes descriptors 0 and 1 over and leaves `/dev/null` in their place.
     pub fn stdio() -> Result<Channel, SystemError> {
-        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty())
-            .context("open", "/dev/null")?;
+        let null = rustix::fs::open(
+            "/dev/null",
+            OFlags::RDWR | OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )
+        .context("open", "/dev/null")?;
         let mut moved = Vec::with_capacity(2);
         for fd in 0..2 {
             // SAFETY: the agent was started with its channel on 0 and 1; if it was not, the call says so.
             let standard = unsafe { BorrowedFd::borrow_raw(fd) };
-            let own = rustix::io::fcntl_dupfd_cloexec(standard, 3).context("take descriptor", fd)?;
-            let flags = rustix::fs::fcntl_getfl(&own).context("read the flags of descriptor", fd)?;
-            rustix::fs::fcntl_setfl(&own, flags | OFlags::NONBLOCK).context("change descriptor", fd)?;
+            let own =
+                rustix::io::fcntl_dupfd_cloexec(standard, 3).context("take descriptor", fd)?;
+            let flags =
+                rustix::fs::fcntl_getfl(&own).context("read the flags of descriptor", fd)?;
+            rustix::fs::fcntl_setfl(&own, flags | OFlags::NONBLOCK)
+                .context("change descriptor", fd)?;
             replace(&null, fd).context("replace descriptor", fd)?;
             moved.push(own);
         }

@@ -146,8 +146,12 @@ impl Copies {
         let over = |copy: &Copy| {
             copy.outcome.is_some() && (copy.direction == Direction::In || !is_open(copy.stream))
         };
-        let requests: Vec<u32> =
-            self.running.iter().filter(|(_, copy)| over(copy)).map(|(request, _)| *request).collect();
+        let requests: Vec<u32> = self
+            .running
+            .iter()
+            .filter(|(_, copy)| over(copy))
+            .map(|(request, _)| *request)
+            .collect();
         let finished = |request| {
             let Copy { direction, stream, outcome } = self.running.remove(&request)?;
             Some(Finished { request, direction, stream, outcome: outcome? })
@@ -205,7 +209,11 @@ fn checked(path: &[u8]) -> Result<PathBuf, Failure> {
         Component::CurDir | Component::ParentDir | Component::Prefix(_) => false,
     });
     if !components || !plain.is_absolute() || path.contains(&0) {
-        return Err(failure("copy, not being an absolute path without . and ..,", path, Errno::INVAL));
+        return Err(failure(
+            "copy, not being an absolute path without . and ..,",
+            path,
+            Errno::INVAL,
+        ));
     }
     if KERNEL.iter().any(|kernel| plain.starts_with(kernel)) {
         return Err(failure("copy, being the kernel's,", path, Errno::PERM));

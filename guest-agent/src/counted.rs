@@ -26,7 +26,8 @@ impl Counted {
     /// Makes it. The hierarchy has no path afterwards.
     pub fn create() -> Result<Counted, SystemError> {
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("none", PLACE, "cgroup", flags, Some(c"pids")).context("mount", "a cgroup")?;
+        rustix::mount::mount("none", PLACE, "cgroup", flags, Some(c"pids"))
+            .context("mount", "a cgroup")?;
         let made = Counted::create_in(PLACE);
         rustix::mount::unmount(PLACE, UnmountFlags::DETACH).context("unmount", PLACE)?;
         made

@@ -22,7 +22,9 @@ pub fn reset_machine() -> ! {
 pub fn kill_descendants() {
     for _ in 0..KILL_ROUNDS {
         let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
-        for pid in children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+        for pid in
+            children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+        {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         loop {

@@ -44,9 +44,14 @@ fn what_is_listed_is_allowed_and_nothing_else() {
         ALLOWED.iter().flat_map(|group| group.calls).map(|call| (call.number, call.name)).collect();
     let entries: usize = ALLOWED.iter().map(|group| group.calls.len()).sum();
     assert_eq!(listed.len(), entries, "a call is listed twice");
-    let checked =
-        [libc::SYS_socket, libc::SYS_clone, libc::SYS_clone3, libc::SYS_ioctl, libc::SYS_personality]
-            .map(|call| u32::try_from(call).unwrap());
+    let checked = [
+        libc::SYS_socket,
+        libc::SYS_clone,
+        libc::SYS_clone3,
+        libc::SYS_ioctl,
+        libc::SYS_personality,
+    ]
+    .map(|call| u32::try_from(call).unwrap());
     for number in 0..=LAST {
         if checked.contains(&number) {
             assert!(!listed.contains_key(&number));
@@ -74,12 +79,16 @@ fn arguments_are_looked_at() {
     // The kernel takes an int: the upper half is nothing.
     assert_eq!(socket(1 << 32 | 2, 0), ALLOW);
     assert_eq!(socket(16, 0), ALLOW);
-    for (domain, protocol) in [(16, 15), (40, 0), (1 << 32 | 40, 0), (17, 0), (38, 0), (0, 0), (29, 0)] {
+    for (domain, protocol) in
+        [(16, 15), (40, 0), (1 << 32 | 40, 0), (17, 0), (38, 0), (0, 0), (29, 0)]
+    {
         assert_eq!(socket(domain, protocol), fail(Errno::AFNOSUPPORT), "{domain} {protocol}");
     }
     let clone = |flags| answer(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]);
     assert_eq!((clone(17), clone(0x3d_0f00), clone(0x120_0011)), (ALLOW, ALLOW, ALLOW));
-    for namespace in [0x2_0000, 0x200_0000, 0x400_0000, 0x800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000] {
+    for namespace in
+        [0x2_0000, 0x200_0000, 0x400_0000, 0x800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000]
+    {
         assert_eq!(clone(namespace | 17), eperm, "{namespace:#x}");
     }
     assert_eq!(answer(libc::SYS_clone3, [0; 6]), fail(Errno::NOSYS));
@@ -157,8 +166,10 @@ fn the_documented_list_is_this_one() {
     let text = std::fs::read_to_string(path).unwrap();
     let mut expected = String::new();
     for Group { why, calls } in ALLOWED {
-        let names: Vec<String> =
-            calls.iter().map(|call| format!("`{}`", call.name.trim_start_matches("SYS_"))).collect();
+        let names: Vec<String> = calls
+            .iter()
+            .map(|call| format!("`{}`", call.name.trim_start_matches("SYS_")))
+            .collect();
         expected.push_str(&format!("- {why}: {}\n", names.join(" ")));
     }
     for (name, why) in CHECKED {

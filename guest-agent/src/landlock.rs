@@ -70,7 +70,8 @@ impl Ruleset {
         }
         for FileRule { path, writable } in files {
             let rights = if *writable { ALL } else { READ };
-            allow(&ruleset, path, rights & known).map_err(|errno| failure("allow files in", path, errno))?;
+            allow(&ruleset, path, rights & known)
+                .map_err(|errno| failure("allow files in", path, errno))?;
         }
         Ok(Ruleset(ruleset))
     }
@@ -78,7 +79,9 @@ impl Ruleset {
     /// In the child: takes the rules. A system call only. Needs `no_new_privs`.
     pub fn restrict(&self) -> Result<(), Errno> {
         // SAFETY: takes a descriptor and no memory.
-        check_long(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, self.0.as_raw_fd(), 0) })
+        check_long(unsafe {
+            libc::syscall(libc::SYS_landlock_restrict_self, self.0.as_raw_fd(), 0)
+        })
     }
 }
 
@@ -98,8 +101,9 @@ fn version() -> Result<usize, Errno> {
 fn create(handled: u64) -> Result<OwnedFd, Errno> {
     // The first field of `struct landlock_ruleset_attr`: a size of 8 says that there is no more.
     // SAFETY: the kernel reads 8 bytes at the pointer, which outlives the call.
-    let fd =
-        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &raw const handled, size_of::<u64>(), 0) };
+    let fd = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const handled, size_of::<u64>(), 0)
+    };
     check_long(fd)?;
     let fd = i32::try_from(fd).map_err(|_| Errno::BADF)?;
     // SAFETY: the descriptor is new and nobody else's. It closes on exec by itself.
@@ -124,6 +128,12 @@ fn allow(ruleset: &OwnedFd, path: &[u8], rights: u64) -> Result<(), Errno> {
     let rule = PathBeneath { allowed_access, parent_fd: file.as_raw_fd() };
     // SAFETY: the kernel reads a rule at the pointer, which outlives the call.
     check_long(unsafe {
-        libc::syscall(libc::SYS_landlock_add_rule, ruleset.as_raw_fd(), PATH_BENEATH, &raw const rule, 0)
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_raw_fd(),
+            PATH_BENEATH,
+            &raw const rule,
+            0,
+        )
     })
 }

@@ -75,8 +75,9 @@ impl Child {
             Ok(8) => {}
             _ => return None,
         }
-        let errno =
-            Errno::from_raw_os_error(i32::from_le_bytes([record[4], record[5], record[6], record[7]]));
+        let errno = Errno::from_raw_os_error(i32::from_le_bytes([
+            record[4], record[5], record[6], record[7],
+        ]));
         let (error, failure) = match Step::decode(record[0])? {
             Step::Session => (StartError::Other, failure("open a session", b"", errno)),
             Step::Streams => (StartError::Other, failure("connect standard streams", b"", errno)),
@@ -88,9 +89,10 @@ impl Child {
             Step::Directory => (StartError::Other, failure("enter", &self.directory, errno)),
             Step::Confinement => (StartError::Other, failure("confine the process", b"", errno)),
             Step::Execute => (class_of(errno), failure("execute", &self.program, errno)),
-            Step::Interpreter => {
-                (StartError::NotExecutable, failure("find the interpreter of", &self.program, errno))
-            }
+            Step::Interpreter => (
+                StartError::NotExecutable,
+                failure("find the interpreter of", &self.program, errno),
+            ),
         };
         Some((error, failure))
     }
@@ -153,7 +155,8 @@ pub fn launch(
     lockdown: &Lockdown,
     groups: Groups<'_>,
 ) -> Result<Child, (StartError, Failure)> {
-    let other = |operation, object: &[u8], errno| (StartError::Other, failure(operation, object, errno));
+    let other =
+        |operation, object: &[u8], errno| (StartError::Other, failure(operation, object, errno));
     let c_string = |operation: &'static str, bytes: &[u8]| {
         CString::new(bytes).map_err(|_| other(operation, bytes, Errno::INVAL))
     };
@@ -193,8 +196,8 @@ pub fn launch(
     }
     memfds.sort_by_key(|(_, number)| *number);
 
-    let (status, status_child) =
-        rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|errno| other("create a pipe", b"", errno))?;
+    let (status, status_child) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|errno| other("create a pipe", b"", errno))?;
     let plan = Plan {
         streams: [streams.stdin.as_fd(), streams.stdout.as_fd(), streams.stderr.as_fd()],
         status: status_child.as_fd(),
@@ -204,17 +207,31 @@ pub fn launch(
         directory: c_string("enter", &start.cwd)?,
         programs,
         arguments: argv.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect(),
-        environment: environment.iter().map(|entry| entry.as_ptr().cast()).chain([ptr::null()]).collect(),
+        environment: environment
+            .iter()
+            .map(|entry| entry.as_ptr().cast())
+            .chain([ptr::null()])
+            .collect(),
         lockdown,
         joined: groups.joined,
     };
     // SAFETY: the child calls nothing but `Plan::run`, which keeps to system calls.
-    let pid = unsafe { spawn(&plan, groups.born_into) }.map_err(|errno| other("fork", b"", errno))?;
-    Ok(Child { pid, status, program: program.clone(), user: start.uid, directory: start.cwd.clone() })
+    let pid =
+        unsafe { spawn(&plan, groups.born_into) }.map_err(|errno| other("fork", b"", errno))?;
+    Ok(Child {
+        pid,
+        status,
+        program: program.clone(),
+        user: start.uid,
+        directory: start.cwd.clone(),
+    })
 }
 
 /// Where to look for the program: as it is, if it has a slash, else in `PATH`.
-fn candidates(program: &[u8], env: &[(Vec<u8>, Vec<u8>)]) -> Result<Vec<CString>, (StartError, Failure)> {
+fn candidates(
+    program: &[u8],
+    env: &[(Vec<u8>, Vec<u8>)],
+) -> Result<Vec<CString>, (StartError, Failure)> {
     let missing = |operation| (StartError::NotFound, failure(operation, program, Errno::NOENT));
     if program.is_empty() {
         return Err(missing("execute a program without a name"));
@@ -347,8 +364,9 @@ impl Plan<'_> {
             let fresh = rustix::fs::open(path.as_c_str(), flags, Mode::empty())?;
             // SAFETY: the number is that of a memfd of the parent, open here as well, and nothing of this child
             // uses it otherwise.
-            let mut memfd =
-                std::mem::ManuallyDrop::new(unsafe { std::os::fd::FromRawFd::from_raw_fd(*number) });
+            let mut memfd = std::mem::ManuallyDrop::new(unsafe {
+                std::os::fd::FromRawFd::from_raw_fd(*number)
+            });
             rustix::io::dup2(&fresh, &mut memfd)?;
             rustix::io::fcntl_setfd(&*memfd, FdFlags::empty())?;
         }
@@ -361,8 +379,9 @@ impl Plan<'_> {
         for program in &self.programs {
             // SAFETY: all pointers are to NUL-terminated strings, the arrays end with null, and all of them
             // outlive the call.
-            let result =
-                unsafe { libc::execve(program.as_ptr(), self.arguments.as_ptr(), self.environment.as_ptr()) };
+            let result = unsafe {
+                libc::execve(program.as_ptr(), self.arguments.as_ptr(), self.environment.as_ptr())
+            };
             match check(result) {
                 Err(Errno::NOENT) if exists(program) => return (Step::Interpreter, Errno::NOENT),
                 Err(Errno::NOENT | Errno::NOTDIR) | Ok(()) => {}
@@ -413,7 +432,8 @@ mod tests {
     use super::*;
 
     fn paths(program: &str, path: Option<&str>) -> Option<Vec<String>> {
-        let env: Vec<_> = path.iter().map(|path| (b"PATH".to_vec(), path.as_bytes().to_vec())).collect();
+        let env: Vec<_> =
+            path.iter().map(|path| (b"PATH".to_vec(), path.as_bytes().to_vec())).collect();
         let found = candidates(program.as_bytes(), &env).ok()?;
         Some(found.into_iter().map(|path| path.into_string().unwrap()).collect())
     }

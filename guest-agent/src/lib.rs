@@ -55,7 +55,9 @@ impl Mode {
                 b"--stdio" => mode.stdio = true,
                 b"--build-root" => mode.build_root = true,
                 b"--own-kernel" => mode.own_kernel = true,
-                other => return Err(format!("unknown argument {}", String::from_utf8_lossy(other))),
+                other => {
+                    return Err(format!("unknown argument {}", String::from_utf8_lossy(other)));
+                }
             }
         }
         Ok(mode)
@@ -143,7 +145,8 @@ const MAX_FAILURE: usize = 512;
 /// A failure for the host. `object` may be any bytes.
 fn failure(operation: &str, object: &[u8], errno: Errno) -> Failure {
     let object = String::from_utf8_lossy(&object[..object.len().min(MAX_FAILURE)]);
-    let what = if object.is_empty() { operation.to_owned() } else { format!("{operation} {object}") };
+    let what =
+        if object.is_empty() { operation.to_owned() } else { format!("{operation} {object}") };
     Failure { what, errno: errno.raw_os_error() }
 }
 

@@ -11,8 +11,8 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
 
 use crate::filter::Filter;
@@ -193,7 +193,8 @@ fn filters() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let vsock = SeccompRule::new(vec![vsock])?;
     // seccompiler ends a process that uses another architecture's calls (int 0x80); x32 shares ours, so each rule
     // stands twice.
-    let sockets = [libc::SYS_socket, libc::SYS_socket | X32].map(|call| (call, vec![vsock.clone()]));
+    let sockets =
+        [libc::SYS_socket, libc::SYS_socket | X32].map(|call| (call, vec![vsock.clone()]));
     let absent = ABSENT.iter().flat_map(|&call| [(call, vec![]), (call | X32, vec![])]);
     Ok([
         compile(sockets.into_iter().collect(), libc::EAFNOSUPPORT)?,

@@ -80,8 +80,11 @@ impl Outflow {
                 Step::Finished
             }
             Ok(count) => {
-                self.to_splice =
-                    if count >= WORTH_SPLICING { FRAMES_TO_SPLICE } else { self.to_splice.saturating_sub(1) };
+                self.to_splice = if count >= WORTH_SPLICING {
+                    FRAMES_TO_SPLICE
+                } else {
+                    self.to_splice.saturating_sub(1)
+                };
                 self.left = self.left.map(|left| left.saturating_sub(count as u64));
                 Step::Moved
             }

@@ -27,7 +27,8 @@ const BOOT_ID_SOURCE: &str = "/dev/shm/.boot_id";
 /// Does all of it, in an order in which a failure leaves nothing running on old entropy.
 pub fn reseed(reseed: &Reseed, boot_id: &BootId) -> Result<(), Failure> {
     let failed = |what| move |errno| failure(what, b"", errno);
-    add_entropy(reseed.entropy.expose()).map_err(failed("reseed the kernel's random number generator"))?;
+    add_entropy(reseed.entropy.expose())
+        .map_err(failed("reseed the kernel's random number generator"))?;
     let seconds = i64::try_from(reseed.unix_ns / 1_000_000_000).unwrap_or(i64::MAX);
     let nanoseconds = i64::try_from(reseed.unix_ns % 1_000_000_000).unwrap_or(0);
     let now = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
@@ -60,7 +61,8 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Errno> {
     entropy.bytes[..bytes.len()].copy_from_slice(bytes);
     let random = rustix::fs::open("/dev/random", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     // SAFETY: the kernel reads the two lengths and as many bytes as the second says, all of them in `entropy`.
-    let added = check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &raw const entropy) });
+    let added =
+        check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &raw const entropy) });
     entropy.bytes.zeroize();
     added?;
     // Without it the new entropy would wait for the generator's next turn, and until then all copies draw the same.
@@ -76,15 +78,18 @@ impl BootId {
     /// Puts the file, which says what the kernel says, over it. To be done while a sandbox is still to be saved, so that a
     /// copy only has to write, and while the workload is frozen.
     pub fn cover() -> Result<BootId, Errno> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let text =
-            std::fs::read(BOOT_ID).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let text = std::fs::read(BOOT_ID)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         // One that the workload has put there, before it was frozen, to be in the way.
         let _ = rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty());
         let file = rustix::fs::open(BOOT_ID_SOURCE, flags, Mode::from_raw_mode(0o444))?;
-        let covered =
-            write_all(&file, &text).and_then(|()| mount_bind(BOOT_ID_SOURCE, BOOT_ID)).and_then(|()| {
-                let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+        let covered = write_all(&file, &text)
+            .and_then(|()| mount_bind(BOOT_ID_SOURCE, BOOT_ID))
+            .and_then(|()| {
+                let flags =
+                    MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
                 mount_remount(BOOT_ID, flags | MountFlags::NOEXEC, "")
             });
         rustix::fs::unlinkat(CWD, BOOT_ID_SOURCE, AtFlags::empty())?;

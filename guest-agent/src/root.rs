@@ -44,8 +44,14 @@ const WRITABLE: [(&str, u32, u32); 4] =
 
 /// Character devices: name, major, minor. Not among them: kmsg (the host reads it, a workload could forge it),
 /// console, mem, vsock and the disks, which devtmpfs would have brought along.
-const NODES: [(&str, u32, u32); 6] =
-    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+const NODES: [(&str, u32, u32); 6] = [
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+];
 
 const LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
@@ -82,13 +88,13 @@ pub fn fill_standard_descriptors() -> Result<(), SystemError> {
 pub fn build(own_log: bool) -> Result<View, SystemError> {
     rustix::process::umask(Mode::empty());
     mount("tmpfs", SCRATCH, MountFlags::NOSUID, TMPFS_OPTIONS)?;
-    let scratch =
-        rustix::fs::open(SCRATCH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("open", SCRATCH)?;
+    let scratch = rustix::fs::open(SCRATCH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .context("open", SCRATCH)?;
     if own_log {
         let path = "/mnt/kmsg";
         node(path, 1, 11, 0o600)?;
-        let log =
-            rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).context("open", path)?;
+        let log = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .context("open", path)?;
         channel::replace(&log, 2).context("replace descriptor", 2)?;
     }
     for directory in ["upper", "work", "upper/dev", "upper/dev/pts"] {
@@ -105,7 +111,12 @@ pub fn build(own_log: bool) -> Result<View, SystemError> {
         let path = format!("{SCRATCH}/upper/dev/{name}");
         rustix::fs::symlink(target, &path).context("create", path)?;
     }
-    mount("overlay", NEW_ROOT, MountFlags::empty(), "lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work")?;
+    mount(
+        "overlay",
+        NEW_ROOT,
+        MountFlags::empty(),
+        "lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work",
+    )?;
 
     // The old root ends up on top of the new one, where "." is it, and is detached from there (pivot_root(2)).
     rustix::process::chdir(NEW_ROOT).context("enter", NEW_ROOT)?;
@@ -155,8 +166,11 @@ pub fn build(own_log: bool) -> Result<View, SystemError> {
 
 /// Bounds what can be written. Fails with EINVAL if more than that is there already.
 pub fn limit_disk(scratch: impl AsFd, bytes: u64) -> Result<(), Errno> {
-    let context =
-        rustix::mount::fspick(scratch, "", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)?;
+    let context = rustix::mount::fspick(
+        scratch,
+        "",
+        FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC,
+    )?;
     rustix::mount::fsconfig_set_string(&context, "size", bytes.to_string())?;
     rustix::mount::fsconfig_reconfigure(&context)
 }
@@ -185,7 +199,9 @@ pub fn set_kernel_parameters() -> Result<(), SystemError> {
 /// Makes a kernel parameter 0, where the kernel has it.
 fn clear_parameter(path: &'static str) -> Result<(), SystemError> {
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    match rustix::fs::open(path, flags, Mode::empty()).and_then(|file| rustix::io::write(&file, b"0")) {
+    match rustix::fs::open(path, flags, Mode::empty())
+        .and_then(|file| rustix::io::write(&file, b"0"))
+    {
         Ok(_) | Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(errno).context("write", path),
     }
@@ -193,8 +209,12 @@ fn clear_parameter(path: &'static str) -> Result<(), SystemError> {
 
 /// Sets the loopback interface up, which is all a sandbox has.
 pub fn raise_loopback() -> Result<(), Errno> {
-    let socket =
-        rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     // SAFETY: all-zero is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l'.cast_signed();
@@ -202,7 +222,11 @@ pub fn raise_loopback() -> Result<(), Errno> {
     request.ifr_ifru.ifru_flags = INTERFACE_UP;
     // SAFETY: SIOCSIFFLAGS reads an `ifreq`, which outlives the call.
     check(unsafe {
-        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS as _, &raw const request)
+        libc::ioctl(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
     })
 }
 
@@ -219,8 +243,12 @@ fn mount(
 
 /// A mount of the same file system as at `path`, attached nowhere.
 fn clone_mount(path: &'static str) -> Result<OwnedFd, SystemError> {
-    rustix::mount::open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
-        .context("clone the mount of", path)
+    rustix::mount::open_tree(
+        CWD,
+        path,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )
+    .context("clone the mount of", path)
 }
 
 /// For this mount only: others of the same file system stay as they are. `flags` are those it has otherwise.

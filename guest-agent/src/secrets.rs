@@ -73,7 +73,9 @@ impl Secrets {
                 Kept::Env(entry)
             }
             // Processes have inherited it.
-            (Delivery::Memory, Some(Kept::Memory(shared))) => return shared.set(value).map_err(failed),
+            (Delivery::Memory, Some(Kept::Memory(shared))) => {
+                return shared.set(value).map_err(failed);
+            }
             (Delivery::Memory, _) => {
                 let mut shared = Shared::new().map_err(failed)?;
                 shared.set(value).map_err(failed)?;
@@ -91,7 +93,9 @@ impl Secrets {
     pub fn revoke(&mut self, name: &str) -> Result<(), Failure> {
         for (_, kept) in self.kept.iter_mut().filter(|(other, _)| other == name) {
             if let Kept::Memory(shared) = kept {
-                shared.clear().map_err(|errno| failure("empty credential", name.as_bytes(), errno))?;
+                shared
+                    .clear()
+                    .map_err(|errno| failure("empty credential", name.as_bytes(), errno))?;
             }
         }
         // A memfd that processes have inherited stays, for a later value.
@@ -106,7 +110,10 @@ impl Secrets {
 
     fn live(&self) -> impl Iterator<Item = (&str, &Kept)> {
         let live = |kept: &Kept| !matches!(kept, Kept::Memory(shared) if !shared.live);
-        self.kept.iter().filter(move |(_, kept)| live(kept)).map(|(name, kept)| (name.as_str(), kept))
+        self.kept
+            .iter()
+            .filter(move |(_, kept)| live(kept))
+            .map(|(name, kept)| (name.as_str(), kept))
     }
 
     /// The memfds, to be inherited at the numbers they have.
@@ -170,8 +177,9 @@ impl Shared {
         let (access, shared) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: the kernel chooses where, so that it is nobody else's memory. Whoever has inherited the memfd may read
         // what is written here, and only this value writes.
-        let mapped =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), MAX_SECRET, access, shared, &memfd, 0) }?;
+        let mapped = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), MAX_SECRET, access, shared, &memfd, 0)
+        }?;
         let mapped = NonNull::new(mapped.cast()).ok_or(Errno::NOMEM)?;
         let this = Shared { memfd, mapped, len: 0, live: false };
         // A child needs it as little as what it executes. Where that is not known, it is gone with the exec.
@@ -192,7 +200,8 @@ impl Shared {
     fn set(&mut self, value: &[u8]) -> Result<(), Errno> {
         if value.len() > self.len {
             // Allocated here, where running out of memory is an error and no SIGBUS.
-            match rustix::fs::fallocate(&self.memfd, FallocateFlags::empty(), 0, value.len() as u64) {
+            match rustix::fs::fallocate(&self.memfd, FallocateFlags::empty(), 0, value.len() as u64)
+            {
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                     rustix::fs::ftruncate(&self.memfd, value.len() as u64)?;
                 }
@@ -317,7 +326,9 @@ mod tests {
         secrets.revoke("A").unwrap();
         assert_eq!(seen(), "");
         assert!(
-            environment(&secrets).is_empty() && secrets.memfds().next().is_none() && !secrets.sets(b"A_FILE")
+            environment(&secrets).is_empty()
+                && secrets.memfds().next().is_none()
+                && !secrets.sets(b"A_FILE")
         );
         assert!(!secrets.has_held_none());
         // What was cut off is not there any more, also where it is grown again.

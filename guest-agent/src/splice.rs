@@ -111,7 +111,11 @@ impl Splicer {
     }
 }
 
-fn move_pages(from: impl std::os::fd::AsFd, to: impl std::os::fd::AsFd, most: usize) -> Result<usize, Errno> {
+fn move_pages(
+    from: impl std::os::fd::AsFd,
+    to: impl std::os::fd::AsFd,
+    most: usize,
+) -> Result<usize, Errno> {
     rustix::io::retry_on_intr(|| splice(&from, None, &to, None, most, SpliceFlags::NONBLOCK))
 }
 

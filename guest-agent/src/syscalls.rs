@@ -117,6 +117,12 @@ pub const CHECKED: &[(&str, &str)] = &[
         "for processes and threads; EPERM with a new namespace, the usual way into rarely used parts of a kernel",
     ),
     ("clone3", "ENOSYS: a filter cannot see its flags, and every C library falls back to clone"),
-    ("ioctl", "for all but TIOCSTI and TIOCLINUX, which put words into a terminal's mouth; those EPERM"),
-    ("personality", "to ask, and to set the ordinary one; else EPERM: others switch protections off"),
+    (
+        "ioctl",
+        "for all but TIOCSTI and TIOCLINUX, which put words into a terminal's mouth; those EPERM",
+    ),
+    (
+        "personality",
+        "to ask, and to set the ordinary one; else EPERM: others switch protections off",
+    ),
 ];

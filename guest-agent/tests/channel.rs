@@ -64,7 +64,8 @@ fn a_breach_takes_the_processes_with_it() {
     agent.socket.write_all(&frame(3, 4000, b"x")).unwrap();
     assert_eq!(agent.until_ended().0, Some(1));
     let sleeping = std::fs::read_dir("/proc").unwrap().any(|entry| {
-        std::fs::read(entry.unwrap().path().join("cmdline")).is_ok_and(|line| line == b"sleep\x005432\0")
+        std::fs::read(entry.unwrap().path().join("cmdline"))
+            .is_ok_and(|line| line == b"sleep\x005432\0")
     });
     assert!(!sleeping);
 }
@@ -143,7 +144,9 @@ fn copies_beyond_the_limit_are_refused() {
     }
     assert_eq!(requests.len(), MAX_STREAMS);
     agent.until(|agent| agent.done.len() == MAX_STREAMS - 8);
-    assert!(agent.done.values().all(|result| result.as_ref().is_err_and(|failure| failure.errno == 11)));
+    assert!(
+        agent.done.values().all(|result| result.as_ref().is_err_and(|failure| failure.errno == 11))
+    );
     let running = agent.run(&["true"]);
     assert_eq!(agent.exit(running), Exit::Code(0));
     for (_, stream) in requests {

@@ -53,8 +53,11 @@ fn a_rule_for_what_is_not_there_is_an_error() {
 fn a_credential_in_memory_is_within_the_rules() {
     let Some(mut agent) = sandbox() else { return };
     agent.secret("TOKEN", b"s3cret", chitin_protocol::Delivery::Memory).unwrap();
-    let plan =
-        Confine { files: Some(Vec::new()), system_calls: SystemCalls::DefaultDeny, ..nothing(&mut agent) };
+    let plan = Confine {
+        files: Some(Vec::new()),
+        system_calls: SystemCalls::DefaultDeny,
+        ..nothing(&mut agent)
+    };
     confine(&mut agent, plan).unwrap();
     let running = agent.shell("cat $TOKEN_FILE");
     assert_eq!(agent.output(running), "s3cret");

@@ -18,7 +18,8 @@ fn up() -> Agent {
     let script = "mount --bind $0 /etc/resolv.conf && exec $1 --stdio";
     let mut command = Command::new("unshare");
     command.args(if support::is_root() { &["-n", "-m"][..] } else { &["-n", "-m", "-r"] });
-    let mut agent = Agent::spawn_with(command.args(["--", "sh", "-c", script]).arg(resolv.path()).arg(AGENT));
+    let mut agent =
+        Agent::spawn_with(command.args(["--", "sh", "-c", script]).arg(resolv.path()).arg(AGENT));
     agent.until(|agent| agent.ready);
     agent
 }
@@ -141,8 +142,9 @@ u.connect((a, 443)); u.send(b'x'); print(error(lambda: u.send(b'x')))
     let unreachable = "OSError 101\n".repeat(3);
     let reset = "ConnectionResetError 104\n".repeat(3);
     // UDP has no route either, and nobody listens where TCP does.
-    let expected =
-        format!("{unreachable}ConnectionRefusedError 111\n{reset}OSError 101\nConnectionRefusedError 111\n");
+    let expected = format!(
+        "{unreachable}ConnectionRefusedError 111\n{reset}OSError 101\nConnectionRefusedError 111\n"
+    );
     assert_eq!(output, expected);
     assert_eq!(agent.dials, []);
 }
@@ -240,7 +242,10 @@ sys.stdin.read()
     for _ in 0..2000 {
         sent += agent.connection.send(first, &[0; 65536]);
         agent.turn();
-        if agent.connection.sendable(first) == 0 && sent > 300_000 && agent.connection.output().is_empty() {
+        if agent.connection.sendable(first) == 0
+            && sent > 300_000
+            && agent.connection.output().is_empty()
+        {
             break;
         }
     }
@@ -262,7 +267,10 @@ for kind in 'tcp', 'udp':
     assert_eq!(agent.output(running), "0\n0\n");
     open(&mut agent, &["a.test:443"]).unwrap();
     let failure = open(&mut agent, &["a.test:443"]).unwrap_err();
-    assert_eq!(failure.to_string(), "open egress twice: Operation already in progress (os error 114)");
+    assert_eq!(
+        failure.to_string(),
+        "open egress twice: Operation already in progress (os error 114)"
+    );
 }
 
 #[test]

@@ -174,7 +174,11 @@ print(sorted(map(int, os.listdir('/proc/%d/fd' % os.getpid())))[3:4])
         if support::is_root() {
             assert_eq!(lines[1], "EBADF EINVAL EPERM");
         }
-        assert!(lines[2].contains("'API_TOKEN_FILE'") && lines[2].ends_with("False"), "{}", lines[2]);
+        assert!(
+            lines[2].contains("'API_TOKEN_FILE'") && lines[2].ends_with("False"),
+            "{}",
+            lines[2]
+        );
     }
     if support::needs_root("a memfd of another owner") {
         let running = agent.shell("echo x > \"$API_TOKEN_FILE\"");
@@ -201,7 +205,8 @@ fn a_credential_is_in_the_environment_only_if_asked_for() {
     // A later one replaces it, also in kind; and what the host says in `env` does not hide it.
     agent.secret("OTHER", b"changed", Delivery::Memory).unwrap();
     agent.secret("TOKEN", b"changed too", Delivery::Memory).unwrap();
-    let mut start = agent.plain(&["sh", "-c", "cat $OTHER_FILE; echo; cat $TOKEN_FILE; echo $TOKEN"]);
+    let mut start =
+        agent.plain(&["sh", "-c", "cat $OTHER_FILE; echo; cat $TOKEN_FILE; echo $TOKEN"]);
     start.env.push((b"OTHER_FILE".to_vec(), b"/etc/passwd".to_vec()));
     let running = agent.start(start);
     assert_eq!(agent.output(running), "changed\nchanged too\n");
@@ -218,7 +223,9 @@ fn a_credential_is_replaced_and_taken_back_where_it_was_inherited() {
     let next = |agent: &mut Agent| {
         let stdin = running.stdin.unwrap();
         assert_eq!(agent.connection.send(stdin, b"\n"), 1);
-        agent.until(|agent| agent.output.get(&running.stdout).is_some_and(|text| text.ends_with(b"\n")));
+        agent.until(|agent| {
+            agent.output.get(&running.stdout).is_some_and(|text| text.ends_with(b"\n"))
+        });
         agent.text(running.stdout)
     };
     assert_eq!(next(&mut agent), "the first|1\n");

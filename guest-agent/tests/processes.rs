@@ -88,7 +88,9 @@ fn what_cannot_be_started_says_why() {
         assert_eq!(error, StartError::Other);
         text
     };
-    assert!(changed(&|start| start.cwd = b"/no/such".to_vec()).contains("enter /no/such: No such file"));
+    assert!(
+        changed(&|start| start.cwd = b"/no/such".to_vec()).contains("enter /no/such: No such file")
+    );
     assert!(changed(&|start| start.cwd = b"/a\0b".to_vec()).contains("enter /a"));
     assert!(changed(&|start| start.argv.clear()).contains("without a name"));
     assert!(changed(&|start| start.argv.push(b"a\0".to_vec())).contains("NUL"));
@@ -130,7 +132,10 @@ fn both_outputs_are_kept_apart() {
     let mut agent = Agent::up();
     let running = agent.shell("echo out; echo err >&2; exit 3");
     assert_eq!(agent.exit(running), Exit::Code(3));
-    assert_eq!((agent.text(running.stdout), agent.text(running.stderr)), ("out\n".into(), "err\n".into()));
+    assert_eq!(
+        (agent.text(running.stdout), agent.text(running.stderr)),
+        ("out\n".into(), "err\n".into())
+    );
 }
 
 #[test]
@@ -159,7 +164,9 @@ fn a_host_that_stops_reading_stops_the_writer_and_nothing_else() {
     let running = agent.run(&["cat", "/dev/zero"]);
     agent.withhold.push(running.stdout);
     let window = chitin_protocol::WINDOW as usize;
-    agent.until(|agent| agent.output.get(&running.stdout).is_some_and(|bytes| bytes.len() == window));
+    agent.until(|agent| {
+        agent.output.get(&running.stdout).is_some_and(|bytes| bytes.len() == window)
+    });
     // Other processes go on.
     let other = agent.shell("head -c 1000000 /dev/zero; echo err >&2");
     assert_eq!(agent.exit(other), Exit::Code(0));
@@ -174,7 +181,9 @@ fn a_host_that_stops_reading_stops_the_writer_and_nothing_else() {
 
     let running = agent.run(&["cat", "/dev/zero"]);
     agent.withhold.push(running.stdout);
-    agent.until(|agent| agent.output.get(&running.stdout).is_some_and(|bytes| bytes.len() == window));
+    agent.until(|agent| {
+        agent.output.get(&running.stdout).is_some_and(|bytes| bytes.len() == window)
+    });
     agent.signal(running, 15);
     agent.withhold.clear();
     agent.connection.consumed(running.stdout, window);
@@ -260,7 +269,8 @@ fn a_process_that_stops_its_siblings_stops_not_the_agent() {
     let mut agent = Agent::up();
     let bully_user = |start: &mut Start| (start.uid, start.gid) = (61_234, 61_234);
     // As one user they may stop each other, also between fork and exec.
-    let mut start = agent.plain(&["sh", "-c", "echo up; while :; do kill -STOP -1 2>/dev/null; done"]);
+    let mut start =
+        agent.plain(&["sh", "-c", "echo up; while :; do kill -STOP -1 2>/dev/null; done"]);
     bully_user(&mut start);
     let bully = agent.start(start);
     agent.until(|agent| agent.output.contains_key(&bully.stdout));
@@ -308,7 +318,8 @@ fn usage_is_that_of_the_process() {
 #[test]
 fn nothing_is_left_when_the_channel_closes() {
     let mut agent = Agent::up();
-    let running = agent.shell("setsid sleep 4321 & (setsid sleep 4322 &); trap '' TERM; echo up; sleep 4323");
+    let running =
+        agent.shell("setsid sleep 4321 & (setsid sleep 4322 &); trap '' TERM; echo up; sleep 4323");
     agent.until(|agent| agent.output.contains_key(&running.stdout));
     let sleeping = || {
         std::fs::read_dir("/proc")
@@ -335,6 +346,7 @@ fn a_stopped_container_ends_in_order() {
 }
 
 fn children(pid: u32) -> Vec<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let text =
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     text.split_ascii_whitespace().map(str::to_owned).collect()
 }

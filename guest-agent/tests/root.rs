@@ -19,8 +19,11 @@ fn only_scratch_directories_are_writable() {
     assert_eq!(agent.output(running), "x\nx\nx\nx\n");
 
     // Also for a workload that is root.
-    let mut start =
-        agent.plain(&["sh", "-c", "touch /x /etc/x /dev/x; mount -o remount,rw /; umount /proc; true"]);
+    let mut start = agent.plain(&[
+        "sh",
+        "-c",
+        "touch /x /etc/x /dev/x; mount -o remount,rw /; umount /proc; true",
+    ]);
     (start.uid, start.gid) = (0, 0);
     let running = agent.start(start);
     assert_eq!(agent.exit(running), Exit::Code(0));
@@ -35,13 +38,15 @@ fn only_scratch_directories_are_writable() {
 #[test]
 fn devices_mounts_and_names_are_those_described() {
     let Some(mut agent) = sandbox() else { return };
-    let running = agent.shell("cd /dev; echo *; stat -c '%n %t:%T %a' full null random tty urandom zero");
+    let running =
+        agent.shell("cd /dev; echo *; stat -c '%n %t:%T %a' full null random tty urandom zero");
     assert_eq!(
         agent.output(running),
         "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero\n\
          full 1:7 666\nnull 1:3 666\nrandom 1:8 666\ntty 5:0 666\nurandom 1:9 666\nzero 1:5 666\n"
     );
-    let running = agent.shell("cut -d' ' -f2,3 /proc/mounts; hostname; cat /sys/class/net/lo/flags");
+    let running =
+        agent.shell("cut -d' ' -f2,3 /proc/mounts; hostname; cat /sys/class/net/lo/flags");
     let text = agent.output(running);
     let targets: Vec<&str> = text.lines().filter_map(|line| line.split(' ').next()).collect();
     assert_eq!(
@@ -72,7 +77,8 @@ fn devices_mounts_and_names_are_those_described() {
 fn pid_1_cannot_be_killed_from_inside() {
     let Some(mut agent) = sandbox() else { return };
     for uid in [1000, 0] {
-        let script = "for s in 1 2 3 6 9 11 15 17 19; do kill -$s 1; done 2>/dev/null; kill -9 -1; sleep 50";
+        let script =
+            "for s in 1 2 3 6 9 11 15 17 19; do kill -$s 1; done 2>/dev/null; kill -9 -1; sleep 50";
         let mut start = agent.plain(&["sh", "-c", script]);
         (start.uid, start.gid) = (uid, uid);
         let running = agent.start(start);
@@ -108,21 +114,24 @@ fn copies_reach_any_path_and_lead_nowhere_else() {
         agent.until(|agent| agent.done.contains_key(&request));
         agent.done.remove(&request).unwrap()
     };
-    let paths = ["/etc/chitin-test/file", "/opt/new/file", "/work/in/file", "/tmp/file", "/newdir/file"];
+    let paths =
+        ["/etc/chitin-test/file", "/opt/new/file", "/work/in/file", "/tmp/file", "/newdir/file"];
     for path in paths {
         put(&mut agent, path).unwrap();
     }
     let running = agent.run(&[&["cat"], &paths[..]].concat());
     assert_eq!(agent.output(running), "copied\n".repeat(paths.len()));
-    let running = agent.shell("stat -c '%u %a' /opt/new /opt/new/file /work/in; echo y > /work/in/other");
+    let running =
+        agent.shell("stat -c '%u %a' /opt/new /opt/new/file /work/in; echo y > /work/in/other");
     assert_eq!(agent.output(running), "0 755\n1000 600\n1000 755\n");
     for path in paths.iter().filter(|path| !path.starts_with("/tmp")) {
         assert!(!std::path::Path::new(path).exists(), "{path} is on this machine");
     }
 
     // A workload that plants links on the way.
-    let running =
-        agent.shell("ln -s /etc /work/out; ln -s /etc/passwd /tmp/passwd; mkdir /tmp/d; ln -s .. /tmp/d/up");
+    let running = agent.shell(
+        "ln -s /etc /work/out; ln -s /etc/passwd /tmp/passwd; mkdir /tmp/d; ln -s .. /tmp/d/up",
+    );
     assert_eq!(agent.output(running), "");
     for path in ["/work/out/file", "/tmp/d/up/file"] {
         assert_eq!(put(&mut agent, path).unwrap_err().errno, 40, "{path}");

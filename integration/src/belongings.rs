@@ -49,12 +49,16 @@ fn lines(on: On) -> BTreeSet<String> {
         match fs::read_link(&entry) {
             // What this list itself is read from.
             Ok(target) if target == Path::new(&format!("/proc/{}/fd", process::id())) => {}
-            Ok(target) => drop(lines.insert(format!("descriptor {}: {}", name(&entry), target.display()))),
+            Ok(target) => {
+                drop(lines.insert(format!("descriptor {}: {}", name(&entry), target.display())))
+            }
             Err(_) => {}
         }
     }
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    lines.extend(maps.lines().filter(|line| line.contains("/memfd:")).map(|line| format!("mapped {line}")));
+    lines.extend(
+        maps.lines().filter(|line| line.contains("/memfd:")).map(|line| format!("mapped {line}")),
+    );
     lines.extend(entries(Path::new("/proc")).into_iter().filter_map(|path| a_process(&path)));
     groups(Path::new(GROUPS), &mut lines);
     for dir in [&std::env::temp_dir(), Path::new("/dev/shm"), Path::new("/run/chitin")] {
@@ -80,7 +84,8 @@ fn a_process(path: &Path) -> Option<String> {
 /// Control groups that have a name of ours.
 fn groups(dir: &Path, lines: &mut BTreeSet<String>) {
     for path in entries(dir).into_iter().filter(|path| path.is_dir() && !path.is_symlink()) {
-        let named = |prefix: &str| name(&path).strip_prefix(prefix).is_some_and(|rest| !rest.is_empty());
+        let named =
+            |prefix: &str| name(&path).strip_prefix(prefix).is_some_and(|rest| !rest.is_empty());
         if named("vm-") || named("chitin-") {
             lines.insert(format!("control group {}", path.display()));
         }

@@ -17,7 +17,8 @@ const PIECE: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
 /// Programs that act for a sandbox without being of its family: a daemon's, a runtime's.
-const HELPERS: [&str; 7] = ["dockerd", "containerd", "containerd-shim", "runsc", "runc", "crun", "conmon"];
+const HELPERS: [&str; 7] =
+    ["dockerd", "containerd", "containerd-shim", "runsc", "runc", "crun", "conmon"];
 
 /// Whether the needle is in there.
 pub fn holds(bytes: &[u8], needle: &[u8]) -> bool {
@@ -148,7 +149,11 @@ impl Search {
             let bytes = fs::read(process.join(name)).unwrap_or_default();
             // The variable was given to `chitin` by whoever called it; it must not pass it on.
             if holds(&bytes, canary) && !(name == "environ" && exe(process).ends_with("chitin")) {
-                self.found.push(format!("{name} of {} ({})", process.display(), exe(process).display()));
+                self.found.push(format!(
+                    "{name} of {} ({})",
+                    process.display(),
+                    exe(process).display()
+                ));
             }
         }
     }
@@ -168,7 +173,11 @@ impl Search {
         let _ = mapped(process, &mut look);
         let _ = in_memory_files(process, &mut look);
         if leaked {
-            self.found.push(format!("memory of {} ({})", process.display(), exe(process).display()));
+            self.found.push(format!(
+                "memory of {} ({})",
+                process.display(),
+                exe(process).display()
+            ));
         }
         self.control |= seen;
         self.bytes += read;
@@ -189,7 +198,8 @@ impl Search {
 /// All memory of a process that is there and can be read: of a monitor, that of its guest.
 fn mapped(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
     let maps = fs::read_to_string(process.join("maps"))?;
-    let (memory, pagemap) = (File::open(process.join("mem"))?, File::open(process.join("pagemap"))?);
+    let (memory, pagemap) =
+        (File::open(process.join("mem"))?, File::open(process.join("pagemap"))?);
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let (Some(range), Some(rights)) = (words.next(), words.next()) else { continue };

@@ -103,7 +103,9 @@ fn daemon(dir: &Path) -> io::Result<Child> {
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
-        .map_err(|error| io::Error::other(format!("start dockerd: {error} (cargo xtask setup installs it)")))
+        .map_err(|error| {
+            io::Error::other(format!("start dockerd: {error} (cargo xtask setup installs it)"))
+        })
 }
 
 impl Drop for Dockerd {
@@ -155,7 +157,8 @@ fn get(host: &str, path: &str) -> io::Result<String> {
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other("no answer"))?;
+    let (head, body) =
+        answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other("no answer"))?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.to_owned()),
         _ => Err(io::Error::other(head.lines().next().unwrap_or_default().to_owned())),

@@ -64,7 +64,12 @@ impl Outcome {
     pub fn refused(&self, words: &str) {
         assert_eq!(self.code, 125, "{self:?}");
         assert!(self.stderr.contains(words), "no `{words}` in: {}", self.stderr);
-        assert_eq!(self.stderr.trim_end().lines().count(), 1, "more than one line: {}", self.stderr);
+        assert_eq!(
+            self.stderr.trim_end().lines().count(),
+            1,
+            "more than one line: {}",
+            self.stderr
+        );
         assert!(self.stderr.starts_with("chitin: "), "{}", self.stderr);
     }
 }
@@ -262,12 +267,13 @@ impl Running {
     pub fn processes(&self) -> Vec<PathBuf> {
         let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
         let own = fs::canonicalize(&self.dir).expect("the directory is there");
-        let all: Vec<Process> = entries.filter_map(|entry| Process::read(entry.ok()?.path(), &own)).collect();
+        let all: Vec<Process> =
+            entries.filter_map(|entry| Process::read(entry.ok()?.path(), &own)).collect();
         let mut seen = self.seen.borrow_mut();
         loop {
-            let children = all
-                .iter()
-                .filter(|process| process.here || seen.iter().any(|(pid, _)| *pid == process.parent));
+            let children = all.iter().filter(|process| {
+                process.here || seen.iter().any(|(pid, _)| *pid == process.parent)
+            });
             let found: Vec<_> = children
                 .map(|process| (process.pid, process.started))
                 .filter(|id| !seen.contains(id))
@@ -324,8 +330,8 @@ fn require_microvms() {
 
 /// A release binary: in `$CHITIN_BIN_DIR`, else in the workspace's `target/release`.
 pub fn binary(name: &str) -> PathBuf {
-    let dir =
-        std::env::var_os("CHITIN_BIN_DIR").map_or_else(|| workspace().join("target/release"), PathBuf::from);
+    let dir = std::env::var_os("CHITIN_BIN_DIR")
+        .map_or_else(|| workspace().join("target/release"), PathBuf::from);
     dir.join(name)
 }
 
@@ -353,5 +359,8 @@ pub fn builder() -> chitin::Builder {
 
 /// Seconds since 1970, to compare a guest's clock with.
 pub fn unix_time() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970").as_secs()
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("a clock after 1970")
+        .as_secs()
 }

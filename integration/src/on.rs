@@ -72,7 +72,9 @@ impl On {
                 let root = Path::new("/sys/fs/cgroup").to_owned();
                 let hierarchies = names(&root).map(PathBuf::from).chain([root.clone()]);
                 for hierarchy in hierarchies {
-                    traces.extend(names(&hierarchy.join("chitin")).filter(|name| name.contains("/chitin-")));
+                    traces.extend(
+                        names(&hierarchy.join("chitin")).filter(|name| name.contains("/chitin-")),
+                    );
                 }
                 traces
             }

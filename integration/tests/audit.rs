@@ -1,5 +1,8 @@
 //! What is promised holds under attack, and what does not hold is found.
-#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends at the first thing that is not as it should be"
+)]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +20,10 @@ fn every_promise_of_a_microvm_holds() {
     let held = text.lines().filter(|line| line.contains(" held ")).count();
     assert_eq!(held, 19, "{text}");
     // The attacks were made: these two say what they saw.
-    assert!(text.contains("CapEff 0000000000000400") && text.contains("processes, then EAGAIN"), "{text}");
+    assert!(
+        text.contains("CapEff 0000000000000400") && text.contains("processes, then EAGAIN"),
+        "{text}"
+    );
 }
 
 /// An audit, and what it has written as JSON.
@@ -65,9 +71,17 @@ mod nanoclaw {
             let (outcome, report) = audited(on.bare("audit --tier nanoclaw"));
             outcome.ok();
             let tier = &report["tiers"][0];
-            assert_eq!((&tier["tier"], &tier["wall"]), (&"nanoclaw".into(), &"gvisor".into()), "{report}");
+            assert_eq!(
+                (&tier["tier"], &tier["wall"]),
+                (&"nanoclaw".into(), &"gvisor".into()),
+                "{report}"
+            );
             assert!(tier["implementation"].as_str().unwrap().starts_with("runsc/"), "{report}");
-            assert_eq!((count(&report, "held"), count(&report, "not_promised")), (18, 1), "{report}");
+            assert_eq!(
+                (count(&report, "held"), count(&report, "not_promised")),
+                (18, 1),
+                "{report}"
+            );
         });
     }
 
@@ -79,7 +93,11 @@ mod nanoclaw {
             outcome.ok();
             let tier = &report["tiers"][0];
             assert_eq!(tier["wall"], "namespaces", "{report}");
-            assert_eq!((count(&report, "held"), count(&report, "not_promised")), (18, 1), "{report}");
+            assert_eq!(
+                (count(&report, "held"), count(&report, "not_promised")),
+                (18, 1),
+                "{report}"
+            );
             assert!(outcome.text().contains("it runs on the host's own kernel"), "{outcome:?}");
         });
     }
@@ -130,8 +148,15 @@ mod nemoclaw {
             let (outcome, report) = audited(on.bare("audit --tier nemoclaw"));
             outcome.ok();
             let tier = &report["tiers"][0];
-            assert_eq!((&tier["implementation"], &tier["wall"]), (&"Docker".into(), &"namespaces".into()));
-            assert_eq!((count(&report, "held"), count(&report, "not_promised")), (18, 1), "{report}");
+            assert_eq!(
+                (&tier["implementation"], &tier["wall"]),
+                (&"Docker".into(), &"namespaces".into())
+            );
+            assert_eq!(
+                (count(&report, "held"), count(&report, "not_promised")),
+                (18, 1),
+                "{report}"
+            );
         });
     }
 
@@ -147,7 +172,9 @@ mod nemoclaw {
                 let (client, daemon) = (client.unwrap(), UnixStream::connect(&behind).unwrap());
                 let (from_client, to_client) = (client.try_clone().unwrap(), client);
                 let (from_daemon, to_daemon) = (daemon.try_clone().unwrap(), daemon);
-                thread::spawn(move || carry(from_client, to_daemon, asked.as_bytes(), instead.as_bytes()));
+                thread::spawn(move || {
+                    carry(from_client, to_daemon, asked.as_bytes(), instead.as_bytes())
+                });
                 thread::spawn(move || carry(from_daemon, to_client, b"", b""));
             }
         });
@@ -173,12 +200,17 @@ mod nemoclaw {
     fn a_daemon_that_gives_the_hosts_network_is_found_out() {
         ON.check(|on| {
             let real = std::env::var("DOCKER_HOST").unwrap();
-            let (_dir, host) = before(&real, "\"NetworkMode\":\"none\"", "\"NetworkMode\":\"host\"");
-            let (outcome, report) = audited(on.bare("audit --tier nemoclaw").env("DOCKER_HOST", host));
+            let (_dir, host) =
+                before(&real, "\"NetworkMode\":\"none\"", "\"NetworkMode\":\"host\"");
+            let (outcome, report) =
+                audited(on.bare("audit --tier nemoclaw").env("DOCKER_HOST", host));
             assert_eq!(outcome.code, 1, "{outcome:?}");
             let found = finding(&report, "network");
             assert_eq!(found["verdict"], "broken", "{report}");
-            assert!(found["evidence"].as_str().unwrap().contains("the host was connected to"), "{found}");
+            assert!(
+                found["evidence"].as_str().unwrap().contains("the host was connected to"),
+                "{found}"
+            );
         });
     }
 
@@ -189,15 +221,24 @@ mod nemoclaw {
         named.refused("no Docker daemon answers at unix:///nowhere/socket");
         // Without artifacts no tier is.
         let none = tempfile::tempdir().unwrap();
-        let run = ON.bare("audit --tier all").env("DOCKER_HOST", gone).env("CHITIN_ARTIFACTS", none.path());
+        let run = ON
+            .bare("audit --tier all")
+            .env("DOCKER_HOST", gone)
+            .env("CHITIN_ARTIFACTS", none.path());
         let (outcome, report) = audited(run);
         assert_eq!(outcome.code, 125, "{outcome:?}");
         for tier in ["ironclaw", "nanoclaw", "nemoclaw"] {
-            assert!(outcome.stderr.contains(&format!("chitin: {tier} was not attacked: ")), "{outcome:?}");
+            assert!(
+                outcome.stderr.contains(&format!("chitin: {tier} was not attacked: ")),
+                "{outcome:?}"
+            );
             assert!(outcome.text().contains(&format!("\n{tier}: not here: ")), "{outcome:?}");
         }
         assert_eq!(report["tiers"].as_array().unwrap().len(), 3, "{report}");
-        assert!(report["tiers"][2]["not_here"]["reason"].as_str().unwrap().contains("Docker"), "{report}");
+        assert!(
+            report["tiers"][2]["not_here"]["reason"].as_str().unwrap().contains("Docker"),
+            "{report}"
+        );
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! What can be wrong with a container tier: with its daemon, its runtime, the image. Each is a clear error, exit code 125, and
 //! nothing is left behind.
-#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends at the first thing that is not as it should be"
+)]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -32,7 +35,8 @@ fn impostor_for_an_agent() -> TempDir {
     let root = dir.path().join("root");
     fs::create_dir(&root).unwrap();
     let archive = workspace().join("target/artifacts/root.tar");
-    let unpacked = Command::new("tar").arg("-C").arg(&root).arg("-xf").arg(archive).status().unwrap();
+    let unpacked =
+        Command::new("tar").arg("-C").arg(&root).arg("-xf").arg(archive).status().unwrap();
     assert!(unpacked.success());
     let agent = root.join("init");
     fs::remove_file(&agent).unwrap();
@@ -45,7 +49,14 @@ fn impostor_for_an_agent() -> TempDir {
 fn sealed(dir: TempDir) -> TempDir {
     let archive = dir.path().join("root.tar");
     let root = dir.path().join("root");
-    let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".").status().unwrap();
+    let made = Command::new("tar")
+        .arg("-C")
+        .arg(&root)
+        .arg("-cf")
+        .arg(&archive)
+        .arg(".")
+        .status()
+        .unwrap();
     assert!(made.success());
     let digest = format!("{:x}", Sha256::digest(fs::read(&archive).unwrap()));
     fs::write(dir.path().join("root.json"), format!("{{\"tar_sha256\": \"{digest}\"}}")).unwrap();
@@ -59,7 +70,9 @@ impl Unpacked {
     fn of(artifacts: &TempDir) -> Unpacked {
         let manifest = fs::read(artifacts.path().join("root.json")).unwrap();
         let manifest: Value = serde_json::from_slice(&manifest).unwrap();
-        Unpacked(Path::new("/var/cache/chitin/roots").join(manifest["tar_sha256"].as_str().unwrap()))
+        Unpacked(
+            Path::new("/var/cache/chitin/roots").join(manifest["tar_sha256"].as_str().unwrap()),
+        )
     }
 }
 
@@ -116,7 +129,8 @@ mod nanoclaw {
         let outcome = with(runsc, ON.with("--report").arg(&path).args(["--", "true"])).outcome();
         assert!(outcome.stderr.starts_with("chitin: running as nanoclaw/"), "{outcome:?}");
         assert!(outcome.stderr.contains("runsc/ptrace does not work: "), "{outcome:?}");
-        let report = fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
+        let report =
+            fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
         (outcome.code, serde_json::from_slice(&report).unwrap())
     }
 
@@ -125,8 +139,9 @@ mod nanoclaw {
         ON.check(|_| {
             let started = Instant::now();
             // It says who it is, and then nothing more.
-            let hanging =
-                runsc("case $* in *--version*) echo runsc version hanging;; *) exec sleep 1000;; esac");
+            let hanging = runsc(
+                "case $* in *--version*) echo runsc version hanging;; *) exec sleep 1000;; esac",
+            );
             let (code, report) = report(&hanging);
             assert_eq!(code, 0, "{report}");
             let tier = report["tier"].as_str().unwrap();
@@ -224,7 +239,10 @@ mod nanoclaw {
         ON.check(|on| {
             let artifacts = impostor_for_an_agent();
             let _unpacked = Unpacked::of(&artifacts);
-            on.run("true").env("CHITIN_ARTIFACTS", artifacts.path()).outcome().refused("broke the protocol");
+            on.run("true")
+                .env("CHITIN_ARTIFACTS", artifacts.path())
+                .outcome()
+                .refused("broke the protocol");
         });
     }
 
@@ -246,7 +264,9 @@ mod nanoclaw {
             fs::write(&archive, [0; 100]).unwrap();
             run().refused("root cannot be unpacked");
             let left: Vec<_> = fs::read_dir("/var/cache/chitin/roots").unwrap().flatten().collect();
-            let left = left.iter().filter(|entry| entry.file_name().to_string_lossy().contains(".partial-"));
+            let left = left
+                .iter()
+                .filter(|entry| entry.file_name().to_string_lossy().contains(".partial-"));
             assert_eq!(left.count(), 0);
         });
     }
@@ -284,14 +304,19 @@ mod nemoclaw {
             let mut held = Vec::new();
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
-                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let mut lines =
+                    BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
                 let Some(request) = lines.next() else { continue };
                 lines.find(String::is_empty);
                 let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
                 match answer(&path) {
                     Some(body) => {
                         let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close";
-                        let _ = write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                        let _ = write!(
+                            stream,
+                            "{head}\r\nContent-Length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
                     }
                     None => held.push(stream),
                 }
@@ -316,7 +341,10 @@ mod nemoclaw {
     fn a_daemon_that_is_too_old_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let host = impostor(&dir, |_| {
-            Some("{\"Version\": \"17.05.0\", \"ApiVersion\": \"1.29\", \"MinAPIVersion\": \"1.12\"}".into())
+            Some(
+                "{\"Version\": \"17.05.0\", \"ApiVersion\": \"1.29\", \"MinAPIVersion\": \"1.12\"}"
+                    .into(),
+            )
         });
         with(&host, ON.run("true")).outcome().refused("speaks API 1.29, and 1.41 is needed");
     }
@@ -423,7 +451,9 @@ mod nemoclaw {
         let dir = tempfile::tempdir().unwrap();
         linked_artifacts(dir.path(), "root.tar");
         fs::write(dir.path().join("root.tar"), "").unwrap();
-        let again = with(&dockerd.host(), ON.run("echo again")).env("CHITIN_ARTIFACTS", dir.path()).outcome();
+        let again = with(&dockerd.host(), ON.run("echo again"))
+            .env("CHITIN_ARTIFACTS", dir.path())
+            .outcome();
         assert_eq!(again.ok(), "again");
     }
 }

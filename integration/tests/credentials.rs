@@ -42,7 +42,8 @@ impl Endpoint {
         let key = rcgen::generate_simple_self_signed(vec![host.to_owned()]).unwrap();
         let certificate = dir.path().join("endpoint.pem");
         fs::write(&certificate, key.cert.pem()).unwrap();
-        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.signing_key.serialize_der()));
+        let private =
+            PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.signing_key.serialize_der()));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -71,8 +72,12 @@ impl Endpoint {
                     }
                     let text = String::from_utf8(request).unwrap();
                     log.lock().unwrap().push(text.clone());
-                    let path =
-                        text.split([' ', '?']).nth(1).unwrap_or_default().trim_start_matches('/').to_owned();
+                    let path = text
+                        .split([' ', '?'])
+                        .nth(1)
+                        .unwrap_or_default()
+                        .trim_start_matches('/')
+                        .to_owned();
                     let found = files.map_or(Ok(text.into_bytes()), |dir| fs::read(dir.join(path)));
                     let status = if found.is_ok() { "200 OK" } else { "404 Not Found" };
                     let body = found.unwrap_or_default();
@@ -80,7 +85,8 @@ impl Endpoint {
                     let head = format!(
                         "HTTP/1.1 {status}\r\nX-Echo: {CANARY}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
                     );
-                    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
+                    let _ =
+                        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
                     stream.conn.send_close_notify();
                     let _ = stream.flush();
                 });
@@ -165,7 +171,10 @@ sys.stdin.read()
 
     let seen = endpoint.seen();
     assert_eq!(seen.len(), 2, "{seen:?}");
-    assert!(seen[0].contains(&format!("Bearer {CANARY}")) && seen[1].contains("Basic "), "{seen:?}");
+    assert!(
+        seen[0].contains(&format!("Bearer {CANARY}")) && seen[1].contains("Basic "),
+        "{seen:?}"
+    );
     let lines = endpoint.lines();
     assert!(
         lines.iter().any(|line| line["credentials"][0] == "API_KEY" && line["requests"] == 1),
@@ -227,7 +236,14 @@ curl --silent http://localhost:{}/page || echo refused
     let copy = |name: &str| format!("{}:{name}", program(name).display());
     let outcome = endpoint
         .run(on, "--memory 768")
-        .args(["--copy-in", &copy("debian"), "--copy-in", &copy("python"), "--copy-in", &copy("buf")])
+        .args([
+            "--copy-in",
+            &copy("debian"),
+            "--copy-in",
+            &copy("python"),
+            "--copy-in",
+            &copy("buf"),
+        ])
         .args(["--", "sh", "-c", &script])
         .outcome();
     let lines: Vec<&str> = outcome.ok().lines().collect();
@@ -239,7 +255,10 @@ curl --silent http://localhost:{}/page || echo refused
     // Each came with the value, also inside Base64, which was made of the placeholder.
     let bearer = format!("Bearer {CANARY}");
     let basic = "Basic bWU6Y2FuYXJ5LTcxYmUwZDVjK2Y0LzkzYQ==";
-    assert!(seen.iter().all(|request| request.contains(&bearer) || request.contains(basic)), "{seen:?}");
+    assert!(
+        seen.iter().all(|request| request.contains(&bearer) || request.contains(basic)),
+        "{seen:?}"
+    );
     assert!(seen.iter().any(|request| request.contains("User-Agent: git/")), "{seen:?}");
     assert!(
         seen.iter().any(|request| request.contains("user-agent: Go-http-client")
@@ -266,7 +285,14 @@ grep -c 'Owner:.*CN=Chitin sandbox' list; grep -c trustedCertEntry list",
     let words: Vec<&OsStr> = named.iter().map(OsStr::new).chain([hosts.as_os_str()]).collect();
     let outcome = endpoint
         .run(on, "--memory 1024 --secret-query API_KEY")
-        .args(["--copy-in", &format!("{}:java", program("java").display()), "--", "sh", "-c", &script])
+        .args([
+            "--copy-in",
+            &format!("{}:java", program("java").display()),
+            "--",
+            "sh",
+            "-c",
+            &script,
+        ])
         .by(&words)
         .outcome();
     let lines: Vec<&str> = outcome.ok().lines().collect();
@@ -322,7 +348,10 @@ except OSError as e:
     assert_eq!(outcome.ok(), "no", "{outcome:?}");
     assert!(endpoint.seen().is_empty(), "{:?}", endpoint.seen());
     let lines = endpoint.lines();
-    assert_eq!((&lines[0]["verdict"], &lines[0]["delivery"]), (&"delivered".into(), &"proxy".into()));
+    assert_eq!(
+        (&lines[0]["verdict"], &lines[0]["delivery"]),
+        (&"delivered".into(), &"proxy".into())
+    );
     let reason = lines[1]["reason"].as_str().unwrap();
     assert!(reason.starts_with("the TLS handshake with the endpoint failed"), "{reason}");
 }
@@ -332,8 +361,16 @@ fn what_no_proxy_can_deliver_is_refused_before_anything_is_booted() {
     let refused = |value: &str, args: &str, words: &str| {
         chitin(&format!("run {args} -- true")).env("KEY", value).outcome().refused(words);
     };
-    refused("short", "--secret K=env:KEY@api.example.com", "secret K: a value of less than 8 bytes");
-    refused("two\nlines and more", "--secret K=env:KEY@api.example.com", "no HTTP header can hold its value");
+    refused(
+        "short",
+        "--secret K=env:KEY@api.example.com",
+        "secret K: a value of less than 8 bytes",
+    );
+    refused(
+        "two\nlines and more",
+        "--secret K=env:KEY@api.example.com",
+        "no HTTP header can hold its value",
+    );
     refused(
         CANARY,
         "--secret K=env:KEY --secret-query K",

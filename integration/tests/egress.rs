@@ -61,7 +61,11 @@ fn http(mut stream: TcpStream) {
 }
 
 fn lines(path: &Path) -> Vec<Value> {
-    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 /// The Python of all of these.
@@ -118,7 +122,9 @@ print(error(lambda: u.sendto(b'x', ('1.1.1.1', 53))))
 "
     );
     let outcome = on
-        .with(&format!("--allow localhost:{port} --allow *.example.com:443 --allow-private --audit"))
+        .with(&format!(
+            "--allow localhost:{port} --allow *.example.com:443 --allow-private --audit"
+        ))
         .arg(&audit)
         .args(["--", "python3", "-c"])
         .arg(script)
@@ -146,9 +152,14 @@ print(error(lambda: u.sendto(b'x', ('1.1.1.1', 53))))
     assert_eq!(lines.len(), 5);
     let page = lines
         .iter()
-        .find(|line| line["sent"].as_u64() < Some(1000) && line["received"].as_u64() > Some(300_000))
+        .find(|line| {
+            line["sent"].as_u64() < Some(1000) && line["received"].as_u64() > Some(300_000)
+        })
         .expect("the page's line");
-    assert_eq!((page["address"].as_str(), page["port"].as_u64()), (Some("127.0.0.1"), Some(port.into())));
+    assert_eq!(
+        (page["address"].as_str(), page["port"].as_u64()),
+        (Some("127.0.0.1"), Some(port.into()))
+    );
     // What was sent is nobody's business.
     assert!(!fs::read_to_string(&audit).unwrap().contains("canary"));
 }
@@ -166,7 +177,10 @@ fn an_allowed_name_that_is_not_public_is_refused_unless_that_was_asked_for(on: O
         .outcome();
     assert_eq!(outcome.ok(), "ConnectionResetError");
     let lines = lines(&audit);
-    assert_eq!(lines[0]["reason"], "it resolves to a loopback address, which needs --allow-private");
+    assert_eq!(
+        lines[0]["reason"],
+        "it resolves to a loopback address, which needs --allow-private"
+    );
     assert_eq!((lines.len(), &lines[0]["verdict"]), (1, &"refused".into()));
 }
 
@@ -246,7 +260,8 @@ print(error(lambda: connect('localhost', {endless}).recv(1)))"
     let reset = "ConnectionResetError";
     assert_eq!(outcome.ok(), format!("{reset}\n{reset} True True\n{reset}"), "{outcome:?}");
     let lines = lines(&audit);
-    let mut reasons: Vec<&str> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
+    let mut reasons: Vec<&str> =
+        lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
     reasons.sort_unstable();
     let expected = [
         "the sandbox's limit of 3145728 bytes was reached",
@@ -270,13 +285,21 @@ fn what_is_no_endpoint_is_refused_in_one_line() {
     ] {
         chitin("run --allow").arg(endpoint).args(["--", "true"]).outcome().refused(words);
     }
-    chitin("run --allow a.test:1 --audit /nonexistent/x -- true").outcome().refused("write the audit");
+    chitin("run --allow a.test:1 --audit /nonexistent/x -- true")
+        .outcome()
+        .refused("write the audit");
     for ports in ["0:80", "80:0", "70000:80", "80", "a:b"] {
-        chitin("run -p").arg(ports).args(["--", "true"]).outcome().refused("two ports from 1 to 65535");
+        chitin("run -p")
+            .arg(ports)
+            .args(["--", "true"])
+            .outcome()
+            .refused("two ports from 1 to 65535");
     }
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
-    chitin(&format!("run -p {port}:80 -- true")).outcome().refused(&format!("listen on 127.0.0.1:{port}"));
+    chitin(&format!("run -p {port}:80 -- true"))
+        .outcome()
+        .refused(&format!("listen on 127.0.0.1:{port}"));
 }
 
 fn a_published_port_leads_into_the_sandbox(on: On) {
@@ -339,7 +362,8 @@ server.serve_forever()";
     let port = listener.local_addr().unwrap().port();
     let forward = serving.forward(listener, 8443);
 
-    let client = builder().allow(format!("localhost:{port}")).allow_private(true).start().await.unwrap();
+    let client =
+        builder().allow(format!("localhost:{port}")).allow_private(true).start().await.unwrap();
     client.copy_in(&pem, "/work/pem").await.unwrap();
     let script = format!(
         "import ssl, urllib.request
@@ -401,7 +425,8 @@ async fn copies_reach_what_they_were_allowed_and_connections_are_not_copied() {
         .start()
         .await
         .unwrap();
-    let script = format!("{PRELUDE}\nprint(len(urllib.request.urlopen('http://localhost:{port}/').read()))");
+    let script =
+        format!("{PRELUDE}\nprint(len(urllib.request.urlopen('http://localhost:{port}/').read()))");
     let fetch = ["-c", script.as_str()];
     assert_eq!(sandbox.command("python3").args(fetch).output().await.unwrap().stdout, b"300000\n");
     // Somebody is connected when the copy is made.
@@ -430,7 +455,8 @@ open('/tmp/seen', 'w').write(str(error(lambda: s.recv(1))))"
 #[tokio::test]
 async fn a_connection_costs_about_as_much_as_a_command() {
     let port = server(http);
-    let sandbox = builder().allow(format!("localhost:{port}")).allow_private(true).start().await.unwrap();
+    let sandbox =
+        builder().allow(format!("localhost:{port}")).allow_private(true).start().await.unwrap();
     let script = format!(
         "{PRELUDE}
 def once():

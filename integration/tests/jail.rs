@@ -17,7 +17,10 @@ const USER: &str = "12345";
 fn status(process: &Path, field: &str) -> String {
     let text = fs::read_to_string(process.join("status")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
-    line.unwrap_or_else(|| panic!("no {field} in {text}")).split_whitespace().collect::<Vec<_>>().join(" ")
+    line.unwrap_or_else(|| panic!("no {field} in {text}"))
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// `chitin`, its keeper and its inmate.
@@ -119,7 +122,11 @@ fn a_host_that_has_no_namespaces_is_refused_and_told_what_to_do() {
         let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
         let dir = command.get_current_dir().unwrap().to_owned();
         let mut unshare = Command::new("unshare");
-        unshare.args(["-Ur", "sh", "-c", forbid]).arg(command.get_program()).args(args).current_dir(dir);
+        unshare
+            .args(["-Ur", "sh", "-c", forbid])
+            .arg(command.get_program())
+            .args(args)
+            .current_dir(dir);
         *command = unshare;
         chitin.outcome()
     };
@@ -138,11 +145,16 @@ struct Place(tempfile::TempDir);
 impl Place {
     fn make() -> Place {
         let dir = tempfile::tempdir().unwrap();
-        let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        let open =
+            |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         open(dir.path());
         let artifacts = workspace().join("target/artifacts");
-        let files =
-            [artifacts.join("vmlinux"), artifacts.join("root.img"), binary("chitin"), binary("chitin-vmm")];
+        let files = [
+            artifacts.join("vmlinux"),
+            artifacts.join("root.img"),
+            binary("chitin"),
+            binary("chitin-vmm"),
+        ];
         for file in files {
             let copy = dir.path().join(file.file_name().unwrap());
             fs::copy(file, &copy).unwrap();
@@ -191,7 +203,8 @@ fn a_user_without_rights_has_the_same_jail() {
     }
     // A sibling of the same user cannot look into it, and can into a process that does not mind.
     let look = |process: &str| {
-        let script = format!("head -c 1 /proc/{process}/environ >/dev/null && : 3<>/proc/{process}/mem");
+        let script =
+            format!("head -c 1 /proc/{process}/environ >/dev/null && : 3<>/proc/{process}/mem");
         user().args(["sh", "-c", &script]).output().unwrap().status.success()
     };
     assert!(look("self"));
@@ -250,7 +263,10 @@ fn a_control_group_limits_it_and_goes_with_it() {
     let name = format!("vm-{}", status(&keeper, "Pid"));
     let group = Path::new("/sys/fs/cgroup/chitin").join(&name);
     let read = |file: &str| fs::read_to_string(group.join(file)).unwrap().trim().to_owned();
-    assert_eq!(fs::read_to_string(inmate.join("cgroup")).unwrap().trim(), format!("0::/chitin/{name}"));
+    assert_eq!(
+        fs::read_to_string(inmate.join("cgroup")).unwrap().trim(),
+        format!("0::/chitin/{name}")
+    );
     assert_eq!(read("memory.max"), ((128 + 2 + 64) << 20).to_string());
     assert_eq!((read("cpu.max").as_str(), read("pids.max").as_str()), ("200000 100000", "3"));
     assert_eq!(read("cgroup.procs").lines().count(), 1, "the keeper is not in it");
@@ -273,7 +289,10 @@ fn a_control_group_limits_it_and_goes_with_it() {
     chitin("run --report").arg(&report).args(["--", "true"]).outcome().ok();
     assert!(!groups().contains(&name));
     let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
-    assert!(report["jail"]["cgroup"].as_str().unwrap().starts_with("/sys/fs/cgroup/chitin/vm-"), "{report}");
+    assert!(
+        report["jail"]["cgroup"].as_str().unwrap().starts_with("/sys/fs/cgroup/chitin/vm-"),
+        "{report}"
+    );
     assert_eq!(report["jail"]["without"], serde_json::json!([]));
 }
 
@@ -285,15 +304,17 @@ impl Delegated {
     fn make() -> Delegated {
         let top = Path::new("/sys/fs/cgroup");
         let delegated = Delegated(top.join(format!("user-{}", std::process::id())));
-        let enable =
-            |dir: &Path| fs::write(dir.join("cgroup.subtree_control"), "+cpu +memory +pids").unwrap();
+        let enable = |dir: &Path| {
+            fs::write(dir.join("cgroup.subtree_control"), "+cpu +memory +pids").unwrap()
+        };
         enable(top);
         fs::create_dir(&delegated.0).unwrap();
         enable(&delegated.0);
         fs::create_dir(delegated.shell()).unwrap();
         for dir in [&delegated.0, &delegated.shell()] {
             for file in ["", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
-                std::os::unix::fs::chown(dir.join(file), USER.parse().ok(), USER.parse().ok()).unwrap();
+                std::os::unix::fs::chown(dir.join(file), USER.parse().ok(), USER.parse().ok())
+                    .unwrap();
             }
         }
         delegated

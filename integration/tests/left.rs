@@ -21,7 +21,8 @@ const FOREVER: &str = "while :; do sleep 1; done";
 
 async fn exits(builder: Builder, code: u8) {
     let sandbox = builder.start().await.unwrap();
-    let output = sandbox.command("sh").args(["-c", &format!("echo x; exit {code}")]).output().await.unwrap();
+    let output =
+        sandbox.command("sh").args(["-c", &format!("echo x; exit {code}")]).output().await.unwrap();
     assert_eq!((output.exit, output.stdout.as_slice()), (Exit::Code(code), &b"x\n"[..]));
     sandbox.stop().await.unwrap();
 }
@@ -130,7 +131,8 @@ async fn nothing_is_left_of_five_hundred_microvms() {
             },
         )
     };
-    let command_line = || on.with("--template t -- sh -c").arg(FOREVER).env("CHITIN_TEMPLATES", dir.path());
+    let command_line =
+        || on.with("--template t -- sh -c").arg(FOREVER).env("CHITIN_TEMPLATES", dir.path());
     let batch = |number: usize| {
         let (copy, guest) = (&copy, &guest);
         async move {

@@ -18,7 +18,8 @@ async fn many_commands_share_a_sandbox() {
         assert_eq!(output.stdout, format!("{i}\n").as_bytes());
     }
     // A kernel counts in steps of 32 pages, and not what it maps of the image: less than a few MiB says nothing.
-    let output = sandbox.command("python3").args(["-c", "x = b'x' * (8 << 20)"]).output().await.unwrap();
+    let output =
+        sandbox.command("python3").args(["-c", "x = b'x' * (8 << 20)"]).output().await.unwrap();
     assert!((8 << 10..64 << 10).contains(&output.usage.max_rss_kib), "{:?}", output.usage);
     sandbox.stop().await.unwrap();
 }
@@ -61,15 +62,23 @@ async fn secrets_and_files_reach_every_command() {
     let dir = tempfile::tempdir().unwrap();
     let token = dir.path().join("token");
     std::fs::write(&token, "t0ken").unwrap();
-    let sandbox = builder().secret("TOKEN", SecretSource::File(token.clone())).start().await.unwrap();
+    let sandbox =
+        builder().secret("TOKEN", SecretSource::File(token.clone())).start().await.unwrap();
     sandbox.copy_in(&token, "/work/copied").await.unwrap();
     for _ in 0..2 {
-        let output =
-            sandbox.command("sh").args(["-c", "cat $TOKEN_FILE /work/copied"]).output().await.unwrap();
+        let output = sandbox
+            .command("sh")
+            .args(["-c", "cat $TOKEN_FILE /work/copied"])
+            .output()
+            .await
+            .unwrap();
         assert_eq!(output.stdout, b"t0kent0ken");
     }
     let error = sandbox.copy_out("/proc/kmsg", dir.path().join("kmsg")).await.unwrap_err();
-    assert!(error.to_string().contains("sandbox") || matches!(error, Error::Copy { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("sandbox") || matches!(error, Error::Copy { .. }),
+        "{error:?}"
+    );
     sandbox.stop().await.unwrap();
 }
 

@@ -15,8 +15,9 @@ const RESTRICTED: &str = "sandbox: {profile: restricted}\nresources: {timeout: 1
 #[test]
 fn memory_and_cpus_have_an_end() {
     let policy = policy("resources: {memory_mib: 128, vcpus: 2}\n");
-    let outcome =
-        policy.sh("nproc; grep MemTotal /proc/meminfo; exec python3 -c 'x = b\"x\" * (200 << 20)'").outcome();
+    let outcome = policy
+        .sh("nproc; grep MemTotal /proc/meminfo; exec python3 -c 'x = b\"x\" * (200 << 20)'")
+        .outcome();
     assert!(outcome.code != 0, "{outcome:?}");
     let lines: Vec<&str> = outcome.text().lines().collect();
     assert_eq!(lines[0], "2");
@@ -53,7 +54,9 @@ fn what_cannot_be_kept_is_refused() {
         "/nonexistent",
     );
     refused("image: /nonexistent.img\n", "/nonexistent.img");
-    chitin("run --policy /nonexistent.yaml -- true").outcome().refused("read the policy /nonexistent.yaml");
+    chitin("run --policy /nonexistent.yaml -- true")
+        .outcome()
+        .refused("read the policy /nonexistent.yaml");
 }
 
 #[test]
@@ -90,8 +93,9 @@ fn a_template_keeps_the_policy_it_was_built_under() {
     };
     let probe = ["--", "sh", "-c", "ls / >/dev/null 2>&1 || echo confined"];
     build("mine", Some(Path::new(&restricted.path)));
-    let copy =
-        |policy: &Policy, name: &str| with(policy.run().args(["--template", name]).args(probe)).outcome();
+    let copy = |policy: &Policy, name: &str| {
+        with(policy.run().args(["--template", name]).args(probe)).outcome()
+    };
     assert_eq!(copy(&restricted, "mine").ok(), "confined");
     copy(&other, "mine").refused("another policy");
     with(chitin("run --template mine -- true")).outcome().refused("--policy");
@@ -108,7 +112,8 @@ async fn confined(sandbox: &Sandbox) -> bool {
 
 #[tokio::test]
 async fn pools_and_forks_keep_the_policy() {
-    let builder = || builder().policy(chitin::Policy::parse(RESTRICTED, "p.yaml").expect("a policy"));
+    let builder =
+        || builder().policy(chitin::Policy::parse(RESTRICTED, "p.yaml").expect("a policy"));
     let pool = builder().pool(1).await.unwrap();
     pool.filled().await.unwrap();
     // One that waited, and one that is started because none waits any more.

@@ -18,8 +18,8 @@ async fn template(dir: &Path) -> Builder {
 fn monitors() -> Vec<u32> {
     let mut found = Vec::new();
     for task in fs::read_dir("/proc/self/task").expect("list our threads") {
-        let list =
-            fs::read_to_string(task.expect("read our threads").path().join("children")).unwrap_or_default();
+        let list = fs::read_to_string(task.expect("read our threads").path().join("children"))
+            .unwrap_or_default();
         found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
     }
     found
@@ -72,7 +72,8 @@ async fn one_that_dies_while_it_waits_is_not_given_out() {
     let dir = tempfile::tempdir().unwrap();
     let pool = template(dir.path()).await.pool(1).await.unwrap();
     for pid in monitors() {
-        let killed = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+        let killed =
+            std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
         assert!(killed.success());
     }
     // It is noticed when its socket is read.
@@ -94,6 +95,7 @@ async fn a_pool_without_a_template_boots_and_sizes_are_bounded() {
         let error = builder().pool(size).await.unwrap_err();
         assert!(matches!(error, Error::PoolSize { .. }), "{error}");
     }
-    let error = builder().template("t").templates(Templates::at("/nonexistent")).pool(1).await.unwrap_err();
+    let error =
+        builder().template("t").templates(Templates::at("/nonexistent")).pool(1).await.unwrap_err();
     assert!(error.to_string().contains("there is no template `t`"), "{error}");
 }

@@ -55,7 +55,10 @@ fn a_root_image_that_is_cut_off() {
 fn a_missing_monitor() {
     run("true").env("CHITIN_VMM", "/nonexistent/chitin-vmm").outcome().refused("cargo xtask build");
     // One that is no monitor at all.
-    run("true").env("CHITIN_VMM", "/bin/true").outcome().refused("the monitor ended without a word");
+    run("true")
+        .env("CHITIN_VMM", "/bin/true")
+        .outcome()
+        .refused("the monitor ended without a word");
 }
 
 #[test]
@@ -68,7 +71,10 @@ fn no_permission_on_dev_kvm() {
     let mut chitin = run("true");
     let path = chitin.command().get_program().to_owned();
     let output = Command::new("setpriv")
-        .args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"])
+        .args([
+            "--bounding-set=-dac_override,-dac_read_search",
+            "--inh-caps=-dac_override,-dac_read_search",
+        ])
         .arg(path)
         .args(["run", "--", "true"])
         .output();
@@ -105,5 +111,7 @@ fn a_guest_that_panics_is_heard() {
 
 #[test]
 fn a_report_that_cannot_be_written() {
-    chitin("run --report /nonexistent/r.json -- true").outcome().refused("write /nonexistent/r.json");
+    chitin("run --report /nonexistent/r.json -- true")
+        .outcome()
+        .refused("write /nonexistent/r.json");
 }

@@ -45,7 +45,9 @@ fn twenty_at_once_use_up_only_what_is_theirs() {
     small_template(dir.path());
     let mut runs = Vec::new();
     for (script, ends) in USES {
-        for (reader_stopped, disk_full) in [(false, false), (false, true), (true, false), (true, true)] {
+        for (reader_stopped, disk_full) in
+            [(false, false), (false, true), (true, false), (true, true)]
+        {
             let disk = tempfile::tempdir().unwrap();
             let out = format!("big:{}", disk.path().join("big").display());
             let by_itself = ends && !reader_stopped;
@@ -53,8 +55,16 @@ fn twenty_at_once_use_up_only_what_is_theirs() {
             let run = copy_of(dir.path(), &format!("{limit} --copy-out {out}"));
             let mut run = run.arg(format!("{script}; {AFTER}"));
             if disk_full {
-                let unshare =
-                    ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "sh"];
+                let unshare = [
+                    "unshare",
+                    "--user",
+                    "--map-root-user",
+                    "--mount",
+                    "sh",
+                    "-c",
+                    SMALL_DISK,
+                    "sh",
+                ];
                 let words: Vec<&OsStr> =
                     unshare.iter().map(OsStr::new).chain([disk.path().as_os_str()]).collect();
                 run = run.by(&words);
@@ -64,7 +74,8 @@ fn twenty_at_once_use_up_only_what_is_theirs() {
                 (true, true) => 125,
                 (true, false) => 0,
             };
-            let what = format!("{script}, reader stopped: {reader_stopped}, disk full: {disk_full}");
+            let what =
+                format!("{script}, reader stopped: {reader_stopped}, disk full: {disk_full}");
             let running = thread::spawn(move || {
                 let _disk = disk;
                 if reader_stopped {

@@ -48,7 +48,8 @@ fn the_report_tells_the_phases_of_a_boot() {
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert_eq!(report["tier"], "ironclaw");
     let phases = &report["phases"];
-    let phase = |name: &str| phases[name].as_u64().unwrap_or_else(|| panic!("no {name} in {phases}"));
+    let phase =
+        |name: &str| phases[name].as_u64().unwrap_or_else(|| panic!("no {name} in {phases}"));
     assert!(phase("entered_ns") < phase("kernel_ns"));
     assert!(phase("kernel_ns") <= phase("agent_ns"));
     assert!(phase("agent_ns") < phase("exit_ns"));

@@ -19,7 +19,10 @@ fn copies_go_on_where_the_template_stopped_and_share_nothing() {
     let warm_up = "(n=0; while :; do n=$((n + 1)); echo $n > /tmp/count; sleep 0.02; done) >/dev/null 2>&1 & sleep 0.2; echo warm > /work/w";
     with(dir.path(), "template build t --memory 128 --warm-up").arg(warm_up).outcome().ok();
     let list = with(dir.path(), "template ls").outcome();
-    assert!(list.ok().lines().any(|line| line.starts_with("t ") && line.contains("128MiB")), "{list:?}");
+    assert!(
+        list.ok().lines().any(|line| line.starts_with("t ") && line.contains("128MiB")),
+        "{list:?}"
+    );
 
     let script = "cat /work/w; ls /work | wc -l; echo mine > /work/mine; a=$(cat /tmp/count); sleep 0.3; b=$(cat /tmp/count); \
                   test $b -gt $a && echo alive; \
@@ -46,7 +49,8 @@ fn secrets_are_given_to_copies_and_never_to_templates() {
     let dir = tempfile::tempdir().unwrap();
     with(dir.path(), "template build t --memory 128").outcome().ok();
     let run = "run --template t --secret TOKEN=env:TOKEN -- sh -c";
-    let outcome = with(dir.path(), run).arg("cat $TOKEN_FILE").env("TOKEN", "canary-77aa").outcome();
+    let outcome =
+        with(dir.path(), run).arg("cat $TOKEN_FILE").env("TOKEN", "canary-77aa").outcome();
     assert_eq!(outcome.ok(), "canary-77aa");
     canary::assert_no_file_holds(&[dir.path()], "canary-77aa");
 }
@@ -71,7 +75,9 @@ fn a_template_that_was_touched_is_refused() {
 
     fs::set_permissions(t.join("memory"), Permissions::from_mode(0o600)).unwrap();
     OpenOptions::new().write(true).open(t.join("memory")).unwrap().write_all(b"x").unwrap();
-    with(dir.path(), "run --template t -- true").outcome().refused("was changed, replaced or moved");
+    with(dir.path(), "run --template t -- true")
+        .outcome()
+        .refused("was changed, replaced or moved");
 }
 
 #[test]
@@ -83,6 +89,7 @@ fn what_cannot_be_a_template_leaves_nothing() {
         .outcome()
         .refused("broken");
     with(dir.path(), "template inspect t").outcome().refused("there is no template");
-    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| name == "key"), "{left:?}");
 }

@@ -214,7 +214,8 @@ impl<R: Role> Connection<R> {
 
     /// The buffer that takes the frame now arriving; where that is more than a few messages, any data frame too.
     fn wanted(&self) -> usize {
-        let announced = self.peek().ok().flatten().map_or(0, |header| HEADER_LEN + header.len as usize);
+        let announced =
+            self.peek().ok().flatten().map_or(0, |header| HEADER_LEN + header.len as usize);
         if announced <= FEW_MESSAGES { FEW_MESSAGES } else { announced.max(WHOLE_FRAME) }
     }
 
@@ -318,7 +319,9 @@ impl<R: Role> Connection<R> {
 
     fn take_data(&mut self, id: StreamId, len: u32) -> Result<bool, Fault> {
         let Some(stream) = self.live(id, Kind::Data)? else { return Ok(false) };
-        let Some(window) = &mut stream.receive else { return Err(Fault::DataAfterEnd { stream: id }) };
+        let Some(window) = &mut stream.receive else {
+            return Err(Fault::DataAfterEnd { stream: id });
+        };
         match window.left.checked_sub(len) {
             Some(left) => window.left = left,
             None => return Err(Fault::WindowExceeded { stream: id, len, window: window.left }),
@@ -347,7 +350,11 @@ impl<R: Role> Connection<R> {
     }
 
     fn forget_if_closed(&mut self, id: StreamId) {
-        if self.streams.get(&id).is_some_and(|stream| stream.send.is_none() && stream.receive.is_none()) {
+        if self
+            .streams
+            .get(&id)
+            .is_some_and(|stream| stream.send.is_none() && stream.receive.is_none())
+        {
             self.streams.remove(&id);
         }
     }
@@ -388,12 +395,14 @@ impl<R: Role> Connection<R> {
     /// Whoever opens a stream has sent the ends of those before it first, so that both sides count the same.
     fn has_room(&self, odd: bool) -> bool {
         let limit = if odd { MAX_DIALS } else { MAX_STREAMS };
-        self.streams.len() < limit || self.streams.keys().filter(|id| (*id % 2 == 1) == odd).count() < limit
+        self.streams.len() < limit
+            || self.streams.keys().filter(|id| (*id % 2 == 1) == odd).count() < limit
     }
 
     fn insert(&mut self, id: StreamId, direction: Direction) {
         let send = (direction != Direction::Receive).then_some(WINDOW);
-        let receive = (direction != Direction::Send).then_some(Window { left: WINDOW, ungranted: 0 });
+        let receive =
+            (direction != Direction::Send).then_some(Window { left: WINDOW, ungranted: 0 });
         self.streams.insert(id, Stream { send, receive });
     }
 
@@ -429,7 +438,8 @@ impl<R: Role> Connection<R> {
     pub fn data_header(&mut self, id: StreamId, count: usize) -> [u8; HEADER_LEN] {
         debug_assert!(self.output().is_empty() && count <= self.sendable(id).min(MAX_DATA));
         self.spend(id, count);
-        Header { kind: Kind::Data, len: u32::try_from(count).unwrap_or(u32::MAX), stream: id }.encode()
+        Header { kind: Kind::Data, len: u32::try_from(count).unwrap_or(u32::MAX), stream: id }
+            .encode()
     }
 
     /// Takes off the credit of a stream what is sent on it: what [`sendable`](Self::sendable) allows, which fits u32.
@@ -457,7 +467,8 @@ impl<R: Role> Connection<R> {
 
     /// `count` bytes received on the stream have left this side: the peer may send as many more.
     pub fn consumed(&mut self, id: StreamId, count: usize) {
-        let Some(window) = self.streams.get_mut(&id).and_then(|stream| stream.receive.as_mut()) else {
+        let Some(window) = self.streams.get_mut(&id).and_then(|stream| stream.receive.as_mut())
+        else {
             return;
         };
         // No more can be consumed than was granted, whatever the caller says.
@@ -486,7 +497,8 @@ impl<R: Role> Connection<R> {
         let start = self.output.len();
         self.output.resize(start + len, 0);
         self.control_end = start + len;
-        let written = postcard::to_slice(message, &mut self.output[start..]).map(|bytes| bytes.len());
+        let written =
+            postcard::to_slice(message, &mut self.output[start..]).map(|bytes| bytes.len());
         debug_assert_eq!(written, Ok(len));
         Ok(())
     }
@@ -529,7 +541,8 @@ impl<R: Role> Connection<R> {
     /// a copy of a secret in freed memory: the old buffer is wiped as far as a control message reached.
     fn make_room(&mut self, needed: usize) {
         let unsent = self.output.len() - self.sent;
-        let mut roomier = Vec::with_capacity((unsent + needed).next_power_of_two().max(OUTPUT_HIGH_WATER));
+        let mut roomier =
+            Vec::with_capacity((unsent + needed).next_power_of_two().max(OUTPUT_HIGH_WATER));
         roomier.extend_from_slice(&self.output[self.sent..]);
         let mut old = std::mem::replace(&mut self.output, roomier);
         old[..self.control_end].zeroize();

@@ -262,7 +262,9 @@ fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
 
 #[test]
 fn undecodable_messages_are_faults() {
-    for payload in [b"\xff".as_slice(), b"\x01\x00", b"\x02\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f"] {
+    for payload in
+        [b"\xff".as_slice(), b"\x01\x00", b"\x02\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f"]
+    {
         let (mut host, _) = established();
         feed(&mut host, &raw(2, 0, payload));
         assert_eq!(host.next_event(), Err(Fault::BadMessage { len: payload.len() }));

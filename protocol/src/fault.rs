@@ -17,7 +17,9 @@ pub enum Fault {
     #[error("the peer's hello is malformed; is the program at the other end a chitin agent?")]
     BadHello,
     /// A version this side cannot speak.
-    #[error("the peer speaks protocol version {theirs}, this side {ours}: use a root image of this release")]
+    #[error(
+        "the peer speaks protocol version {theirs}, this side {ours}: use a root image of this release"
+    )]
     Version {
         /// What the peer offered.
         theirs: u32,

@@ -93,9 +93,16 @@ mod tests {
 
     #[test]
     fn lengths_are_refused_from_the_header_alone() {
-        for (kind, len) in
-            [(1, 7), (2, 0), (2, MAX_CONTROL + 1), (3, 0), (3, MAX_DATA + 1), (4, 5), (5, 1), (6, 1)]
-        {
+        for (kind, len) in [
+            (1, 7),
+            (2, 0),
+            (2, MAX_CONTROL + 1),
+            (3, 0),
+            (3, MAX_DATA + 1),
+            (4, 5),
+            (5, 1),
+            (6, 1),
+        ] {
             let stream = u32::from(kind > 2);
             let mut bytes = [0; HEADER_LEN];
             bytes[..4].copy_from_slice(&((len as u32) << 8).to_le_bytes());

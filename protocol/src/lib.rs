@@ -21,8 +21,8 @@ pub use connection::{Connection, Direction, Event, Guest, Host, Role, TooLarge};
 pub use fault::Fault;
 pub use frame::{HEADER_LEN, MAX_CONTROL, MAX_DATA};
 pub use message::{
-    Confine, Delivery, Endpoint, Exit, Failure, FileRule, MAX_ENDPOINTS, MAX_SECRET, MIN_ENTROPY, Reseed,
-    Secret, SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost, Usage,
+    Confine, Delivery, Endpoint, Exit, Failure, FileRule, MAX_ENDPOINTS, MAX_SECRET, MIN_ENTROPY,
+    Reseed, Secret, SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost, Usage,
 };
 
 /// The protocol version this crate speaks. Of two hellos the lower version wins.

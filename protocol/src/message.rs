@@ -202,7 +202,8 @@ impl Endpoint {
             false => host == self.host,
             true => {
                 // Not the domain itself, nor another one that ends alike.
-                host.strip_suffix(&self.host).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+                host.strip_suffix(&self.host)
+                    .is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
             }
         }
     }

@@ -2,8 +2,8 @@
 //! `docs/protocol.md`, and a higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
-    Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start, StartError,
-    SystemCalls, ToGuest, ToHost, Usage,
+    Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start,
+    StartError, SystemCalls, ToGuest, ToHost, Usage,
 };
 
 #[test]
@@ -19,10 +19,18 @@ fn the_wire_surface_is_frozen() {
         stdout: 4,
         stderr: 6,
     };
-    let secret =
-        Secret { request: 3, name: "T".into(), value: SecretBytes::new(vec![9]), delivery: Delivery::Env };
-    let reseed =
-        Reseed { request: 7, entropy: SecretBytes::new(vec![1, 2]), unix_ns: 300, instance: [3; 16] };
+    let secret = Secret {
+        request: 3,
+        name: "T".into(),
+        value: SecretBytes::new(vec![9]),
+        delivery: Delivery::Env,
+    };
+    let reseed = Reseed {
+        request: 7,
+        entropy: SecretBytes::new(vec![1, 2]),
+        unix_ns: 300,
+        instance: [3; 16],
+    };
     let confine = Confine {
         request: 8,
         system_calls: SystemCalls::DefaultDeny,
@@ -51,7 +59,10 @@ fn the_wire_surface_is_frozen() {
         (ToHost::Ready { started_ns: 1, ready_ns: 300 }, "0001ac02"),
         (ToHost::Exited { process: 1, exit: Exit::Code(7), usage }, "01010007010203"),
         (ToHost::Exited { process: 1, exit: Exit::Signal(9), usage }, "01010109010203"),
-        (ToHost::Exited { process: 1, exit: not_started, usage }, "01010200076f70656e202f6104010203"),
+        (
+            ToHost::Exited { process: 1, exit: not_started, usage },
+            "01010200076f70656e202f6104010203",
+        ),
         (ToHost::Done { request: 4, result: Ok(()) }, "020400"),
         (ToHost::Done { request: 4, result: Err(failure) }, "020401076f70656e202f6104"),
         (ToHost::Dial { host: "a.b".into(), port: 443, stream: 3 }, "03 03612e62 bb03 03"),
@@ -59,10 +70,18 @@ fn the_wire_surface_is_frozen() {
     ];
     let hex = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     for (message, wire) in to_guest {
-        assert_eq!(hex(postcard::to_allocvec(&message).unwrap()), wire.replace(' ', ""), "{message:?}");
+        assert_eq!(
+            hex(postcard::to_allocvec(&message).unwrap()),
+            wire.replace(' ', ""),
+            "{message:?}"
+        );
     }
     for (message, wire) in to_host {
-        assert_eq!(hex(postcard::to_allocvec(&message).unwrap()), wire.replace(' ', ""), "{message:?}");
+        assert_eq!(
+            hex(postcard::to_allocvec(&message).unwrap()),
+            wire.replace(' ', ""),
+            "{message:?}"
+        );
     }
 }
 

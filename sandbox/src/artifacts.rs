@@ -23,8 +23,10 @@ impl Artifacts {
     ///
     /// Nothing is checked to exist: [`check`](Artifacts::check) does that, and a builder may replace a path first.
     pub fn locate() -> Artifacts {
-        let here =
-            std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned)).unwrap_or_default();
+        let here = std::env::current_exe()
+            .ok()
+            .and_then(|exe| exe.parent().map(Path::to_owned))
+            .unwrap_or_default();
         let dir = std::env::var_os("CHITIN_ARTIFACTS").map(PathBuf::from).unwrap_or_else(|| {
             let up = here.parent().unwrap_or(&here);
             let built = up.join("artifacts");

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use chitin_protocol::{
-    Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost, TooLarge,
-    Usage,
+    Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost,
+    TooLarge, Usage,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -486,7 +486,11 @@ impl StreamReader {
 }
 
 impl AsyncRead for StreamReader {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let mut state = self.channel.shared.lock();
         let state = &mut *state;
         let Some(stream) = state.streams.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
@@ -551,7 +555,11 @@ impl StreamWriter {
 }
 
 impl AsyncWrite for StreamWriter {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let mut state = self.channel.shared.lock();
         let state = &mut *state;
         if state.closed || !state.connection.is_sending(self.id) {
@@ -612,7 +620,11 @@ impl AsyncRead for Tunnel {
 }
 
 impl AsyncWrite for Tunnel {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.writer).poll_write(cx, bytes)
     }
 

@@ -60,7 +60,10 @@ fn usage() -> Usage {
 }
 
 /// Runs `host` against an agent that does `script`; nothing may take longer than ten seconds.
-async fn against<T>(script: impl FnOnce(Agent) + Send + 'static, host: impl AsyncFnOnce(Channel) -> T) -> T {
+async fn against<T>(
+    script: impl FnOnce(Agent) + Send + 'static,
+    host: impl AsyncFnOnce(Channel) -> T,
+) -> T {
     let (ours, socket) = UnixStream::pair().unwrap();
     let agent = std::thread::spawn(move || script(Agent { socket, connection: Connection::new() }));
     let result = within(host(Channel::new(ours))).await;
@@ -72,8 +75,11 @@ async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(10), future).await.expect("in time")
 }
 
-fn start(channel: &Channel) -> (oneshot::Receiver<Ended>, Option<StreamWriter>, StreamReader, StreamReader) {
-    let (stdin, stdout, stderr) = (channel.open_writer(), channel.open_reader(), channel.open_reader());
+fn start(
+    channel: &Channel,
+) -> (oneshot::Receiver<Ended>, Option<StreamWriter>, StreamReader, StreamReader) {
+    let (stdin, stdout, stderr) =
+        (channel.open_writer(), channel.open_reader(), channel.open_reader());
     let (stdout, stderr) = (stdout.unwrap(), stderr.unwrap());
     let ended = channel.start(Start {
         process: channel.name(),
@@ -174,9 +180,11 @@ async fn a_lying_agent_ends_its_own_sandbox() {
         }
     };
     let exited = ToHost::Exited { process: 9, exit: Exit::Code(0), usage: usage() };
-    for message in
-        [exited, ToHost::Done { request: 9, result: Ok(()) }, ToHost::Ready { started_ns: 0, ready_ns: 0 }]
-    {
+    for message in [
+        exited,
+        ToHost::Done { request: 9, result: Ok(()) },
+        ToHost::Ready { started_ns: 0, ready_ns: 0 },
+    ] {
         let why = closed_by(unasked(message)).await;
         assert!(matches!(why, Closed::Fault(Fault::Unexpected { .. })), "{why:?}");
     }

@@ -16,7 +16,8 @@ const MAX_ENTRIES: u64 = 1_000_000;
 pub(crate) async fn copy_in(inner: &Inner, source: &Path, target: &Path) -> Result<Summary, Error> {
     let stream = inner.channel.open_writer().ok_or(Error::TooManyStreams)?;
     let request = inner.channel.name();
-    let put = ToGuest::Put { request, path: target.as_os_str().as_bytes().into(), stream: stream.id() };
+    let put =
+        ToGuest::Put { request, path: target.as_os_str().as_bytes().into(), stream: stream.id() };
     let answer = inner.ask(request, &put)?;
     let root = source.to_owned();
     let sending = tokio::task::spawn_blocking(move || {
@@ -43,10 +44,15 @@ pub(crate) async fn copy_in(inner: &Inner, source: &Path, target: &Path) -> Resu
     }
 }
 
-pub(crate) async fn copy_out(inner: &Inner, source: &Path, target: &Path) -> Result<Summary, Error> {
+pub(crate) async fn copy_out(
+    inner: &Inner,
+    source: &Path,
+    target: &Path,
+) -> Result<Summary, Error> {
     let stream = inner.channel.open_reader().ok_or(Error::TooManyStreams)?;
     let request = inner.channel.name();
-    let get = ToGuest::Get { request, path: source.as_os_str().as_bytes().into(), stream: stream.id() };
+    let get =
+        ToGuest::Get { request, path: source.as_os_str().as_bytes().into(), stream: stream.id() };
     let answer = inner.ask(request, &get)?;
     let dest = target.to_owned();
     // A guest's files live in its memory: more than that is a lie told with sparse or endless files.

@@ -122,7 +122,9 @@ pub enum Error {
     #[error("only a microVM can be saved and copied: use the tier ironclaw")]
     NoMicrovm,
     /// It was not started for that, or has been forked.
-    #[error("this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once")]
+    #[error(
+        "this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once"
+    )]
     NotForkable,
     /// That many copies cannot be made at once.
     #[error("{count} copies at once: at most {}", crate::MAX_FORKS)]

@@ -63,7 +63,8 @@ impl Sandbox {
         // The agent has opened one more connection than it needs, before it gave up the right to.
         let builder = builder.forkable(false);
         spec.template = false;
-        let saved = Saved::create().map_err(|source| Error::Host { what: "make files in memory", source })?;
+        let saved = Saved::create()
+            .map_err(|source| Error::Host { what: "make files in memory", source })?;
         let binding = builder.restore(&mut spec)?;
         self.save(&Request::Snapshot { binding }, &saved.files()?).await?;
 
@@ -97,8 +98,11 @@ impl Saved {
         let file = |name| Ok::<_, io::Error>(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?));
         let mut key = Zeroizing::new([0; KEY_BYTES]);
         fill_random(&mut *key)?;
-        let saved =
-            Saved { memory: file("chitin-memory")?, state: file("chitin-state")?, key: file("chitin-key")? };
+        let saved = Saved {
+            memory: file("chitin-memory")?,
+            state: file("chitin-state")?,
+            key: file("chitin-key")?,
+        };
         (&saved.key).write_all(&*key)?;
         Ok(saved)
     }
@@ -106,7 +110,11 @@ impl Saved {
     /// To be written.
     fn files(&self) -> Result<Files, Error> {
         let again = |file: &File| file.try_clone().map_err(failed);
-        Ok(Files { memory: again(&self.memory)?, state: again(&self.state)?, key: reopened(&self.key)? })
+        Ok(Files {
+            memory: again(&self.memory)?,
+            state: again(&self.state)?,
+            key: reopened(&self.key)?,
+        })
     }
 
     /// To be read, from the beginning.

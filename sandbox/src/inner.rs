@@ -50,7 +50,9 @@ impl Inner {
 
     /// Asks the agent; [`answered`](Self::answered) waits.
     pub fn ask(&self, request: u32, message: &ToGuest) -> Result<Answer, Error> {
-        self.channel.request(request, message).map_err(|error| Error::CommandTooLong { len: error.len })
+        self.channel
+            .request(request, message)
+            .map_err(|error| Error::CommandTooLong { len: error.len })
     }
 
     /// Waits for an answer.
@@ -76,7 +78,8 @@ impl Inner {
     /// something after it has failed.
     pub fn reseed(&self) -> Result<(), Error> {
         let mut random = Zeroizing::new([0; MIN_ENTROPY + INSTANCE_BYTES]);
-        fill_random(&mut *random).map_err(|source| Error::Host { what: "get random bytes", source })?;
+        fill_random(&mut *random)
+            .map_err(|source| Error::Host { what: "get random bytes", source })?;
         let (entropy, instance) = random.split_at(MIN_ENTROPY);
         let request = self.channel.name();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -38,7 +38,11 @@ pub struct Command {
 impl Command {
     pub(crate) fn new(inner: Arc<Inner>, program: OsString) -> Command {
         let more = inner.environment.get().into_iter().flatten();
-        let env = ENVIRONMENT.iter().chain(more).map(|(name, value)| (name.into(), value.into())).collect();
+        let env = ENVIRONMENT
+            .iter()
+            .chain(more)
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
         Command { inner, argv: vec![program], env, cwd: HOME.into(), stdin: false }
     }
 
@@ -89,7 +93,11 @@ impl Command {
         let start = Start {
             process: name,
             argv: self.argv.into_iter().map(OsString::into_vec).collect(),
-            env: self.env.into_iter().map(|(name, value)| (name.into_vec(), value.into_vec())).collect(),
+            env: self
+                .env
+                .into_iter()
+                .map(|(name, value)| (name.into_vec(), value.into_vec()))
+                .collect(),
             cwd: self.cwd.into_vec(),
             uid: AGENT_UID,
             gid: AGENT_UID,
@@ -97,8 +105,16 @@ impl Command {
             stdout: stdout.id(),
             stderr: stderr.id(),
         };
-        let ended = channel.start(start).map_err(|error| Error::CommandTooLong { len: error.len })?;
-        Ok(Process { name, ended, stdin, stdout: Some(stdout), stderr: Some(stderr), inner: self.inner })
+        let ended =
+            channel.start(start).map_err(|error| Error::CommandTooLong { len: error.len })?;
+        Ok(Process {
+            name,
+            ended,
+            stdin,
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+            inner: self.inner,
+        })
     }
 
     /// Runs the command to its end and collects what it printed, without bound.

@@ -273,7 +273,11 @@ impl Builder {
     }
 
     /// Starts a microVM with what has been fetched.
-    pub(crate) async fn begin_microvm(&self, fetched: Fetched, started: Instant) -> Result<Sandbox, Error> {
+    pub(crate) async fn begin_microvm(
+        &self,
+        fetched: Fetched,
+        started: Instant,
+    ) -> Result<Sandbox, Error> {
         match self.plan() {
             Ok(plan) => {
                 let tier = Ironclaw(self.artifacts.clone());
@@ -421,7 +425,11 @@ impl Builder {
     pub(crate) async fn fetch(&self) -> Result<Fetched, Error> {
         let served = self.secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint);
         if let Some(secret) = served
-            && self.egress.endpoints.iter().any(|endpoint| Keys::is_at(&endpoint.host, endpoint.port))
+            && self
+                .egress
+                .endpoints
+                .iter()
+                .any(|endpoint| Keys::is_at(&endpoint.host, endpoint.port))
         {
             let reason = format!(
                 "localhost:{ENDPOINT_PORT} is its endpoint in the sandbox, and cannot be allowed beside it"
@@ -455,7 +463,8 @@ impl Builder {
                 (sandbox.keeper, sandbox.keys) = (keeper, keys);
                 // What has changed meanwhile is there to be read.
                 let followed = sandbox.handed.clone().zip(changes);
-                sandbox.following = followed.map(|(handed, changes)| tokio::spawn(handed.follow(changes)));
+                sandbox.following =
+                    followed.map(|(handed, changes)| tokio::spawn(handed.follow(changes)));
                 Ok(sandbox)
             }
             Err(error) => {
@@ -483,7 +492,12 @@ impl Builder {
         let handed = Handed::new(sandbox.inner.clone(), fetched, audit.clone());
         for credential::Value { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
-            let secret = Secret { request, name: name.clone(), value: value.to_bytes(), delivery: *delivery };
+            let secret = Secret {
+                request,
+                name: name.clone(),
+                value: value.to_bytes(),
+                delivery: *delivery,
+            };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
         }
         if self.egress.is_on() || fetched.endpoint.is_some() {
@@ -508,7 +522,11 @@ impl Builder {
     ///
     /// # Errors
     /// As for [`start`](Builder::start); secrets are refused; the warm-up command fails.
-    pub async fn build_template(mut self, name: &str, warming: &Warming) -> Result<Manifest, Error> {
+    pub async fn build_template(
+        mut self,
+        name: &str,
+        warming: &Warming,
+    ) -> Result<Manifest, Error> {
         if let Some(secret) = self.secrets.first() {
             let reason = "a template would be a copy of it on disk".into();
             return Err(Error::Secret { name: secret.name.clone(), reason });
@@ -571,10 +589,18 @@ impl Builder {
         };
         policy.tier()?;
         if let Some(secret) = self.secrets.iter().find(|secret| !policy.secrets.contains(secret)) {
-            return Err(PolicyError::Secret { origin: policy.origin.clone(), name: secret.name.clone() });
+            return Err(PolicyError::Secret {
+                origin: policy.origin.clone(),
+                name: secret.name.clone(),
+            });
         }
-        if let Some(endpoint) = self.egress.endpoints.iter().find(|endpoint| !policy.may_reach(endpoint)) {
-            return Err(PolicyError::Egress { origin: policy.origin.clone(), endpoint: endpoint.clone() });
+        if let Some(endpoint) =
+            self.egress.endpoints.iter().find(|endpoint| !policy.may_reach(endpoint))
+        {
+            return Err(PolicyError::Egress {
+                origin: policy.origin.clone(),
+                endpoint: endpoint.clone(),
+            });
         }
         if self.egress.endpoints.is_empty() {
             self.egress.allow(policy.egress.iter().cloned());
@@ -596,10 +622,16 @@ impl Builder {
     /// under, so that has to be this policy, or none.
     fn check_template(&self, manifest: &Manifest) -> Result<bool, PolicyError> {
         let mine = self.policy.as_ref().map(|policy| &policy.digest);
-        let other =
-            |built: &str| PolicyError::Template { template: manifest.name.clone(), built: built.into() };
+        let other = |built: &str| PolicyError::Template {
+            template: manifest.name.clone(),
+            built: built.into(),
+        };
         if let Some(policy) = &self.policy {
-            policy.tighten("the template's vcpus", Some(manifest.vcpus.into()), policy.limits.vcpus)?;
+            policy.tighten(
+                "the template's vcpus",
+                Some(manifest.vcpus.into()),
+                policy.limits.vcpus,
+            )?;
             policy.tighten(
                 "the template's memory_mib",
                 Some(manifest.memory_mib.into()),
@@ -814,7 +846,10 @@ impl Sandbox {
     pub async fn revoke(&self, name: &str) -> Result<(), Error> {
         match &self.handed {
             Some(handed) => handed.revoke(name).await,
-            None => Err(Error::Secret { name: name.into(), reason: "no credential was handed over".into() }),
+            None => Err(Error::Secret {
+                name: name.into(),
+                reason: "no credential was handed over".into(),
+            }),
         }
     }
 

@@ -66,10 +66,13 @@ impl FromStr for SecretSpec {
     type Err = ParseSecretError;
 
     fn from_str(text: &str) -> Result<Self, ParseSecretError> {
-        let (name, source) = text.split_once('=').ok_or_else(|| ParseSecretError::NoSource(text.into()))?;
+        let (name, source) =
+            text.split_once('=').ok_or_else(|| ParseSecretError::NoSource(text.into()))?;
         check_name(name)?;
         let (source, delivery) = match split_hosts(source) {
-            Some((source, hosts)) => (source, Delivery::Proxy(Reach { hosts, query: false, body: false })),
+            Some((source, hosts)) => {
+                (source, Delivery::Proxy(Reach { hosts, query: false, body: false }))
+            }
             None => (source, Delivery::Memory),
         };
         Ok(SecretSpec { name: name.into(), source: source.parse()?, delivery })
@@ -83,10 +86,13 @@ impl FromStr for SecretSource {
         match text.split_once(':') {
             Some(("env", name)) if !name.is_empty() => Ok(SecretSource::Env(name.into())),
             Some(("file", path)) if !path.is_empty() => Ok(SecretSource::File(path.into())),
-            Some(("exec", command)) if !command.is_empty() => Ok(SecretSource::Exec(command.into())),
-            Some(("vault", _)) => {
-                text.parse().map(SecretSource::Vault).map_err(|_| ParseSecretError::Source("vault:…".into()))
+            Some(("exec", command)) if !command.is_empty() => {
+                Ok(SecretSource::Exec(command.into()))
             }
+            Some(("vault", _)) => text
+                .parse()
+                .map(SecretSource::Vault)
+                .map_err(|_| ParseSecretError::Source("vault:…".into())),
             // The text is not repeated if it may be a value somebody pasted in.
             Some((kind, _)) => Err(ParseSecretError::Source(format!("{kind}:…"))),
             None => Err(ParseSecretError::Source("…".into())),
@@ -122,11 +128,14 @@ impl SecretSpec {
         check_name(&self.name).map_err(|error| failed(error.to_string()))?;
         match &self.source {
             SecretSource::Env(variable) => {
-                let value = std::env::var_os(variable)
-                    .ok_or_else(|| failed(format!("the environment variable {variable} is not set")))?;
+                let value = std::env::var_os(variable).ok_or_else(|| {
+                    failed(format!("the environment variable {variable} is not set"))
+                })?;
                 SecretValue::hold(Zeroizing::new(OsString::into_encoded_bytes(value)), false)
             }
-            SecretSource::File(path) => read_file(path).and_then(|bytes| SecretValue::hold(bytes, true)),
+            SecretSource::File(path) => {
+                read_file(path).and_then(|bytes| SecretValue::hold(bytes, true))
+            }
             SecretSource::Exec(command) => {
                 run(command).await.and_then(|bytes| SecretValue::hold(bytes, true))
             }
@@ -156,7 +165,9 @@ async fn run(command: &str) -> Result<Zeroizing<Vec<u8>>, String> {
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    let Some(stdout) = child.stdout.take() else { return Err(format!("run `{command}`: no output")) };
+    let Some(stdout) = child.stdout.take() else {
+        return Err(format!("run `{command}`: no output"));
+    };
     let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1));
     let reading = async {
         stdout.take(MAX_SECRET as u64 + 1).read_to_end(&mut bytes).await?;
@@ -181,7 +192,10 @@ pub(crate) struct SecretValue {
 }
 
 impl SecretValue {
-    pub(crate) fn hold(bytes: Zeroizing<Vec<u8>>, strip_newline: bool) -> Result<SecretValue, String> {
+    pub(crate) fn hold(
+        bytes: Zeroizing<Vec<u8>>,
+        strip_newline: bool,
+    ) -> Result<SecretValue, String> {
         let value = match bytes.as_slice() {
             [rest @ .., b'\n'] if strip_newline => rest,
             all => all,
@@ -238,32 +252,54 @@ mod tests {
             (spec.name.as_str(), spec.source),
             ("API_TOKEN", SecretSource::Exec("pass show a=b".into()))
         );
-        for bad in
-            ["TOKEN", "=env:A", "1A=env:A", "A-B=env:A", "A=env:", "A=file", "A=vault://x", "A=vault:x"]
-        {
+        for bad in [
+            "TOKEN",
+            "=env:A",
+            "1A=env:A",
+            "A-B=env:A",
+            "A=env:",
+            "A=file",
+            "A=vault://x",
+            "A=vault:x",
+        ] {
             assert!(bad.parse::<SecretSpec>().is_err(), "{bad}");
         }
         let spec: SecretSpec =
             "A=exec:ssh me@box cat key@api.example.com,*.example.org:8443".parse().unwrap();
-        let hosts = ["api.example.com:443", "*.example.org:8443"].map(|host| host.parse().unwrap()).into();
+        let hosts =
+            ["api.example.com:443", "*.example.org:8443"].map(|host| host.parse().unwrap()).into();
         assert_eq!(spec.delivery, Delivery::Proxy(Reach { hosts, query: false, body: false }));
         assert_eq!(spec.source, SecretSource::Exec("ssh me@box cat key".into()));
-        for own in
-            ["A=exec:ssh me@box", "A=file:/a@b/c.d", "A=exec:mail x@y.z w", "A=env:A@", "A=env:A@1.2.3.4"]
-        {
+        for own in [
+            "A=exec:ssh me@box",
+            "A=file:/a@b/c.d",
+            "A=exec:mail x@y.z w",
+            "A=env:A@",
+            "A=env:A@1.2.3.4",
+        ] {
             assert_eq!(own.parse::<SecretSpec>().unwrap().delivery, Delivery::Memory, "{own}");
         }
         let long = "A".repeat(65_536);
         for name in [&long, "A\0B", "Ä", "A B", "A\n"] {
             let error = format!("{name}=env:A").parse::<SecretSpec>().unwrap_err().to_string();
-            assert!(error.contains("letters, digits and `_`, at most 128") && error.len() < 250, "{error:?}");
+            assert!(
+                error.contains("letters, digits and `_`, at most 128") && error.len() < 250,
+                "{error:?}"
+            );
         }
         assert!(long.parse::<SecretSpec>().unwrap_err().to_string().len() < 250);
         // Ports and names that are none make no host, and the whole a source that is not there.
-        for hosts in
-            ["api.example.com:0", "api.example.com:70000", "1.2.3.4:443", "a\0.test", &format!("{long}.test")]
-        {
-            assert_eq!(format!("A=env:K@{hosts}").parse::<SecretSpec>().unwrap().delivery, Delivery::Memory);
+        for hosts in [
+            "api.example.com:0",
+            "api.example.com:70000",
+            "1.2.3.4:443",
+            "a\0.test",
+            &format!("{long}.test"),
+        ] {
+            assert_eq!(
+                format!("A=env:K@{hosts}").parse::<SecretSpec>().unwrap().delivery,
+                Delivery::Memory
+            );
         }
         // What may be a pasted value is not echoed.
         let error = "A=sk-live-12345".parse::<SecretSpec>().unwrap_err().to_string();
@@ -284,7 +320,10 @@ mod tests {
     #[tokio::test]
     async fn a_source_that_fails_is_named() {
         let cases = [
-            ("env:CHITIN_NO_SUCH", "secret TOKEN: the environment variable CHITIN_NO_SUCH is not set"),
+            (
+                "env:CHITIN_NO_SUCH",
+                "secret TOKEN: the environment variable CHITIN_NO_SUCH is not set",
+            ),
             (
                 "file:/nonexistent/x",
                 "secret TOKEN: read /nonexistent/x: No such file or directory (os error 2)",

@@ -256,7 +256,11 @@ impl Draft {
             let path = self.dir.join(file);
             File::open(&path).map_err(failed("open", &path))
         };
-        Ok(Files { memory: open("memory")?, state: open("state")?, key: self.templates.key_file()? })
+        Ok(Files {
+            memory: open("memory")?,
+            state: open("state")?,
+            key: self.templates.key_file()?,
+        })
     }
 
     /// A file for a state that knows more, which replaces the first one.
@@ -271,7 +275,8 @@ impl Draft {
 
     fn create(&self, file: &str) -> Result<File, TemplateError> {
         let path = self.dir.join(file);
-        let create = OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path);
+        let create =
+            OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path);
         create.map_err(failed("create", &path))
     }
 
@@ -283,7 +288,8 @@ impl Draft {
         let state = File::open(at("state")).map_err(failed("open", &at("state")))?;
         let metadata = memory.metadata().map_err(failed("look at", &at("memory")))?;
         manifest.memory_bytes = metadata.blocks() * 512;
-        let mac = seal(&*self.templates.key()?, &memory, &state).map_err(failed("look at", &self.dir))?;
+        let mac =
+            seal(&*self.templates.key()?, &memory, &state).map_err(failed("look at", &self.dir))?;
         fs::write(at("seal"), mac.finalize().into_bytes()).map_err(failed("write", &at("seal")))?;
         let json = serde_json::to_vec_pretty(&manifest)
             .map_err(|source| TemplateError::Manifest { path: at("template.json"), source })?;
@@ -430,13 +436,16 @@ mod tests {
         let draft = templates.draft("x").unwrap();
         draft.files().unwrap();
         drop(draft);
-        let left: Vec<_> = fs::read_dir(&templates.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(&templates.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["key"]);
     }
 
     #[test]
     fn names_are_file_names_and_no_paths() {
-        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "-x", "key", "a b", "ä", &"x".repeat(65)] {
+        for bad in
+            ["", ".", "..", "../x", "a/b", ".hidden", "-x", "key", "a b", "ä", &"x".repeat(65)]
+        {
             assert!(matches!(check_name(bad), Err(TemplateError::Name(_))), "{bad}");
         }
         for good in ["a", "py3.11", "A_b-c"] {

@@ -58,9 +58,10 @@ impl Error {
     pub fn is_broken_stream(&self) -> bool {
         match self {
             Error::Stream(_) | Error::EndedEarly { .. } => true,
-            Error::Local { .. } | Error::Refused { .. } | Error::Limit { .. } | Error::Malformed { .. } => {
-                false
-            }
+            Error::Local { .. }
+            | Error::Refused { .. }
+            | Error::Limit { .. }
+            | Error::Malformed { .. } => false,
         }
     }
 
@@ -138,7 +139,9 @@ pub enum Refusal {
     #[error("a {0} cannot be copied")]
     Special(Kind),
     /// To send files of proc, sysfs and their like.
-    #[error("its file system is made up by the kernel, and its files have no contents of their own")]
+    #[error(
+        "its file system is made up by the kernel, and its files have no contents of their own"
+    )]
     KernelFiles,
     /// To replace a directory by something else, something else by a directory, or a device by anything.
     #[error("a {comes} does not replace the {there} that is there")]

@@ -18,7 +18,8 @@ fn a_name_cannot_forge_a_line_or_steer_a_terminal() {
 
 #[test]
 fn errors_read_as_one_line() {
-    let refused = Error::Refused { path: "/tmp/x.sock".into(), refusal: Refusal::Special(Kind::Socket) };
+    let refused =
+        Error::Refused { path: "/tmp/x.sock".into(), refusal: Refusal::Special(Kind::Socket) };
     assert_eq!(refused.to_string(), "copy /tmp/x.sock: a socket cannot be copied");
     let refusal = Refusal::InTheWay { there: Kind::Directory, comes: Kind::File };
     let refused = Error::Refused { path: "/d".into(), refusal };

@@ -3,7 +3,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, fchmod, fchown, mkdirat, openat, statat};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, fchmod, fchown, mkdirat, openat, statat,
+};
 use rustix::io::Errno;
 
 use crate::trail::Trail;
@@ -34,7 +36,8 @@ impl Place {
         // Without a slash at the end, which would follow a link unseen.
         let path = path.components().as_path();
         let no_follow = AtFlags::SYMLINK_NOFOLLOW;
-        let is_link = statat(CWD, path, no_follow).is_ok_and(|stat| kind(stat.st_mode) == Kind::Symlink);
+        let is_link =
+            statat(CWD, path, no_follow).is_ok_and(|stat| kind(stat.st_mode) == Kind::Symlink);
         let target;
         let path = if is_link {
             // Not left to the kernel: the link would be replaced instead of what it points to. One that points
@@ -95,7 +98,11 @@ impl Place {
 ///
 /// `path` is absolute, and no link in it is followed: a component that is one is an error. What is made gets
 /// `mode`, whatever the umask, and `owner` (user and group id).
-pub fn create_dirs(path: impl AsRef<Path>, mode: u32, owner: Option<(u32, u32)>) -> Result<(), Error> {
+pub fn create_dirs(
+    path: impl AsRef<Path>,
+    mode: u32,
+    owner: Option<(u32, u32)>,
+) -> Result<(), Error> {
     let trail = Trail::new(path.as_ref());
     let create = |dir: &OwnedFd, name: &OsStr| match mkdirat(dir, name, Mode::RWXU) {
         // Somebody else's, made this moment, is as good.

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat, fchmod, fstat, ftruncate,
-    futimens, mkdirat, openat, renameat, statat, symlinkat, unlinkat,
+    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat, fchmod, fstat,
+    ftruncate, futimens, mkdirat, openat, renameat, statat, symlinkat, unlinkat,
 };
 use rustix::io::{Errno, pwrite};
 
@@ -139,7 +139,11 @@ impl Receiver<'_> {
             return Err(self.trail.limit(Limit::Entries(self.options.max_entries)));
         }
         let Some(level) = self.levels.last_mut() else {
-            return if name.is_empty() { Ok(()) } else { Err(self.trail.malformed(Breach::BadName)) };
+            return if name.is_empty() {
+                Ok(())
+            } else {
+                Err(self.trail.malformed(Breach::BadName))
+            };
         };
         if matches!(name, b"" | b"." | b"..") || name.iter().any(|byte| matches!(byte, 0 | b'/')) {
             self.trail.turn_to(None)?;
@@ -185,7 +189,8 @@ impl Receiver<'_> {
     fn file(&mut self, place: &Place, attributes: Attributes) -> Result<(), Error> {
         let way = Way::new(&self.levels, place, &self.trail);
         way.check(Kind::File)?;
-        let new = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let new =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let (temporary, fd) =
             Temporary::make(way.dir, |name| openat(way.dir, name, new, Mode::RUSR | Mode::WUSR))
                 .map_err(self.trail.local("create"))?;
@@ -203,11 +208,17 @@ impl Receiver<'_> {
     fn symlink(&mut self, place: &Place, target: &[u8]) -> Result<(), Error> {
         // The root itself is in no directory of the tree, and neither is what a link in its place points to.
         let depth = self.levels.len().checked_sub(1);
-        if self.options.links == Links::RefuseEscaping && depth.is_none_or(|depth| escapes(depth, target)) {
+        if self.options.links == Links::RefuseEscaping
+            && depth.is_none_or(|depth| escapes(depth, target))
+        {
             self.summary.refused += 1;
             if self.summary.refused_examples.len() < MAX_EXAMPLES {
                 let (path, target) = (self.trail.path(), Path::new(OsStr::from_bytes(target)));
-                self.summary.refused_examples.push(format!("{} -> {}", Shown(&path), Shown(target)));
+                self.summary.refused_examples.push(format!(
+                    "{} -> {}",
+                    Shown(&path),
+                    Shown(target)
+                ));
             }
             return Ok(());
         }
@@ -267,7 +278,9 @@ impl<'a> Way<'a> {
                 temporary.keep();
                 Ok(())
             }
-            Err(Errno::ISDIR) => Err(self.trail.refused(Refusal::InTheWay { there: Kind::Directory, comes })),
+            Err(Errno::ISDIR) => {
+                Err(self.trail.refused(Refusal::InTheWay { there: Kind::Directory, comes }))
+            }
             Err(errno) => Err(self.trail.local("create")(errno)),
         }
     }
@@ -290,7 +303,8 @@ impl<'a> Temporary<'a> {
         /// Taken names are left over from a killed process, or somebody's who wants the copy to fail.
         const ATTEMPTS: usize = 100;
         for _ in 0..ATTEMPTS {
-            let name = format!(".chitin-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let name =
+                format!(".chitin-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
             match make(&name) {
                 Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno),
@@ -322,7 +336,13 @@ fn own_link(dir: BorrowedFd<'_>, name: &str, owner: Option<(u32, u32)>) -> Resul
     if kind(fstat(&link)?.st_mode) != Kind::Symlink {
         return Ok(());
     }
-    match chownat(&link, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH) {
+    match chownat(
+        &link,
+        "",
+        Some(Uid::from_raw(uid)),
+        Some(Gid::from_raw(gid)),
+        AtFlags::EMPTY_PATH,
+    ) {
         // gVisor owns nothing by the descriptor of a path alone. Whose a link is says nothing of where it leads.
         Err(Errno::BADF) => Ok(()),
         owned => owned,
@@ -355,7 +375,12 @@ struct Contents {
 }
 
 /// Takes a file's data and end.
-fn contents(input: &mut Input<'_>, fd: &OwnedFd, space: &Space, trail: &Trail) -> Result<Contents, Error> {
+fn contents(
+    input: &mut Input<'_>,
+    fd: &OwnedFd,
+    space: &Space,
+    trail: &Trail,
+) -> Result<Contents, Error> {
     let mut contents = Contents { size: 0, data: 0 };
     loop {
         match input.record().map_err(|broken| breakdown(broken, trail))? {
@@ -373,14 +398,22 @@ fn contents(input: &mut Input<'_>, fd: &OwnedFd, space: &Space, trail: &Trail) -
                 }
                 return Ok(contents);
             }
-            Record::Data { .. } | Record::EndOfFile { .. } => return Err(trail.malformed(Breach::BadData)),
+            Record::Data { .. } | Record::EndOfFile { .. } => {
+                return Err(trail.malformed(Breach::BadData));
+            }
             other => return Err(trail.malformed(Breach::Misplaced(other.kind()))),
         }
     }
 }
 
 /// Takes the bytes from `offset` to `end`, as they come.
-fn write(input: &mut Input<'_>, fd: &OwnedFd, mut offset: u64, end: u64, trail: &Trail) -> Result<(), Error> {
+fn write(
+    input: &mut Input<'_>,
+    fd: &OwnedFd,
+    mut offset: u64,
+    end: u64,
+    trail: &Trail,
+) -> Result<(), Error> {
     while offset < end {
         let max = usize::try_from(end - offset).unwrap_or(usize::MAX);
         let mut bytes = input.some(max).map_err(|broken| breakdown(broken, trail))?;

@@ -4,7 +4,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, RawDir, SeekFrom, Stat, fstat, fstatfs, openat, readlinkat, seek, statat,
+    AtFlags, CWD, Mode, OFlags, RawDir, SeekFrom, Stat, fstat, fstatfs, openat, readlinkat, seek,
+    statat,
 };
 use rustix::io::{Errno, pread};
 
@@ -23,10 +24,19 @@ use crate::{Error, Kind, Limit, Lookup, Refusal, SendOptions, Summary};
 /// [`Error::Local`] for what cannot be read, [`Error::Refused`] for what cannot be copied, [`Error::Limit`] for what
 /// the format or the options do not allow, [`Error::Stream`] from `writer`. What was written until then is not a
 /// whole tree, and the receiver knows.
-pub fn send(path: impl AsRef<Path>, mut writer: impl Write, options: &SendOptions) -> Result<Summary, Error> {
+pub fn send(
+    path: impl AsRef<Path>,
+    mut writer: impl Write,
+    options: &SendOptions,
+) -> Result<Summary, Error> {
     let path = path.as_ref();
     let mut sender = Sender {
-        output: Output { writer: &mut writer, buffer: vec![0; BUFFER], used: 0, record: Vec::new() },
+        output: Output {
+            writer: &mut writer,
+            buffer: vec![0; BUFFER],
+            used: 0,
+            record: Vec::new(),
+        },
         trail: Trail::new(path),
         max_entries: options.max_entries,
         entries: 0,
@@ -97,7 +107,12 @@ impl Sender<'_> {
         self.output.flush()
     }
 
-    fn root(&mut self, dir: BorrowedFd<'_>, name: &[u8], follow: bool) -> Result<Option<Level>, Error> {
+    fn root(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        name: &[u8],
+        follow: bool,
+    ) -> Result<Option<Level>, Error> {
         self.count()?;
         let (at, flags) = if follow {
             (AtFlags::empty(), OFlags::empty())
@@ -139,7 +154,8 @@ impl Sender<'_> {
     }
 
     fn symlink(&mut self, entry: &Entry<'_>) -> Result<(), Error> {
-        let target = readlinkat(entry.dir, entry.name, Vec::new()).map_err(self.trail.local(OPEN))?;
+        let target =
+            readlinkat(entry.dir, entry.name, Vec::new()).map_err(self.trail.local(OPEN))?;
         let record = Record::Symlink { name: entry.sent_name.into(), target: target.into_bytes() };
         self.output.record(&record, &self.trail)?;
         self.summary.links += 1;
@@ -148,9 +164,11 @@ impl Sender<'_> {
 
     fn open(&mut self, entry: &Entry<'_>, expected: Kind) -> Result<Option<Level>, Error> {
         // If it has become a FIFO or a terminal meanwhile, opening must neither wait nor take it over.
-        let mut flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | entry.flags;
+        let mut flags =
+            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | entry.flags;
         flags.set(OFlags::DIRECTORY, expected == Kind::Directory);
-        let fd = openat(entry.dir, entry.name, flags, Mode::empty()).map_err(self.trail.local(OPEN))?;
+        let fd =
+            openat(entry.dir, entry.name, flags, Mode::empty()).map_err(self.trail.local(OPEN))?;
         let stat = fstat(&fd).map_err(self.trail.local("examine"))?;
         if entry.dev != Some(stat.st_dev) && is_made_up_by_the_kernel(&fd) {
             return Err(self.trail.refused(Refusal::KernelFiles));
@@ -247,7 +265,16 @@ fn is_made_up_by_the_kernel(fd: &OwnedFd) -> bool {
         let magic = u64::try_from(stat.f_type).unwrap_or_default();
         matches!(
             magic,
-            PROC | SYSFS | DEVPTS | CGROUP | CGROUP2 | DEBUGFS | TRACEFS | SECURITYFS | CONFIGFS | BPF | NSFS
+            PROC | SYSFS
+                | DEVPTS
+                | CGROUP
+                | CGROUP2
+                | DEBUGFS
+                | TRACEFS
+                | SECURITYFS
+                | CONFIGFS
+                | BPF
+                | NSFS
         )
     })
 }
@@ -277,11 +304,13 @@ impl Output<'_> {
     fn contents(&mut self, fd: &OwnedFd, stat: &Stat, trail: &Trail) -> Result<u64, Error> {
         let mut size = u64::try_from(stat.st_size).unwrap_or_default();
         // Most files have no holes and need not be asked for them.
-        let has_holes = u64::try_from(stat.st_blocks).unwrap_or_default().saturating_mul(512) < size;
+        let has_holes =
+            u64::try_from(stat.st_blocks).unwrap_or_default().saturating_mul(512) < size;
         let (mut at, mut sent) = (0, 0);
         while at < size {
             let end;
-            (at, end) = match if has_holes { next_data(fd, at, size) } else { Ok(Some((at, size))) } {
+            (at, end) = match if has_holes { next_data(fd, at, size) } else { Ok(Some((at, size))) }
+            {
                 Ok(Some(range)) => range,
                 Ok(None) => {
                     // A hole to the end; but perhaps the end has come nearer.

@@ -69,7 +69,8 @@ impl Record {
             }
             Record::Symlink { name, target } => {
                 out.push(name_len(name)?);
-                let len = u16::try_from(target.len()).ok().filter(|len| usize::from(*len) <= MAX_TARGET);
+                let len =
+                    u16::try_from(target.len()).ok().filter(|len| usize::from(*len) <= MAX_TARGET);
                 out.extend_from_slice(&len.ok_or(Limit::Target)?.to_le_bytes());
                 out.extend_from_slice(name);
                 out.extend_from_slice(target);

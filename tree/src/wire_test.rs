@@ -32,7 +32,10 @@ fn names_and_targets_that_linux_does_not_have_are_not_sent() {
     let name = vec![b'n'; 256];
     assert_eq!(Record::File { name, attributes }.encode(&mut Vec::new()), Err(Limit::Name));
     let target = vec![b't'; MAX_TARGET + 1];
-    assert_eq!(Record::Symlink { name: vec![], target }.encode(&mut Vec::new()), Err(Limit::Target));
+    assert_eq!(
+        Record::Symlink { name: vec![], target }.encode(&mut Vec::new()),
+        Err(Limit::Target)
+    );
 }
 
 #[test]

@@ -13,7 +13,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use chitin_tree::{
-    Error, Kind, Limit, Links, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs, receive, send,
+    Error, Kind, Limit, Links, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs, receive,
+    send,
 };
 use common::{agent, host, look, names, sent};
 use tempfile::tempdir;
@@ -44,7 +45,11 @@ fn a_tree_arrives_as_it_was() {
     fs::create_dir_all(from.join("sub/deep/empty")).unwrap();
     fs::write(from.join("empty"), "").unwrap();
     fs::write(from.join("small"), "hello").unwrap();
-    fs::write(from.join("large"), (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
+    fs::write(
+        from.join("large"),
+        (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>(),
+    )
+    .unwrap();
     fs::write(from.join("sub").join(OsStr::from_bytes(b"not\xffutf8\n\x1b[1m")), "x").unwrap();
     fs::write(from.join("sub").join("n".repeat(255)), "long").unwrap();
     symlink("small", from.join("link")).unwrap();
@@ -53,9 +58,13 @@ fn a_tree_arrives_as_it_was() {
     fs::hard_link(from.join("small"), from.join("twin")).unwrap();
     let old = SystemTime::UNIX_EPOCH - Duration::new(1_000_000, 1);
     File::options().write(true).open(from.join("small")).unwrap().set_modified(old).unwrap();
-    for (name, bits) in
-        [("small", 0o600), ("large", 0o444), ("empty", 0o000), ("sub/deep/empty", 0o700), ("sub/deep", 0o555)]
-    {
+    for (name, bits) in [
+        ("small", 0o600),
+        ("large", 0o444),
+        ("empty", 0o000),
+        ("sub/deep/empty", 0o700),
+        ("sub/deep", 0o555),
+    ] {
         mode(&from.join(name), bits);
     }
 
@@ -65,7 +74,10 @@ fn a_tree_arrives_as_it_was() {
         if rustix::process::geteuid().is_root() {
             let summary = copy(&from, &to, &options).unwrap();
             assert_eq!(look(&from), look(&to));
-            assert_eq!((summary.files, summary.directories, summary.links, summary.refused), (6, 4, 3, 0));
+            assert_eq!(
+                (summary.files, summary.directories, summary.links, summary.refused),
+                (6, 4, 3, 0)
+            );
             assert_eq!(to.join("twin").metadata().unwrap().nlink(), 1);
         }
     }
@@ -101,7 +113,10 @@ fn a_single_file_arrives_and_replaces() {
     copy(&from, &to, &host()).unwrap();
     let mut text = String::new();
     opened.read_to_string(&mut text).unwrap();
-    assert_eq!((text.as_str(), fs::read(dir.path().join("other name")).unwrap()), ("old", b"old".to_vec()));
+    assert_eq!(
+        (text.as_str(), fs::read(dir.path().join("other name")).unwrap()),
+        ("old", b"old".to_vec())
+    );
     assert_eq!(fs::read(&to).unwrap(), b"new");
     assert_eq!(names(dir.path()), ["from", "other name", "to"]);
 }
@@ -177,7 +192,9 @@ fn kinds_do_not_replace_each_other() {
     fs::write(&file, "x").unwrap();
     fs::create_dir(&from).unwrap();
     let in_the_way = |result: Result<_, Error>, there: Kind, comes: Kind| match result {
-        Err(Error::Refused { refusal, .. }) => assert_eq!(refusal, Refusal::InTheWay { there, comes }),
+        Err(Error::Refused { refusal, .. }) => {
+            assert_eq!(refusal, Refusal::InTheWay { there, comes })
+        }
         other => panic!("{other:?}"),
     };
     let to = dir.path().join("to");
@@ -263,7 +280,10 @@ fn in_a_sandbox_no_link_is_followed() {
     send(path("real/a"), std::io::sink(), &SendOptions::agent()).unwrap();
     for name in ["link", "link/a", "real/b"] {
         let error = send(path(name), std::io::sink(), &SendOptions::agent()).unwrap_err();
-        assert!(matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }), "{name}: {error}");
+        assert!(
+            matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }),
+            "{name}: {error}"
+        );
     }
     let tree = sent(&path("real"));
     let error = receive(tree.as_slice(), path("link/new"), &agent()).unwrap_err();
@@ -272,9 +292,15 @@ fn in_a_sandbox_no_link_is_followed() {
     assert!(matches!(error, Error::Refused { refusal: Refusal::LinkInPath, .. }), "{error}");
     for bad in ["relative", "/tmp/../etc", ""] {
         let error = receive(tree.as_slice(), bad, &agent()).unwrap_err();
-        assert!(matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }), "{bad}: {error}");
+        assert!(
+            matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }),
+            "{bad}: {error}"
+        );
         let error = create_dirs(bad, 0o755, None).unwrap_err();
-        assert!(matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }), "{bad}: {error}");
+        assert!(
+            matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }),
+            "{bad}: {error}"
+        );
     }
     assert_eq!(names(&path("real")), ["a", "b"]);
     // A file does replace a link: nothing is followed by that.
@@ -315,7 +341,12 @@ fn owners_are_given_by_root() {
     fs::write(path("from/sub/a"), "").unwrap();
     symlink("a", path("from/sub/l")).unwrap();
     create_dirs(path("x/y"), 0o755, Some((1000, 1001))).unwrap();
-    receive(sent(&path("from")).as_slice(), path("x/y/to"), &ReceiveOptions::agent((1000, 1001), 0)).unwrap();
+    receive(
+        sent(&path("from")).as_slice(),
+        path("x/y/to"),
+        &ReceiveOptions::agent((1000, 1001), 0),
+    )
+    .unwrap();
     for name in ["x", "x/y", "x/y/to", "x/y/to/sub", "x/y/to/sub/a", "x/y/to/sub/l"] {
         let meta = path(name).symlink_metadata().unwrap();
         assert_eq!((meta.uid(), meta.gid()), (1000, 1001), "{name}");
@@ -336,7 +367,10 @@ fn only_files_directories_and_links_can_be_copied() {
         assert_eq!(refused(&socket, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
         assert_eq!(refused(&path, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
         assert_eq!(refused(Path::new("/dev/null"), &options).1, Refusal::Special(Kind::Device));
-        assert_eq!(refused(Path::new("/proc/self/net"), &SendOptions::host()).1, Refusal::KernelFiles);
+        assert_eq!(
+            refused(Path::new("/proc/self/net"), &SendOptions::host()).1,
+            Refusal::KernelFiles
+        );
         assert_eq!(refused(Path::new("/proc/cpuinfo"), &options).1, Refusal::KernelFiles);
         assert_eq!(refused(Path::new("/sys/kernel"), &options).1, Refusal::KernelFiles);
     }

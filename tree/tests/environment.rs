@@ -25,7 +25,9 @@ impl<'a> Small<'a> {
         match mount("tmpfs", at, "tmpfs", MountFlags::empty(), Some(c"size=1m")) {
             Ok(()) => Some(Small(at)),
             Err(error @ (Errno::PERM | Errno::ACCESS)) => {
-                eprintln!("skipped: mounting a small file system needs root and CAP_SYS_ADMIN: {error}");
+                eprintln!(
+                    "skipped: mounting a small file system needs root and CAP_SYS_ADMIN: {error}"
+                );
                 None
             }
             Err(error) => panic!("mount: {error}"),
@@ -41,7 +43,11 @@ impl Drop for Small<'_> {
 
 fn local(error: &Error, errno: Errno) -> &Path {
     match error {
-        Error::Local { path, source, .. } if source.raw_os_error() == Some(errno.raw_os_error()) => path,
+        Error::Local { path, source, .. }
+            if source.raw_os_error() == Some(errno.raw_os_error()) =>
+        {
+            path
+        }
         other => panic!("{other}: {other:?}"),
     }
 }
@@ -110,7 +116,8 @@ fn without_rights_the_file_is_named() {
     }
     let dir = tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
-    let mode = |name: &str, mode| fs::set_permissions(path(name), Permissions::from_mode(mode)).unwrap();
+    let mode =
+        |name: &str, mode| fs::set_permissions(path(name), Permissions::from_mode(mode)).unwrap();
     fs::create_dir_all(path("from/sub")).unwrap();
     fs::write(path("from/sub/secret"), "x").unwrap();
     mode("from/sub/secret", 0o000);
@@ -167,7 +174,11 @@ fn very_many_small_files_take_a_moment() {
     let bytes = sent(&from);
     let sending = begun.elapsed();
     let summary = receive(bytes.as_slice(), &to, &host()).unwrap();
-    eprintln!("{} files: sent in {sending:?}, received in {:?}", summary.files, begun.elapsed() - sending);
+    eprintln!(
+        "{} files: sent in {sending:?}, received in {:?}",
+        summary.files,
+        begun.elapsed() - sending
+    );
     assert_eq!(summary.files, (DIRECTORIES * FILES) as u64);
     // Hundreds of times what it takes: this finds a quadratic algorithm, not a slow disk.
     assert!(begun.elapsed().as_secs() < 100, "{:?}", begun.elapsed());

@@ -54,7 +54,9 @@ fn names_that_lead_elsewhere_are_breaches() {
             assert_eq!(malformed(&tree), Breach::BadName, "{name:?}");
         }
     }
-    for tree in [Tree::new().file("a", ""), Tree::new().directory(".."), Tree::new().symlink("/", "x")] {
+    for tree in
+        [Tree::new().file("a", ""), Tree::new().directory(".."), Tree::new().symlink("/", "x")]
+    {
         assert_eq!(malformed(&tree), Breach::BadName);
     }
 }
@@ -62,7 +64,10 @@ fn names_that_lead_elsewhere_are_breaches() {
 #[test]
 fn names_come_once_and_in_order() {
     for (first, second) in [("a", "a"), ("b", "a"), ("aa", "a"), ("\u{e9}", "z")] {
-        assert_eq!(malformed(&Tree::new().directory("").file(first, "").file(second, "")), Breach::Unsorted);
+        assert_eq!(
+            malformed(&Tree::new().directory("").file(first, "").file(second, "")),
+            Breach::Unsorted
+        );
     }
     // Above all not a link, and then something through it.
     let tree = Tree::new().directory("").symlink("a", "..").directory("a").file("b", "");
@@ -137,7 +142,10 @@ fn a_copy_that_ends_early_says_so_and_leaves_no_half_a_file() {
         assert!(matches!(error, Error::EndedEarly { .. }) && error.is_broken_stream(), "{error}");
         assert!(error.to_string().ends_with(": the copy ended early"), "{error}");
         let left = walk(dir.path());
-        assert!(left.iter().all(|name| ["to", "a", "d", "l", "z"].contains(&name.as_str())), "{left:?}");
+        assert!(
+            left.iter().all(|name| ["to", "a", "d", "l", "z"].contains(&name.as_str())),
+            "{left:?}"
+        );
         // What is there has its mode, though not all of it is.
         for (name, mode) in [("", 0o750), ("d", 0o705)] {
             if let Ok(meta) = to.join(name).metadata() {
@@ -334,7 +342,9 @@ fn noise_is_never_more_than_an_error() {
         let mut bytes = sound.0.clone();
         for _ in 0..=round % 3 {
             // A linear congruence is noise enough, and the same one each time.
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let at = usize::try_from(state >> 33).unwrap() % bytes.len();
             bytes[at] = state.to_le_bytes()[3];
         }
@@ -498,7 +508,8 @@ fn a_sender_is_not_led_out_either() {
     let fifo = rustix::fs::mknodat(CWD, path("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0);
     fifo.unwrap();
     // A FIFO must not make it wait either.
-    for (victim, trap) in [("from/sub", "link"), ("from/file", "file link"), ("from/file", "fifo")] {
+    for (victim, trap) in [("from/sub", "link"), ("from/file", "file link"), ("from/file", "fifo")]
+    {
         let (mut sent, mut refused) = (0, 0);
         meddle(
             |stop| swap(&path(victim), &path(trap), stop),
@@ -529,7 +540,10 @@ fn a_reader_that_fails_is_not_mistaken_for_an_end() {
     }
     let dir = tempdir().unwrap();
     let error = receive(Fails, dir.path().join("to"), &host()).unwrap_err();
-    assert!(matches!(&error, Error::Stream(source) if source.raw_os_error() == Some(104)), "{error}");
+    assert!(
+        matches!(&error, Error::Stream(source) if source.raw_os_error() == Some(104)),
+        "{error}"
+    );
     File::create(dir.path().join("a")).unwrap();
     let full = File::options().write(true).open("/dev/full").unwrap();
     let error = send(dir.path().join("a"), full, &SendOptions::host()).unwrap_err();

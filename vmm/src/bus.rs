@@ -37,7 +37,10 @@ impl Bus {
     /// Puts a device at `start`. Ranges are ours, not the guest's, and do not overlap.
     pub fn insert(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
         debug_assert!(
-            !self.slots.iter().any(|slot| start < slot.start + slot.length && slot.start < start + length)
+            !self
+                .slots
+                .iter()
+                .any(|slot| start < slot.start + slot.length && slot.start < start + length)
         );
         self.slots.push(Slot { start, length, device });
     }

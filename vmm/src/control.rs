@@ -267,7 +267,9 @@ impl Control {
     ///
     /// # Errors
     /// The host sent something else, or nothing.
-    pub fn receive(&self) -> Result<(VmSpec, Option<UnixStream>, Option<TemplateFiles>), ControlError> {
+    pub fn receive(
+        &self,
+    ) -> Result<(VmSpec, Option<UnixStream>, Option<TemplateFiles>), ControlError> {
         let (packet, fds) = self.packet(0)?;
         let spec: VmSpec = serde_json::from_slice(&packet).map_err(ControlError::Parse)?;
         let found = fds.len();
@@ -278,7 +280,10 @@ impl Control {
         } else {
             (None, "the channel unless `prepared`")
         };
-        if channel.is_none() != spec.prepared || files.is_none() == spec.restore || fds.next().is_some() {
+        if channel.is_none() != spec.prepared
+            || files.is_none() == spec.restore
+            || fds.next().is_some()
+        {
             return Err(ControlError::Descriptors { found, due });
         }
         Ok((spec, channel.map(stream).transpose()?, files))
@@ -298,7 +303,8 @@ impl Control {
                 Ok(Command::Go(stream(channel)?))
             }
             Request::Snapshot { binding } => {
-                let [memory, state, key] = exactly(fds).ok_or(wrong("the memory, the state and the key"))?;
+                let [memory, state, key] =
+                    exactly(fds).ok_or(wrong("the memory, the state and the key"))?;
                 let key = Key::read(&mut key.into())?;
                 Ok(Command::Snapshot { binding, memory: memory.into(), state: state.into(), key })
             }
@@ -327,7 +333,8 @@ impl Control {
             _ => {}
         }
         let mut packet = vec![0; length];
-        let mut iovecs = [libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() }];
+        let mut iovecs =
+            [libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() }];
         // One more than is ever due, because those that do not fit are dropped without a word.
         let mut fds: [RawFd; 5] = [-1; 5];
         // SAFETY: the vector covers `packet`, which lives and is not used until the call returns.
@@ -347,7 +354,8 @@ impl Control {
         let packet = serde_json::to_vec(event).map_err(|error| ControlError::Send(error.into()))?;
         let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
         // SAFETY: `packet` is readable for its length, and the call keeps no pointer.
-        let sent = unsafe { libc::send(self.0.as_raw_fd(), packet.as_ptr().cast(), packet.len(), flags) };
+        let sent =
+            unsafe { libc::send(self.0.as_raw_fd(), packet.as_ptr().cast(), packet.len(), flags) };
         if sent < 0 { Err(ControlError::Send(io::Error::last_os_error())) } else { Ok(()) }
     }
 }
@@ -386,7 +394,13 @@ fn socket_option(fd: &OwnedFd, option: libc::c_int) -> Option<libc::c_int> {
     let mut length = libc::socklen_t::try_from(size_of_val(&value)).ok()?;
     // SAFETY: `value` is writable for `length` bytes, and neither pointer is kept.
     let result = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut length)
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
     };
     (result == 0).then_some(value)
 }
@@ -397,8 +411,13 @@ mod tests {
 
     #[test]
     fn events_are_these_bytes_on_the_wire() {
-        let ended =
-            Event::Ended { reason: EndReason::Reset, detail: None, log: "x".into(), faults: 0, fault: None };
+        let ended = Event::Ended {
+            reason: EndReason::Reset,
+            detail: None,
+            log: "x".into(),
+            faults: 0,
+            fault: None,
+        };
         for (event, json) in [
             (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
             (
@@ -497,7 +516,10 @@ mod tests {
             assert!(matches!(receive(packet, &fds(&short)), Err(ControlError::Key(_))));
             let too_many = [fds(&long), vec![file]].concat();
             assert!(matches!(receive(packet, &too_many), Err(ControlError::Descriptors { .. })));
-            assert!(matches!(receive(packet, &fds(&long)[1..]), Err(ControlError::Descriptors { .. })));
+            assert!(matches!(
+                receive(packet, &fds(&long)[1..]),
+                Err(ControlError::Descriptors { .. })
+            ));
         }
         let packet = br#"{"kernel": "k", "root_image": "r", "prepared": true}"#;
         assert!(receive(packet, &[]).unwrap().1.is_none());
@@ -507,14 +529,17 @@ mod tests {
     #[test]
     fn requests_come_with_what_they_need() {
         let (channel, _host) = UnixStream::pair().unwrap();
-        let (channel, file, keys) = (channel.as_raw_fd(), tempfile::tempfile().unwrap(), [key(32), key(32)]);
+        let (channel, file, keys) =
+            (channel.as_raw_fd(), tempfile::tempfile().unwrap(), [key(32), key(32)]);
         let (file, keys) = (file.as_raw_fd(), keys.each_ref().map(AsRawFd::as_raw_fd));
         let go = br#"{"request": "go"}"#;
         assert!(matches!(command(go, &[channel]), Ok(Command::Go(_))));
         assert!(matches!(command(go, &[file]), Err(ControlError::Channel)));
         let snapshot = br#"{"request": "snapshot", "binding": "b"}"#;
         let files = [file, file, keys[0]];
-        assert!(matches!(command(snapshot, &files), Ok(Command::Snapshot { binding, .. }) if binding == "b"));
+        assert!(
+            matches!(command(snapshot, &files), Ok(Command::Snapshot { binding, .. }) if binding == "b")
+        );
         let record = br#"{"request": "record"}"#;
         assert!(matches!(command(record, &[file, keys[1]]), Ok(Command::Record { .. })));
         for (packet, fds) in [
@@ -526,7 +551,9 @@ mod tests {
         ] {
             assert!(matches!(command(packet, &fds), Err(ControlError::Descriptors { .. })));
         }
-        for packet in [br#"{"request": "stop"}"#.as_slice(), br#"{"request": "go", "x": 1}"#, b"{}", b"go"] {
+        for packet in
+            [br#"{"request": "stop"}"#.as_slice(), br#"{"request": "go", "x": 1}"#, b"{}", b"go"]
+        {
             assert!(matches!(command(packet, &[channel]), Err(ControlError::Parse(_))));
         }
         let (ours, _theirs) = pair(libc::SOCK_SEQPACKET);
@@ -540,14 +567,20 @@ mod tests {
         let (packets, _other) = pair(libc::SOCK_SEQPACKET);
         let file = tempfile::tempfile().unwrap();
         for fds in [vec![], vec![fd, fd]] {
-            assert!(matches!(receive(SPEC, &fds), Err(ControlError::Descriptors { .. })), "{fds:?}");
+            assert!(
+                matches!(receive(SPEC, &fds), Err(ControlError::Descriptors { .. })),
+                "{fds:?}"
+            );
         }
         for fds in [vec![packets.as_raw_fd()], vec![file.as_raw_fd()]] {
             assert!(matches!(receive(SPEC, &fds), Err(ControlError::Channel)), "{fds:?}");
         }
         assert!(matches!(receive(b"{", &[fd]), Err(ControlError::Parse(_))));
         assert!(matches!(receive(&[b' '; MAX_SPEC_BYTES + 1], &[fd]), Err(ControlError::TooLong)));
-        assert!(matches!(receive(&[b' '; MAX_SPEC_BYTES + 100], &[fd]), Err(ControlError::TooLong)));
+        assert!(matches!(
+            receive(&[b' '; MAX_SPEC_BYTES + 100], &[fd]),
+            Err(ControlError::TooLong)
+        ));
         let (ours, theirs) = pair(libc::SOCK_SEQPACKET);
         drop(theirs);
         assert!(matches!(Control(ours).receive(), Err(ControlError::Closed)));

@@ -76,7 +76,9 @@ unsafe impl GlobalAlloc for Heap {
             // SAFETY: it came from there, with this layout.
             return unsafe { System.realloc(pointer, layout, size) };
         }
-        let Ok(larger) = Layout::from_size_align(size, layout.align()) else { return std::ptr::null_mut() };
+        let Ok(larger) = Layout::from_size_align(size, layout.align()) else {
+            return std::ptr::null_mut();
+        };
         // SAFETY: the new piece does not overlap the old one, and both have as many bytes as are copied.
         unsafe {
             let new = self.alloc(larger);

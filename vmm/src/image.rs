@@ -38,7 +38,9 @@ pub enum ImageError {
         bytes: u64,
     },
     /// The file ends before the file system does.
-    #[error("truncated: the file system has {expected} bytes, the file {bytes}: build or copy it again")]
+    #[error(
+        "truncated: the file system has {expected} bytes, the file {bytes}: build or copy it again"
+    )]
     Truncated {
         /// What the superblock says.
         expected: u64,
@@ -67,10 +69,13 @@ pub fn map(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
     let mut superblock = [0; 64];
     match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
         Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(ImageError::NotErofs),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            return Err(ImageError::NotErofs);
+        }
         Err(error) => return Err(ImageError::Read(error)),
     }
-    let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|index| superblock[at + index]));
+    let u32_at =
+        |at: usize| u32::from_le_bytes(std::array::from_fn(|index| superblock[at + index]));
     let block_bits = superblock[BLOCK_BITS_AT];
     if u32_at(0) != MAGIC || block_bits > MAX_BLOCK_BITS {
         return Err(ImageError::NotErofs);
@@ -113,9 +118,15 @@ mod tests {
         assert!(matches!(image(0, 0, 0), Err(ImageError::NotErofs)));
         assert!(matches!(image(1024, 0, 0), Err(ImageError::NotErofs)));
         assert!(matches!(image(IMAGE_UNIT, 1, 255), Err(ImageError::NotErofs)));
-        assert!(matches!(image(IMAGE_UNIT, 513, 12), Err(ImageError::Truncated { expected: 2_101_248, .. })));
+        assert!(matches!(
+            image(IMAGE_UNIT, 513, 12),
+            Err(ImageError::Truncated { expected: 2_101_248, .. })
+        ));
         assert!(matches!(image(IMAGE_UNIT, u32::MAX, 12), Err(ImageError::Truncated { .. })));
         assert!(matches!(image(IMAGE_UNIT + 4096, 1, 12), Err(ImageError::Length { .. })));
-        assert!(matches!(image(MAX_IMAGE_BYTES + IMAGE_UNIT, 1, 12), Err(ImageError::Length { .. })));
+        assert!(matches!(
+            image(MAX_IMAGE_BYTES + IMAGE_UNIT, 1, 12),
+            Err(ImageError::Length { .. })
+        ));
     }
 }

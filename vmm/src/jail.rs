@@ -101,7 +101,9 @@ pub fn divide(spec: &VmSpec) -> Result<Side, JailError> {
     let root = unsafe { libc::geteuid() } == 0;
     let mut group = Group::make(spec, root);
     let mut forked = fork(group.as_ref().ok());
-    if group.is_ok() && forked.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
+    if group.is_ok()
+        && forked.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+    {
         group = Err("the kernel cannot start a process in one: Linux 5.7 can".into());
         forked = fork(None);
     }
@@ -110,13 +112,16 @@ pub fn divide(spec: &VmSpec) -> Result<Side, JailError> {
             let found = match group {
                 // The directory is closed, and the group the keeper's to remove.
                 Ok(group) => Jail { cgroup: Some(group.leave()), ..Jail::default() },
-                Err(why) => {
-                    Jail { without: vec![format!("limits of a control group ({why})")], ..Jail::default() }
-                }
+                Err(why) => Jail {
+                    without: vec![format!("limits of a control group ({why})")],
+                    ..Jail::default()
+                },
             };
             Ok(Side::Inmate(Inmate::new(gate, mouth, root, found)))
         }
-        Fork::Parent(pid, pidfd) => Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root, group.ok()))),
+        Fork::Parent(pid, pidfd) => {
+            Ok(Side::Keeper(Keeper::new(pid, pidfd, opener, ear, root, group.ok())))
+        }
     }
 }
 
@@ -139,7 +144,8 @@ fn fork(group: Option<&Group>) -> io::Result<Fork> {
     }
     // SAFETY: `args` is valid for its size. Without a stack and without shared memory this is fork(2); with one thread nobody
     // else's locks are copied.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
     match libc::pid_t::try_from(pid) {
         Ok(0) => Ok(Fork::Child),
         // SAFETY: the kernel has just made it for us.
@@ -159,7 +165,9 @@ fn refused(source: io::Error) -> JailError {
         Some(libc::ENOSYS) => {
             "the kernel is older than 5.3, or the container's seccomp profile does not know `clone3`"
         }
-        Some(libc::EINVAL) => "the kernel was built without one of user, pid, net, ipc and uts namespaces",
+        Some(libc::EINVAL) => {
+            "the kernel was built without one of user, pid, net, ipc and uts namespaces"
+        }
         _ => "the host refuses",
     };
     JailError::Namespaces { remedy, source }

@@ -34,7 +34,9 @@ pub enum KernelError {
     #[error("not a 64-bit little-endian x86-64 ELF file: give a `vmlinux` built for x86-64")]
     WrongMachine,
     /// The program headers are not what a kernel has.
-    #[error("{count} program headers of {bytes} bytes: a kernel has 1 to {MAX_PROGRAM_HEADERS} of 56 bytes")]
+    #[error(
+        "{count} program headers of {bytes} bytes: a kernel has 1 to {MAX_PROGRAM_HEADERS} of 56 bytes"
+    )]
     ProgramHeaders {
         /// How many.
         count: u16,
@@ -142,8 +144,10 @@ impl KernelImage {
     /// # Errors
     /// The first thing in the file that is not as it must be.
     pub fn read(file: &File, from: GuestAddress, to: GuestAddress) -> Result<Self, KernelError> {
-        let length =
-            file.metadata().map_err(|source| KernelError::Read { what: "the length", source })?.len();
+        let length = file
+            .metadata()
+            .map_err(|source| KernelError::Read { what: "the length", source })?
+            .len();
         let header = Fields(read_at::<ELF_HEADER_BYTES>(file, 0, length, "the ELF header")?);
         if header.bytes(0) != *b"\x7fELF" {
             // A bzImage says `HdrS` at 0x202.
@@ -151,19 +155,23 @@ impl KernelImage {
                 read_at::<4>(file, 0x202, length, "").is_ok_and(|magic: [u8; 4]| magic == *b"HdrS");
             return Err(KernelError::NotElf { compressed });
         }
-        if header.bytes(4) != [ELF_CLASS_64, ELF_LITTLE_ENDIAN] || header.u16(18) != ELF_MACHINE_X86_64 {
+        if header.bytes(4) != [ELF_CLASS_64, ELF_LITTLE_ENDIAN]
+            || header.u16(18) != ELF_MACHINE_X86_64
+        {
             return Err(KernelError::WrongMachine);
         }
         let (entry, table) = (header.u64(24), header.u64(32));
         let (bytes, count) = (header.u16(54), header.u16(56));
-        if usize::from(bytes) != PROGRAM_HEADER_BYTES || !(1..=MAX_PROGRAM_HEADERS).contains(&count) {
+        if usize::from(bytes) != PROGRAM_HEADER_BYTES || !(1..=MAX_PROGRAM_HEADERS).contains(&count)
+        {
             return Err(KernelError::ProgramHeaders { count, bytes });
         }
 
         let mut segments = Vec::new();
         for number in 0..u64::from(count) {
             let at = table.saturating_add(number * PROGRAM_HEADER_BYTES as u64);
-            let header = Fields(read_at::<PROGRAM_HEADER_BYTES>(file, at, length, "a program header")?);
+            let header =
+                Fields(read_at::<PROGRAM_HEADER_BYTES>(file, at, length, "a program header")?);
             let segment = Segment {
                 offset: header.u64(8),
                 address: header.u64(24),
@@ -203,8 +211,14 @@ impl KernelImage {
             let same_phase = segment.offset % PAGE_BYTES == segment.address % PAGE_BYTES;
             if same_phase && first_page < last_page {
                 let offset = segment.offset + (first_page - segment.address);
-                memory::map_file(ram, GuestAddress(first_page), file, offset, last_page - first_page)
-                    .map_err(KernelError::Map)?;
+                memory::map_file(
+                    ram,
+                    GuestAddress(first_page),
+                    file,
+                    offset,
+                    last_page - first_page,
+                )
+                .map_err(KernelError::Map)?;
                 copy(file, segment, segment.address, first_page, ram)?;
                 copy(file, segment, last_page, end, ram)?;
             } else {
@@ -232,7 +246,13 @@ fn check(segment: &Segment, length: u64, from: u64, to: u64) -> Result<(), Kerne
 }
 
 /// Copies what of a segment belongs to guest addresses `from` to `to`, a page at a time.
-fn copy(file: &File, segment: &Segment, from: u64, to: u64, ram: &GuestRam) -> Result<(), KernelError> {
+fn copy(
+    file: &File,
+    segment: &Segment,
+    from: u64,
+    to: u64,
+    ram: &GuestRam,
+) -> Result<(), KernelError> {
     let mut page = [0; 4096];
     let mut address = from;
     while address < to {

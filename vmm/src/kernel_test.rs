@@ -86,7 +86,10 @@ fn segments_stay_in_file_and_memory() {
     assert!(matches!(at(&[(0, u64::MAX, 1, 1)]), KernelError::OutsideMemory { .. }));
     assert!(matches!(at(&[(0, 1 << 20, 1, u64::MAX)]), KernelError::OutsideMemory { .. }));
     assert!(matches!(at(&[(0, 2 << 20, 1, 1)]), KernelError::Entry { .. }));
-    assert!(matches!(at(&[(0, 2 << 20, 1, 4096), (0, (2 << 20) + 4095, 1, 1)]), KernelError::Overlap { .. }));
+    assert!(matches!(
+        at(&[(0, 2 << 20, 1, 4096), (0, (2 << 20) + 4095, 1, 1)]),
+        KernelError::Overlap { .. }
+    ));
 }
 
 #[test]

@@ -5,10 +5,13 @@ pub mod save;
 use std::path::Path;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, Msrs, kvm_msr_entry, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, Msrs, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, MmapRegion,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::cpuid::Processor;
@@ -88,7 +91,9 @@ impl<T> During<T> for Result<T, kvm_ioctls::Error> {
 /// Tells a missing device, missing permission and missing abilities apart.
 pub fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new("/dev/kvm").exists() => KvmError::Missing,
+        libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new("/dev/kvm").exists() => {
+            KvmError::Missing
+        }
         libc::EACCES | libc::EPERM => KvmError::Permission,
         _ => KvmError::Open(error),
     })?;
@@ -169,7 +174,11 @@ impl Vm {
     ///
     /// # Errors
     /// KVM refuses the range.
-    pub fn add_read_only(&mut self, at: GuestAddress, region: &MmapRegion<()>) -> Result<(), KvmError> {
+    pub fn add_read_only(
+        &mut self,
+        at: GuestAddress,
+        region: &MmapRegion<()>,
+    ) -> Result<(), KvmError> {
         self.add_memory(at, region.as_ptr(), region.size() as u64, KVM_MEM_READONLY)
     }
 
@@ -197,8 +206,15 @@ impl Vm {
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn notify(&self, event: &EventFd, address: GuestAddress, value: u32) -> Result<(), KvmError> {
-        self.fd.register_ioevent(event, &IoEventAddress::Mmio(address.0), value).during("register ioeventfd")
+    pub fn notify(
+        &self,
+        event: &EventFd,
+        address: GuestAddress,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address.0), value)
+            .during("register ioeventfd")
     }
 
     /// Makes KVM raise an interrupt line, edge-triggered, when `event` is written to.

@@ -12,7 +12,9 @@ use std::rc::Rc;
 use chitin_vmm::control::{Control, ControlError, Message};
 use chitin_vmm::heap::Heap;
 use chitin_vmm::jail::{self, Fate, JailError, Needs, Side};
-use chitin_vmm::{Ended, Event, Monitor, MonitorBuilder, MonitorError, Parts, VmSpec, one_line, probe};
+use chitin_vmm::{
+    Ended, Event, Monitor, MonitorBuilder, MonitorError, Parts, VmSpec, one_line, probe,
+};
 
 const HELP: &str = "\
 Runs one microVM. `chitin run` starts this program; it is rarely started by hand.
@@ -162,7 +164,8 @@ fn standalone(path: &str) -> c_int {
 
 fn read_spec(path: &Path) -> Result<VmSpec, Error> {
     let name = path.display().to_string();
-    let json = std::fs::read(path).map_err(|source| Error::ReadSpec { path: name.clone(), source })?;
+    let json =
+        std::fs::read(path).map_err(|source| Error::ReadSpec { path: name.clone(), source })?;
     serde_json::from_slice(&json).map_err(|source| Error::ParseSpec { path: name, source })
 }
 
@@ -195,7 +198,8 @@ fn run(
         }
     };
     parts.watch_pages().map_err(Error::from)?;
-    let jail = inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
+    let jail =
+        inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
     if jail.is_none() {
         // What is left without one.
         jail::forbid_dumps().map_err(host("become undumpable"))?;

@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::arch::x86_64::layout::ram_ranges;
@@ -78,18 +79,23 @@ pub fn create(total: u64) -> Result<GuestRam, MemoryError> {
                 .and_then(|bytes| {
                     MmapRegionBuilder::new(bytes)
                         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                        .with_mmap_flags(
+                            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                        )
                         .build()
                 })
                 .map_err(|source| MemoryError::Map { bytes, source })?;
             if total < HUGE_PAGES_FROM {
                 // SAFETY: the whole of a mapping that was just made; advice changes nothing that can be seen. A host
                 // without huge pages refuses it, and does not need it.
-                unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_NOHUGEPAGE) };
+                unsafe {
+                    libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_NOHUGEPAGE)
+                };
             }
             leave_out_of_dumps(region.as_ptr(), region.size());
             // Only a range past the end of the address space is refused.
-            GuestRegionMmap::new(region, start).ok_or(MemoryError::OutOfRange { address: start.0, bytes })
+            GuestRegionMmap::new(region, start)
+                .ok_or(MemoryError::OutOfRange { address: start.0, bytes })
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(MemoryError::Arrange)
@@ -205,7 +211,10 @@ mod tests {
             (0, 0, 0),
         ] {
             let result = map_file(&ram, GuestAddress(address), &file, offset, bytes);
-            assert!(matches!(result, Err(MemoryError::OutOfRange { .. })), "{address:#x} {offset} {bytes}");
+            assert!(
+                matches!(result, Err(MemoryError::OutOfRange { .. })),
+                "{address:#x} {offset} {bytes}"
+            );
         }
     }
 }

@@ -208,11 +208,13 @@ impl Monitor {
     /// The host refuses a thread or a descriptor, or asked for what cannot be done. What happens to the guest itself is no
     /// error but an [`Ended`].
     pub fn run(self) -> Result<Ended, MonitorError> {
-        let Self { vcpus, notice, stopper, stop_on, control, on_event, requests, mailbox, .. } = self;
+        let Self { vcpus, notice, stopper, stop_on, control, on_event, requests, mailbox, .. } =
+            self;
         let Self { shared, transports, slot, restored, filters, kvm, vm, memory, spec, .. } = self;
         vcpu::install_kick_handler().map_err(host("install the signal handler of vCPUs"))?;
         let outcome = Rc::new(Outcome::default());
-        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(MonitorError::EventLoop)?;
+        let mut manager =
+            EventManager::new_with_capacity(READY_EVENTS).map_err(MonitorError::EventLoop)?;
         let watched = vec![notice.event.as_raw_fd(), mailbox.as_raw_fd()];
         let asked = control.as_deref().map(AsRawFd::as_raw_fd);
         let stops = stop_on.iter().map(AsRawFd::as_raw_fd).chain([stopper.0.as_raw_fd()]).collect();
@@ -231,7 +233,8 @@ impl Monitor {
 
         // Devices are restored last, and their first interrupts are on their way before the guest runs.
         let go = |desk: &mut Desk<'_>| {
-            if let Some(Restored { state: MachineState { clock_ns, devices, .. }, .. }) = &restored {
+            if let Some(Restored { state: MachineState { clock_ns, devices, .. }, .. }) = &restored
+            {
                 for (transport, state) in transports.iter().zip(devices) {
                     let mut transport = transport.lock().unwrap_or_else(PoisonError::into_inner);
                     transport.restore(state).map_err(StateError::from)?;
@@ -274,7 +277,9 @@ impl Monitor {
                     None => go(&mut desk).and_then(|()| enter(&mut desk)),
                 }),
             // No rule is needed for what goes before it.
-            None => go(&mut desk).and_then(|()| filter(running.len())).and_then(|()| enter(&mut desk)),
+            None => {
+                go(&mut desk).and_then(|()| filter(running.len())).and_then(|()| enter(&mut desk))
+            }
         };
 
         // A vCPU may be waiting for an answer to a request: it gets none, and goes on to see that it is to stop.
@@ -287,7 +292,8 @@ impl Monitor {
         let (end, made) = match served {
             Err(error) => (Err(error), None),
             Ok(Turn::End(end)) => {
-                let delivered = if end.reason == EndReason::Reset { desk.deliver() } else { Ok(()) };
+                let delivered =
+                    if end.reason == EndReason::Reset { desk.deliver() } else { Ok(()) };
                 (delivered.map(|()| end), None)
             }
             Ok(Turn::Command(command)) => {
@@ -302,7 +308,10 @@ impl Monitor {
                 };
                 let made = stopped
                     .as_deref()
-                    .ok_or(MonitorError::Untimely { request: "snapshot", when: "a vCPU that does not stop" })
+                    .ok_or(MonitorError::Untimely {
+                        request: "snapshot",
+                        when: "a vCPU that does not stop",
+                    })
                     .and_then(|vcpus| subject.obey(command, vcpus, &mut desk));
                 match made {
                     Ok(made) => (Ok(End::new(EndReason::Stopped)), Some(made)),
@@ -320,7 +329,8 @@ impl Monitor {
             std::mem::forget(memory);
         }
         let faults = shared.iter().map(|shared| shared.faults.total()).sum();
-        let fault = shared.iter().find_map(|shared| shared.faults.first()).map(|fault| fault.to_string());
+        let fault =
+            shared.iter().find_map(|shared| shared.faults.first()).map(|fault| fault.to_string());
         Ok(Ended { end: end?, log, faults, fault, made })
     }
 }
@@ -382,7 +392,9 @@ mod tests {
     fn kernel() -> tempfile::NamedTempFile {
         let mut elf = vec![0; 128];
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        for (at, value) in [(18, 62u64), (24, 1 << 20), (32, 64), (64, 1), (88, 1 << 20), (96, 1), (104, 1)] {
+        for (at, value) in
+            [(18, 62u64), (24, 1 << 20), (32, 64), (64, 1), (88, 1 << 20), (96, 1), (104, 1)]
+        {
             elf[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
         (elf[54], elf[56]) = (56, 1);
@@ -395,7 +407,11 @@ mod tests {
         let text = file(b"#!/bin/sh\n", 4096);
         for (kernel, image, words) in [
             (Path::new("/nonexistent"), text.path(), ["open kernel /nonexistent", "No such file"]),
-            (good.path(), Path::new("/nonexistent"), ["open root image /nonexistent", "No such file"]),
+            (
+                good.path(),
+                Path::new("/nonexistent"),
+                ["open root image /nonexistent", "No such file"],
+            ),
             (text.path(), text.path(), ["not an ELF file", "`vmlinux`"]),
             (good.path(), text.path(), ["not an EROFS image", "cargo xtask rootfs"]),
         ] {

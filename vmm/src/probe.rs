@@ -124,7 +124,8 @@ fn program() -> Vec<u8> {
 
 /// Runs the guest in a thread of its own, so that one that never comes out does not keep the caller.
 fn run_bounded(prepared: Prepared) -> Result<Duration, String> {
-    vcpu::install_kick_handler().map_err(|error| format!("install the signal handler of vCPUs: {error}"))?;
+    vcpu::install_kick_handler()
+        .map_err(|error| format!("install the signal handler of vCPUs: {error}"))?;
     let (sender, result) = mpsc::channel();
     let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
         let mut prepared = prepared;
@@ -133,7 +134,8 @@ fn run_bounded(prepared: Prepared) -> Result<Duration, String> {
         let _ = sender.send(answer);
     });
     let thread = thread.map_err(|error| format!("start a thread: {error}"))?;
-    let hung = || "the probe guest did not finish within a second: this KVM is not usable".to_owned();
+    let hung =
+        || "the probe guest did not finish within a second: this KVM is not usable".to_owned();
     match result.recv_timeout(LIMIT) {
         Ok(answer) => answer,
         Err(RecvTimeoutError::Disconnected) => Err(hung()),
@@ -151,8 +153,9 @@ fn measure(vcpu: &mut VcpuFd) -> Result<Duration, String> {
     until_out(vcpu).map_err(|why| format!("{why} at an SSE instruction: this KVM emulates instructions and not all of them: use a host with hardware virtualization, or `cargo xtask nested`"))?;
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        until_out(vcpu)
-            .map_err(|why| format!("{why} in a loop of two instructions: this KVM is not usable"))?;
+        until_out(vcpu).map_err(|why| {
+            format!("{why} in a loop of two instructions: this KVM is not usable")
+        })?;
         fastest = fastest.min(start.elapsed());
     }
     Ok(fastest)
@@ -163,7 +166,9 @@ fn until_out(vcpu: &mut VcpuFd) -> Result<(), String> {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(PORT, _)) => Break(Ok(())),
             Ok(VcpuExit::Intr) => Continue(()),
-            Ok(VcpuExit::InternalError) => Break(Err("KVM failed to emulate an instruction".into())),
+            Ok(VcpuExit::InternalError) => {
+                Break(Err("KVM failed to emulate an instruction".into()))
+            }
             Ok(exit) => Break(Err(format!("unexpected exit {exit:?}"))),
             Err(error) => Break(Err(format!("the probe guest stopped: {error}"))),
         }

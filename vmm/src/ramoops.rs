@@ -41,9 +41,10 @@ fn sanitize(bytes: &[u8]) -> String {
             '\n' | '\t' => char,
             char if char.is_control() => char::REPLACEMENT_CHARACTER,
             // Characters that reorder or hide what is printed around them.
-            '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => {
-                char::REPLACEMENT_CHARACTER
-            }
+            '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}' => char::REPLACEMENT_CHARACTER,
             char => char,
         })
         .collect();

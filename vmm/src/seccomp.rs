@@ -64,7 +64,8 @@ impl Filters {
             .filter(|rule| self.hold(rule.when))
             .map(|rule| Allowed { call: rule.call, check: rule.check })
             .collect();
-        let ioctls: Vec<_> = rules::ioctls(thread).iter().filter(|ioctl| self.hold(ioctl.when)).collect();
+        let ioctls: Vec<_> =
+            rules::ioctls(thread).iter().filter(|ioctl| self.hold(ioctl.when)).collect();
         assemble::program(&calls, &ioctls)
     }
 
@@ -81,8 +82,9 @@ impl Filters {
         let length = u16::try_from(program.len()).map_err(io::Error::other)?;
         let program = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
         // SAFETY: the kernel copies the program during the call.
-        let result =
-            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+        let result = unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
+        };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }

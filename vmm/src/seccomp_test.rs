@@ -59,7 +59,9 @@ fn all() -> impl Iterator<Item = (Filters, Thread)> {
 fn allowed(filters: Filters, thread: Thread, number: u32, arguments: [u64; 6]) -> bool {
     let low = |at: u8| u32::try_from(arguments[usize::from(at)] & 0xffff_ffff).unwrap();
     if i64::from(number) == libc::SYS_ioctl {
-        return ioctls(thread).iter().any(|ioctl| ioctl.number == low(1) && filters.hold(ioctl.when));
+        return ioctls(thread)
+            .iter()
+            .any(|ioctl| ioctl.number == low(1) && filters.hold(ioctl.when));
     }
     calls(thread).any(|rule| {
         rule.call == i64::from(number)
@@ -158,8 +160,8 @@ fn nothing_that_opens_connects_starts_or_executes_is_allowed() {
     for (filters, thread) in all() {
         let program = filters.program(thread);
         for name in never.split_whitespace() {
-            let number =
-                (0..NUMBERS).find(|number| names::name(usize::try_from(*number).unwrap()) == Some(name));
+            let number = (0..NUMBERS)
+                .find(|number| names::name(usize::try_from(*number).unwrap()) == Some(name));
             let number = number.unwrap_or_else(|| panic!("{name} has no number"));
             let (verdict, _) = execute(&program, &data(number, X86_64, [0; 6]));
             assert_eq!(verdict, libc::SECCOMP_RET_TRAP, "{thread:?} {name}");
@@ -199,7 +201,9 @@ fn a_program_that_is_longer_than_a_jump_leads_to_the_same_ends() {
     let program = assemble::program(&calls, &[]);
     assert!(program.len() > 4 * usize::from(u8::MAX));
     for number in 0..NUMBERS {
-        for (arguments, holds) in [([0, 7, 0], [true, true, true]), ([0, 2, 4], [true, false, false])] {
+        for (arguments, holds) in
+            [([0, 7, 0], [true, true, true]), ([0, 2, 4], [true, false, false])]
+        {
             let [a, b, c] = arguments;
             let (verdict, _) = execute(&program, &data(number, X86_64, [a, b, c, 0, 0, 0]));
             let allowed = number % 2 == 0 && holds[usize::try_from(number % 3).unwrap()];
@@ -221,13 +225,19 @@ fn tables() -> String {
         for rule in rules {
             let check = match rule.check {
                 Check::Any => String::new(),
-                Check::Without(argument, bits) => format!("argument {argument} has no bit of {bits:#x}"),
-                Check::OneOf(argument, values) => format!("argument {argument} is one of {values:?}"),
+                Check::Without(argument, bits) => {
+                    format!("argument {argument} has no bit of {bits:#x}")
+                }
+                Check::OneOf(argument, values) => {
+                    format!("argument {argument} is one of {values:?}")
+                }
             };
-            text += &format!("| `{}` | {check} | {} | {} |\n", rule.name, whom(rule.when), rule.why);
+            text +=
+                &format!("| `{}` | {check} | {} | {} |\n", rule.name, whom(rule.when), rule.why);
         }
         for ioctl in ioctls(thread) {
-            text += &format!("| `ioctl` | `{}` | {} | {} |\n", ioctl.name, whom(ioctl.when), ioctl.why);
+            text +=
+                &format!("| `ioctl` | `{}` | {} | {} |\n", ioctl.name, whom(ioctl.when), ioctl.why);
         }
     }
     text + "\n"
@@ -250,8 +260,11 @@ fn rules_are_documented_as_they_are() {
     let (before, rest) = document.split_once(", from here -->\n").unwrap();
     let (documented, after) = rest.split_once("<!-- to here -->").unwrap();
     if std::env::var_os("CHITIN_BLESS").is_some() {
-        std::fs::write(path, format!("{before}, from here -->\n{}<!-- to here -->{after}", tables()))
-            .unwrap();
+        std::fs::write(
+            path,
+            format!("{before}, from here -->\n{}<!-- to here -->{after}", tables()),
+        )
+        .unwrap();
     } else {
         assert!(
             documented == tables(),

@@ -96,7 +96,9 @@ pub enum SpecError {
         vcpus: u8,
     },
     /// The memory size is out of range.
-    #[error("{memory_mib} MiB of memory asked for: a microVM has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB")]
+    #[error(
+        "{memory_mib} MiB of memory asked for: a microVM has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB"
+    )]
     Memory {
         /// What was asked for, in MiB.
         memory_mib: u32,
@@ -200,7 +202,10 @@ mod tests {
             assert_eq!(VmSpec { vcpus, ..spec() }.validate(), Err(SpecError::Vcpus { vcpus }));
         }
         for memory_mib in [0, MIN_MEMORY_MIB - 1, MAX_MEMORY_MIB + 1, 10 << 20] {
-            assert_eq!(VmSpec { memory_mib, ..spec() }.validate(), Err(SpecError::Memory { memory_mib }));
+            assert_eq!(
+                VmSpec { memory_mib, ..spec() }.validate(),
+                Err(SpecError::Memory { memory_mib })
+            );
         }
         let spec = VmSpec::new("", "root.img");
         assert_eq!(spec.validate(), Err(SpecError::EmptyPath { field: "kernel" }));
@@ -219,14 +224,20 @@ mod tests {
             assert!(matches!(wrong.validate(), Err(SpecError::Together(_))), "{wrong:?}");
         }
         let binding = "x".repeat(257);
-        assert_eq!(VmSpec { binding, ..restore }.validate(), Err(SpecError::Binding { bytes: 257 }));
+        assert_eq!(
+            VmSpec { binding, ..restore }.validate(),
+            Err(SpecError::Binding { bytes: 257 })
+        );
     }
 
     #[test]
     fn unknown_fields_are_refused() {
         let json = r#"{"kernel": "k", "root_image": "r", "memory": 1}"#;
         assert!(
-            serde_json::from_str::<VmSpec>(json).unwrap_err().to_string().contains("unknown field `memory`")
+            serde_json::from_str::<VmSpec>(json)
+                .unwrap_err()
+                .to_string()
+                .contains("unknown field `memory`")
         );
     }
 

@@ -88,7 +88,9 @@ pub enum StateError {
     #[error("the template was changed, or made with another key: build it again")]
     Mac,
     /// Another processor.
-    #[error("the template was made on another processor or kernel ({made}), this is {here}: build it again")]
+    #[error(
+        "the template was made on another processor or kernel ({made}), this is {here}: build it again"
+    )]
     Processor {
         /// Where it was made.
         made: Processor,
@@ -172,8 +174,10 @@ pub struct Header {
 /// The payload is larger than any.
 pub fn seal(header: &Header, payload: &[u8], key: &Key) -> Result<Vec<u8>, StateError> {
     let length = HEADER_BYTES + payload.len() + MAC_BYTES;
-    let length =
-        u32::try_from(length).ok().filter(|_| length <= MAX_STATE_BYTES).ok_or(StateError::TooLong)?;
+    let length = u32::try_from(length)
+        .ok()
+        .filter(|_| length <= MAX_STATE_BYTES)
+        .ok_or(StateError::TooLong)?;
     let mut writer = Writer::default();
     MAGIC.iter().for_each(|byte| writer.plain(byte));
     writer.plain(&VERSION);
@@ -215,7 +219,8 @@ pub fn open<'a>(bytes: &'a [u8], key: &Key) -> Result<(Header, &'a [u8]), StateE
 
     let processor = Processor::decode(&mut reader)?;
     let memory_mib = reader.plain()?;
-    let vcpus = u8::try_from(reader.plain::<u32>()?).map_err(|_| Malformed("it has too many vCPUs"))?;
+    let vcpus =
+        u8::try_from(reader.plain::<u32>()?).map_err(|_| Malformed("it has too many vCPUs"))?;
     Ok((Header { processor, memory_mib, vcpus }, &signed[HEADER_BYTES..]))
 }
 

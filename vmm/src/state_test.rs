@@ -6,7 +6,9 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs};
 
 use super::machine::{ConnectionRequest, DeviceState, MAX_RUNS, PageRun, QueueState, WorkingSet};
 use super::*;
-use crate::arch::x86_64::saved::{ChipState, LAPIC_WORDS, Timekeeping, VcpuState, Vectors, XSAVE_WORDS};
+use crate::arch::x86_64::saved::{
+    ChipState, LAPIC_WORDS, Timekeeping, VcpuState, Vectors, XSAVE_WORDS,
+};
 use crate::control::TemplateFiles;
 use crate::{Monitor, VmSpec, one_line};
 
@@ -36,7 +38,11 @@ fn vcpu(number: u64) -> VcpuState {
         activity: Default::default(),
         regs: kvm_regs { rip: 0xffff_ffff_8100_0000 + number, ..Default::default() },
         sregs: Default::default(),
-        vectors: if number == 0 { Vectors::Xsave { area, xcr0: 7 } } else { Vectors::Fxsave(Box::default()) },
+        vectors: if number == 0 {
+            Vectors::Xsave { area, xcr0: 7 }
+        } else {
+            Vectors::Fxsave(Box::default())
+        },
         debug: Default::default(),
         lapic,
         msrs: vec![(0xc000_0080, 0xd01), (0x4b56_4d01, 0x1234_5001)],
@@ -97,7 +103,9 @@ fn what_was_saved_is_read_back() {
     assert_eq!(state.vcpus[1].regs.rip, 0xffff_ffff_8100_0001);
     assert_eq!(state.vcpus[0].time, Timekeeping { tsc: 99, deadline: Some(0) });
     assert_eq!(state.vcpus[1].time.deadline, None);
-    assert!(matches!(&state.vcpus[0].vectors, Vectors::Xsave { area, xcr0: 7 } if area[6] == 0x1f80));
+    assert!(
+        matches!(&state.vcpus[0].vectors, Vectors::Xsave { area, xcr0: 7 } if area[6] == 0x1f80)
+    );
 }
 
 #[test]
@@ -105,7 +113,10 @@ fn a_state_cut_off_anywhere_is_refused() {
     let bytes = sealed();
     for length in 0..bytes.len() {
         let error = open(&bytes[..length], &key(7)).unwrap_err();
-        assert!(matches!(error, StateError::Length { found, .. } if found == length), "{length}: {error}");
+        assert!(
+            matches!(error, StateError::Length { found, .. } if found == length),
+            "{length}: {error}"
+        );
         assert!(one_line(&error).contains("build it again"));
     }
     let longer = [bytes.as_slice(), &[0]].concat();
@@ -177,7 +188,8 @@ fn no_payload_makes_the_reader_panic_or_leave_its_bounds() {
             bytes[at] = random().to_le_bytes()[0];
         }
         if let Ok(state) = decode(&bytes) {
-            let end = |runs: &[PageRun]| runs.iter().map(|run| run.first + run.count).max().unwrap_or(0);
+            let end =
+                |runs: &[PageRun]| runs.iter().map(|run| run.first + run.count).max().unwrap_or(0);
             assert!(end(&state.parts) <= MEMORY_MIB << 8 && end(&state.working_set.image) <= 512);
             assert_eq!((state.vcpus.len(), state.devices.len()), (2, 2));
         }
@@ -200,7 +212,8 @@ fn pages_outside_memory_and_lists_without_end_are_malformed() {
     wrong(&|state| drop(state.devices.pop()));
     // Longer lists than are read are cut off when they are written.
     let mut state = machine();
-    state.working_set.written = (0..6000).map(|number| PageRun { first: number * 2, count: 1 }).collect();
+    state.working_set.written =
+        (0..6000).map(|number| PageRun { first: number * 2, count: 1 }).collect();
     let state = decode(&state.encode()).unwrap();
     assert_eq!(state.working_set.written.len(), usize::from(MAX_RUNS));
 }

@@ -154,9 +154,14 @@ impl Vcpu {
     ///
     /// # Errors
     /// The host refuses a thread.
-    pub fn start(mut self, gate: &Arc<Gate>, filters: Option<Filters>) -> std::io::Result<RunningVcpu> {
+    pub fn start(
+        mut self,
+        gate: &Arc<Gate>,
+        filters: Option<Filters>,
+    ) -> std::io::Result<RunningVcpu> {
         let (machine, gate) = (Arc::clone(&self.machine), Arc::clone(gate));
-        let builder = std::thread::Builder::new().name(format!("vcpu{}", self.index)).stack_size(STACK_BYTES);
+        let builder =
+            std::thread::Builder::new().name(format!("vcpu{}", self.index)).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
             let filtered = filters.map_or(Ok(()), |filters| filters.install(Thread::Vcpu));
             // At its first run KVM starts a thread of its own, at the latest. It comes back at once, and says that it was
@@ -167,9 +172,10 @@ impl Vcpu {
             gate.pass();
             let end = match filtered {
                 Ok(()) => self.run(),
-                Err(error) => {
-                    End::because(EndReason::Kvm, format!("filter the system calls of a vCPU: {error}"))
-                }
+                Err(error) => End::because(
+                    EndReason::Kvm,
+                    format!("filter the system calls of a vCPU: {error}"),
+                ),
             };
             self.notice.ended(end);
             self
@@ -245,7 +251,9 @@ fn step(fd: &mut VcpuFd, index: u8, machine: &Machine) -> ControlFlow<End> {
         }
         Ok(exit) => return failed(format!("unexpected exit {exit:?}")),
         // A kick that was not for us to stop must not keep the guest out for ever.
-        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => fd.set_kvm_immediate_exit(0),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            fd.set_kvm_immediate_exit(0)
+        }
         Err(error) => return failed(format!("run vCPU {index}: {error}")),
     }
     Continue(())

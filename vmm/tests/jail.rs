@@ -41,7 +41,10 @@ struct Monitor {
 fn pair(kind: i32) -> (OwnedFd, OwnedFd) {
     let mut fds = [-1; 2];
     // SAFETY: the array has room for two descriptors.
-    assert_eq!(unsafe { libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) }, 0);
+    assert_eq!(
+        unsafe { libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) },
+        0
+    );
     // SAFETY: just made, and nobody else knows them.
     fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()
 }
@@ -53,8 +56,16 @@ const SLEEP: [u8; 3] = [0xf4, 0xeb, 0xfd];
 fn kernel(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; 0x2000];
     elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-    let fields =
-        [(18, 62u64), (24, 1 << 20), (32, 64), (64, 1), (72, 0x1000), (88, 1 << 20), (96, 4096), (104, 4096)];
+    let fields = [
+        (18, 62u64),
+        (24, 1 << 20),
+        (32, 64),
+        (64, 1),
+        (72, 0x1000),
+        (88, 1 << 20),
+        (96, 4096),
+        (104, 4096),
+    ];
     for (at, value) in fields {
         elf[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
@@ -81,7 +92,11 @@ impl Monitor {
         }
     }
 
-    fn launch(code: &[u8], change: impl FnOnce(&mut VmSpec), prepare: impl FnOnce(&mut Command)) -> Monitor {
+    fn launch(
+        code: &[u8],
+        change: impl FnOnce(&mut VmSpec),
+        prepare: impl FnOnce(&mut Command),
+    ) -> Monitor {
         let files = tempfile::tempdir().unwrap();
         let path = |name: &str, contents: &[u8]| {
             let path = files.path().join(name);
@@ -133,7 +148,10 @@ fn status(pid: u32) -> impl Fn(&str) -> String {
     let text = fs::read_to_string(proc(pid, "status")).unwrap();
     move |field| {
         let line = text.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
-        line.unwrap_or_else(|| panic!("no {field}")).split_whitespace().collect::<Vec<_>>().join(" ")
+        line.unwrap_or_else(|| panic!("no {field}"))
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 }
 
@@ -183,7 +201,8 @@ fn its_namespaces_are_its_own() {
         let of = |pid: u32| fs::metadata(proc(pid, "ns").join(kind)).map(|meta| meta.ino());
         // Unless we are root an inmate's are hidden from us, and that is as good.
         if is_root() {
-            let (one, other, ours) = (of(one).unwrap(), of(other).unwrap(), of(std::process::id()).unwrap());
+            let (one, other, ours) =
+                (of(one).unwrap(), of(other).unwrap(), of(std::process::id()).unwrap());
             assert!(one != other && one != ours && other != ours, "{kind}");
         } else {
             assert!(of(one).is_err(), "{kind}");
@@ -198,7 +217,8 @@ fn two_monitors_of_root_are_two_users_and_those_of_a_user_are_that_user() {
     let uids = monitors.each_ref().map(|monitor| {
         let status = status(monitor.inmate());
         // SAFETY: no arguments.
-        let uid = if is_root() { IDENTITIES + monitor.keeper.id() } else { unsafe { libc::geteuid() } };
+        let uid =
+            if is_root() { IDENTITIES + monitor.keeper.id() } else { unsafe { libc::geteuid() } };
         let all = [uid; 4].map(|uid| uid.to_string()).join(" ");
         assert_eq!(status("Uid"), all);
         assert!(!is_root() || status("Gid") == all);
@@ -232,7 +252,8 @@ fn its_root_is_empty_and_stays_so() {
 /// What every descriptor of a process is, as far as it is shown to us.
 fn open(pid: u32) -> Vec<String> {
     let Ok(fds) = fs::read_dir(proc(pid, "fd")) else { return Vec::new() };
-    fds.filter_map(|fd| Some(fs::read_link(fd.ok()?.path()).ok()?.to_string_lossy().into_owned())).collect()
+    fds.filter_map(|fd| Some(fs::read_link(fd.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect()
 }
 
 #[test]
@@ -257,8 +278,9 @@ fn what_was_left_open_is_closed_and_what_is_open_has_no_path() {
         assert_ne!(is_root(), open.is_empty());
         for fd in &open {
             // The image is a regular file that can only be read, and there is nothing to open it again with.
-            let harmless =
-                ["socket:", "pipe:", "anon_inode:", "/dev/null"].iter().any(|kind| fd.starts_with(kind));
+            let harmless = ["socket:", "pipe:", "anon_inode:", "/dev/null"]
+                .iter()
+                .any(|kind| fd.starts_with(kind));
             assert!(harmless || fd.ends_with("/image"), "{fd} in {open:?}");
         }
     }
@@ -287,7 +309,10 @@ fn it_leaves_no_core_and_shows_nobody_its_memory() {
             if let Some(kib) = line.strip_prefix("Size:") {
                 size = kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
             }
-            if line.strip_prefix("VmFlags:").is_some_and(|flags| flags.split(' ').any(|flag| flag == "dd")) {
+            if line
+                .strip_prefix("VmFlags:")
+                .is_some_and(|flags| flags.split(' ').any(|flag| flag == "dd"))
+            {
                 marked += size;
             }
         }
@@ -300,8 +325,10 @@ fn without_a_jail_there_is_none() {
     let monitor = Monitor::start(|spec| spec.jail = false, same);
     let status = status(monitor.keeper.id());
     assert_eq!(status("NSpid"), monitor.keeper.id().to_string());
-    let children =
-        fs::read_to_string(proc(monitor.keeper.id(), &format!("task/{}/children", monitor.keeper.id())));
+    let children = fs::read_to_string(proc(
+        monitor.keeper.id(),
+        &format!("task/{}/children", monitor.keeper.id()),
+    ));
     assert_eq!(children.unwrap(), "");
 }
 
@@ -351,11 +378,16 @@ fn a_signal_is_passed_on_and_ends_the_guest_in_good_order() {
 fn a_host_without_namespaces_is_refused_with_the_remedy() {
     // In a user namespace of its own, so that the setting is nobody else's.
     let forbid = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$0\" --jail";
-    let output = Command::new("unshare").args(["-Ur", "sh", "-c", forbid, MONITOR]).output().unwrap();
-    let survey: Survey = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    let output =
+        Command::new("unshare").args(["-Ur", "sh", "-c", forbid, MONITOR]).output().unwrap();
+    let survey: Survey =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     assert!(!survey.usable && survey.jail.is_none(), "{survey:?}");
     let reason = survey.reason.unwrap();
-    assert!(reason.contains("user.max_user_namespaces") && reason.contains("--no-jail"), "{reason}");
+    assert!(
+        reason.contains("user.max_user_namespaces") && reason.contains("--no-jail"),
+        "{reason}"
+    );
     assert_eq!(output.status.code(), Some(1));
 }
 
@@ -406,11 +438,14 @@ fn each_thread_is_ended_by_a_call_that_is_not_its_own_and_the_call_is_named() {
         (b'T', "ioctl, number 16"),
         (b'R', "kill, number 62"),
     ] {
-        for (letter, thread) in [(letter, "a vCPU's thread"), (letter.to_ascii_lowercase(), "the VMM thread")]
+        for (letter, thread) in
+            [(letter, "a vCPU's thread"), (letter.to_ascii_lowercase(), "the VMM thread")]
         {
-            let error = tried(letter, true).unwrap_or_else(|| panic!("{call} of {thread} was let through"));
-            let words =
-                format!("its filter forbids, and was ended; it said: {thread} made the system call {call}");
+            let error =
+                tried(letter, true).unwrap_or_else(|| panic!("{call} of {thread} was let through"));
+            let words = format!(
+                "its filter forbids, and was ended; it said: {thread} made the system call {call}"
+            );
             assert!(error.contains(&words), "{error}");
         }
     }
@@ -429,7 +464,9 @@ fn every_thread_has_a_filter() {
     let monitor = Monitor::start(|spec| spec.vcpus = 3, same);
     let tasks = fs::read_dir(proc(monitor.inmate(), "task")).unwrap();
     let filtered: Vec<_> = tasks
-        .map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap().contains("Seccomp:\t2"))
+        .map(|task| {
+            fs::read_to_string(task.unwrap().path().join("status")).unwrap().contains("Seccomp:\t2")
+        })
         .collect();
     assert!(filtered.len() >= 4 && filtered.iter().all(|filtered| *filtered), "{filtered:?}");
 }

@@ -215,7 +215,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(peer) = &args.peer {
         return beside(peer, &dir);
     }
-    let parts: Vec<_> = BENCHES.iter().map(|bench| part(bench.name, bench.arguments, None, &dir)).collect();
+    let parts: Vec<_> =
+        BENCHES.iter().map(|bench| part(bench.name, bench.arguments, None, &dir)).collect();
     let code = microvm::nested_in_parallel(HOSTS, &parts)?;
     if code != ExitCode::SUCCESS {
         return Ok(code);
@@ -246,7 +247,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let worse = compare(&before, &figures);
     worse.iter().for_each(|line| eprintln!("bench: {line}"));
     if worse.is_empty() {
-        eprintln!("bench: {} figures, none more than {TOLERANCE} % worse than committed", figures.len());
+        eprintln!(
+            "bench: {} figures, none more than {TOLERANCE} % worse than committed",
+            figures.len()
+        );
         return Ok(ExitCode::SUCCESS);
     }
     bail!("{} figures are worse; `cargo xtask bench --update` accepts them", worse.len());
@@ -258,11 +262,14 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
         bail!("the one peer there is, is firecracker=BIN");
     };
     let binary = fs::canonicalize(binary).with_context(|| format!("find the peer {binary}"))?;
-    for (name, benches, table) in
-        [("peer", &PEER_BENCHES[..], peer_table as Table), ("root device", &ROOT_BENCHES[..], root_table)]
-    {
-        let parts: Vec<_> =
-            benches.iter().map(|(name, arguments)| part(name, arguments, Some(&binary), dir)).collect();
+    for (name, benches, table) in [
+        ("peer", &PEER_BENCHES[..], peer_table as Table),
+        ("root device", &ROOT_BENCHES[..], root_table),
+    ] {
+        let parts: Vec<_> = benches
+            .iter()
+            .map(|(name, arguments)| part(name, arguments, Some(&binary), dir))
+            .collect();
         let code = microvm::nested_in_parallel(HOSTS, &parts)?;
         if code != ExitCode::SUCCESS {
             return Ok(code);
@@ -292,7 +299,8 @@ fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm
         .replace("{asking}", ASKING);
     // What follows `--` belongs to the command.
     let (arguments, command) = arguments.split_once(" -- ").unwrap_or((&arguments, ""));
-    let beside = peer.map(|peer| format!("--peer firecracker='{}'", peer.display())).unwrap_or_default();
+    let beside =
+        peer.map(|peer| format!("--peer firecracker='{}'", peer.display())).unwrap_or_default();
     // In memory: what a copy reads of its template is not what is measured.
     let script = format!(
         "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; exec '{}' bench {arguments} {beside} --json '{}' {} {command}",
@@ -314,8 +322,11 @@ fn peer_table(dir: &Path) -> Result<String> {
         let report = read(&dir.join(name).with_extension("json"))?;
         let peer = report.peer.as_deref().context("a report without its peer")?;
         if text.is_empty() {
-            let _ =
-                writeln!(text, "| | Chitin | {} | Chitin ÷ Firecracker |\n|---|---|---|---|", peer.version);
+            let _ = writeln!(
+                text,
+                "| | Chitin | {} | Chitin ÷ Firecracker |\n|---|---|---|---|",
+                peer.version
+            );
         }
         let (ours, theirs) = (median(&report, row)? / unit, median(peer, row)? / unit);
         let ratio = ours / theirs.max(f64::EPSILON);
@@ -371,8 +382,10 @@ fn all_rows(report: &Report) -> Vec<Row> {
 fn table(rows: &[Row], unit: f64) -> String {
     let mut text = String::from("| | min | median | p99 | spread |\n|---|---|---|---|---|\n");
     for Row { name, min, median, p99, max } in rows {
-        let (spread, digits) = (100.0 * (max - min) / median.max(1.0), if unit == KIB { 0 } else { 2 });
-        let [min, median, p99] = [min, median, p99].map(|value| format!("{:.digits$}", value / unit));
+        let (spread, digits) =
+            (100.0 * (max - min) / median.max(1.0), if unit == KIB { 0 } else { 2 });
+        let [min, median, p99] =
+            [min, median, p99].map(|value| format!("{:.digits$}", value / unit));
         let _ = writeln!(text, "| {name} | {min} | {median} | {p99} | {spread:.1} % |");
     }
     text
@@ -391,14 +404,17 @@ fn replace(text: &str, name: &str, table: &str) -> Result<String> {
 fn compare(before: &BTreeMap<String, f64>, now: &BTreeMap<String, f64>) -> Vec<String> {
     let mut lines = Vec::new();
     for (name, before) in before {
-        let rising = BENCHES.iter().any(|bench| bench.rising && name.split(' ').next() == Some(bench.name));
+        let rising =
+            BENCHES.iter().any(|bench| bench.rising && name.split(' ').next() == Some(bench.name));
         match now.get(name) {
             None => lines.push(format!("{name}: not measured any more")),
             Some(now) => {
                 let change = 100.0 * (now - before) / before.max(f64::EPSILON);
                 let worse = if rising { -change } else { change };
                 if worse > TOLERANCE {
-                    lines.push(format!("{name}: {now:.3} instead of {before:.3}, {worse:.1} % worse"));
+                    lines.push(format!(
+                        "{name}: {now:.3} instead of {before:.3}, {worse:.1} % worse"
+                    ));
                 }
             }
         }
@@ -412,7 +428,8 @@ mod tests {
 
     #[test]
     fn worse_is_more_time_and_less_throughput() {
-        let figures = |values: [(&str, f64); 3]| values.map(|(name, value)| (name.to_owned(), value)).into();
+        let figures =
+            |values: [(&str, f64); 3]| values.map(|(name, value)| (name.to_owned(), value)).into();
         let before = figures([("boot agent", 100.0), ("throughput in", 100.0), ("gone", 1.0)]);
         let now = figures([("boot agent", 104.0), ("throughput in", 104.0), ("new", 1.0)]);
         let lines = compare(&before, &now);
@@ -422,7 +439,11 @@ mod tests {
         );
         assert_eq!(compare(&now, &now), Vec::<String>::new());
         assert_eq!(
-            compare(&before, &figures([("boot agent", 1.0), ("throughput in", 96.0), ("gone", 1.0)])).len(),
+            compare(
+                &before,
+                &figures([("boot agent", 1.0), ("throughput in", 96.0), ("gone", 1.0)])
+            )
+            .len(),
             1
         );
     }

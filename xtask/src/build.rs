@@ -16,7 +16,8 @@ pub fn run(_: &Args) -> Result<ExitCode> {
     kernel::run(&kernel::Args::default())?;
     rootfs::run(&rootfs::Args::default())?;
     succeed(
-        command("cargo", ["build", "--release", "--package", "chitin-cli"]).current_dir(workspace::root()),
+        command("cargo", ["build", "--release", "--package", "chitin-cli"])
+            .current_dir(workspace::root()),
     )?;
     monitor()?;
     Ok(ExitCode::SUCCESS)

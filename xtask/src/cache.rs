@@ -61,7 +61,12 @@ pub fn entry(what: &str, key: Key, build: impl FnOnce(&Path) -> Result<()>) -> R
     entry_in(&workspace::cache()?, what, key, build)
 }
 
-fn entry_in(root: &Path, what: &str, key: Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+fn entry_in(
+    root: &Path,
+    what: &str,
+    key: Key,
+    build: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
     let name = format!("{what}-{}", key.finish());
     let entry = root.join(&name);
     if entry.is_dir() {
@@ -92,7 +97,8 @@ fn lock(path: &Path) -> Result<File> {
     let file = file.with_context(|| format!("open {}", path.display()))?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         eprintln!("waiting for another build that holds {}", path.display());
-        flock(&file, FlockOperation::LockExclusive).with_context(|| format!("lock {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("lock {}", path.display()))?;
     }
     Ok(file)
 }
@@ -142,7 +148,9 @@ fn publish_in(dir: &Path, file: &Path, name: &str) -> Result<PathBuf> {
     let same = |there: &fs::Metadata| {
         let linked = (there.dev(), there.ino()) == (source.dev(), source.ino());
         linked
-            || (there.dev() != source.dev() && there.len() == source.len() && there.mtime() == source.mtime())
+            || (there.dev() != source.dev()
+                && there.len() == source.len()
+                && there.mtime() == source.mtime())
     };
     if target.metadata().is_ok_and(|there| same(&there)) {
         return Ok(target);

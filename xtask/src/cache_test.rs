@@ -44,9 +44,11 @@ fn failed_build_leaves_nothing_and_can_be_repeated() {
         anyhow::bail!("compiler on fire")
     });
     assert_eq!(failed.unwrap_err().to_string(), "compiler on fire");
-    let names: Vec<_> = fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["thing.lock"]);
-    let entry = entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
+    let entry =
+        entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
     assert!(!entry.join("half").exists());
 }
 
@@ -55,7 +57,8 @@ fn leftovers_of_a_killed_builder_are_cleared() {
     let root = tempfile::tempdir().unwrap();
     let partial = root.path().join(format!("thing-{}.partial", key().finish()));
     fs::create_dir_all(partial.join("deep")).unwrap();
-    let entry = entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
+    let entry =
+        entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
     assert!(!entry.join("deep").exists() && !partial.exists());
 }
 
@@ -81,7 +84,8 @@ fn two_builders_build_one_entry() {
 #[test]
 fn publish_links_and_follows_a_new_entry() {
     let root = tempfile::tempdir().unwrap();
-    let (old, new, dir) = (root.path().join("old"), root.path().join("new"), root.path().join("artifacts"));
+    let (old, new, dir) =
+        (root.path().join("old"), root.path().join("new"), root.path().join("artifacts"));
     fs::write(&old, "old").unwrap();
     fs::write(&new, "new").unwrap();
     let target = publish_in(&dir, &old, "thing").unwrap();

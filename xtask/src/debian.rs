@@ -36,7 +36,11 @@ impl Package {
     /// Downloads the package into `dir`. When the archive no longer has it, `newest` names what to take instead.
     ///
     /// Returns what was downloaded and the file.
-    pub fn download(&self, dir: &Path, newest: impl FnOnce() -> Result<Self>) -> Result<(Self, PathBuf)> {
+    pub fn download(
+        &self,
+        dir: &Path,
+        newest: impl FnOnce() -> Result<Self>,
+    ) -> Result<(Self, PathBuf)> {
         self.or_substitute(|package| package.download_exactly(dir), newest)
     }
 
@@ -64,7 +68,10 @@ impl Package {
         }
         eprintln!("{self} is not in the archive any more; taking {substitute}");
         let file = download(&substitute)?;
-        fs::write(self.substitute_file()?, format!("{} {}\n", substitute.name, substitute.version))?;
+        fs::write(
+            self.substitute_file()?,
+            format!("{} {}\n", substitute.name, substitute.version),
+        )?;
         Ok((substitute, file))
     }
 
@@ -72,9 +79,11 @@ impl Package {
         let spec = format!("{}={}", self.name, self.version);
         // As root, apt would drop to the user _apt, who cannot write here, and say so each time.
         let apt = ["-q", "-o", "APT::Sandbox::User=root", "download"];
-        output(command("apt-get", apt).arg(spec).current_dir(dir))
-            .with_context(|| format!("download {self} (if the package lists are empty: apt-get update)"))?;
-        file_with_extension(dir, "deb").with_context(|| format!("apt-get download of {self} left no file"))
+        output(command("apt-get", apt).arg(spec).current_dir(dir)).with_context(|| {
+            format!("download {self} (if the package lists are empty: apt-get update)")
+        })?;
+        file_with_extension(dir, "deb")
+            .with_context(|| format!("apt-get download of {self} left no file"))
     }
 }
 
@@ -126,7 +135,8 @@ struct SourceApt {
 impl SourceApt {
     /// Downloads the lists into `dir` (about 10 MiB).
     fn update(suite: &str, dir: &Path) -> Result<Self> {
-        let (sources, state, cache) = (dir.join("sources.list"), dir.join("lists"), dir.join("apt-cache"));
+        let (sources, state, cache) =
+            (dir.join("sources.list"), dir.join("lists"), dir.join("apt-cache"));
         for below in [&state, &cache] {
             fs::create_dir_all(below.join("partial"))
                 .with_context(|| format!("create {}", below.display()))?;
@@ -152,7 +162,8 @@ impl SourceApt {
     fn newest(&self, name: &str) -> Result<Package> {
         let shown = output(command("apt-cache", &self.options).args(["showsrc", name]))?;
         let version = shown.lines().find_map(|line| line.strip_prefix("Version: "));
-        let version = version.with_context(|| format!("apt knows no source package {name}"))?.to_owned();
+        let version =
+            version.with_context(|| format!("apt knows no source package {name}"))?.to_owned();
         Ok(Package { name: name.to_owned(), version })
     }
 
@@ -161,7 +172,8 @@ impl SourceApt {
         source.args(["-q", "source", "--download-only", "--tar-only"]).current_dir(dir);
         output(source.arg(format!("{}={}", package.name, package.version)))
             .with_context(|| format!("download the source of {package}"))?;
-        file_with_extension(dir, "xz").with_context(|| format!("the source of {package} left no file"))
+        file_with_extension(dir, "xz")
+            .with_context(|| format!("the source of {package} left no file"))
     }
 }
 
@@ -176,10 +188,17 @@ fn archive() -> Result<String> {
         codename.context("/etc/os-release names no VERSION_CODENAME: this is no Debian release")?;
     let targets = output(&mut command(
         "apt-get",
-        ["indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages", "Component: main"],
+        [
+            "indextargets",
+            "--format",
+            "$(REPO_URI) $(CODENAME)",
+            "Created-By: Packages",
+            "Component: main",
+        ],
     ))?;
-    parse_archive(&targets, codename)
-        .with_context(|| format!("apt has no source for {codename} main: run apt-get update, or add one"))
+    parse_archive(&targets, codename).with_context(|| {
+        format!("apt has no source for {codename} main: run apt-get update, or add one")
+    })
 }
 
 fn parse_archive(targets: &str, codename: &str) -> Option<String> {
@@ -253,8 +272,7 @@ mod tests {
 
     #[test]
     fn candidate_is_read_from_policy() {
-        let policy =
-            "linux-source-6.12:\n  Installed: (none)\n  Candidate: 6.12.117-1~deb12u1\n  Version table:\n";
+        let policy = "linux-source-6.12:\n  Installed: (none)\n  Candidate: 6.12.117-1~deb12u1\n  Version table:\n";
         assert_eq!(parse_candidate(policy).as_deref(), Some("6.12.117-1~deb12u1"));
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);

@@ -104,7 +104,10 @@ fn run_script(out: &Path, token: &str) -> Result<ExitCode> {
     let mut chitin = Command::new(&line[0]);
     chitin.args(&line[1..]).env(TOKEN, token).stdin(Stdio::null());
     let status = chitin.status().with_context(|| start_failure(&chitin))?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Fails unless the report is signed under the token, and does not contain it.
@@ -118,7 +121,8 @@ fn check_report(report: &Path, token: &[u8]) -> Result<()> {
     for name in SIGNED {
         let content = read(name)?;
         ensure!(!contains(&content, token), "{name} contains the token");
-        let signature = signature_of(signatures, name).with_context(|| format!("{name} is not signed"))?;
+        let signature =
+            signature_of(signatures, name).with_context(|| format!("{name} is not signed"))?;
         let mut mac = Hmac::<Sha256>::new_from_slice(token).context("use the token as a key")?;
         mac.update(&content);
         if mac.verify_slice(&signature).is_err() {
@@ -134,9 +138,14 @@ fn check_report(report: &Path, token: &[u8]) -> Result<()> {
 fn signature_of(lines: &str, name: &str) -> Option<Vec<u8>> {
     let hex = lines.lines().find_map(|line| line.split_once("  ").filter(|(_, of)| *of == name))?.0;
     // By characters: the list comes out of a sandbox and may hold anything.
-    let digits: Vec<u8> =
-        hex.chars().map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok())).collect::<Option<_>>()?;
-    digits.len().is_multiple_of(2).then(|| digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
+    let digits: Vec<u8> = hex
+        .chars()
+        .map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok()))
+        .collect::<Option<_>>()?;
+    digits
+        .len()
+        .is_multiple_of(2)
+        .then(|| digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }
 
 fn contains(content: &[u8], token: &[u8]) -> bool {
@@ -169,14 +178,18 @@ mod tests {
 
     fn report(json: &str, md: &str, signatures: &str) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
-        for (name, content) in [("report.json", json), ("report.md", md), (SIGNATURES, signatures)] {
+        for (name, content) in [("report.json", json), ("report.md", md), (SIGNATURES, signatures)]
+        {
             fs::write(directory.path().join(name), content).unwrap();
         }
         directory
     }
 
     fn error_of(json: &str, md: &str, signatures: &str) -> String {
-        format!("{:#}", check_report(report(json, md, signatures).path(), KEY).expect_err("a bad report"))
+        format!(
+            "{:#}",
+            check_report(report(json, md, signatures).path(), KEY).expect_err("a bad report")
+        )
     }
 
     #[test]
@@ -189,13 +202,18 @@ mod tests {
     #[test]
     fn other_reports_are_not() {
         let signatures = format!("{MAC}  report.json\n{MAC}  report.md\n");
-        assert!(error_of(CONTENT, "changed", &signatures).contains("report.md is not that of our token"));
+        assert!(
+            error_of(CONTENT, "changed", &signatures)
+                .contains("report.md is not that of our token")
+        );
         assert!(error_of("Jefe", CONTENT, &signatures).contains("report.json contains the token"));
         assert!(
             error_of(CONTENT, CONTENT, &format!("{signatures}Jefe\n"))
                 .contains("report.hmac contains the token")
         );
-        for bad in ["", "  report.json", "zz  report.json", "é  report.json", "123  report.json", MAC] {
+        for bad in
+            ["", "  report.json", "zz  report.json", "é  report.json", "123  report.json", MAC]
+        {
             assert!(check_report(report(CONTENT, CONTENT, bad).path(), KEY).is_err(), "{bad:?}");
         }
     }
@@ -204,7 +222,8 @@ mod tests {
     fn a_missing_report_is_named() {
         let empty = tempfile::tempdir().unwrap();
         assert!(
-            format!("{:#}", check_report(empty.path(), KEY).expect_err("no report")).contains(SIGNATURES)
+            format!("{:#}", check_report(empty.path(), KEY).expect_err("no report"))
+                .contains(SIGNATURES)
         );
     }
 }

@@ -13,9 +13,13 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err(format!("{text:?} is no duration: write 500ms, 90s, 10m or 1h")),
     };
-    let number: u64 =
-        number.parse().map_err(|_| format!("{text:?} is no duration: write 500ms, 90s, 10m or 1h"))?;
-    number.checked_mul(factor).map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is no duration: write 500ms, 90s, 10m or 1h"))?;
+    number
+        .checked_mul(factor)
+        .map(Duration::from_millis)
+        .ok_or_else(|| format!("{text:?} is too long"))
 }
 
 #[cfg(test)]
@@ -32,7 +36,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for text in ["", "s", "-1s", "1.5s", "1 s", "1d", "99999999999999999999h", "18446744073709551615h"] {
+        for text in
+            ["", "s", "-1s", "1.5s", "1 s", "1d", "99999999999999999999h", "18446744073709551615h"]
+        {
             assert!(parse(text).is_err(), "{text:?}");
         }
     }

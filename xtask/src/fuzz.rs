@@ -41,8 +41,10 @@ impl Default for Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let dir = workspace::root().join("fuzz");
     let all = targets()?;
-    let chosen: Vec<&String> =
-        all.iter().filter(|name| args.target.as_ref().is_none_or(|target| target == *name)).collect();
+    let chosen: Vec<&String> = all
+        .iter()
+        .filter(|name| args.target.as_ref().is_none_or(|target| target == *name))
+        .collect();
     ensure!(!chosen.is_empty(), "no such fuzz target; there are {}", all.join(", "));
     cargo_fuzz("build", &[])?;
     for name in chosen {
@@ -53,7 +55,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         let seeds = dir.join("seeds").join(name);
         let words = [name.into(), corpus.into_os_string(), seeds.into_os_string(), "--".into()];
-        let mut words: Vec<_> = words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        let mut words: Vec<_> =
+            words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         words.extend([
             format!("-max_total_time={}", args.seconds),
             format!("-max_len={MAX_INPUT_BYTES}"),
@@ -71,14 +74,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The names of the targets, as cargo-fuzz lists them.
 fn targets() -> Result<Vec<String>> {
     let mut list = command("cargo", ["fuzz", "list", "--fuzz-dir", "."]);
-    Ok(output(list.current_dir(workspace::root().join("fuzz")))?.lines().map(str::to_owned).collect())
+    Ok(output(list.current_dir(workspace::root().join("fuzz")))?
+        .lines()
+        .map(str::to_owned)
+        .collect())
 }
 
 fn cargo_fuzz(action: &str, words: &[String]) -> Result<()> {
     let mut fuzz = Command::new("cargo");
     fuzz.args(["fuzz", action, "--fuzz-dir", ".", "--target-dir"]).arg(target_dir()).args(words);
     // Instrumentation is an option that only unstable compilers have, and stable ones if they are told to be.
-    fuzz.env("RUSTC_BOOTSTRAP", "1").current_dir(workspace::root().join("fuzz")).stdin(Stdio::null());
+    fuzz.env("RUSTC_BOOTSTRAP", "1")
+        .current_dir(workspace::root().join("fuzz"))
+        .stdin(Stdio::null());
     run_aloud(&mut fuzz).context("what was found is in target/fuzz-artifacts")
 }
 

@@ -47,7 +47,9 @@ fn attack(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
     let words = [hostile.to_string_lossy(), monitor.to_string_lossy()];
     let words: Vec<&str> = words.iter().map(AsRef::as_ref).chain(filter).collect();
     if fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("hostile guests run in the emulated KVM host, because /dev/kvm cannot be opened here");
+        eprintln!(
+            "hostile guests run in the emulated KVM host, because /dev/kvm cannot be opened here"
+        );
         return microvm::nested_with(&[], &words);
     }
     let mut attack = command(words[0], &words[1..]);
@@ -90,7 +92,11 @@ fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
             _ => bail!("the attacks on mutation {name} did not run to their end"),
         }
     }
-    ensure!(missed.is_empty(), "no attack notices what these mutations remove: {}", missed.join(", "));
+    ensure!(
+        missed.is_empty(),
+        "no attack notices what these mutations remove: {}",
+        missed.join(", ")
+    );
     println!("\n{} mutations, each noticed by at least one attack", chosen.len());
     Ok(ExitCode::SUCCESS)
 }
@@ -99,7 +105,8 @@ fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
 fn copy_tree(to: &Path) -> Result<()> {
     let root = workspace::root();
     let listed = output(
-        command("git", ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(&root),
+        command("git", ["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+            .current_dir(&root),
     )?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (source, target) = (root.join(name), to.join(name));
@@ -118,7 +125,9 @@ fn copy_tree(to: &Path) -> Result<()> {
 fn patch(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
     let file = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
     let mut patch = Command::new("patch");
-    patch.args(["--strip=1", "--no-backup-if-mismatch", "--fuzz=0", "--silent", "--force"]).args(options);
+    patch
+        .args(["--strip=1", "--no-backup-if-mismatch", "--fuzz=0", "--silent", "--force"])
+        .args(options);
     output(patch.current_dir(tree).stdin(Stdio::from(file)))?;
     Ok(())
 }

@@ -74,8 +74,10 @@ fn build(
 
     configure(&scratch, fragments)?;
     compile(&scratch)?;
-    for (from, to) in [("vmlinux", "vmlinux"), (".config", "config"), ("System.map", "System.map")] {
-        fs::rename(scratch.join(from), dir.join(to)).with_context(|| format!("the build made no {from}"))?;
+    for (from, to) in [("vmlinux", "vmlinux"), (".config", "config"), ("System.map", "System.map")]
+    {
+        fs::rename(scratch.join(from), dir.join(to))
+            .with_context(|| format!("the build made no {from}"))?;
     }
     cache::remove_tree(&scratch)?;
     Ok(used)
@@ -85,9 +87,11 @@ fn build(
 fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
     fs::write(source.join("chitin.config"), &fragments.text)?;
     output(
-        command("make", ["--silent", "allnoconfig", "KCONFIG_ALLCONFIG=chitin.config"]).current_dir(source),
+        command("make", ["--silent", "allnoconfig", "KCONFIG_ALLCONFIG=chitin.config"])
+            .current_dir(source),
     )?;
-    let result = fs::read_to_string(source.join(".config")).context("make allnoconfig left no .config")?;
+    let result =
+        fs::read_to_string(source.join(".config")).context("make allnoconfig left no .config")?;
     let broken = config::mismatches(&fragments.options, &config::parse(&result));
     ensure!(
         broken.is_empty(),

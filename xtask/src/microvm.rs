@@ -41,7 +41,10 @@ pub fn usable() -> Result<bool> {
         .map(|check| format!("{}: {}", check.name, check.detail))
         .collect();
     if !diagnosis.ironclaw {
-        eprintln!("microVMs run in the emulated KVM host, because here they cannot: {}", reasons.join("; "));
+        eprintln!(
+            "microVMs run in the emulated KVM host, because here they cannot: {}",
+            reasons.join("; ")
+        );
     }
     Ok(diagnosis.ironclaw)
 }
@@ -109,11 +112,14 @@ fn nested_part(xtask: &Path, number: usize, part: &Part) -> Result<Output> {
     let mut tries = 0;
     loop {
         let mut nested = Command::new(xtask);
-        nested.args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE]).args(&part.options);
+        nested
+            .args(["nested", "--timeout", PART_LIMIT, "--silence", PART_SILENCE])
+            .args(&part.options);
         // With the deterministic clock the next host would do the very same; a longer environment shifts it a little.
         nested.args(["--env", &format!("TRIES={}", "|".repeat(tries))]);
         nested.arg("--").args(&part.command);
-        let output = nested.stdin(Stdio::null()).output().with_context(|| start_failure(&nested))?;
+        let output =
+            nested.stdin(Stdio::null()).output().with_context(|| start_failure(&nested))?;
         tries += 1;
         if output.status.code() != Some(TIMED_OUT) || tries == PART_TRIES {
             return Ok(output);

@@ -36,7 +36,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use chitin_nested_init::{
-    CONTROL_PORT, Launch, MAX_LAUNCH_LEN, ROOT_TAG, Report, STDERR_PORT, STDIN_PORT, STDOUT_PORT, share_tag,
+    CONTROL_PORT, Launch, MAX_LAUNCH_LEN, ROOT_TAG, Report, STDERR_PORT, STDIN_PORT, STDOUT_PORT,
+    share_tag,
 };
 
 use crate::process::start_failure;
@@ -99,7 +100,12 @@ pub struct Args {
     #[arg(short, long)]
     verbose: bool,
     /// The command
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
     command: Vec<OsString>,
 }
 
@@ -155,7 +161,11 @@ fn environment(extra: &[OsString], icount: bool) -> Result<Vec<Vec<u8>>> {
     // So that a program can tell where it runs, and whether its clock is the deterministic one.
     list.push(format!("CHITIN_NESTED={}", if icount { "icount" } else { "1" }).into_bytes());
     for variable in extra {
-        ensure!(variable.as_bytes().contains(&b'='), "--env {}: write NAME=VALUE", variable.display());
+        ensure!(
+            variable.as_bytes().contains(&b'='),
+            "--env {}: write NAME=VALUE",
+            variable.display()
+        );
         list.push(variable.as_bytes().to_vec());
     }
     Ok(list)
@@ -172,12 +182,15 @@ fn preload(args: &Args) -> Result<Vec<Vec<u8>>> {
     if args.icount {
         let program = Path::new(&args.command[0]);
         let program = match program.components().count() {
-            1 if !program.exists() => crate::process::find(&program.to_string_lossy()).unwrap_or_default(),
+            1 if !program.exists() => {
+                crate::process::find(&program.to_string_lossy()).unwrap_or_default()
+            }
             _ => program.to_owned(),
         };
         let libraries = ["libc.so.6", "libm.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2"];
         let libraries = libraries.map(|name| Path::new("/lib/x86_64-linux-gnu").join(name));
-        let system = ["/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/bin/sh"];
+        let system =
+            ["/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/bin/sh"];
         let system = system.into_iter().chain(["/lib64/ld-linux-x86-64.so.2"]).map(PathBuf::from);
         let ours = [workspace::artifacts(), workspace::target().join("release")];
         for path in ours.into_iter().chain([program]).chain(libraries).chain(system) {
@@ -199,7 +212,8 @@ fn add_files(path: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {
     for item in fs::read_dir(&path).with_context(|| format!("list {}", path.display()))? {
         let item = item?.path();
         // Cargo's own notes are of no use to a measured command.
-        let skip = item.extension().is_some_and(|extension| extension == "d" || extension == "rlib");
+        let skip =
+            item.extension().is_some_and(|extension| extension == "d" || extension == "rlib");
         if !skip && item.is_file() {
             add_with_links(&item, found)?;
         }
@@ -209,7 +223,8 @@ fn add_files(path: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {
 
 /// Adds a file and every symbolic link met on the way from the root to it.
 fn add_with_links(path: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {
-    let mut rest: VecDeque<OsString> = path.components().map(|part| part.as_os_str().to_owned()).collect();
+    let mut rest: VecDeque<OsString> =
+        path.components().map(|part| part.as_os_str().to_owned()).collect();
     let mut at = PathBuf::new();
     // The kernel follows at most 40 links.
     let mut links = 0;
@@ -222,7 +237,8 @@ fn add_with_links(path: &Path, found: &mut BTreeSet<PathBuf>) -> Result<()> {
         if next.is_symlink() {
             links += 1;
             ensure!(links <= 40, "{}: too many symbolic links", path.display());
-            let target = fs::read_link(&next).with_context(|| format!("read the link {}", next.display()))?;
+            let target = fs::read_link(&next)
+                .with_context(|| format!("read the link {}", next.display()))?;
             found.insert(next);
             // An absolute target replaces what we have, as `join` does.
             for part in target.components().rev().filter(|part| *part != Component::CurDir) {
@@ -287,7 +303,9 @@ impl Machine {
                     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
                 }
                 // QEMU ends with us, however we end. If we ended before this call, nothing would tell it.
-                rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+                rustix::process::set_parent_process_death_signal(Some(
+                    rustix::process::Signal::KILL,
+                ))?;
                 if rustix::process::getppid() != Some(parent) {
                     return Err(io::Error::from(ErrorKind::BrokenPipe));
                 }
@@ -298,8 +316,8 @@ impl Machine {
         let mut qemu_child = qemu.spawn().with_context(|| start_failure(&qemu))?;
         // With it go our copies of the child's ends: a port then ends when QEMU does.
         drop(qemu);
-        let [control, stdin, stdout, stderr, console_socket] =
-            <[UnixStream; 5]>::try_from(ours).map_err(|_| anyhow::anyhow!("five socket pairs were made"))?;
+        let [control, stdin, stdout, stderr, console_socket] = <[UnixStream; 5]>::try_from(ours)
+            .map_err(|_| anyhow::anyhow!("five socket pairs were made"))?;
         let console = Arc::new(Mutex::new(VecDeque::new()));
         let mut complaints: Vec<Box<dyn Read + Send>> = vec![Box::new(console_socket)];
         if let Some(stderr) = qemu_child.stderr.take() {
@@ -309,16 +327,26 @@ impl Machine {
             let (console, verbose) = (console.clone(), args.verbose);
             thread::spawn(move || keep_tail(source, &console, verbose));
         }
-        Ok(Self { qemu: qemu_child, control, streams: Some([stdin, stdout, stderr]), console, started })
+        Ok(Self {
+            qemu: qemu_child,
+            control,
+            streams: Some([stdin, stdout, stderr]),
+            console,
+            started,
+        })
     }
 
     fn run(mut self, launch: &Launch, args: &Args) -> Result<u8> {
         let bytes = launch.encode();
         let len = u32::try_from(bytes.len()).ok().filter(|len| *len <= MAX_LAUNCH_LEN);
-        let len =
-            len.with_context(|| format!("arguments and environment of {} bytes are too long", bytes.len()))?;
+        let len = len.with_context(|| {
+            format!("arguments and environment of {} bytes are too long", bytes.len())
+        })?;
         // Waits in the socket until PID 1 opens the port.
-        let sent = self.control.write_all(&len.to_le_bytes()).and_then(|()| self.control.write_all(&bytes));
+        let sent = self
+            .control
+            .write_all(&len.to_le_bytes())
+            .and_then(|()| self.control.write_all(&bytes));
 
         let (events, receiver) = mpsc::channel();
         let reader = self.control.try_clone().context("duplicate a socket")?;
@@ -347,13 +375,20 @@ impl Machine {
             match receiver.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Event::Report(Report::Started)) => {
                     if args.verbose {
-                        eprintln!("nested: started after {:.1} s", self.started.elapsed().as_secs_f64());
+                        eprintln!(
+                            "nested: started after {:.1} s",
+                            self.started.elapsed().as_secs_f64()
+                        );
                     }
                     progress.running = true;
-                    deadline = Instant::now().checked_add(args.timeout).context("--timeout is too long")?;
+                    deadline = Instant::now()
+                        .checked_add(args.timeout)
+                        .context("--timeout is too long")?;
                     heard = Instant::now();
                 }
-                Ok(Event::Report(Report::Failed { code: 125, message })) => bail!(self.failure(&message)),
+                Ok(Event::Report(Report::Failed { code: 125, message })) => {
+                    bail!(self.failure(&message))
+                }
                 Ok(Event::Report(Report::Failed { code, message })) => {
                     eprintln!("xtask: {message}");
                     return Ok(code);
@@ -381,12 +416,17 @@ impl Machine {
                                 "xtask: the command wrote nothing for {silence:?} and was ended (--silence)"
                             );
                         }
-                        _ => eprintln!("xtask: the command was ended after {:?} (--timeout)", args.timeout),
+                        _ => eprintln!(
+                            "xtask: the command was ended after {:?} (--timeout)",
+                            args.timeout
+                        ),
                     }
                     return Ok(TIMED_OUT);
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!(self.failure(&format!("the emulated machine did not start within {BOOT_LIMIT:?}")))
+                    bail!(self.failure(&format!(
+                        "the emulated machine did not start within {BOOT_LIMIT:?}"
+                    )))
                 }
             }
             if let Some(code) = progress.code() {
@@ -399,11 +439,15 @@ impl Machine {
     fn failure(&self, what: &str) -> String {
         // What QEMU complained about may still be on its way to the thread that reads it.
         thread::sleep(Duration::from_millis(100));
-        let console = self.console.lock().map(|mut tail| tail.make_contiguous().to_vec()).unwrap_or_default();
+        let console =
+            self.console.lock().map(|mut tail| tail.make_contiguous().to_vec()).unwrap_or_default();
         let log = workspace::target().join("nested-console.log");
         let kept = fs::write(&log, &console).is_ok();
         let place = if kept { format!(" (all of it: {})", log.display()) } else { String::new() };
-        format!("{what}; its console said last{place}:\n{}", crate::process::last_lines(&console, 20))
+        format!(
+            "{what}; its console said last{place}:\n{}",
+            crate::process::last_lines(&console, 20)
+        )
     }
 }
 
@@ -424,7 +468,12 @@ impl Progress {
     }
 }
 
-fn qemu_arguments(args: &Args, host: &host::Host, shares: &[PathBuf], fds: &[RawFd]) -> Vec<OsString> {
+fn qemu_arguments(
+    args: &Args,
+    host: &host::Host,
+    shares: &[PathBuf],
+    fds: &[RawFd],
+) -> Vec<OsString> {
     let mut list: Vec<OsString> = Vec::new();
     let mut add = |words: &[&str]| list.extend(words.iter().map(OsString::from));
     for firmware in qemu::FIRMWARE {
@@ -462,11 +511,15 @@ fn qemu_arguments(args: &Args, host: &host::Host, shares: &[PathBuf], fds: &[Raw
         add(&["-device", &format!("virtserialport,chardev={chardev},name={port},nr={}", name + 1)]);
     }
     let mut share = |tag: &str, path: &Path, mode: &str| {
-        let mut fsdev =
-            OsString::from(format!("local,id={tag},security_model=none,multidevs=remap{mode},path="));
+        let mut fsdev = OsString::from(format!(
+            "local,id={tag},security_model=none,multidevs=remap{mode},path="
+        ));
         fsdev.push(path);
         list.extend(["-fsdev".into(), fsdev]);
-        list.extend(["-device".into(), format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}").into()]);
+        list.extend([
+            "-device".into(),
+            format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}").into(),
+        ]);
     };
     share(ROOT_TAG, Path::new("/"), ",readonly=on");
     for (index, path) in shares.iter().enumerate() {

@@ -62,12 +62,14 @@ fn variables_need_a_value() {
 fn deterministic_clock_has_one_cpu_and_a_seed() {
     let host = host::Host { kernel: "/k".into(), initrd: "/i".into() };
     let line = |words: &[&str]| {
-        let list = qemu_arguments(&parse(words).unwrap(), &host, &["/out".into()], &[3, 4, 5, 6, 7]);
+        let list =
+            qemu_arguments(&parse(words).unwrap(), &host, &["/out".into()], &[3, 4, 5, 6, 7]);
         list.join(std::ffi::OsStr::new(" ")).into_string().unwrap()
     };
     let icount = line(&["--icount", "true"]);
     assert!(
-        icount.contains("tcg,thread=single -icount shift=1,sleep=off -smp 1") && icount.contains("-seed 1")
+        icount.contains("tcg,thread=single -icount shift=1,sleep=off -smp 1")
+            && icount.contains("-seed 1")
     );
     let plain = line(&["--cpus", "3", "true"]);
     assert!(plain.contains("thread=multi -smp 3") && !plain.contains("-icount"));

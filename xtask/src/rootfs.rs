@@ -120,7 +120,8 @@ impl Builder {
         let rootfs = workspace::root().join("rootfs");
         let path = rootfs.join("recipe.toml");
         let recipe_text = read(&path)?;
-        let recipe = Recipe::parse(&recipe_text).with_context(|| format!("in {}", path.display()))?;
+        let recipe =
+            Recipe::parse(&recipe_text).with_context(|| format!("in {}", path.display()))?;
         Ok(Self { rootfs, cache: workspace::cache()?, recipe_text, recipe })
     }
 
@@ -155,8 +156,9 @@ impl Builder {
         if args.locked || !path.exists() {
             return Ok(Packages { lock: pinned, as_locked: true });
         }
-        let lock = Lock::parse(&read(&path)?)
-            .with_context(|| format!("in {}; remove it to try the pinned versions again", path.display()))?;
+        let lock = Lock::parse(&read(&path)?).with_context(|| {
+            format!("in {}; remove it to try the pinned versions again", path.display())
+        })?;
         eprintln!(
             "rootfs: WARNING: the archives had dropped {} pinned package version(s): not the pinned image. `cargo xtask rootfs --update` pins what there is",
             pinned.changes_to(&lock).len()
@@ -166,7 +168,10 @@ impl Builder {
 
     /// Remembers what replaces a lock whose versions are gone, so that a second build needs no network either.
     fn substitute_path(&self, pinned: &Lock) -> PathBuf {
-        self.cache.join(format!("rootfs-substitute-{}.lock", &digest(pinned.to_string().as_bytes())[..16]))
+        self.cache.join(format!(
+            "rootfs-substitute-{}.lock",
+            &digest(pinned.to_string().as_bytes())[..16]
+        ))
     }
 
     /// The base tree: everything but the agent. Returns it with the packages it is made of.
@@ -206,7 +211,8 @@ impl Builder {
 
     /// Downloads what is not in the cache. If the archives no longer have all of it, resolves anew and returns that.
     fn fetch(&self, lock: &Lock, args: &Args) -> Result<Option<Lock>> {
-        let wanted: Vec<_> = lock.pins.iter().filter(|pin| !self.package_path(pin).exists()).collect();
+        let wanted: Vec<_> =
+            lock.pins.iter().filter(|pin| !self.package_path(pin).exists()).collect();
         if wanted.is_empty() {
             return Ok(None);
         }
@@ -214,8 +220,11 @@ impl Builder {
         let apt = Apt::update(&self.recipe)?;
         let gone = apt.missing(&wanted)?;
         if !gone.is_empty() {
-            let list =
-                gone.iter().map(|pin| format!("{} {}", pin.name, pin.version)).collect::<Vec<_>>().join(", ");
+            let list = gone
+                .iter()
+                .map(|pin| format!("{} {}", pin.name, pin.version))
+                .collect::<Vec<_>>()
+                .join(", ");
             ensure!(!args.locked, "the archives no longer have these pinned packages: {list}");
             eprintln!(
                 "rootfs: WARNING: the archives no longer have {list}. Building with current versions instead: the image is not the pinned one. \
@@ -224,7 +233,8 @@ impl Builder {
             let substitute = Lock::new(&self.recipe, apt.resolve(&self.recipe)?);
             ensure!(substitute != *lock, "the archives offer {list}, but apt does not find it");
             let path = self.substitute_path(lock);
-            fs::write(&path, substitute.to_string()).with_context(|| format!("write {}", path.display()))?;
+            fs::write(&path, substitute.to_string())
+                .with_context(|| format!("write {}", path.display()))?;
             return Ok(Some(substitute));
         }
         let downloaded = apt.download(&wanted)?;
@@ -251,7 +261,9 @@ impl Builder {
         }
         tree::merge_usr(tree)?;
         for pattern in tree::prune(tree, &self.recipe.prune)? {
-            eprintln!("rootfs: nothing in the packages matches the recipe's `{pattern}` (any more)");
+            eprintln!(
+                "rootfs: nothing in the packages matches the recipe's `{pattern}` (any more)"
+            );
         }
         for directory in &self.recipe.directory {
             tree::ensure_directory(&tree::inside(tree, &directory.path)?)?;
@@ -268,7 +280,8 @@ impl Builder {
     fn finish(&self, tree: &Path) -> Result<()> {
         let libraries = tree.join("usr/lib/x86_64-linux-gnu");
         // Without a cache the loader tries several directories for each library of each program.
-        output(command(tree.join("usr/sbin/ldconfig"), ["-X", "-r"]).arg(tree)).context("index libraries")?;
+        output(command(tree.join("usr/sbin/ldconfig"), ["-X", "-r"]).arg(tree))
+            .context("index libraries")?;
         let mut python = Command::new(libraries.join("ld-linux-x86-64.so.2"));
         python
             .arg("--library-path")
@@ -319,7 +332,13 @@ impl Builder {
         })
     }
 
-    fn make_image(&self, base: &Path, programs: &Path, image: &Path, archive: &Path) -> Result<u64> {
+    fn make_image(
+        &self,
+        base: &Path,
+        programs: &Path,
+        image: &Path,
+        archive: &Path,
+    ) -> Result<u64> {
         // A copy, because the base must stay what its key says; modes, because cached files are read-only.
         let stage = self.staging(&self.cache)?;
         let root = stage.path().join("root");
@@ -338,7 +357,12 @@ impl Builder {
     }
 
     /// Makes tree and image again, in another place, and compares with the published image.
-    fn check_reproducible(&self, packages: &Packages, programs: &Path, published: &Path) -> Result<()> {
+    fn check_reproducible(
+        &self,
+        packages: &Packages,
+        programs: &Path,
+        published: &Path,
+    ) -> Result<()> {
         let elsewhere = tempfile::Builder::new().prefix("chitin-rootfs-again-").tempdir()?;
         let tree = elsewhere.path().join("another/tree");
         fs::create_dir_all(&tree)?;
@@ -349,10 +373,14 @@ impl Builder {
         let both = |image: &Path, archive: &Path| {
             Ok::<_, anyhow::Error>([digest_file(image)?, digest_file(archive)?].join(" "))
         };
-        let (first, again) = (both(published, &published.with_extension("tar"))?, both(&image, &archive)?);
+        let (first, again) =
+            (both(published, &published.with_extension("tar"))?, both(&image, &archive)?);
         if first != again {
             let kept = elsewhere.keep();
-            bail!("not reproducible: {first} first, {again} again; the second one is in {}", kept.display());
+            bail!(
+                "not reproducible: {first} first, {again} again; the second one is in {}",
+                kept.display()
+            );
         }
         eprintln!("rootfs: reproducible: {again} twice");
         Ok(())
@@ -371,7 +399,9 @@ zoneinfo.ZoneInfo(\"Europe/Zurich\")'
         test \"$(id -un 1000)\" = agent";
     let mut probe = command("unshare", ["--map-root-user", "true"]);
     if !probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
-        eprintln!("rootfs: user namespaces are not allowed here: the tree's programs are not tried out");
+        eprintln!(
+            "rootfs: user namespaces are not allowed here: the tree's programs are not tried out"
+        );
         return Ok(());
     }
     let mut enter = command("unshare", ["--map-root-user", "--root"]);

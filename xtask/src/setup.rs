@@ -55,7 +55,12 @@ impl Missing {
 
     /// Packages that apt knows.
     fn packages(what: impl Into<String>, why: impl Into<String>, names: &[&str]) -> Self {
-        Self { what: what.into(), why: why.into(), install: debian::install(names), needs_root: true }
+        Self {
+            what: what.into(),
+            why: why.into(),
+            install: debian::install(names),
+            needs_root: true,
+        }
     }
 }
 
@@ -92,7 +97,8 @@ fn missing() -> Result<Vec<Missing>> {
     let packages = missing_packages()?;
     if !packages.is_empty() {
         let names: Vec<&str> = packages.iter().map(|(name, _)| *name).collect();
-        let reasons: Vec<String> = packages.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+        let reasons: Vec<String> =
+            packages.iter().map(|(name, why)| format!("{name}: {why}")).collect();
         let what = format!("Debian packages {}", names.join(" "));
         missing.push(Missing::packages(what, reasons.join("\n        "), &names));
     }
@@ -118,7 +124,11 @@ fn missing() -> Result<Vec<Missing>> {
     }
     if !musl_target()? {
         let why = "the static agent, which is PID 1 of every sandbox";
-        missing.push(Missing::new(format!("Rust target {MUSL}"), why, &["rustup", "target", "add", MUSL]));
+        missing.push(Missing::new(
+            format!("Rust target {MUSL}"),
+            why,
+            &["rustup", "target", "add", MUSL],
+        ));
     }
     for (name, why) in [
         ("cargo-nextest", "cargo xtask test: one process and one time limit per test"),
@@ -138,7 +148,8 @@ fn missing_packages() -> Result<Vec<(&'static str, &'static str)>> {
         );
     }
     // Exits with 1 if any package is unknown, and says so on stderr; what it lists is still right.
-    let mut query = command("dpkg-query", ["--show", "--showformat=${Package} ${db:Status-Abbrev}\\n"]);
+    let mut query =
+        command("dpkg-query", ["--show", "--showformat=${Package} ${db:Status-Abbrev}\\n"]);
     query.args(PACKAGES.map(|(name, _)| name));
     let listed = query.output().with_context(|| start_failure(&query))?.stdout;
     Ok(absent(&String::from_utf8_lossy(&listed)))

@@ -19,7 +19,14 @@ pub fn build(packages: &[&str]) -> Result<PathBuf> {
         .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
     let config = format!("target.{TARGET}.rustflags={}", serde_json::to_string(&remap)?);
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace::root()).args(["build", "--quiet", "--profile", "agent", "--target", TARGET]);
+    cargo.current_dir(workspace::root()).args([
+        "build",
+        "--quiet",
+        "--profile",
+        "agent",
+        "--target",
+        TARGET,
+    ]);
     packages.iter().for_each(|package| {
         cargo.args(["--package", package]);
     });

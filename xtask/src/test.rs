@@ -58,10 +58,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// The tests of the container tiers, which need no KVM, beside a Docker daemon of their own.
 fn containers(filter: Option<&str>) -> Result<ExitCode> {
-    let with_daemon = ["run", "--quiet", "--package", "chitin-integration", "--bin", "with-dockerd", "--"];
+    let with_daemon =
+        ["run", "--quiet", "--package", "chitin-integration", "--bin", "with-dockerd", "--"];
     let test = ["cargo", "nextest", "run", "--profile", "containers", "--no-tests", "pass"];
     let mut command = Command::new("cargo");
-    command.args(with_daemon).args(test).args(filter).current_dir(workspace::root()).stdin(Stdio::null());
+    command
+        .args(with_daemon)
+        .args(test)
+        .args(filter)
+        .current_dir(workspace::root())
+        .stdin(Stdio::null());
     eprintln!("running: {}", describe(&command));
     let status = command.status().with_context(|| start_failure(&command))?;
     // The tests of the other tiers are still worth a run.
@@ -104,10 +110,9 @@ fn integration(filter: Option<&str>) -> Result<ExitCode> {
         return microvm::nested_in_parallel(hosts, &[part(&[], &[])]);
     }
     let mut parts = vec![part(&[], MANY)];
-    parts.extend(
-        (1..=count)
-            .map(|number| part(&[], &[FEW, &["--partition", &format!("count:{number}/{count}")]].concat())),
-    );
+    parts.extend((1..=count).map(|number| {
+        part(&[], &[FEW, &["--partition", &format!("count:{number}/{count}")]].concat())
+    }));
     parts.push(part(&["--icount"], DETERMINISTIC));
     microvm::nested_in_parallel(hosts, &parts)
 }
@@ -133,7 +138,8 @@ mod tests {
     fn sources() -> String {
         let mut text = String::new();
         let folders = ["protocol", "tree", "vmm", "guest-agent", "sandbox", "cli", "integration"];
-        let mut dirs: Vec<PathBuf> = folders.iter().map(|name| workspace::root().join(name)).collect();
+        let mut dirs: Vec<PathBuf> =
+            folders.iter().map(|name| workspace::root().join(name)).collect();
         while let Some(dir) = dirs.pop() {
             for entry in fs::read_dir(&dir).unwrap() {
                 let path = entry.unwrap().path();
@@ -173,7 +179,10 @@ mod tests {
             let attacks = tests.split('"').skip(1).step_by(2);
             let mut named = 0;
             for test in functions {
-                assert!(sources.contains(&format!("fn {test}(")), "{claim}: there is no test `{test}`");
+                assert!(
+                    sources.contains(&format!("fn {test}(")),
+                    "{claim}: there is no test `{test}`"
+                );
                 named += 1;
             }
             for attack in attacks {

@@ -31,9 +31,13 @@ fn rvault() -> Result<PathBuf> {
     let compiler = version("rustc")?;
     let key = cache::Key::new("rvault", 1).text("version", RVAULT).text("compiler", &compiler);
     let entry = cache::entry("rvault", key, |dir| {
-        eprintln!("building rvault {RVAULT}, a server that the tests of vaults ask: several minutes, once");
-        let mut install =
-            command("cargo", ["install", "rusty_vault", "--debug", "--quiet", "--version", RVAULT, "--root"]);
+        eprintln!(
+            "building rvault {RVAULT}, a server that the tests of vaults ask: several minutes, once"
+        );
+        let mut install = command(
+            "cargo",
+            ["install", "rusty_vault", "--debug", "--quiet", "--version", RVAULT, "--root"],
+        );
         install.arg(dir);
         // What it is made of is gigabytes, and of no use afterwards.
         let scratch = tempfile::tempdir_in(workspace::target()).context("create a directory")?;

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 /// The workspace root.
 pub fn root() -> PathBuf {
     // Cargo sets the variable for `cargo run`; a binary started by hand remembers where it was built.
-    let manifest = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let manifest =
+        env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     let mut root = PathBuf::from(manifest);
     root.pop();
     root
@@ -34,7 +35,9 @@ pub fn cache() -> Result<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| env::home_dir().map(|home| home.join(".cache")))
         .ok_or_else(|| {
-            anyhow::anyhow!("no home directory: set CHITIN_CACHE to a directory for built artifacts")
+            anyhow::anyhow!(
+                "no home directory: set CHITIN_CACHE to a directory for built artifacts"
+            )
         })?;
     Ok(base.join("chitin"))
 }

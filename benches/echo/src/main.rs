@@ -23,8 +23,10 @@ extern "C" fn main(count: c_int, arguments: *const *const c_char) -> c_int {
 
 /// Writes both to standard output, in one piece; false where that cannot be.
 fn write(text: &[u8], end: &[u8]) -> bool {
-    let pieces = [text, end]
-        .map(|bytes| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() });
+    let pieces = [text, end].map(|bytes| libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    });
     // SAFETY: two vectors over live slices, which are only read.
     let written = unsafe { libc::writev(STDOUT_FILENO, pieces.as_ptr(), 2) };
     usize::try_from(written) == Ok(text.len() + end.len())

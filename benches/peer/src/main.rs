@@ -61,7 +61,8 @@ fn serve() -> Option<()> {
     unsafe { libc::close(first) };
     loop {
         // SAFETY: no address is asked for.
-        let connection = checked(unsafe { libc::accept(listener, ptr::null_mut(), ptr::null_mut()) })?;
+        let connection =
+            checked(unsafe { libc::accept(listener, ptr::null_mut(), ptr::null_mut()) })?;
         converse(connection, &mut buffer);
         // SAFETY: as above.
         unsafe { libc::close(connection) };
@@ -153,8 +154,11 @@ fn run(connection: c_int, words: &[u8]) -> Option<u8> {
         let mut status = 0;
         // Whatever the command has left behind is reaped on the way.
         while checked(libc::waitpid(-1, &raw mut status, 0))? != child {}
-        let code =
-            if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) };
+        let code = if libc::WIFEXITED(status) {
+            libc::WEXITSTATUS(status)
+        } else {
+            128 + libc::WTERMSIG(status)
+        };
         u8::try_from(code).ok()
     }
 }
@@ -178,7 +182,8 @@ fn some(connection: c_int, bytes: &mut [u8]) -> Option<usize> {
 fn write(connection: c_int, mut bytes: &[u8]) -> Option<()> {
     while !bytes.is_empty() {
         // SAFETY: the slice is readable for its length.
-        let count = unsafe { libc::write(connection, bytes.as_ptr().cast::<c_void>(), bytes.len()) };
+        let count =
+            unsafe { libc::write(connection, bytes.as_ptr().cast::<c_void>(), bytes.len()) };
         bytes = bytes.get(usize::try_from(count).ok().filter(|count| *count > 0)?..)?;
     }
     Some(())

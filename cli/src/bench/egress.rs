@@ -134,14 +134,16 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let plain = format!("localhost:{}", server.plain);
     // The limit on connections a second is for floods, and this is one.
     let limits = EgressLimits { dials_per_second: 10_000, ..EgressLimits::default() };
-    let builder = || args.guest.builder().tier(args.tier).allow_private(true).egress_limits(limits.clone());
+    let builder =
+        || args.guest.builder().tier(args.tier).allow_private(true).egress_limits(limits.clone());
     let open = |builder: Builder| builder.allow(&endpoint).allow(&plain);
     let hosts = vec![endpoint.parse().map_err(Failure::Usage)?];
     let delivery = Delivery::Proxy(Reach { hosts, query: false, body: false });
     let secret = SecretSpec { name: VARIABLE.into(), source: SecretSource::File(path), delivery };
 
     let progress = progress(3, "places");
-    let host = measure(&Place::Host(Command::new("python3")), &args, &server, &server.certificate).await?;
+    let host =
+        measure(&Place::Host(Command::new("python3")), &args, &server, &server.certificate).await?;
     progress.inc(1);
     let sandbox = open(builder()).start().await?;
     let mut commands = Vec::new();
@@ -154,7 +156,9 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let egress = measure(&place, &args, &server, &server.certificate).await?;
     place.end().await?;
     progress.inc(1);
-    let place = Place::Sandbox(open(builder()).secret_spec(secret).trust(&server.certificate).start().await?);
+    let place = Place::Sandbox(
+        open(builder()).secret_spec(secret).trust(&server.certificate).start().await?,
+    );
     let proxy = measure(&place, &args, &server, "").await?;
     place.end().await?;
     progress.finish_and_clear();
@@ -193,7 +197,8 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
 
 /// In a sentence.
 fn compare(report: &Report) {
-    let median = |rows: &[Row], name| rows.iter().find(|row| row.name == name).map_or(0, |row| row.median);
+    let median =
+        |rows: &[Row], name| rows.iter().find(|row| row.name == name).map_or(0, |row| row.median);
     let added = |name| {
         stats::scaled(median(&report.requests, name), 1e6)
             - stats::scaled(median(&report.requests, "host"), 1e6)
@@ -203,7 +208,11 @@ fn compare(report: &Report) {
         100.0 * stats::scaled(median(&report.rates, name), 1.0) / stats::scaled(whole, 1.0)
     };
     for name in ["egress", "proxy"] {
-        println!("{name}: {:.3} ms more for each request, {:.0} % of the rate", added(name), part(name));
+        println!(
+            "{name}: {:.3} ms more for each request, {:.0} % of the rate",
+            added(name),
+            part(name)
+        );
     }
 }
 
@@ -211,7 +220,12 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> Failure {
     move |source| Failure::Io { what: what.into(), source }
 }
 
-async fn measure(place: &Place, args: &Args, server: &Server, trusted: &str) -> Result<Measured, Failure> {
+async fn measure(
+    place: &Place,
+    args: &Args,
+    server: &Server,
+    trusted: &str,
+) -> Result<Measured, Failure> {
     let small = place.client(server, args.runs, SMALL, trusted).await?;
     let large = place.client(server, args.large, args.size * MIB, trusted).await?;
     let runs = args.runs as usize;
@@ -233,12 +247,14 @@ impl Place {
     ) -> Result<Vec<(u64, u64)>, Failure> {
         let numbers = [u64::from(server.port), u64::from(server.plain), u64::from(count), bytes];
         let numbers = numbers.map(|number| number.to_string());
-        let words = ["-c", CLIENT].into_iter().chain(numbers.iter().map(String::as_str)).chain([trusted]);
+        let words =
+            ["-c", CLIENT].into_iter().chain(numbers.iter().map(String::as_str)).chain([trusted]);
         let (good, stdout, stderr) = match self {
             Place::Host(python) => {
                 let mut command = Command::new(python.get_program());
                 command.args(words).env(VARIABLE, KEY).stdin(Stdio::null());
-                let output = command.output().map_err(failed("start python3, the client on this host"))?;
+                let output =
+                    command.output().map_err(failed("start python3, the client on this host"))?;
                 (output.status.success(), output.stdout, output.stderr)
             }
             Place::Sandbox(sandbox) => {
@@ -288,15 +304,17 @@ impl Server {
             what: "make a server".into(),
             source: io::Error::other(error.to_string()),
         };
-        let key =
-            rcgen::generate_simple_self_signed(["localhost".to_owned()]).map_err(|error| other(&error))?;
-        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.signing_key.serialize_der()));
-        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .map_err(|error| other(&error))?
-            .with_no_client_auth()
-            .with_single_cert(vec![key.cert.der().clone()], private)
+        let key = rcgen::generate_simple_self_signed(["localhost".to_owned()])
             .map_err(|error| other(&error))?;
+        let private =
+            PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.signing_key.serialize_der()));
+        let config =
+            ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .map_err(|error| other(&error))?
+                .with_no_client_auth()
+                .with_single_cert(vec![key.cert.der().clone()], private)
+                .map_err(|error| other(&error))?;
         let config = Arc::new(config);
         let tls = listen(move |socket| answer(&config, socket))?;
         let plain = listen(|mut socket| {
@@ -309,8 +327,11 @@ impl Server {
 }
 
 /// Listens on a free port, with a thread for each connection.
-fn listen(serve: impl Fn(TcpStream) -> io::Result<()> + Clone + Send + 'static) -> Result<u16, Failure> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed("listen on 127.0.0.1"))?;
+fn listen(
+    serve: impl Fn(TcpStream) -> io::Result<()> + Clone + Send + 'static,
+) -> Result<u16, Failure> {
+    let listener =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed("listen on 127.0.0.1"))?;
     let port = listener.local_addr().map_err(failed("listen on 127.0.0.1"))?.port();
     thread::spawn(move || {
         for socket in listener.incoming().flatten() {

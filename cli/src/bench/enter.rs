@@ -71,8 +71,10 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let scratch = Scratch::new("enter")?;
     let dir = scratch.path();
     let kernel = |path: &std::path::Path, name| {
-        let failed =
-            |source| Failure::Io { what: format!("make a trial kernel of {}", path.display()), source };
+        let failed = |source| Failure::Io {
+            what: format!("make a trial kernel of {}", path.display()),
+            source,
+        };
         let bytes = fs::read(path).map_err(failed)?;
         let target = dir.join(name);
         let made = kernel::with_other_start(bytes).ok_or_else(|| {
@@ -90,7 +92,8 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let configuration_path = dir.join("firecracker.json");
     if let Some(peer) = &peer {
         let mut configuration = peer.configuration();
-        configuration["boot-source"]["kernel_image_path"] = json!(kernel(peer.kernel(), "peer-kernel")?);
+        configuration["boot-source"]["kernel_image_path"] =
+            json!(kernel(peer.kernel(), "peer-kernel")?);
         write(&configuration_path, &configuration)?;
     }
 
@@ -127,8 +130,9 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         Beside::new(&peer, figures)
     });
     let report = Report::new(&args.guest, figures, peer);
-    args.output
-        .write(&report, || plot::phases(&title, &report.figures.summary, report.figures.runs.clone()))?;
+    args.output.write(&report, || {
+        plot::phases(&title, &report.figures.summary, report.figures.runs.clone())
+    })?;
     Ok(0)
 }
 
@@ -161,7 +165,10 @@ async fn start(mut command: Command, name: &str) -> Result<u64, Failure> {
         true => Ok(took),
         false => {
             let said = String::from_utf8_lossy(&said);
-            Err(failed(io::Error::other(format!("its guest was not entered; it said: {}", said.trim()))))
+            Err(failed(io::Error::other(format!(
+                "its guest was not entered; it said: {}",
+                said.trim()
+            ))))
         }
     }
 }

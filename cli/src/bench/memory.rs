@@ -104,7 +104,8 @@ async fn measure_peer(peer: &Peer, args: &Args) -> Result<Figures, Failure> {
             guests.push(guest);
         }
         let of = |mapping: &Mapping<'_>| peer.is_guests(mapping.path, mapping.bytes);
-        let used = guests.iter().filter_map(|guest| guest.pid()).map(|pid| used(pid, &of)).collect();
+        let used =
+            guests.iter().filter_map(|guest| guest.pid()).map(|pid| used(pid, &of)).collect();
         both.push(rows(used)?);
         for guest in guests {
             guest.stop().await?;
@@ -122,8 +123,9 @@ async fn measure(builder: &chitin::Builder, args: &Args) -> Result<Vec<Row>, Fai
         args.workload.check(&output.exit, !output.stdout.is_empty())?;
         sandboxes.push(sandbox);
     }
-    let used = children(std::process::id())
-        .and_then(|monitors| monitors.iter().map(|pid| used(*pid, &|mapping| mapping.undumped)).collect());
+    let used = children(std::process::id()).and_then(|monitors| {
+        monitors.iter().map(|pid| used(*pid, &|mapping| mapping.undumped)).collect()
+    });
     let rows = rows(used)?;
     for sandbox in sandboxes {
         sandbox.stop().await?;
@@ -238,11 +240,13 @@ Anonymous:             0 kB
 VmFlags: rd ex mr mw me 
 ";
         let kib = |count: u64| count * 1024;
-        let expected = Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
+        let expected =
+            Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
         assert_eq!(parse(smaps, &|mapping| mapping.undumped), expected);
         let expected = Use { guest: 0, shared: kib(4), monitor: kib(100), proportional: kib(92) };
         assert_eq!(parse(smaps, &|mapping| mapping.path == "/usr/bin/chitin-vmm"), expected);
-        let expected = Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
+        let expected =
+            Use { guest: kib(60), shared: kib(40), monitor: kib(4), proportional: kib(92) };
         assert_eq!(parse(smaps, &|mapping| mapping.bytes == 128 << 20), expected);
     }
 }

@@ -22,8 +22,7 @@ pub use firecracker::{Guest, Saved};
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// How to get one.
-const REMEDY: &str =
-    "name a binary of Firecracker, from its releases or built from its source with `cargo build --release`";
+const REMEDY: &str = "name a binary of Firecracker, from its releases or built from its source with `cargo build --release`";
 
 /// Options of benchmarks that can measure a peer.
 #[derive(clap::Args, Clone)]
@@ -48,7 +47,11 @@ impl PeerArgs {
         let artifacts = Artifacts::locate();
         let kernel = self.peer_kernel.clone().unwrap_or(artifacts.kernel);
         let absolute = |what, path: &Path| {
-            path.canonicalize().map_err(|source| PeerError::Missing { what, path: path.into(), source })
+            path.canonicalize().map_err(|source| PeerError::Missing {
+                what,
+                path: path.into(),
+                source,
+            })
         };
         let (binary, version) = ask(binary)?;
         Ok(Some(Peer {
@@ -188,7 +191,8 @@ impl Peer {
 fn ask(binary: &Path) -> Result<(PathBuf, String), PeerError> {
     let missing = |source| PeerError::Missing { what: "program", path: binary.into(), source };
     let binary = binary.canonicalize().map_err(missing)?;
-    let output = Command::new(&binary).arg("--version").stdin(Stdio::null()).output().map_err(missing)?;
+    let output =
+        Command::new(&binary).arg("--version").stdin(Stdio::null()).output().map_err(missing)?;
     let text = String::from_utf8_lossy(&output.stdout);
     match text.lines().next() {
         Some(line) if line.starts_with("Firecracker ") => {

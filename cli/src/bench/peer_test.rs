@@ -32,7 +32,8 @@ fn a_peer_is_firecracker_and_names_a_program() {
 fn what_is_missing_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("firecracker");
-    let peer = |path: &Path| parse(&["--peer", &format!("firecracker={}", path.display())]).unwrap().peer;
+    let peer =
+        |path: &Path| parse(&["--peer", &format!("firecracker={}", path.display())]).unwrap().peer;
     let error = peer(&path).peer(1, 128).err().unwrap();
     assert!(matches!(error, PeerError::Missing { what: "program", .. }), "{error}");
     std::fs::write(&path, "#!/bin/sh\necho something 1.0\n").unwrap();
@@ -111,7 +112,10 @@ fn a_restored_guest_is_asked_for_by_its_port() {
 fn an_answer_has_a_status_and_a_body() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let answer = |text: &'static str| runtime.block_on(firecracker::answer(text.as_bytes()));
-    assert_eq!(answer("HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n").unwrap(), (204, String::new()));
+    assert_eq!(
+        answer("HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n").unwrap(),
+        (204, String::new())
+    );
     let text = "HTTP/1.1 400 Bad\r\nContent-length: 3\r\n\r\nno!more";
     assert_eq!(answer(text).unwrap(), (400, "no!".into()));
     assert!(answer("").is_err());

@@ -39,8 +39,9 @@ pub fn phases(title: &str, rows: &[Row], mut values: Vec<u64>) -> String {
         let x = |ms: f64| MARGIN + (ms - low) / width * (WIDTH - 2.0 * MARGIN);
         let mut points = String::new();
         for (done, value) in values.iter().enumerate() {
-            let share =
-                |count: usize| bottom - CURVE * scaled(count as u64, scaled(values.len() as u64, 1.0));
+            let share = |count: usize| {
+                bottom - CURVE * scaled(count as u64, scaled(values.len() as u64, 1.0))
+            };
             let at = x(scaled(*value, 1e6));
             let _ = write!(points, "{at:.1},{:.1} {at:.1},{:.1} ", share(done), share(done + 1));
         }
@@ -86,7 +87,13 @@ fn bars(title: &str, groups: &[(&str, &[Row])], unit: f64, name: &str) -> String
             let width = value / most * (WIDTH - 2.0 * MARGIN);
             label(&mut body, MARGIN - 8.0, y + 18.0, "end", &format!("{group}{}", row.name));
             bar(&mut body, MARGIN, y, width, colour);
-            label(&mut body, MARGIN + width + 6.0, y + 18.0, "start", &format!("{value:.0} {name}"));
+            label(
+                &mut body,
+                MARGIN + width + 6.0,
+                y + 18.0,
+                "start",
+                &format!("{value:.0} {name}"),
+            );
             y += BAR + GAP;
         }
         y += GAP;
@@ -97,12 +104,18 @@ fn bars(title: &str, groups: &[(&str, &[Row])], unit: f64, name: &str) -> String
 fn bar(body: &mut String, x: f64, y: f64, width: f64, colour: &str) {
     // One that is too short to be seen is drawn all the same.
     let width = width.max(1.0);
-    let _ =
-        write!(body, r#"<rect x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{BAR}" fill="{colour}"/>"#);
+    let _ = write!(
+        body,
+        r#"<rect x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{BAR}" fill="{colour}"/>"#
+    );
 }
 
 fn label(body: &mut String, x: f64, y: f64, anchor: &str, text: &str) {
-    let _ = write!(body, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{}</text>"#, escaped(text));
+    let _ = write!(
+        body,
+        r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{}</text>"#,
+        escaped(text)
+    );
 }
 
 fn document(title: &str, height: f64, body: &str) -> String {
@@ -129,7 +142,8 @@ mod tests {
     #[test]
     fn a_bar_starts_where_the_one_before_it_ends() {
         let row = |name, median| Row { name, min: 0, median, p99: 0, max: 0 };
-        let svg = phases("a & b", &[row("entered", 4_000_000), row("agent", 10_000_000)], vec![1, 2, 3]);
+        let svg =
+            phases("a & b", &[row("entered", 4_000_000), row("agent", 10_000_000)], vec![1, 2, 3]);
         let span = WIDTH - 2.0 * MARGIN;
         assert!(
             svg.contains(&format!(r#"<rect x="{MARGIN:.1}" y="60.0" width="{:.1}""#, span * 0.4)),

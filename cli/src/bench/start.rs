@@ -169,7 +169,9 @@ pub async fn restore(args: RestoreArgs) -> Result<u8, Failure> {
     };
     let built = match args.template {
         Some(_) => None,
-        None => Some(Temporary::build(builder.clone(), args.warm_up, args.workload.argv.clone()).await?),
+        None => {
+            Some(Temporary::build(builder.clone(), args.warm_up, args.workload.argv.clone()).await?)
+        }
     };
     let name = args.template.or(built.as_ref().map(|built| built.name.clone())).unwrap_or_default();
     let builder = builder.template(&name);
@@ -274,7 +276,8 @@ async fn command(sandbox: &Sandbox, workload: &Workload) -> Result<(), Failure> 
 }
 
 async fn answer(sandbox: &Sandbox, ask: &Ask) -> Result<(), Failure> {
-    let failed = |source| Failure::Io { what: format!("ask at port {} of the sandbox", ask.port), source };
+    let failed =
+        |source| Failure::Io { what: format!("ask at port {} of the sandbox", ask.port), source };
     let mut tunnel = sandbox.connect(ask.port).await?;
     tunnel.write_all(ask.text.as_bytes()).await.map_err(failed)?;
     tunnel.shutdown().await.map_err(failed)?;
@@ -282,11 +285,18 @@ async fn answer(sandbox: &Sandbox, ask: &Ask) -> Result<(), Failure> {
     tunnel.read_to_end(&mut answer).await.map_err(failed)?;
     match answer.is_empty() {
         false => Ok(()),
-        true => Err(Failure::Usage(format!("port {} answers nothing: nothing to measure", ask.port))),
+        true => {
+            Err(Failure::Usage(format!("port {} answers nothing: nothing to measure", ask.port)))
+        }
     }
 }
 
-fn report(title: &str, (ours, theirs): Runs, peer: Option<&Peer>, output: &Output) -> Result<u8, Failure> {
+fn report(
+    title: &str,
+    (ours, theirs): Runs,
+    peer: Option<&Peer>,
+    output: &Output,
+) -> Result<u8, Failure> {
     println!("{title}; milliseconds since the start");
     let figures = Figures::of(ours);
     stats::print("phase", &figures.summary, MILLISECOND);
@@ -314,7 +324,10 @@ fn summarize(runs: &[Run]) -> Vec<Row> {
         ("exit", |run| run.phases.exit_ns),
         ("gone", |run| Some(run.gone_ns)),
     ];
-    phases.into_iter().filter_map(|(name, of)| Row::of(name, runs.iter().filter_map(of).collect())).collect()
+    phases
+        .into_iter()
+        .filter_map(|(name, of)| Row::of(name, runs.iter().filter_map(of).collect()))
+        .collect()
 }
 
 #[cfg(test)]

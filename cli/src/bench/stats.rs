@@ -24,8 +24,9 @@ impl Row {
     pub fn of(name: &'static str, mut values: Vec<u64>) -> Option<Row> {
         values.sort_unstable();
         // Nearest rank: the smallest value that at least so many percent of all do not exceed.
-        let rank =
-            |percent: usize| values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        let rank = |percent: usize| {
+            values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied()
+        };
         let (min, median, p99, max) = (*values.first()?, rank(50)?, rank(99)?, *values.last()?);
         Some(Row { name, min, median, p99, max })
     }

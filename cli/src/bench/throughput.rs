@@ -60,7 +60,9 @@ struct Figures {
 impl Figures {
     fn of(rates: Vec<(u64, u64)>) -> Figures {
         let (into, out) = rates.into_iter().unzip();
-        Figures { summary: [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect() }
+        Figures {
+            summary: [Row::of("in", into), Row::of("out", out)].into_iter().flatten().collect(),
+        }
     }
 }
 
@@ -95,7 +97,8 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     }
     let title = format!("{} MiB through a command's standard input and output", args.size);
     println!("{title}; MiB per second");
-    let print = |figures: &Figures| stats::print("direction", &figures.summary, stats::scaled(MIB, 1.0));
+    let print =
+        |figures: &Figures| stats::print("direction", &figures.summary, stats::scaled(MIB, 1.0));
     let figures = Figures::of(ours);
     print(&figures);
     let peer = peer.map(|peer| {
@@ -121,7 +124,8 @@ async fn exchange(guest: &mut peer::Guest, mib: u64) -> Result<(Duration, Durati
 
 async fn send(sandbox: &Sandbox, mib: u64) -> Result<Duration, Failure> {
     let piece = vec![0x5a; 64 * 1024];
-    let mut process = sandbox.command("/bin/sh").args(["-c", "exec cat >/dev/null"]).piped_stdin().spawn()?;
+    let mut process =
+        sandbox.command("/bin/sh").args(["-c", "exec cat >/dev/null"]).piped_stdin().spawn()?;
     let started = Instant::now();
     if let Some(mut stdin) = process.stdin.take() {
         for _ in 0..mib * MIB / piece.len() as u64 {

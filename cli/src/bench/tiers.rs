@@ -139,7 +139,8 @@ pub async fn run(
         return Err(Failure::Usage("no tier can be measured here".into()));
     }
     show(&measured, runs);
-    let report = Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: guest.memory, tiers: measured };
+    let report =
+        Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: guest.memory, tiers: measured };
     output.write(&report, String::new)?;
     Ok(0)
 }
@@ -152,11 +153,11 @@ async fn measure(
     workload: &Workload,
 ) -> Result<Measured, Failure> {
     let argv = argv(workload);
-    let scratch =
-        tempfile::tempdir().map_err(|source| Failure::Io { what: "create a directory".into(), source })?;
+    let scratch = tempfile::tempdir()
+        .map_err(|source| Failure::Io { what: "create a directory".into(), source })?;
     let report = scratch.path().join("report.json");
-    let program =
-        std::env::current_exe().map_err(|source| Failure::Io { what: "find this program".into(), source })?;
+    let program = std::env::current_exe()
+        .map_err(|source| Failure::Io { what: "find this program".into(), source })?;
     let ours = || {
         let mut command = Command::new(&program);
         command.args(["run", "--tier", tier.name(), "--memory", &guest.memory.to_string()]);
@@ -261,7 +262,10 @@ fn show(measured: &[Measured], runs: u32) {
         println!();
         println!(
             "{}",
-            printable(&format!("{tier} ({} {})", capabilities.implementation, capabilities.version))
+            printable(&format!(
+                "{tier} ({} {})",
+                capabilities.implementation, capabilities.version
+            ))
         );
         stats::print("phase", &chitin.summary, MILLISECOND);
         if let Some(bare) = bare {
@@ -280,7 +284,9 @@ fn show(measured: &[Measured], runs: u32) {
         for (name, ratio) in
             [("output", ratio.map(|ratio| ratio.output)), ("exit", ratio.map(|ratio| ratio.exit))]
         {
-            let bare = bare.as_ref().map_or_else(|| "-".into(), |bare| format!("{:.3}", bare.median(name)));
+            let bare = bare
+                .as_ref()
+                .map_or_else(|| "-".into(), |bare| format!("{:.3}", bare.median(name)));
             let ratio = ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.3}"));
             print!(" {:>10.3} {bare:>10} {ratio:>7}", chitin.median(name));
         }
@@ -310,7 +316,13 @@ mod tests {
         };
         let run = time(sh("echo x; sleep 0.05")).await.unwrap();
         assert!(run.exit_ns >= run.output_ns + 40_000_000, "{} {}", run.output_ns, run.exit_ns);
-        assert!(time(sh("echo x; echo why >&2; exit 3")).await.unwrap_err().to_string().ends_with("3): why"));
+        assert!(
+            time(sh("echo x; echo why >&2; exit 3"))
+                .await
+                .unwrap_err()
+                .to_string()
+                .ends_with("3): why")
+        );
         assert!(time(sh("true")).await.unwrap_err().to_string().contains("printed nothing"));
     }
 }

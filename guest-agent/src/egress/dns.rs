@@ -109,7 +109,8 @@ impl Question<'_> {
         let mut name = String::with_capacity(labels.len());
         while let Some((&length, rest)) = labels.split_first().filter(|(length, _)| **length > 0) {
             let (label, rest) = rest.split_at_checked(length.into())?;
-            if !label.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+            if !label.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+            {
                 return None;
             }
             if !name.is_empty() {

@@ -53,7 +53,8 @@ fn other_names_are_not_there() {
     let reply = answer(&query(&[b"a"], TYPE_A), |_| Found::NoRoom).unwrap();
     assert_eq!(code(&reply), SERVER_FAILURE);
     // What is no host's name is not even looked up.
-    for labels in [[b"a\0b".as_slice()].as_slice(), &[b"a.b"], &[], &[b"\xc3\xa4"], &[b"a b"], &[b"a", b"\0"]]
+    for labels in
+        [[b"a\0b".as_slice()].as_slice(), &[b"a.b"], &[], &[b"\xc3\xa4"], &[b"a b"], &[b"a", b"\0"]]
     {
         assert_eq!(code(&answer(&query(labels, TYPE_A), never).unwrap()), NO_SUCH_NAME);
     }

@@ -97,7 +97,12 @@ impl Link {
     }
 
     /// Moves what can be moved, one frame at most from the socket.
-    pub fn step(&mut self, connection: &mut Connection<Guest>, stream: StreamId, scratch: &mut [u8]) -> Step {
+    pub fn step(
+        &mut self,
+        connection: &mut Connection<Guest>,
+        stream: StreamId,
+        scratch: &mut [u8],
+    ) -> Step {
         if let Some(step) = self.connect(connection, stream) {
             return step;
         }

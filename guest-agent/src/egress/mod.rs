@@ -106,7 +106,8 @@ impl Egress {
             epoll::add(poll, socket, name, EventFlags::IN | EventFlags::ET)
         };
         let bound = |kind, address: SocketAddrV4, name| {
-            let opened = bind(kind, address).and_then(|socket| watch(&socket, name).map(|()| socket));
+            let opened =
+                bind(kind, address).and_then(|socket| watch(&socket, name).map(|()| socket));
             opened.map_err(|errno| failure("listen on", address.to_string().as_bytes(), errno))
         };
         let questions = bound(SocketType::DGRAM, RESOLVER, QUESTIONS)?;
@@ -205,7 +206,11 @@ impl Egress {
 }
 
 impl Open {
-    fn answer_datagrams(&mut self, scratch: &mut [u8], find: &mut impl FnMut(&str) -> Found) -> bool {
+    fn answer_datagrams(
+        &mut self,
+        scratch: &mut [u8],
+        find: &mut impl FnMut(&str) -> Found,
+    ) -> bool {
         for _ in 0..BATCH {
             if !self.asked {
                 return false;
@@ -232,8 +237,10 @@ impl Open {
             if !self.tcp_asked {
                 return false;
             }
-            let accepted =
-                rustix::net::accept_with(&self.tcp_questions, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+            let accepted = rustix::net::accept_with(
+                &self.tcp_questions,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            );
             let socket = match accepted {
                 Ok(socket) => socket,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
@@ -326,8 +333,12 @@ fn bind(kind: SocketType, address: SocketAddrV4) -> Result<OwnedFd, Errno> {
 /// Begins a connection to a port of the workload's.
 pub fn connect(port: u16) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket =
-        rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::STREAM,
+        flags,
+        Some(ipproto::TCP),
+    )?;
     match rustix::net::connect(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(errno) => Err(errno),

@@ -72,7 +72,10 @@ impl Names {
                 self.names.get(number.checked_sub(1)?)?
             }
         };
-        self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(name)).then_some(name)
+        self.endpoints
+            .iter()
+            .any(|endpoint| endpoint.port == port && endpoint.names(name))
+            .then_some(name)
     }
 }
 
@@ -90,7 +93,8 @@ mod tests {
 
     #[test]
     fn a_name_keeps_its_address_and_leads_back_from_it() {
-        let mut names = names(&[("a.test", false, 443), ("a.test", false, 80), ("b.test", true, 443)]);
+        let mut names =
+            names(&[("a.test", false, 443), ("a.test", false, 80), ("b.test", true, 443)]);
         let first = Ipv4Addr::new(127, 64, 0, 1);
         let second = Ipv4Addr::new(127, 64, 0, 2);
         assert_eq!(names.ports().into_iter().collect::<Vec<_>>(), [80, 443]);
@@ -102,7 +106,9 @@ mod tests {
         assert_eq!((names.at(first, 80), names.at(first, 443)), (Some("a.test"), Some("a.test")));
         // The right name at another's port; addresses of nobody.
         assert_eq!(names.at(second, 80), None);
-        for nobody in [[127, 64, 0, 0], [127, 64, 0, 3], [127, 0, 0, 1], [127, 127, 255, 255], [1, 1, 1, 1]] {
+        for nobody in
+            [[127, 64, 0, 0], [127, 64, 0, 3], [127, 0, 0, 1], [127, 127, 255, 255], [1, 1, 1, 1]]
+        {
             assert_eq!(names.at(nobody.into(), 443), None);
         }
         // What is no longer allowed is no longer there, and comes back at the same place.
@@ -132,6 +138,9 @@ mod tests {
     fn a_refused_name_is_told_once_and_not_for_ever() {
         let mut names = names(&[]);
         assert!(names.denied("a") && !names.denied("a"));
-        assert_eq!((0..5000).filter(|number| names.denied(&number.to_string())).count(), MAX_DENIED - 1);
+        assert_eq!(
+            (0..5000).filter(|number| names.denied(&number.to_string())).count(),
+            MAX_DENIED - 1
+        );
     }
 }

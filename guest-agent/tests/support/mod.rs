@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use chitin_protocol::{
-    Connection, Delivery, Direction, Event, Exit, Failure, Host, Secret, SecretBytes, Start, StreamId,
-    ToGuest, ToHost, Usage,
+    Connection, Delivery, Direction, Event, Exit, Failure, Host, Secret, SecretBytes, Start,
+    StreamId, ToGuest, ToHost, Usage,
 };
 
 /// Nothing here takes so long on any machine: a test that waits longer has found a hang.
@@ -144,7 +144,9 @@ impl Agent {
         match self.socket.read(self.connection.space()) {
             Ok(0) => return false,
             Ok(count) => self.connection.filled(count),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return true,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return true;
+            }
             Err(_) => return false,
         }
         loop {
@@ -175,7 +177,9 @@ impl Agent {
                 Some(Event::End { stream }) => self.ended.push(stream),
                 Some(Event::Reset { stream }) => self.reset.push(stream),
             }
-            if let Some((stream, count)) = credit.filter(|(stream, _)| !self.withhold.contains(stream)) {
+            if let Some((stream, count)) =
+                credit.filter(|(stream, _)| !self.withhold.contains(stream))
+            {
                 self.connection.consumed(stream, count);
             }
         }

@@ -8,14 +8,15 @@ use chitin_vmm::virtio::vsock::packet::{
 };
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
-    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
+    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
 };
 
 use crate::PING;
 use crate::driver::{
-    DRIVER_OK, Descriptor, Driver, FEATURES_OK, INDIRECT, NEEDS_RESET, NEXT, PMEM, RECEIVE, SIZES, TRANSMIT,
-    VSOCK, WINDOW, WRITE, data, encode, header,
+    DRIVER_OK, Descriptor, Driver, FEATURES_OK, INDIRECT, NEEDS_RESET, NEXT, PMEM, RECEIVE, SIZES,
+    TRANSMIT, VSOCK, WINDOW, WRITE, data, encode, header,
 };
 use crate::host::Host;
 use crate::program::{Program, RAM_END, Width};
@@ -80,7 +81,12 @@ pub fn harmless() -> Attack {
 struct List(Vec<Attack>);
 
 impl List {
-    fn add(&mut self, name: &'static str, expected: Expected, program: impl Fn(&mut Program) + 'static) {
+    fn add(
+        &mut self,
+        name: &'static str,
+        expected: Expected,
+        program: impl Fn(&mut Program) + 'static,
+    ) {
         self.0.push(Attack { name, expected, host: Host::Answers, program: Box::new(program) });
     }
 
@@ -189,19 +195,23 @@ fn descriptors(list: &mut List) {
     });
     list.chain("chain that goes round", BROKEN_CHAIN, |program, driver| {
         for (index, next) in [(0, 1), (1, 0)] {
-            let entry = Descriptor { address: driver.buffer(TRANSMIT, 0), len: 4, flags: NEXT, next };
+            let entry =
+                Descriptor { address: driver.buffer(TRANSMIT, 0), len: 4, flags: NEXT, next };
             driver.put_descriptor(program, TRANSMIT, index, entry);
         }
         driver.add_head(program, TRANSMIT, 0);
     });
     list.chain("chain that leaves its table", BROKEN_CHAIN, |program, driver| {
-        let entry = Descriptor { flags: NEXT, next: SIZES[1], ..readable(driver.buffer(TRANSMIT, 0), 4) };
+        let entry =
+            Descriptor { flags: NEXT, next: SIZES[1], ..readable(driver.buffer(TRANSMIT, 0), 4) };
         driver.put_descriptor(program, TRANSMIT, 0, entry);
         driver.add_head(program, TRANSMIT, 0);
     });
-    list.chain("head outside the table", "queue 1: descriptor chain 65535 broken", |program, driver| {
-        driver.add_head(program, TRANSMIT, u16::MAX)
-    });
+    list.chain(
+        "head outside the table",
+        "queue 1: descriptor chain 65535 broken",
+        |program, driver| driver.add_head(program, TRANSMIT, u16::MAX),
+    );
     list.chain("readable after writable", BROKEN_CHAIN, |program, driver| {
         let buffer = driver.buffer(TRANSMIT, 0);
         driver.add(
@@ -215,7 +225,11 @@ fn descriptors(list: &mut List) {
             let table = driver.buffer(TRANSMIT, 100) + at;
             let inner = driver.buffer(TRANSMIT, 101);
             program.data(table, encode(&[Descriptor { flags, ..readable(inner, 16) }]));
-            driver.add(program, TRANSMIT, &[Descriptor { flags: INDIRECT, ..readable(table, len) }]);
+            driver.add(
+                program,
+                TRANSMIT,
+                &[Descriptor { flags: INDIRECT, ..readable(table, len) }],
+            );
         }
     };
     list.chain("indirect table in an indirect table", BROKEN_CHAIN, nested(INDIRECT, 16, 0));
@@ -225,22 +239,38 @@ fn descriptors(list: &mut List) {
         let entry = Descriptor { flags: INDIRECT, ..readable(RAM_END - 8, 16) };
         driver.add(program, TRANSMIT, &[entry]);
     });
-    list.survived("descriptors of no length around a packet", Expected::Harmless, |program, driver| {
-        let packet = driver.packet(program, header(Op::CreditUpdate), &[], 1);
-        let empty = Descriptor { flags: NEXT, ..readable(packet[0].address, 0) };
-        let packet = Descriptor { flags: NEXT, ..packet[0] };
-        driver.add(program, TRANSMIT, &[empty, empty, packet, Descriptor { flags: 0, ..empty }]);
-        driver.taken(program, TRANSMIT);
-    });
-    list.survived("descriptors of no length alone", Expected::CarriedOn(TOO_SHORT), |program, driver| {
-        driver.add(program, TRANSMIT, &[readable(0, 0)]);
-        driver.taken(program, TRANSMIT);
-    });
-    list.survived("write-only where read is due", Expected::CarriedOn(TOO_SHORT), |program, driver| {
-        let entry = Descriptor { flags: WRITE, ..readable(driver.buffer(TRANSMIT, 9), 44) };
-        driver.add(program, TRANSMIT, &[entry]);
-        driver.taken(program, TRANSMIT);
-    });
+    list.survived(
+        "descriptors of no length around a packet",
+        Expected::Harmless,
+        |program, driver| {
+            let packet = driver.packet(program, header(Op::CreditUpdate), &[], 1);
+            let empty = Descriptor { flags: NEXT, ..readable(packet[0].address, 0) };
+            let packet = Descriptor { flags: NEXT, ..packet[0] };
+            driver.add(
+                program,
+                TRANSMIT,
+                &[empty, empty, packet, Descriptor { flags: 0, ..empty }],
+            );
+            driver.taken(program, TRANSMIT);
+        },
+    );
+    list.survived(
+        "descriptors of no length alone",
+        Expected::CarriedOn(TOO_SHORT),
+        |program, driver| {
+            driver.add(program, TRANSMIT, &[readable(0, 0)]);
+            driver.taken(program, TRANSMIT);
+        },
+    );
+    list.survived(
+        "write-only where read is due",
+        Expected::CarriedOn(TOO_SHORT),
+        |program, driver| {
+            let entry = Descriptor { flags: WRITE, ..readable(driver.buffer(TRANSMIT, 9), 44) };
+            driver.add(program, TRANSMIT, &[entry]);
+            driver.taken(program, TRANSMIT);
+        },
+    );
     list.add(
         "read-only where write is due",
         Expected::Ended("queue 0: descriptor chain 0 has 0 bytes where more are due"),
@@ -249,12 +279,16 @@ fn descriptors(list: &mut List) {
     list.add(
         "buffer too small for any packet",
         Expected::Ended("queue 0: descriptor chain 0 has 44 bytes where more are due"),
-        |program| receive_into(program, |buffer| Descriptor { flags: WRITE, ..readable(buffer, 44) }),
+        |program| {
+            receive_into(program, |buffer| Descriptor { flags: WRITE, ..readable(buffer, 44) })
+        },
     );
     list.add(
         "buffer to write to in the root image",
         Expected::Ended("queue 0: descriptor chain 0 leaves guest memory"),
-        move |program| receive_into(program, |_| Descriptor { flags: WRITE, ..readable(image, 4096) }),
+        move |program| {
+            receive_into(program, |_| Descriptor { flags: WRITE, ..readable(image, 4096) })
+        },
     );
     list.add("root image written to", Expected::Harmless, move |program| {
         program.store(Width::W32, image + 1024, 0);
@@ -373,19 +407,23 @@ fn rings(list: &mut List) {
             program.forever(|_| {});
         },
     );
-    list.add("used ring on top of the descriptor table", Expected::CarriedOn(TOO_SHORT), |program| {
-        let mut driver = Driver::vsock(0);
-        driver.negotiate(program);
-        let [table, available, _] = driver.rings(TRANSMIT);
-        for queue in [0, 2] {
-            driver.queue(program, queue, SIZES[usize::from(queue)].into(), driver.rings(queue));
-        }
-        driver.queue(program, TRANSMIT, SIZES[1].into(), [table, available, table]);
-        driver.status(program, DRIVER_OK);
-        driver.add(program, TRANSMIT, &[readable(driver.buffer(TRANSMIT, 0), 4)]);
-        program.wait_until(table + 2, 1);
-        works(program, 1);
-    });
+    list.add(
+        "used ring on top of the descriptor table",
+        Expected::CarriedOn(TOO_SHORT),
+        |program| {
+            let mut driver = Driver::vsock(0);
+            driver.negotiate(program);
+            let [table, available, _] = driver.rings(TRANSMIT);
+            for queue in [0, 2] {
+                driver.queue(program, queue, SIZES[usize::from(queue)].into(), driver.rings(queue));
+            }
+            driver.queue(program, TRANSMIT, SIZES[1].into(), [table, available, table]);
+            driver.status(program, DRIVER_OK);
+            driver.add(program, TRANSMIT, &[readable(driver.buffer(TRANSMIT, 0), 4)]);
+            program.wait_until(table + 2, 1);
+            works(program, 1);
+        },
+    );
     for (name, fault, register, value) in [
         (
             "queue moved while it is in use",
@@ -452,9 +490,13 @@ fn registers(list: &mut List) {
         Expected::CarriedOn("access of 8 bytes to virtio register 0x108"),
         |program, driver| {
             let config = driver.base + u64::from(VIRTIO_MMIO_CONFIG);
-            for (width, offset) in
-                [(Width::W64, 8), (Width::W64, 4), (Width::W32, 6), (Width::W8, 0xeff), (Width::W32, 0xefc)]
-            {
+            for (width, offset) in [
+                (Width::W64, 8),
+                (Width::W64, 4),
+                (Width::W32, 6),
+                (Width::W8, 0xeff),
+                (Width::W32, 0xefc),
+            ] {
                 program.load(width, config + offset);
                 program.store(width, config + offset, u64::MAX);
             }
@@ -463,8 +505,16 @@ fn registers(list: &mut List) {
     );
     for (name, fault, width) in [
         ("registers accessed as bytes", "access of 1 bytes to virtio register 0x0", Width::W8),
-        ("registers accessed as half words", "access of 2 bytes to virtio register 0x0", Width::W16),
-        ("registers accessed as double words", "access of 8 bytes to virtio register 0x0", Width::W64),
+        (
+            "registers accessed as half words",
+            "access of 2 bytes to virtio register 0x0",
+            Width::W16,
+        ),
+        (
+            "registers accessed as double words",
+            "access of 8 bytes to virtio register 0x0",
+            Width::W64,
+        ),
         ("registers accessed between two", "access of 4 bytes to virtio register 0x1", Width::W32),
     ] {
         list.survived(name, Expected::CarriedOn(fault), move |program, driver| {
@@ -538,8 +588,9 @@ fn registers(list: &mut List) {
         },
     );
     list.survived("ports that nobody owns", Expected::Harmless, |program, _| {
-        for port in
-            (0x1000..0xff00).step_by(0x101).chain([0x60, 0x64, 0x70, 0x92, 0x3f8, 0x402, 0xcf8, 0xcfc])
+        for port in (0x1000..0xff00)
+            .step_by(0x101)
+            .chain([0x60, 0x64, 0x70, 0x92, 0x3f8, 0x402, 0xcf8, 0xcfc])
         {
             program.port(port);
         }
@@ -556,12 +607,16 @@ fn registers(list: &mut List) {
 }
 
 fn floods(list: &mut List) {
-    list.survived("100,000 kicks of a queue with nothing in it", Expected::Harmless, |program, driver| {
-        program.repeat(50_000, |program| {
-            driver.kick(program, TRANSMIT);
-            driver.kick(program, RECEIVE);
-        });
-    });
+    list.survived(
+        "100,000 kicks of a queue with nothing in it",
+        Expected::Harmless,
+        |program, driver| {
+            program.repeat(50_000, |program| {
+                driver.kick(program, TRANSMIT);
+                driver.kick(program, RECEIVE);
+            });
+        },
+    );
     list.survived(
         "kicks of queues that do not exist",
         Expected::CarriedOn("queue 3 notified, which does not exist"),
@@ -645,9 +700,13 @@ fn floods(list: &mut List) {
 
 fn packets(list: &mut List) {
     // The operation is not one of ours, so it is put in behind the header's back.
-    list.cut_off("unknown operation", Some("vsock packet: of an unknown operation"), |program, driver| {
-        driver.send(program, Header { op: None, ..header(Op::Data) }, &[]);
-    });
+    list.cut_off(
+        "unknown operation",
+        Some("vsock packet: of an unknown operation"),
+        |program, driver| {
+            driver.send(program, Header { op: None, ..header(Op::Data) }, &[]);
+        },
+    );
     let elsewhere = |cid| Address { cid, ..header(Op::Data).source };
     list.survived(
         "packet from another context",
@@ -699,7 +758,11 @@ fn packets(list: &mut List) {
         // The window is none, so that the answer to the ping does not come.
         driver.send(program, Header { fwd_cnt: 1000, ..data(PING) }, PING);
         driver.receive(program, Op::CreditRequest);
-        driver.send(program, Header { buf_alloc: u32::MAX, fwd_cnt: 4, ..header(Op::CreditUpdate) }, &[]);
+        driver.send(
+            program,
+            Header { buf_alloc: u32::MAX, fwd_cnt: 4, ..header(Op::CreditUpdate) },
+            &[],
+        );
         driver.hear(program);
     });
     list.add(
@@ -770,7 +833,8 @@ fn connections(list: &mut List) {
             driver.queues(program);
             driver.status(program, DRIVER_OK);
             let destination = Address { port: 9, ..header(Op::Request).destination };
-            let packet = driver.packet(program, Header { destination, ..header(Op::Request) }, &[], 1);
+            let packet =
+                driver.packet(program, Header { destination, ..header(Op::Request) }, &[], 1);
             let (sent, kept) = (100, u16::try_from(MAX_ANSWERS).unwrap_or(u16::MAX));
             for _ in 0..sent {
                 driver.add(program, TRANSMIT, &packet);
@@ -815,14 +879,20 @@ fn connections(list: &mut List) {
             program.say(CUT_OFF);
         },
     );
-    for attack in list.0.iter_mut().filter(|attack| attack.name.starts_with("host that never reads")) {
+    for attack in
+        list.0.iter_mut().filter(|attack| attack.name.starts_with("host that never reads"))
+    {
         attack.host = Host::Silent;
     }
-    list.survived("the receiving half shut, with every other bit", Expected::Harmless, |program, driver| {
-        // Nothing comes back after that, so what shows that the rest works is an answer to a question.
-        let flags = !SHUTDOWN_BOTH;
-        driver.send(program, Header { flags, ..header(Op::Shutdown) }, &[]);
-    });
+    list.survived(
+        "the receiving half shut, with every other bit",
+        Expected::Harmless,
+        |program, driver| {
+            // Nothing comes back after that, so what shows that the rest works is an answer to a question.
+            let flags = !SHUTDOWN_BOTH;
+            driver.send(program, Header { flags, ..header(Op::Shutdown) }, &[]);
+        },
+    );
     for (name, flags) in
         [("the receiving half shut", SHUTDOWN_RECEIVE), ("the sending half shut", SHUTDOWN_SEND)]
     {
@@ -837,10 +907,14 @@ fn connections(list: &mut List) {
     list.cut_off("both halves shut", None, |program, driver| {
         driver.send(program, Header { flags: SHUTDOWN_BOTH, ..header(Op::Shutdown) }, &[]);
     });
-    list.cut_off("payload after the end", Some("vsock packet: payload after the end"), |program, driver| {
-        driver.send(program, Header { flags: SHUTDOWN_SEND, ..header(Op::Shutdown) }, &[]);
-        driver.send(program, data(PING), PING);
-    });
+    list.cut_off(
+        "payload after the end",
+        Some("vsock packet: payload after the end"),
+        |program, driver| {
+            driver.send(program, Header { flags: SHUTDOWN_SEND, ..header(Op::Shutdown) }, &[]);
+            driver.send(program, data(PING), PING);
+        },
+    );
     list.add(
         "a connection after its reset",
         Expected::CutOff(Some("vsock packet: a second connection")),

@@ -7,8 +7,9 @@ use chitin_vmm::virtio::vsock::{CHANNEL_PORT, GUEST_CID, HOST_CID};
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
     VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
-    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
-    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_STATUS,
 };
 
 use crate::program::{Program, Width};
@@ -132,7 +133,12 @@ impl Driver {
 
     /// Ends the guest unless the status is this.
     pub fn expect_status(&self, program: &mut Program, status: u32, complaint: &str) {
-        program.expect(Width::W32, self.base + u64::from(VIRTIO_MMIO_STATUS), status.into(), complaint);
+        program.expect(
+            Width::W32,
+            self.base + u64::from(VIRTIO_MMIO_STATUS),
+            status.into(),
+            complaint,
+        );
     }
 
     /// From reset to `FEATURES_OK`, with nothing accepted but the modern interface.
@@ -183,7 +189,12 @@ impl Driver {
                     program,
                     RECEIVE,
                     index,
-                    Descriptor { address: self.buffer(RECEIVE, index), len: 4096, flags: WRITE, next: 0 },
+                    Descriptor {
+                        address: self.buffer(RECEIVE, index),
+                        len: 4096,
+                        flags: WRITE,
+                        next: 0,
+                    },
                 );
                 self.put_available(program, RECEIVE, index, index);
             }
@@ -194,7 +205,13 @@ impl Driver {
     }
 
     /// Puts a descriptor into a queue's table, before the program runs.
-    pub fn put_descriptor(&self, program: &mut Program, queue: u16, index: u16, descriptor: Descriptor) {
+    pub fn put_descriptor(
+        &self,
+        program: &mut Program,
+        queue: u16,
+        index: u16,
+        descriptor: Descriptor,
+    ) {
         program.data(self.rings(queue)[0] + u64::from(index) * 16, encode(&[descriptor]));
     }
 
@@ -214,7 +231,12 @@ impl Driver {
         let first = self.descriptors[at];
         for (offset, descriptor) in (0..).zip(chain) {
             let index = first + offset;
-            self.put_descriptor(program, queue, index, Descriptor { next: index + 1, ..*descriptor });
+            self.put_descriptor(
+                program,
+                queue,
+                index,
+                Descriptor { next: index + 1, ..*descriptor },
+            );
         }
         self.descriptors[at] += u16::try_from(chain.len()).expect("a short chain");
         assert!(self.descriptors[at] <= self.sizes[at], "no more descriptors");
@@ -300,7 +322,12 @@ impl Driver {
         let address = self.buffer(TRANSMIT, last);
         program.data(address, bytes);
         let len = u32::try_from(bytes.len()).expect("a page");
-        self.put_descriptor(program, TRANSMIT, last, Descriptor { address, len, flags: 0, next: 0 });
+        self.put_descriptor(
+            program,
+            TRANSMIT,
+            last,
+            Descriptor { address, len, flags: 0, next: 0 },
+        );
         let ring = self.rings(TRANSMIT)[1] + 4;
         for position in 0..SIZES[1] {
             program.store(Width::W16, ring + u64::from(position) * 2, last.into());
@@ -330,7 +357,8 @@ impl Driver {
 pub fn encode(table: &[Descriptor]) -> Vec<u8> {
     let bytes = |entry: &Descriptor| {
         let Descriptor { address, len, flags, next } = *entry;
-        [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+        [&address.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()]
+            .concat()
     };
     table.iter().flat_map(bytes).collect()
 }

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use chitin_vmm::control::{EndReason, Event, MAX_LOG_BYTES, Message};
 use chitin_vmm::{VmSpec, spec};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt::set_socket_send_buffer_size};
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, socketpair, sockopt::set_socket_send_buffer_size,
+};
 use tempfile::TempDir;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -139,7 +141,8 @@ impl Guest {
         let (status, peak_kib) = self.gone()?;
         let complaints = fs::read(self.dir.path().join("stderr")).context("read standard error")?;
         let complaints = String::from_utf8_lossy(&complaints);
-        let event = ended.with_context(|| format!("{status}; its standard error: {complaints:?}"))?;
+        let event =
+            ended.with_context(|| format!("{status}; its standard error: {complaints:?}"))?;
         ensure!(status.success(), "the monitor ended with {status}: {complaints}");
         ensure!(complaints.is_empty(), "the monitor complains: {complaints}");
         let left = processes_in(self.dir.path())?;
@@ -188,7 +191,8 @@ impl Guest {
             // SAFETY: numbers, for which all zeros are valid.
             let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
             // SAFETY: both are valid for writing. The process is a child that nobody else waits for.
-            let waited = unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
+            let waited =
+                unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
             match waited {
                 0 if Instant::now() > deadline => {
                     let _ = self.child.kill();
@@ -196,7 +200,10 @@ impl Guest {
                 }
                 0 => thread::sleep(Duration::from_millis(2)),
                 waited if waited == pid => {
-                    break (ExitStatus::from_raw(status), u64::try_from(usage.ru_maxrss).unwrap_or(u64::MAX));
+                    break (
+                        ExitStatus::from_raw(status),
+                        u64::try_from(usage.ru_maxrss).unwrap_or(u64::MAX),
+                    );
                 }
                 _ => return Err(io::Error::last_os_error()).context("wait for the monitor"),
             }
@@ -233,7 +240,10 @@ fn answer(mut channel: UnixStream, heard: &AtomicU64) {
 /// Processes whose working directory is this.
 fn processes_in(dir: &Path) -> Result<Vec<PathBuf>> {
     let dir = fs::canonicalize(dir)?;
-    let processes =
-        fs::read_dir("/proc").context("list processes")?.filter_map(|entry| Some(entry.ok()?.path()));
-    Ok(processes.filter(|path| fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == dir)).collect())
+    let processes = fs::read_dir("/proc")
+        .context("list processes")?
+        .filter_map(|entry| Some(entry.ok()?.path()));
+    Ok(processes
+        .filter(|path| fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == dir))
+        .collect())
 }

@@ -42,7 +42,8 @@ fn run() -> Result<bool> {
     let filter = args.next().unwrap_or_default();
     let filter = filter.to_str().context("a filter of text")?;
     let attacks = attacks::all();
-    let chosen: Vec<&Attack> = attacks.iter().filter(|attack| attack.name.contains(filter)).collect();
+    let chosen: Vec<&Attack> =
+        attacks.iter().filter(|attack| attack.name.contains(filter)).collect();
     ensure!(!chosen.is_empty(), "no attack has `{filter}` in its name");
 
     let bystander = Guest::start(&monitor, heartbeat(), Host::Answers)?;
@@ -61,7 +62,9 @@ fn run() -> Result<bool> {
             Ok(in_words(&outcome))
         });
         match verdict {
-            Ok(words) => println!("{:<58} {words} ({:.1} s)", attack.name, start.elapsed().as_secs_f64()),
+            Ok(words) => {
+                println!("{:<58} {words} ({:.1} s)", attack.name, start.elapsed().as_secs_f64())
+            }
             Err(error) => {
                 failed += 1;
                 println!("{:<58} FAILED: {error:#}", attack.name);
@@ -96,12 +99,16 @@ fn many(monitor: &Path) -> Result<()> {
     let harmless = attacks::harmless();
     let before = (count("/proc/self/fd")?, cgroups()?);
     for life in 0..LIVES {
-        let outcome = Guest::start(monitor, harmless.program(), harmless.host).and_then(Guest::outcome);
+        let outcome =
+            Guest::start(monitor, harmless.program(), harmless.host).and_then(Guest::outcome);
         let judged = outcome.and_then(|outcome| judge(harmless.expected, &outcome));
         judged.with_context(|| format!("guest {life} of {LIVES}"))?;
     }
     let after = (count("/proc/self/fd")?, cgroups()?);
-    ensure!(before == after, "descriptors and cgroups before {LIVES} guests: {before:?}, after: {after:?}");
+    ensure!(
+        before == after,
+        "descriptors and cgroups before {LIVES} guests: {before:?}, after: {after:?}"
+    );
     Ok(())
 }
 
@@ -133,9 +140,13 @@ fn judge(expected: Expected, outcome: &Outcome) -> Result<()> {
     let (detail, fault) = (detail.as_deref(), fault.as_deref());
     let right = match expected {
         Expected::Harmless => *reason == EndReason::Reset && log == CARRIED_ON && fault.is_none(),
-        Expected::CarriedOn(why) => *reason == EndReason::Reset && log == CARRIED_ON && fault == Some(why),
+        Expected::CarriedOn(why) => {
+            *reason == EndReason::Reset && log == CARRIED_ON && fault == Some(why)
+        }
         Expected::CutOff(why) => *reason == EndReason::Reset && log == CUT_OFF && fault == why,
-        Expected::Ended(why) => *reason == EndReason::Fault && detail == Some(why) && fault == Some(why),
+        Expected::Ended(why) => {
+            *reason == EndReason::Fault && detail == Some(why) && fault == Some(why)
+        }
     };
     if !right {
         bail!("expected {expected:?}, not {outcome:?}");

@@ -56,9 +56,13 @@ impl Program {
     /// A program that has mapped the devices and the root image.
     pub fn new() -> Self {
         let mut this = Self::default();
-        let tables = [(DEVICE_TABLE, layout::DEVICE_HOLE.0), (IMAGE_TABLE, layout::image_address(RAM_END).0)];
+        let tables = [
+            (DEVICE_TABLE, layout::DEVICE_HOLE.0),
+            (IMAGE_TABLE, layout::image_address(RAM_END).0),
+        ];
         for (table, start) in tables {
-            let pages = (0..512).map(|page: u64| (start + page * LARGE_PAGE_BYTES) | PRESENT_WRITABLE_LARGE);
+            let pages = (0..512)
+                .map(|page: u64| (start + page * LARGE_PAGE_BYTES) | PRESENT_WRITABLE_LARGE);
             this.data(table, pages.flat_map(u64::to_le_bytes).collect::<Vec<u8>>());
             // In the table that the monitor made, which has the first GiB only.
             let entry = layout::PAGE_TABLES.0 + 4096 + (start >> 30) * 8;
@@ -70,7 +74,10 @@ impl Program {
     /// Puts bytes into memory before the program runs.
     pub fn data(&mut self, address: u64, bytes: impl Into<Vec<u8>>) {
         let bytes = bytes.into();
-        assert!(address >= CODE && address + bytes.len() as u64 <= IMAGE_END, "data at {address:#x}");
+        assert!(
+            address >= CODE && address + bytes.len() as u64 <= IMAGE_END,
+            "data at {address:#x}"
+        );
         self.data.insert(address, bytes);
     }
 
@@ -230,12 +237,17 @@ impl Program {
         // The one segment: load, its place in the file, its address, its size in the file and in memory.
         put(64, &1u32.to_le_bytes());
         put(72, &ELF_BYTES.to_le_bytes());
-        for (at, value) in [(80, CODE), (88, CODE), (96, IMAGE_END - CODE), (104, IMAGE_END - CODE)] {
+        for (at, value) in [(80, CODE), (88, CODE), (96, IMAGE_END - CODE), (104, IMAGE_END - CODE)]
+        {
             put(at, &value.to_le_bytes());
         }
         file.set_len(ELF_BYTES + IMAGE_END - CODE)?;
         file.write_all_at(&header, 0)?;
-        assert!((self.code.len() as u64) < IMAGE_TABLE - CODE, "a program of {} bytes", self.code.len());
+        assert!(
+            (self.code.len() as u64) < IMAGE_TABLE - CODE,
+            "a program of {} bytes",
+            self.code.len()
+        );
         file.write_all_at(&self.code, ELF_BYTES)?;
         for (address, bytes) in &self.data {
             file.write_all_at(bytes, ELF_BYTES + address - CODE)?;
@@ -285,7 +297,8 @@ impl Program {
     fn jump(&mut self, opcode: &[u8], to: usize) {
         self.code.extend_from_slice(opcode);
         let next = i64::try_from(self.code.len() + 4).expect("a short program");
-        let distance = i32::try_from(i64::try_from(to).expect("a short program") - next).expect("near");
+        let distance =
+            i32::try_from(i64::try_from(to).expect("a short program") - next).expect("near");
         self.code.extend_from_slice(&distance.to_le_bytes());
     }
 }

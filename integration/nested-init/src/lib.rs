@@ -145,7 +145,9 @@ impl fmt::Display for Report {
         match self {
             Self::Started => f.write_str("started"),
             Self::Exited { code, stdout, stderr } => write!(f, "exited {code} {stdout} {stderr}"),
-            Self::Failed { code, message } => write!(f, "failed {code} {}", message.replace('\n', " ")),
+            Self::Failed { code, message } => {
+                write!(f, "failed {code} {}", message.replace('\n', " "))
+            }
         }
     }
 }

@@ -50,9 +50,16 @@ fn a_failure_stays_one_line() {
 
 #[test]
 fn other_lines_are_no_reports() {
-    for line in
-        ["", "start", "started now", "exited", "exited 7", "exited 256 0 0", "exited 1 0 0 0", "failed 1"]
-    {
+    for line in [
+        "",
+        "start",
+        "started now",
+        "exited",
+        "exited 7",
+        "exited 256 0 0",
+        "exited 1 0 0 0",
+        "failed 1",
+    ] {
         assert_eq!(line.parse::<Report>(), Err(BadReport), "{line:?}");
     }
 }

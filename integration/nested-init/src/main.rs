@@ -49,7 +49,8 @@ impl<T, E: std::fmt::Display> During<T> for std::result::Result<T, E> {
 }
 
 fn main() {
-    let outcome = kernel_file_systems().and_then(|()| load_modules()).and_then(|()| open_port(CONTROL_PORT));
+    let outcome =
+        kernel_file_systems().and_then(|()| load_modules()).and_then(|()| open_port(CONTROL_PORT));
     let mut control = match outcome {
         Ok(control) => control,
         // Without a control port the console is all there is; the kernel panics when PID 1 ends, which ends QEMU.
@@ -75,7 +76,8 @@ fn main() {
 
 fn serve(control: &mut File) -> Result<Report> {
     let launch = read_launch(control)?;
-    let (stdin, stdout, stderr) = (open_port(STDIN_PORT)?, open_port(STDOUT_PORT)?, open_port(STDERR_PORT)?);
+    let (stdin, stdout, stderr) =
+        (open_port(STDIN_PORT)?, open_port(STDOUT_PORT)?, open_port(STDERR_PORT)?);
     enter_outer_tree(&launch)?;
     loopback_up().during(|| "bring the loopback interface up".into())?;
     let nofile = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
@@ -85,16 +87,19 @@ fn serve(control: &mut File) -> Result<Report> {
     let child_stdin: Option<OwnedFd> = child.stdin.take().map(Into::into);
     let (done_reader, done) = io::pipe().during(|| "create a pipe".into())?;
     let done_for_stderr = done_reader.try_clone().during(|| "duplicate a pipe".into())?;
-    let out = child.stdout.take().map(|pipe| thread::spawn(move || pump(pipe, stdout, done_reader)));
-    let err = child.stderr.take().map(|pipe| thread::spawn(move || pump(pipe, stderr, done_for_stderr)));
+    let out =
+        child.stdout.take().map(|pipe| thread::spawn(move || pump(pipe, stdout, done_reader)));
+    let err =
+        child.stderr.take().map(|pipe| thread::spawn(move || pump(pipe, stderr, done_for_stderr)));
     writeln!(control, "{}", Report::Started).during(|| "write to the control port".into())?;
     let reader = control.try_clone().during(|| "duplicate the control port".into())?;
     thread::spawn(move || feed(reader, stdin, child_stdin));
 
     let code = wait_for(&child)?;
     drop(done);
-    let count =
-        |thread: Option<thread::JoinHandle<u64>>| thread.and_then(|thread| thread.join().ok()).unwrap_or(0);
+    let count = |thread: Option<thread::JoinHandle<u64>>| {
+        thread.and_then(|thread| thread.join().ok()).unwrap_or(0)
+    };
     Ok(Report::Exited { code, stdout: count(out), stderr: count(err) })
 }
 
@@ -103,7 +108,10 @@ fn read_launch(control: &mut File) -> Result<Launch> {
     control.read_exact(&mut len).during(|| "read the launch message".into())?;
     let len = u32::from_le_bytes(len);
     if len > MAX_LAUNCH_LEN {
-        return Err(Failure { code: 125, message: format!("a launch message of {len} bytes is too long") });
+        return Err(Failure {
+            code: 125,
+            message: format!("a launch message of {len} bytes is too long"),
+        });
     }
     let mut bytes = Vec::new();
     control
@@ -128,9 +136,16 @@ impl<R: Read> ReadExactly for R {
 
 // ---- file systems ----
 
-fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<()> {
+fn mount_at(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: MountFlags,
+    options: &str,
+) -> Result<()> {
     let options = std::ffi::CString::new(options).during(|| format!("mount {target}"))?;
-    mount(source, target, kind, flags, options.as_c_str()).during(|| format!("mount {kind} on {target}"))
+    mount(source, target, kind, flags, options.as_c_str())
+        .during(|| format!("mount {kind} on {target}"))
 }
 
 fn make_dir(path: &str) -> Result<()> {
@@ -205,7 +220,9 @@ fn enter_outer_tree(launch: &Launch) -> Result<()> {
         mount_move(dir, target.as_str()).during(|| format!("move {dir}"))?;
     }
     let cwd = Path::new(OsStr::from_bytes(&launch.cwd));
-    for (target, options) in [("/tmp", "mode=1777"), ("/run", "mode=0755"), ("/var/tmp", "mode=1777")] {
+    for (target, options) in
+        [("/tmp", "mode=1777"), ("/run", "mode=0755"), ("/var/tmp", "mode=1777")]
+    {
         if cwd.starts_with(target) {
             // The command is to find its directory; what it writes there vanishes all the same.
             continue;
@@ -215,9 +232,21 @@ fn enter_outer_tree(launch: &Launch) -> Result<()> {
         mount_at("tmpfs", &target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, options)?;
     }
     make_dir("/outer/dev/shm")?;
-    mount_at("tmpfs", "/outer/dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
+    mount_at(
+        "tmpfs",
+        "/outer/dev/shm",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        "mode=1777",
+    )?;
     make_dir("/outer/dev/pts")?;
-    mount_at("devpts", "/outer/dev/pts", "devpts", MountFlags::empty(), "ptmxmode=0666,mode=0620,gid=5")?;
+    mount_at(
+        "devpts",
+        "/outer/dev/pts",
+        "devpts",
+        MountFlags::empty(),
+        "ptmxmode=0666,mode=0620,gid=5",
+    )?;
     mount_at("cgroup2", "/outer/sys/fs/cgroup", "cgroup2", MountFlags::empty(), "")?;
     for (index, share) in launch.shares.iter().enumerate() {
         let target = PathBuf::from(format!("/outer{}", OsStr::from_bytes(share).to_string_lossy()));
@@ -225,7 +254,13 @@ fn enter_outer_tree(launch: &Launch) -> Result<()> {
         // Without a cache every write has reached the outer machine when it returns: nothing is lost when it ends us.
         // "mmap" caches only what is mapped writable, which SQLite and linkers do.
         let options = format!("trans=virtio,version=9p2000.L,msize={MSIZE},cache=mmap");
-        mount_at(&share_tag(index), &target.to_string_lossy(), "9p", MountFlags::empty(), &options)?;
+        mount_at(
+            &share_tag(index),
+            &target.to_string_lossy(),
+            "9p",
+            MountFlags::empty(),
+            &options,
+        )?;
     }
     // Everybody may use KVM, as everybody may become root of this machine.
     if Path::new("/outer/dev/kvm").exists() {
@@ -262,7 +297,8 @@ fn preload(path: &Path) -> io::Result<()> {
     chown(&to, Some(like.uid()), Some(like.gid()))?;
     fs::set_permissions(&to, like.permissions())?;
     // Build tools compare times; keep them.
-    let time = |seconds, nanoseconds| rustix::fs::Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
+    let time =
+        |seconds, nanoseconds| rustix::fs::Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
     let times = rustix::fs::Timestamps {
         last_access: time(like.atime(), like.atime_nsec()),
         last_modification: time(like.mtime(), like.mtime_nsec()),

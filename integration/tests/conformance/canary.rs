@@ -19,12 +19,16 @@ sys.stdin.read()
 
 fn a_value_is_found_in_memory_in_a_file_and_on_a_command_line(on: On) {
     let run = |more: &str| {
-        on.with("--secret TOKEN=env:TOKEN -- python3 -c").args([PROGRAM, more]).env("TOKEN", CANARY).spawn()
+        on.with("--secret TOKEN=env:TOKEN -- python3 -c")
+            .args([PROGRAM, more])
+            .env("TOKEN", CANARY)
+            .spawn()
     };
     let mut running = run("");
     let control = running.line();
-    let found =
-        |search: &canary::Search, what: &str| search.found.iter().any(|place| place.starts_with(what));
+    let found = |search: &canary::Search, what: &str| {
+        search.found.iter().any(|place| place.starts_with(what))
+    };
     let search = canary::search(&running, CANARY, &control);
     assert!(search.control && found(&search, "memory of "), "{search:?}");
     assert!(!found(&search, "cmdline") && !found(&search, "environ"), "{search:?}");

@@ -18,7 +18,9 @@ on_every_tier!(
 const CANARY: &str = "canary-c0ffee41/7+d";
 
 fn keys(id: &str) -> String {
-    format!(r#"{{"AccessKeyId":"{id}","SecretAccessKey":"{CANARY}","SessionToken":"token-of-{id}"}}"#)
+    format!(
+        r#"{{"AccessKeyId":"{id}","SecretAccessKey":"{CANARY}","SessionToken":"token-of-{id}"}}"#
+    )
 }
 
 /// Copies the SDK in.
@@ -71,7 +73,8 @@ print(sum('canary' in line for line in os.environ.values()), flush=True)
 sys.stdin.read()
 "
     );
-    let chitin = on.with(&format!("--secret AWS=file:{source} --secret-endpoint AWS --audit")).arg(&audit);
+    let chitin =
+        on.with(&format!("--secret AWS=file:{source} --secret-endpoint AWS --audit")).arg(&audit);
     let mut running = with_sdk(chitin).args(["--", "python3", "-c"]).arg(script).spawn();
     let length = CANARY.len();
     assert_eq!(running.line(), format!("container-role {one} token-of-{one} {length}"));
@@ -93,20 +96,33 @@ sys.stdin.read()
     let first = lines.remove(0);
     assert_eq!((&first["credentials"][0], &first["delivery"]), (&"AWS".into(), &"endpoint".into()));
     let told = |line: &Value| {
-        (line["verdict"].as_str().unwrap().to_owned(), line["credentials"][0].as_str().map(str::to_owned))
+        (
+            line["verdict"].as_str().unwrap().to_owned(),
+            line["credentials"][0].as_str().map(str::to_owned),
+        )
     };
     let told: Vec<_> = lines.iter().map(told).collect();
     let given = ("allowed".to_owned(), Some("AWS".to_owned()));
     let refused = ("refused".to_owned(), None);
     assert_eq!(told, [vec![given; 3], vec![refused; 3]].concat(), "{lines:?}");
-    assert!(lines.iter().all(|line| line["host"] == "localhost" && line["port"] == 9911), "{lines:?}");
+    assert!(
+        lines.iter().all(|line| line["host"] == "localhost" && line["port"] == 9911),
+        "{lines:?}"
+    );
 }
 
 fn a_policy_may_say_so(on: On) {
-    let policy = on.policy("secrets:\n  - {name: AWS, source: 'env:KEYS_HERE', delivery: endpoint}\n");
-    let outcome =
-        with_sdk(policy.run()).args(["--", "python3", "-c", FIND]).env("KEYS_HERE", keys("ASIA1")).outcome();
-    assert_eq!(outcome.ok(), format!("container-role ASIA1 token-of-ASIA1 {}", CANARY.len()), "{outcome:?}");
+    let policy =
+        on.policy("secrets:\n  - {name: AWS, source: 'env:KEYS_HERE', delivery: endpoint}\n");
+    let outcome = with_sdk(policy.run())
+        .args(["--", "python3", "-c", FIND])
+        .env("KEYS_HERE", keys("ASIA1"))
+        .outcome();
+    assert_eq!(
+        outcome.ok(),
+        format!("container-role ASIA1 token-of-ASIA1 {}", CANARY.len()),
+        "{outcome:?}"
+    );
 }
 
 fn what_is_no_pair_of_keys_stops_the_run_before_it_starts(on: On) {
@@ -116,10 +132,19 @@ fn what_is_no_pair_of_keys_stops_the_run_before_it_starts(on: On) {
         outcome.refused(words);
     };
     refused("--secret AWS=env:KEYS_HERE --secret-endpoint AWS", "secret AWS: it is no JSON object");
-    refused("--secret AWS=file:/nonexistent --secret-endpoint AWS", "secret AWS: read /nonexistent");
+    refused(
+        "--secret AWS=file:/nonexistent --secret-endpoint AWS",
+        "secret AWS: read /nonexistent",
+    );
     refused("--secret-endpoint AWS", "--secret-endpoint AWS: there is no --secret AWS=SRC");
-    refused("--secret AWS=env:KEYS_HERE --secret-env AWS --secret-endpoint AWS", "in another way already");
-    refused("--secret AWS=env:KEYS_HERE@api.example.com --secret-endpoint AWS", "in another way already");
+    refused(
+        "--secret AWS=env:KEYS_HERE --secret-env AWS --secret-endpoint AWS",
+        "in another way already",
+    );
+    refused(
+        "--secret AWS=env:KEYS_HERE@api.example.com --secret-endpoint AWS",
+        "in another way already",
+    );
     refused(
         "--allow localhost:9911 --secret AWS=env:KEYS_HERE --secret-endpoint AWS",
         "secret AWS: localhost:9911 is its endpoint in the sandbox",

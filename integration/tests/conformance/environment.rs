@@ -39,7 +39,8 @@ fn the_environment_is_what_was_asked_for(on: On) {
 }
 
 fn odd_values_arrive_as_they_are(on: On) {
-    let values = [b"".to_vec(), b"a\nb\t".to_vec(), b"\xff\xfe".to_vec(), "ß=ü".into(), vec![b'x'; 60_000]];
+    let values =
+        [b"".to_vec(), b"a\nb\t".to_vec(), b"\xff\xfe".to_vec(), "ß=ü".into(), vec![b'x'; 60_000]];
     let mut chitin = on.with("");
     let mut expected = Vec::new();
     for (number, value) in values.into_iter().enumerate() {

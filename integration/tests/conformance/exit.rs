@@ -51,7 +51,8 @@ fn what_cannot_be_started_is_126_or_127(on: On) {
 }
 
 fn a_workload_hears_the_signal_first(on: On) {
-    let mut running = on.sh("trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.1; done").spawn();
+    let mut running =
+        on.sh("trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.1; done").spawn();
     assert_eq!(running.line(), "up");
     running.signal(Signal::TERM);
     assert_eq!(running.line(), "bye");
@@ -105,13 +106,16 @@ fn the_time_limit_ends_what_does_not_end(on: On) {
     assert_eq!(outcome.code, 124);
     assert_eq!(outcome.stderr, "chitin: the time limit of 1 s was reached\n");
     // Also one that ignores whatever it is told, and never sleeps.
-    let outcome =
-        on.with("--timeout 20s -- sh -c").arg("trap '' TERM INT HUP; while :; do :; done").outcome();
+    let outcome = on
+        .with("--timeout 20s -- sh -c")
+        .arg("trap '' TERM INT HUP; while :; do :; done")
+        .outcome();
     assert_eq!(outcome.code, 124);
 }
 
 fn the_time_limit_ends_what_has_stopped_itself(on: On) {
-    let outcome = on.with("--timeout 15s -- sh -c").arg("echo up; kill -STOP $$; echo never").outcome();
+    let outcome =
+        on.with("--timeout 15s -- sh -c").arg("echo up; kill -STOP $$; echo never").outcome();
     assert_eq!((outcome.code, outcome.text()), (124, "up"));
 }
 
@@ -131,12 +135,14 @@ fn report(on: On, options: &str, command: &[&str]) -> (i32, Value) {
     let dir = tempfile::tempdir().expect("create a directory");
     let path = dir.path().join("report.json");
     let outcome = on.with(options).arg("--report").arg(&path).arg("--").args(command).outcome();
-    let report = std::fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
+    let report =
+        std::fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
     (outcome.code, serde_json::from_slice(&report).expect("JSON"))
 }
 
 fn the_report_says_what_happened(on: On) {
-    let (code, report) = report(on, "", &["python3", "-c", "x = b'x' * (8 << 20); raise SystemExit(3)"]);
+    let (code, report) =
+        report(on, "", &["python3", "-c", "x = b'x' * (8 << 20); raise SystemExit(3)"]);
     assert_eq!(code, 3);
     let name = report["tier"].as_str().expect("a tier");
     assert_eq!(name.split('/').next(), Some(on.tier.to_string().as_str()));
@@ -152,7 +158,8 @@ fn the_report_says_what_happened(on: On) {
     assert_eq!(report["error"], Value::Null);
     assert!(report["usage"]["max_rss_kib"].as_u64().is_some_and(|kib| kib > 4 << 10), "{report}");
     let phases = &report["phases"];
-    let phase = |name: &str| phases[name].as_u64().unwrap_or_else(|| panic!("no {name} in {phases}"));
+    let phase =
+        |name: &str| phases[name].as_u64().unwrap_or_else(|| panic!("no {name} in {phases}"));
     assert!(phase("agent_ns") < phase("exit_ns"));
 }
 

@@ -62,7 +62,8 @@ fn a_tree_keeps_its_modes_and_links_there_and_back(on: On) {
 fn scratch_can_be_copied_to_and_in_a_microvm_any_place(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let config = file(dir.path(), "config.yaml", "a: 1\n").unwrap();
-    let script = "cat /shared/deep/config.yaml; echo x 2>/dev/null > /shared/deep/x || echo read-only";
+    let script =
+        "cat /shared/deep/config.yaml; echo x 2>/dev/null > /shared/deep/x || echo read-only";
     let to = |place: &str| {
         on.with("").arg(copy("copy-in", &config, place)).args(["--", "sh", "-c", script]).outcome()
     };
@@ -93,9 +94,13 @@ fn many_files_pass(on: On) {
         fs::write(many.join(format!("{i}")), format!("{i}\n")).unwrap();
     }
     let back = dir.path().join("back");
-    let outcome =
-        there_and_back(on, &many, &back, "cat many/* | sort -n | tail -n 1; set -- many/*; echo $#")
-            .outcome();
+    let outcome = there_and_back(
+        on,
+        &many,
+        &back,
+        "cat many/* | sort -n | tail -n 1; set -- many/*; echo $#",
+    )
+    .outcome();
     assert_eq!(outcome.ok(), "999\n1000");
     for i in 0..1000 {
         assert_eq!(fs::read_to_string(back.join(format!("{i}"))).unwrap(), format!("{i}\n"));
@@ -104,10 +109,14 @@ fn many_files_pass(on: On) {
 
 fn large_files_pass(on: On) {
     let dir = tempfile::tempdir().unwrap();
-    let data: Vec<u8> = (0..20u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let data: Vec<u8> =
+        (0..20u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let large = PathBuf::from(file(dir.path(), "large", &data).unwrap());
     let back = dir.path().join("back");
-    assert_eq!(there_and_back(on, &large, &back, "wc -c < large").outcome().ok(), (20 << 20).to_string());
+    assert_eq!(
+        there_and_back(on, &large, &back, "wc -c < large").outcome().ok(),
+        (20 << 20).to_string()
+    );
     assert!(fs::read(back).unwrap() == data);
 }
 
@@ -128,8 +137,16 @@ fn odd_names_pass(on: On) {
     let odd = dir.path().join("odd");
     fs::create_dir(&odd).unwrap();
     let long = [b'n'; 255];
-    let names: [&[u8]; 8] =
-        [b"with space", b"line\nfeed\n", b"-rf", b"*", "ünïcode".as_bytes(), b"\xff\xfe", b"...", &long];
+    let names: [&[u8]; 8] = [
+        b"with space",
+        b"line\nfeed\n",
+        b"-rf",
+        b"*",
+        "ünïcode".as_bytes(),
+        b"\xff\xfe",
+        b"...",
+        &long,
+    ];
     for name in names {
         fs::write(odd.join(OsStr::from_bytes(name)), name).unwrap();
     }
@@ -167,7 +184,11 @@ fn empty_files_and_directories_pass(on: On) {
 fn devices_and_sockets_are_refused(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, words: &str| {
-        on.with("").arg(copy("copy-in", path, "/work/")).args(["--", "true"]).outcome().refused(words);
+        on.with("")
+            .arg(copy("copy-in", path, "/work/"))
+            .args(["--", "true"])
+            .outcome()
+            .refused(words);
     };
     let socket = dir.path().join("socket");
     let _listener = UnixListener::bind(&socket).unwrap();
@@ -176,7 +197,8 @@ fn devices_and_sockets_are_refused(on: On) {
     mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
     refused(&fifo, "fifo");
     let device = dir.path().join("null");
-    mknodat(CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o600), makedev(1, 3)).unwrap();
+    mknodat(CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o600), makedev(1, 3))
+        .unwrap();
     refused(&device, "null");
 
     let out = dir.path().join("out");
@@ -195,8 +217,11 @@ fn no_link_leads_out(on: On) {
     let script = format!(
         "mkdir d; ln -s {outside} d/absolute; ln -s ../outside d/climbing; ln -s file d/inside; echo x > d/file"
     );
-    let outcome =
-        on.with("").arg(copy("copy-out", "/work/d", &out)).args(["--", "sh", "-c", &script]).outcome();
+    let outcome = on
+        .with("")
+        .arg(copy("copy-out", "/work/d", &out))
+        .args(["--", "sh", "-c", &script])
+        .outcome();
     outcome.refused("2 links lead outside");
     assert_eq!(fs::read_to_string(out.join("inside")).unwrap(), "x\n");
     assert!(fs::symlink_metadata(out.join("absolute")).is_err());
@@ -228,7 +253,11 @@ fn a_result_larger_than_the_guest_is_a_lie(on: On) {
 fn what_is_missing_is_named(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("missing");
-    on.with("").arg(copy("copy-in", &missing, "/work/")).args(["--", "true"]).outcome().refused("missing");
+    on.with("")
+        .arg(copy("copy-in", &missing, "/work/"))
+        .args(["--", "true"])
+        .outcome()
+        .refused("missing");
     let out = |from: &str, to: &Path, script: &str| {
         on.with("").arg(copy("copy-out", from, to)).args(["--", "sh", "-c", script]).outcome()
     };
@@ -241,7 +270,10 @@ fn files_are_replaced_whole(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let out = file(dir.path(), "out", "before").unwrap();
     let run = |script: &str| {
-        on.with("").arg(copy("copy-out", "/work/f", &out)).args(["--", "sh", "-c", script]).outcome()
+        on.with("")
+            .arg(copy("copy-out", "/work/f", &out))
+            .args(["--", "sh", "-c", script])
+            .outcome()
     };
     run("echo after > f").ok();
     assert_eq!(fs::read_to_string(&out).unwrap(), "after\n");
@@ -253,7 +285,10 @@ fn what_a_run_that_failed_has_made_comes_out(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let run = |script: &str| {
-        on.with("").arg(copy("copy-out", "/work/f", &out)).args(["--", "sh", "-c", script]).outcome()
+        on.with("")
+            .arg(copy("copy-out", "/work/f", &out))
+            .args(["--", "sh", "-c", script])
+            .outcome()
     };
     assert_eq!(run("echo log > f; exit 3").code, 3);
     assert_eq!(fs::read_to_string(&out).unwrap(), "log\n");

@@ -104,8 +104,9 @@ fn only_scratch_is_writable(on: On) {
 }
 
 fn runs_do_not_see_each_other(on: On) {
-    let mut first =
-        on.sh("echo mine > /work/f; echo mine > /tmp/f; echo mine > /dev/shm/f; echo up; sleep 600").spawn();
+    let mut first = on
+        .sh("echo mine > /work/f; echo mine > /tmp/f; echo mine > /dev/shm/f; echo up; sleep 600")
+        .spawn();
     assert_eq!(first.line(), "up");
     let program = "import os
 print([os.path.exists(d + '/f') for d in ('/work', '/tmp', '/dev/shm')])
@@ -119,7 +120,8 @@ print([p for p in others if b'mine' in open('/proc/' + p + '/cmdline', 'rb').rea
 
 fn the_host_is_not_in_it(on: On) {
     let dir = tempfile::tempdir().expect("create a directory");
-    let marked = chitin_integration::file(dir.path(), "marked", "of the host").expect("write a file");
+    let marked =
+        chitin_integration::file(dir.path(), "marked", "of the host").expect("write a file");
     let program = "import os, sys
 print(os.path.exists(sys.argv[1]), [p for p in ('/run/docker.sock', '/var/run/docker.sock', '/run/chitin') if os.path.exists(p)])";
     assert_eq!(on.python(program).arg(marked).outcome().ok(), "False []");

@@ -25,7 +25,8 @@ fn a_fork_bomb_is_the_workload_s_own_problem(on: On) {
     let script = "import os, time
 while True:
     if os.fork() == 0: time.sleep(600)";
-    let outcome = on.sh(&format!("python3 -c \"{script}\" 2>/dev/null; echo $?; echo alive")).outcome();
+    let outcome =
+        on.sh(&format!("python3 -c \"{script}\" 2>/dev/null; echo $?; echo alive")).outcome();
     // Whichever limit it meets first, processes or memory, the shell beside it goes on.
     assert!(
         the_sandbox_ended(on, &outcome) || ["1\nalive", "137\nalive"].contains(&outcome.ok()),
@@ -50,8 +51,7 @@ fn memory_is_as_much_as_was_asked_for(on: On) {
 }
 
 fn the_disk_is_memory_and_it_ends(on: On) {
-    let script =
-        "head -c 1G /dev/zero > /work/f 2>/dev/null; echo $?; rm /work/f; echo ok > /work/g; cat /work/g";
+    let script = "head -c 1G /dev/zero > /work/f 2>/dev/null; echo $?; rm /work/f; echo ok > /work/g; cat /work/g";
     assert_eq!(on.sh(script).outcome().ok(), "1\nok");
 }
 

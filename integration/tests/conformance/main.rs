@@ -2,7 +2,10 @@
 //!
 //! A case is a function of the tier, and `on_every_tier!` makes a test of it for each. What only one tier has (a kernel of its
 //! own, templates, a console) is in the other files beside this one.
-#![allow(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it should be")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends at the first thing that is not as it should be"
+)]
 
 #[macro_use(on_every_tier)]
 extern crate chitin_integration;

@@ -9,9 +9,9 @@ on_every_tier!(twenty_at_once_are_twenty);
 
 /// Each is small, so that they fit into one emulated host. The even ones end by themselves, the others are ended.
 fn twenty_at_once_are_twenty(on: On) {
-    let script =
-        "read own; echo $own > f; echo up; read again; test $again = $(cat f) && echo $own; exit $own";
-    let mut all: Vec<_> = (0..20).map(|_| on.with("--memory 64 -- sh -c").arg(script).spawn()).collect();
+    let script = "read own; echo $own > f; echo up; read again; test $again = $(cat f) && echo $own; exit $own";
+    let mut all: Vec<_> =
+        (0..20).map(|_| on.with("--memory 64 -- sh -c").arg(script).spawn()).collect();
     for (number, running) in all.iter_mut().enumerate() {
         say(running, number);
     }

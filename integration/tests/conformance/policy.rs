@@ -137,14 +137,16 @@ sandbox: {{filesystem: [{{access: read-only, path: /shared/config, source: {}/co
         dir.display(),
     );
     fs::write(&policy.path, text).unwrap();
-    let script = "cat /shared/config; echo; ls /shared; cat /shared/other; ls /; echo x >/shared/config";
+    let script =
+        "cat /shared/config; echo; ls /shared; cat /shared/other; ls /; echo x >/shared/config";
     let outcome = policy.sh(script).outcome();
     if !confines_files(on) {
         outcome.refused("Landlock");
         return;
     }
     assert_eq!(outcome.text(), "settings", "{outcome:?}");
-    let said: Vec<&str> = outcome.stderr.lines().filter_map(|line| line.rsplit(": ").next()).collect();
+    let said: Vec<&str> =
+        outcome.stderr.lines().filter_map(|line| line.rsplit(": ").next()).collect();
     // Its directory is not listed, only it is; its neighbour is not there; nor is the root listed.
     let denied = "Permission denied";
     // In a container it lies in a tmpfs of its own, and Landlock alone keeps it from being written.
@@ -164,8 +166,11 @@ fn files_that_are_read_lie_wherever_the_image_has_nothing(on: On) {
             format!("{{access: read-only, path: {path}, source: {}/{source}}}", dir.display())
         });
         let files = files.collect::<Vec<_>>().join(", ");
-        fs::write(&policy.path, format!("runtime: {}\nsandbox: {{filesystem: [{files}]}}\n", on.tier))
-            .unwrap();
+        fs::write(
+            &policy.path,
+            format!("runtime: {}\nsandbox: {{filesystem: [{files}]}}\n", on.tier),
+        )
+        .unwrap();
         policy.sh(script).outcome()
     };
     // In a directory that is there, in one that is not, and in an empty one.
@@ -183,7 +188,9 @@ fn files_that_are_read_lie_wherever_the_image_has_nothing(on: On) {
     let beside = run(&[("/etc/app.config", "config")], "cat /etc/app.config");
     match on.tier {
         Runtime::Ironclaw => assert_eq!(beside.ok(), "settings"),
-        _ => beside.refused("/etc belongs to the image and is read-only: choose a directory that the image"),
+        _ => beside.refused(
+            "/etc belongs to the image and is read-only: choose a directory that the image",
+        ),
     }
 }
 
@@ -201,7 +208,8 @@ sandbox: {{filesystem: [{{access: read-write, path: /work/state, source: {}/stat
         dir.display(),
     );
     fs::write(&policy.path, text).unwrap();
-    let script = "cat /work/state/count; echo 2 >/work/state/count; echo new >/work/state/new; exit $CODE";
+    let script =
+        "cat /work/state/count; echo 2 >/work/state/count; echo new >/work/state/new; exit $CODE";
     let run = |code: &str| {
         policy.run().args(["--env", &format!("CODE={code}"), "--", "sh", "-c", script]).outcome()
     };
@@ -306,7 +314,10 @@ secrets:
     assert_eq!(outcome.text(), "s3cret\nkey\n0", "{outcome:?}");
     let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
     let governed = &report["policy"];
-    assert_eq!((&governed["plugin"], &governed["profile"]), (&"web_scraper".into(), &"default".into()));
+    assert_eq!(
+        (&governed["plugin"], &governed["profile"]),
+        (&"web_scraper".into(), &"default".into())
+    );
     assert_eq!(governed["file"], policy.path.as_str());
     assert_eq!(governed["digest"].as_str().map(str::len), Some(64));
 }
@@ -314,7 +325,8 @@ secrets:
 fn a_policy_says_what_may_be_connected_to(on: On) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let held = thread::spawn(move || listener.accept().map(|(mut stream, _)| stream.write_all(b"hello")));
+    let held =
+        thread::spawn(move || listener.accept().map(|(mut stream, _)| stream.write_all(b"hello")));
     let policy = on.policy(&format!(
         "sandbox: {{network: {{allowed_egress: ['localhost:{port}', '*.example.com:443']}}}}\n"
     ));
@@ -346,7 +358,10 @@ for host, port in ('localhost', {port}), ('127.0.0.1', {port}), ('192.0.2.1', 44
     except OSError: print(host, 'refused')"
     );
     let outcome = policy.python(&program).outcome();
-    assert_eq!(outcome.ok(), "localhost refused\n127.0.0.1 refused\n192.0.2.1 refused\nexample.com refused");
+    assert_eq!(
+        outcome.ok(),
+        "localhost refused\n127.0.0.1 refused\n192.0.2.1 refused\nexample.com refused"
+    );
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err(), "somebody has connected to the host's loopback");
 }
@@ -356,7 +371,11 @@ fn a_tier_that_the_policy_does_not_list_is_refused(on: On) {
     for other in [Runtime::Ironclaw, Runtime::Nanoclaw, Runtime::Nemoclaw] {
         if other != on.tier {
             let words = format!("does not accept the tier {other}");
-            policy.run().args(["--fallback", &other.to_string(), "--", "true"]).outcome().refused(&words);
+            policy
+                .run()
+                .args(["--fallback", &other.to_string(), "--", "true"])
+                .outcome()
+                .refused(&words);
         }
     }
 }

@@ -31,7 +31,8 @@ const CANARY: &str = "canary-8d1f02c97b";
 fn a_secret_is_read_from_the_file_its_variable_names(on: On) {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), "token", format!("{CANARY}\n")).unwrap();
-    for source in ["env:TOKEN_HERE".to_owned(), format!("file:{path}"), format!("exec:cat {path}")] {
+    for source in ["env:TOKEN_HERE".to_owned(), format!("file:{path}"), format!("exec:cat {path}")]
+    {
         let outcome = on
             .with("--secret")
             .arg(format!("API_TOKEN={source}"))
@@ -48,8 +49,11 @@ fn it_is_in_no_file_no_environment_and_no_command_line(on: On) {
                   cat /proc/cmdline /proc/[0-9]*/cmdline /proc/self/environ /proc/1/environ 2>/dev/null | tr '\\0' '\\n' | grep -c $p; env | grep -c $p; \
                   find / /work /tmp /run /dev/shm -xdev -type f 2>/dev/null | xargs -d '\\n' grep -ls $p; \
                   printf '%s:' $API_TOKEN_FILE; grep -c $p $API_TOKEN_FILE";
-    let outcome =
-        on.with("--secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", CANARY).outcome();
+    let outcome = on
+        .with("--secret API_TOKEN=env:API_TOKEN -- sh -c")
+        .arg(script)
+        .env("API_TOKEN", CANARY)
+        .outcome();
     let [lines, environment, file] = outcome.ok().split('\n').collect::<Vec<_>>()[..] else {
         panic!("found in a file: {outcome:?}")
     };
@@ -62,8 +66,11 @@ fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it(on: On) {
     let script = "echo x > $API_TOKEN_FILE; echo $?; cat $API_TOKEN_FILE; echo; echo up; sleep 600";
     // Another tier's may be in memory at the same time.
     let value = format!("{CANARY}-{}", std::process::id());
-    let mut running =
-        on.with("--secret API_TOKEN=env:API_TOKEN -- sh -c").arg(script).env("API_TOKEN", &value).spawn();
+    let mut running = on
+        .with("--secret API_TOKEN=env:API_TOKEN -- sh -c")
+        .arg(script)
+        .env("API_TOKEN", &value)
+        .spawn();
     assert_ne!(running.line(), "0");
     assert_eq!(running.line(), value);
     assert_eq!(running.line(), "up");
@@ -76,10 +83,15 @@ fn it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it(on: On) {
 
 fn in_the_environment_only_when_asked_for(on: On) {
     let args = "--secret API_TOKEN=env:API_TOKEN --secret-env API_TOKEN -- sh -c";
-    let outcome =
-        on.with(args).arg("echo $API_TOKEN; echo ${API_TOKEN_FILE-unset}").env("API_TOKEN", CANARY).outcome();
+    let outcome = on
+        .with(args)
+        .arg("echo $API_TOKEN; echo ${API_TOKEN_FILE-unset}")
+        .env("API_TOKEN", CANARY)
+        .outcome();
     assert_eq!(outcome.ok(), format!("{CANARY}\nunset"));
-    on.with("--secret-env API_TOKEN -- true").outcome().refused("there is no --secret API_TOKEN=SRC");
+    on.with("--secret-env API_TOKEN -- true")
+        .outcome()
+        .refused("there is no --secret API_TOKEN=SRC");
 }
 
 fn it_is_not_in_the_report(on: On) {
@@ -106,10 +118,15 @@ fn each_delivery_is_written_down_without_the_value(on: On) {
     assert!(!text.contains(CANARY), "{text}");
     let lines: Vec<serde_json::Value> =
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let told: Vec<_> =
-        lines.iter().map(|line| (&line["credentials"][0], &line["delivery"], &line["verdict"])).collect();
+    let told: Vec<_> = lines
+        .iter()
+        .map(|line| (&line["credentials"][0], &line["delivery"], &line["verdict"]))
+        .collect();
     let delivered = serde_json::Value::from("delivered");
-    assert_eq!(told, [(&"A".into(), &"memory".into(), &delivered), (&"B".into(), &"env".into(), &delivered)]);
+    assert_eq!(
+        told,
+        [(&"A".into(), &"memory".into(), &delivered), (&"B".into(), &"env".into(), &delivered)]
+    );
     on.with(options)
         .args(["/dev/full", "--", "true"])
         .env("TOKEN", CANARY)
@@ -120,14 +137,20 @@ fn each_delivery_is_written_down_without_the_value(on: On) {
 fn a_source_that_fails_stops_the_run_before_it_starts(on: On) {
     on.with("--secret T=env:CHITIN_NO_SUCH -- true").outcome().refused("CHITIN_NO_SUCH is not set");
     on.with("--secret T=file:/nonexistent -- true").outcome().refused("read /nonexistent");
-    on.with("--secret").arg("T=exec:exit 4").args(["--", "true"]).outcome().refused("`exit 4` failed");
+    on.with("--secret")
+        .arg("T=exec:exit 4")
+        .args(["--", "true"])
+        .outcome()
+        .refused("`exit 4` failed");
     on.with("--secret T=vault -- true").outcome().refused("env:VAR, file:PATH, exec:CMD");
     on.with("--secret 1T=env:HOME -- true").outcome().refused("environment variable");
 }
 
 /// A double of a vault whose engine issues a credential, as `issue` says it, and takes it back. Its address, and the requests as
 /// they come.
-fn vault(issue: impl Fn() -> (&'static str, String) + Send + 'static) -> (String, Receiver<String>) {
+fn vault(
+    issue: impl Fn() -> (&'static str, String) + Send + 'static,
+) -> (String, Receiver<String>) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let (said, asked) = channel();
@@ -139,7 +162,8 @@ fn vault(issue: impl Fn() -> (&'static str, String) + Send + 'static) -> (String
                 head.push_str(&line.to_ascii_lowercase());
                 line.clear();
             }
-            let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+            let length =
+                head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
             let mut body = vec![0; length.unwrap_or(0)];
             let _ = stream.read_exact(&mut body);
             let what = head.split(' ').take(2).collect::<Vec<_>>().join(" ");
@@ -149,8 +173,9 @@ fn vault(issue: impl Fn() -> (&'static str, String) + Send + 'static) -> (String
                 _ => ("404 Not Found", "{}".to_owned()),
             };
             let length = answer.len();
-            let reply =
-                format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{answer}");
+            let reply = format!(
+                "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{answer}"
+            );
             let _ = stream.get_mut().write_all(reply.as_bytes());
             let _ = said.send(what);
         }
@@ -167,7 +192,9 @@ fn lease(seconds: u32, renewable: bool, value: &str) -> String {
 fn an_interrupt_gives_back_what_was_issued_whenever_it_comes(on: On) {
     let (address, asked) = vault(|| ("200 OK", lease(600, true, CANARY)));
     let wait_for = |what: &str| {
-        while asked.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("no {what}")) != what {}
+        while asked.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("no {what}"))
+            != what
+        {}
     };
     // While another source is asked; while it boots; while the workload runs.
     for (more, pause) in
@@ -225,7 +252,10 @@ print(subprocess.run(['sh', '-c', 'wc -c < $A_FILE'], close_fds=False, stdout=su
         .env("VAULT_TOKEN", "t")
         .spawn();
     let (first, second) = (running.line(), running.line());
-    assert!(first.starts_with(CANARY) && second.starts_with(CANARY) && first < second, "{first} {second}");
+    assert!(
+        first.starts_with(CANARY) && second.starts_with(CANARY) && first < second,
+        "{first} {second}"
+    );
     over.store(true, Ordering::Relaxed);
     let mut last = second;
     while !last.is_empty() {
@@ -245,8 +275,15 @@ print(subprocess.run(['sh', '-c', 'wc -c < $A_FILE'], close_fds=False, stdout=su
     let lines: Vec<serde_json::Value> =
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let (last, before) = lines.split_last().unwrap();
-    assert!(before.len() >= 2 && before.iter().all(|line| line["verdict"] == "delivered"), "{text}");
-    assert_eq!((&last["verdict"], &last["credentials"][0]), (&"revoked".into(), &"A".into()), "{text}");
+    assert!(
+        before.len() >= 2 && before.iter().all(|line| line["verdict"] == "delivered"),
+        "{text}"
+    );
+    assert_eq!(
+        (&last["verdict"], &last["credentials"][0]),
+        (&"revoked".into(), &"A".into()),
+        "{text}"
+    );
     assert!(lines.iter().all(|line| line["delivery"] == "memory"), "{text}");
 }
 
@@ -258,10 +295,18 @@ fn one_is_taken_back_from_whoever_has_it(on: On) {
         let dir = tempfile::tempdir().unwrap();
         let path = file(dir.path(), "token", CANARY).unwrap();
         let source = || chitin::SecretSource::File((&path).into());
-        let in_environment =
-            chitin::SecretSpec { name: "B".into(), source: source(), delivery: chitin::Delivery::Env };
-        let sandbox =
-            builder().tier(on.tier).secret("A", source()).secret_spec(in_environment).start().await.unwrap();
+        let in_environment = chitin::SecretSpec {
+            name: "B".into(),
+            source: source(),
+            delivery: chitin::Delivery::Env,
+        };
+        let sandbox = builder()
+            .tier(on.tier)
+            .secret("A", source())
+            .secret_spec(in_environment)
+            .start()
+            .await
+            .unwrap();
         let script = "while read line; do wc -c < $A_FILE; done";
         let mut holds = sandbox.command("sh").args(["-c", script]).piped_stdin().spawn().unwrap();
         let (mut stdin, stdout) = (holds.stdin.take().unwrap(), holds.stdout.take().unwrap());
@@ -277,8 +322,12 @@ fn one_is_taken_back_from_whoever_has_it(on: On) {
         let error = sandbox.revoke("C").await.unwrap_err().to_string();
         assert_eq!(error, "secret C: there is no credential of that name in the sandbox");
         assert_eq!(ask().await, "0");
-        let later =
-            sandbox.command("sh").args(["-c", "echo ${A_FILE-none} ${B-none}"]).output().await.unwrap();
+        let later = sandbox
+            .command("sh")
+            .args(["-c", "echo ${A_FILE-none} ${B-none}"])
+            .output()
+            .await
+            .unwrap();
         assert_eq!(later.stdout, b"none none\n");
         sandbox.stop().await.unwrap();
     });

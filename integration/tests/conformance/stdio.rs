@@ -46,7 +46,10 @@ fn output_and_errors_are_told_apart(on: On) {
 fn both_outputs_flow_at_once(on: On) {
     let script = "yes out | head -c 3000000 & yes err | head -c 3000000 >&2; wait";
     let outcome = on.sh(script).outcome();
-    assert_eq!((outcome.code, outcome.stdout.len(), outcome.stderr.len()), (0, 3_000_000, 3_000_000));
+    assert_eq!(
+        (outcome.code, outcome.stdout.len(), outcome.stderr.len()),
+        (0, 3_000_000, 3_000_000)
+    );
     assert!(outcome.stdout.chunks(4).all(|line| line == b"out\n"));
     assert!(outcome.stderr.as_bytes().chunks(4).all(|line| line == b"err\n"));
 }
@@ -58,7 +61,13 @@ fn errors_are_as_binary_as_output(on: On) {
     let written = data.clone();
     let writer = thread::spawn(move || stdin.write_all(&written));
     let mut seen = Vec::new();
-    running.child.stderr.take().expect("stderr is piped").read_to_end(&mut seen).expect("read stderr");
+    running
+        .child
+        .stderr
+        .take()
+        .expect("stderr is piped")
+        .read_to_end(&mut seen)
+        .expect("read stderr");
     writer.join().expect("write stdin").expect("write stdin");
     assert_eq!(running.wait(), 0);
     assert!(seen == data, "{} bytes", seen.len());
@@ -104,7 +113,13 @@ fn a_reader_that_is_slow_misses_nothing(on: On) {
     // More than any buffer on the way holds, long enough for the workload to have met the end of them.
     thread::sleep(std::time::Duration::from_secs(2));
     let mut seen = Vec::new();
-    running.child.stdout.take().expect("stdout is piped").read_to_end(&mut seen).expect("read stdout");
+    running
+        .child
+        .stdout
+        .take()
+        .expect("stdout is piped")
+        .read_to_end(&mut seen)
+        .expect("read stdout");
     assert_eq!(running.wait(), 0);
     assert!(seen.len() == 2_000_004 && seen.ends_with(b"\0end\n"), "{} bytes", seen.len());
 }
@@ -114,5 +129,8 @@ fn a_background_process_does_not_hold_the_run(on: On) {
 }
 
 fn the_standard_streams_are_no_terminal(on: On) {
-    assert_eq!(on.sh("for fd in 0 1 2; do test -t $fd && echo $fd; done; echo none").outcome().ok(), "none");
+    assert_eq!(
+        on.sh("for fd in 0 1 2; do test -t $fd && echo $fd; done; echo none").outcome().ok(),
+        "none"
+    );
 }

@@ -100,7 +100,8 @@ pub async fn audit(builder: &Builder, mut done: impl FnMut(&Chosen, Finding)) ->
 
 /// Says whether somebody who was not attacked still answers.
 async fn alive(who: &str, sandbox: &Sandbox) -> Attack {
-    let answer = tokio::time::timeout(PROBE_LIMIT, sandbox.command(crate::ECHO).arg("alive").output()).await;
+    let answer =
+        tokio::time::timeout(PROBE_LIMIT, sandbox.command(crate::ECHO).arg("alive").output()).await;
     let answers = matches!(&answer, Ok(Ok(output)) if output.stdout == b"alive\n");
     let seen = if answers { "it answers" } else { "it does not answer" };
     Attack { tried: format!("disturb {who}"), succeeded: !answers, seen: seen.into() }
@@ -109,7 +110,9 @@ async fn alive(who: &str, sandbox: &Sandbox) -> Attack {
 fn judge(property: &Property, wall: Wall, attacks: Vec<Attack>) -> Finding {
     let said = |succeeded: bool| {
         let list = attacks.iter().filter(move |attack| attack.succeeded == succeeded);
-        list.map(|attack| format!("{}: {}", attack.tried, attack.seen)).collect::<Vec<_>>().join("; ")
+        list.map(|attack| format!("{}: {}", attack.tried, attack.seen))
+            .collect::<Vec<_>>()
+            .join("; ")
     };
     let (verdict, evidence) = match property.exemption(wall) {
         Some(reason) => (Verdict::NotPromised, reason.to_owned()),
@@ -140,8 +143,10 @@ impl Scene {
         let mark = format!("chitin-audit-{}", random()?);
         let canary = format!("chitin-canary-{}", random()?);
 
-        let file =
-            tempfile::Builder::new().prefix(&mark).tempfile().map_err(host("make a file to be found"))?;
+        let file = tempfile::Builder::new()
+            .prefix(&mark)
+            .tempfile()
+            .map_err(host("make a file to be found"))?;
         let process = tokio::process::Command::new("sleep")
             .arg0(&mark)
             .arg("3600")
@@ -154,8 +159,9 @@ impl Scene {
         let (mut addresses, mut listeners) = (Vec::new(), Vec::new());
         let reached = Arc::new(AtomicBool::new(false));
         for address in own_addresses() {
-            let listener =
-                TcpListener::bind(SocketAddr::new(address, 0)).await.map_err(host("listen to be reached"))?;
+            let listener = TcpListener::bind(SocketAddr::new(address, 0))
+                .await
+                .map_err(host("listen to be reached"))?;
             let bound = listener.local_addr().map_err(host("listen to be reached"))?;
             addresses.push((bound.ip().to_string(), bound.port()));
             let reached = reached.clone();
@@ -219,16 +225,25 @@ impl Scene {
             .collect();
         let failed = match ended {
             Ok(Ok((Exit::Code(0), _))) => None,
-            Ok(Ok(_) | Err(_)) if property.setting == Setting::Destructive && !attacks.is_empty() => None,
-            Ok(Ok((exit, _))) => Some(format!("{exit:?}: {}", stderr.lines().last().unwrap_or_default())),
+            Ok(Ok(_) | Err(_))
+                if property.setting == Setting::Destructive && !attacks.is_empty() =>
+            {
+                None
+            }
+            Ok(Ok((exit, _))) => {
+                Some(format!("{exit:?}: {}", stderr.lines().last().unwrap_or_default()))
+            }
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some(format!("has not ended within {PROBE_LIMIT:?}")),
         };
         if let Some(what) = failed {
-            return Err(Error::Audit { what: format!("the probe of `{}` failed: {what}", property.name) });
+            return Err(Error::Audit {
+                what: format!("the probe of `{}` failed: {what}", property.name),
+            });
         }
         if self.reached.swap(false, Ordering::Relaxed) {
-            let (tried, seen) = ("reach the host".to_owned(), "the host was connected to".to_owned());
+            let (tried, seen) =
+                ("reach the host".to_owned(), "the host was connected to".to_owned());
             attacks.push(Attack { tried, succeeded: true, seen });
         }
         Ok(attacks)

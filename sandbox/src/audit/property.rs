@@ -49,7 +49,9 @@ impl Wall {
     pub fn of(chosen: &Chosen) -> Wall {
         match chosen.tier {
             Runtime::Ironclaw => Wall::Kvm,
-            Runtime::Nanoclaw if chosen.capabilities.implementation.starts_with("runsc") => Wall::Gvisor,
+            Runtime::Nanoclaw if chosen.capabilities.implementation.starts_with("runsc") => {
+                Wall::Gvisor
+            }
             Runtime::Nanoclaw | Runtime::Nemoclaw => Wall::Namespaces,
         }
     }
@@ -94,12 +96,23 @@ pub const PROPERTIES: [Property; 19] = [
         "It does not reach a sandbox beside it: by port, socket, file or shared memory.",
     ),
     alone("credentials", "credentials", "It cannot find a credential of another sandbox."),
-    alone("capabilities", "capabilities", "It has no capability but to bind low ports, and gains none."),
+    alone(
+        "capabilities",
+        "capabilities",
+        "It has no capability but to bind low ports, and gains none.",
+    ),
     alone("mounts", "mounts", "It can mount and unmount nothing, nor change its root."),
-    alone("kernel modules", "modules", "It can load neither modules nor kernels, nor open physical memory."),
+    alone(
+        "kernel modules",
+        "modules",
+        "It can load neither modules nor kernels, nor open physical memory.",
+    ),
     alone("agent", "agent", "It can neither trace, read nor kill the agent."),
     Property {
-        exempt: &[(Wall::Gvisor, "its kernel shows them to everybody, and there is nothing secret in them")],
+        exempt: &[(
+            Wall::Gvisor,
+            "its kernel shows them to everybody, and there is nothing secret in them",
+        )],
         ..alone(
             "agent's outlines",
             "outlines",
@@ -143,7 +156,8 @@ pub fn document() -> String {
          sandbox and says what held. The tier `ironclaw` is a microVM; `nanoclaw` is gVisor, or a container where that is missing, and\n\
          then it says so; `nemoclaw` is a container.\n\n",
     );
-    let _ = writeln!(text, "| property | the workload | {} |", Wall::ALL.map(Wall::name).join(" | "));
+    let _ =
+        writeln!(text, "| property | the workload | {} |", Wall::ALL.map(Wall::name).join(" | "));
     let _ = writeln!(text, "|---|---|{}", "---|".repeat(Wall::ALL.len()));
     for property in &PROPERTIES {
         let promise = |wall| match property.exemption(wall) {

@@ -91,7 +91,8 @@ impl Held {
     /// `lease`: until when the source vouches for them.
     fn new(keys: Keys, lease: Option<Instant>) -> Held {
         let until = [keys.until, lease.map(wall)].into_iter().flatten().min();
-        let good = until.map(|until| (until, until.duration_since(SystemTime::now()).unwrap_or_default()));
+        let good =
+            until.map(|until| (until, until.duration_since(SystemTime::now()).unwrap_or_default()));
         Held { keys, read: Instant::now(), good }
     }
 
@@ -150,7 +151,9 @@ impl Endpoint {
     ) -> Result<Endpoint, String> {
         let mut made = || {
             let mut bytes = Zeroizing::new([0; RANDOM]);
-            random(&mut *bytes).map_err(|error| format!("get random bytes: {error}")).map(|()| bytes)
+            random(&mut *bytes)
+                .map_err(|error| format!("get random bytes: {error}"))
+                .map(|()| bytes)
         };
         let (key, token) = (made()?, made()?);
         let token = SecretValue::hold(Zeroizing::new(base64(&*token, true)), false)?;
@@ -246,7 +249,10 @@ impl Endpoint {
         }
         // A page in a browser that was led here by a name of its own has that name here.
         let named = header(headers, HOST.as_str());
-        if !["127.0.0.1", "localhost"].iter().any(|name| named == format!("{name}:{PORT}").as_bytes()) {
+        if !["127.0.0.1", "localhost"]
+            .iter()
+            .any(|name| named == format!("{name}:{PORT}").as_bytes())
+        {
             return refused(StatusCode::FORBIDDEN, "the request was for another host");
         }
         // Only a proxy sets it, and a proxy asks for somebody else: AWS's own service refuses it as well.
@@ -273,10 +279,15 @@ impl Endpoint {
                 );
             }
             return match path.strip_prefix(META.trim_end_matches('/')) {
-                _ if method != Method::GET => (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None),
+                _ if method != Method::GET => {
+                    (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None)
+                }
                 Some("" | "/") => (text(StatusCode::OK, &self.spec.name), None),
                 Some(role) if role.strip_prefix('/') == Some(&self.spec.name) => self.give().await,
-                _ => (text(StatusCode::NOT_FOUND, "there is nothing here but the keys of one role"), None),
+                _ => (
+                    text(StatusCode::NOT_FOUND, "there is nothing here but the keys of one role"),
+                    None,
+                ),
             };
         }
         (text(StatusCode::NOT_FOUND, "there is nothing here"), None)
@@ -294,7 +305,9 @@ impl Endpoint {
             }
             Ok((document, trouble)) => {
                 let mut response = Response::new(Full::new(Bytes::from_owner(document)));
-                response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                response
+                    .headers_mut()
+                    .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
                 (response, Some(Fetched::Given { trouble }))
             }
             Err(why) => {
@@ -342,7 +355,9 @@ impl Endpoint {
                         Some(name) => {
                             let field = fields.iter().find(|(field, _)| field == name);
                             Keys::from_json(
-                                field.and_then(|(_, value)| value.as_deref()).map_or(&[], Vec::as_slice),
+                                field
+                                    .and_then(|(_, value)| value.as_deref())
+                                    .map_or(&[], Vec::as_slice),
                             )
                         }
                     };
@@ -358,8 +373,10 @@ impl Endpoint {
             SecretSource::Exec(_) | SecretSource::Vault(_) => old,
         };
         if again {
-            let value = self.spec.fetch(&mut Vault::default()).await.map_err(|error| error.to_string())?;
-            let keys = Keys::from_json(value.to_bytes().expose()).map_err(|error| error.to_string())?;
+            let value =
+                self.spec.fetch(&mut Vault::default()).await.map_err(|error| error.to_string())?;
+            let keys =
+                Keys::from_json(value.to_bytes().expose()).map_err(|error| error.to_string())?;
             *held = Held::new(keys, None);
         }
         Ok(())
@@ -382,12 +399,15 @@ impl Endpoint {
         if method != Method::PUT {
             return text(StatusCode::METHOD_NOT_ALLOWED, "PUT only");
         }
-        let ttl = std::str::from_utf8(header(headers, META_TTL)).ok().and_then(|ttl| ttl.parse().ok());
+        let ttl =
+            std::str::from_utf8(header(headers, META_TTL)).ok().and_then(|ttl| ttl.parse().ok());
         let Some(ttl) = ttl.filter(|ttl| (1..=MAX_TTL).contains(ttl)) else {
             return text(StatusCode::BAD_REQUEST, "a token lives for 1 to 21600 seconds");
         };
         let end = (seconds() + ttl).to_be_bytes();
-        let Some(mac) = self.mac(&end) else { return text(StatusCode::INTERNAL_SERVER_ERROR, "no token") };
+        let Some(mac) = self.mac(&end) else {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "no token");
+        };
         let token = base64(&[&end[..], &mac.finalize().into_bytes()].concat(), false);
         let mut response = Response::new(Full::new(Bytes::from(token)));
         response.headers_mut().insert(META_TTL, HeaderValue::from(ttl));

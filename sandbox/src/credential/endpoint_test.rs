@@ -5,13 +5,16 @@ use super::*;
 const CANARY: &str = "canary-3c7d19a0+b/e";
 
 fn json(until: &str) -> String {
-    let until = if until.is_empty() { String::new() } else { format!(r#","Expiration":"{until}""#) };
+    let until =
+        if until.is_empty() { String::new() } else { format!(r#","Expiration":"{until}""#) };
     format!(r#"{{"AccessKeyId":"ASIA1","SecretAccessKey":"{CANARY}","SessionToken":"t"{until}}}"#)
 }
 
 fn endpoint(source: &str, keys: &str) -> Arc<Endpoint> {
-    let spec =
-        SecretSpec { delivery: super::super::Delivery::Endpoint, ..format!("AWS={source}").parse().unwrap() };
+    let spec = SecretSpec {
+        delivery: super::super::Delivery::Endpoint,
+        ..format!("AWS={source}").parse().unwrap()
+    };
     let keys = Keys::from_json(keys.as_bytes()).unwrap();
     let mut count = 0;
     let random = |bytes: &mut [u8]| {
@@ -60,9 +63,14 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
 
     let wrong = format!("{right}x");
     let short = &right[..right.len() - 1];
-    for lines in [&[CONTAINER][..], &[CONTAINER, &wrong], &[CONTAINER, short], &[CONTAINER, &right, &right]] {
+    for lines in
+        [&[CONTAINER][..], &[CONTAINER, &wrong], &[CONTAINER, short], &[CONTAINER, &right, &right]]
+    {
         let (status, body, outcome) = ask(&endpoint, lines).await;
-        assert_eq!((status, outcome), (401, Some(Fetched::Refused("the authorization token is not right"))));
+        assert_eq!(
+            (status, outcome),
+            (401, Some(Fetched::Refused("the authorization token is not right")))
+        );
         assert!(!body.contains("canary"), "{body}");
     }
     // The metadata's token is another thing.
@@ -73,7 +81,10 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
     for host in ["evil.example:9911", "127.0.0.1", "127.0.0.1:80"] {
         let host = format!("Host: {host}");
         let (status, _, outcome) = ask(&endpoint, &[CONTAINER, &right, &host]).await;
-        assert_eq!((status, outcome), (403, Some(Fetched::Refused("the request was for another host"))));
+        assert_eq!(
+            (status, outcome),
+            (403, Some(Fetched::Refused("the request was for another host")))
+        );
     }
     let (status, ..) = ask(&endpoint, &[CONTAINER, &right, "X-Forwarded-For: 1.1.1.1"]).await;
     assert_eq!(status, 403);
@@ -116,7 +127,11 @@ async fn metadata_is_version_2_and_no_other() {
         "/latest/meta-data/iam/security-credentialsAWS",
         "/latest/user-data",
     ] {
-        assert_eq!(ask(&endpoint, &[&format!("GET {path} HTTP/1.1"), &right]).await.0, 404, "{path}");
+        assert_eq!(
+            ask(&endpoint, &[&format!("GET {path} HTTP/1.1"), &right]).await.0,
+            404,
+            "{path}"
+        );
     }
 
     // Version 1 has no token.
@@ -134,7 +149,8 @@ async fn metadata_is_version_2_and_no_other() {
     }
     // One that is over: the same key would have made it.
     let end = (seconds() - 1).to_be_bytes();
-    let over = base64(&[&end[..], &endpoint.mac(&end).unwrap().finalize().into_bytes()].concat(), false);
+    let over =
+        base64(&[&end[..], &endpoint.mac(&end).unwrap().finalize().into_bytes()].concat(), false);
     let over = format!("X-aws-ec2-metadata-token: {}", String::from_utf8(over).unwrap());
     assert_eq!(ask(&endpoint, &[keys, &over]).await.0, 401);
 }
@@ -171,8 +187,14 @@ async fn keys_whose_time_is_over_are_not_given() {
     assert!(status == 200 && body.contains(&soon), "{status} {body}");
     tokio::time::sleep(Duration::from_millis(2100)).await;
     let (status, body, outcome) = ask(&endpoint, &[CONTAINER, &right]).await;
-    assert_eq!((status, body.as_str()), (503, "the source of the credential has none that is good"));
-    assert_eq!(outcome, Some(Fetched::Failed("secret AWS: `exit 3` failed: exit status: 3".into())));
+    assert_eq!(
+        (status, body.as_str()),
+        (503, "the source of the credential has none that is good")
+    );
+    assert_eq!(
+        outcome,
+        Some(Fetched::Failed("secret AWS: `exit 3` failed: exit status: 3".into()))
+    );
 }
 
 #[tokio::test]

@@ -78,15 +78,20 @@ impl Handed {
         let mut troubles = Vec::new();
         while let Some(change) = changes.recv().await {
             for bound in self.bound.iter().filter(|bound| bound.source.place() == change.what) {
-                let revoked =
-                    self.revoked.lock().unwrap_or_else(PoisonError::into_inner).contains(&bound.name);
+                let revoked = self
+                    .revoked
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .contains(&bound.name);
                 let followed = match revoked {
                     true => Ok(()),
                     false => self.change(bound, &change).await,
                 };
                 match followed {
                     // There is nothing any more to take it back from.
-                    Err(Error::Stopped | Error::Timeout { .. } | Error::GuestEnded(_)) => return troubles,
+                    Err(Error::Stopped | Error::Timeout { .. } | Error::GuestEnded(_)) => {
+                        return troubles;
+                    }
                     Err(error) => troubles.push(error.to_string()),
                     Ok(()) => {}
                 }
@@ -114,7 +119,9 @@ impl Handed {
         let failed = |reason| Error::Secret { name: name.to_owned(), reason };
         let how = self.how(name).ok_or_else(|| failed("it was not handed over".into()))?;
         // What cannot be written down is not done.
-        self.audit.deliver(name, how).map_err(|error| failed(format!("write the audit: {error}")))?;
+        self.audit
+            .deliver(name, how)
+            .map_err(|error| failed(format!("write the audit: {error}")))?;
         let delivery = match how {
             Way::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };

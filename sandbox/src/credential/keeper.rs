@@ -81,7 +81,11 @@ impl fmt::Debug for Keeper {
 
 impl Keeper {
     /// Begins. What was read at the places of `followed` is issued anew when it cannot be renewed, and told of.
-    pub fn start(session: Session, issued: Vec<Issued>, followed: BTreeMap<String, VaultSource>) -> Keeper {
+    pub fn start(
+        session: Session,
+        issued: Vec<Issued>,
+        followed: BTreeMap<String, VaultSource>,
+    ) -> Keeper {
         let (stop, stopped) = oneshot::channel();
         // Whoever asks waits for the answer.
         let (asks, asked) = mpsc::channel(1);
@@ -182,7 +186,14 @@ struct Term {
 
 impl Term {
     fn new(lease: Lease) -> Term {
-        Term { next: when(&lease), whole: lease.ttl, lease, failing: false, succeeded: false, told: false }
+        Term {
+            next: when(&lease),
+            whole: lease.ttl,
+            lease,
+            failing: false,
+            succeeded: false,
+            told: false,
+        }
     }
 
     fn renew(&mut self, lease: Lease) {
@@ -191,8 +202,12 @@ impl Term {
 
     /// What to say of one that was over before it was needed no longer.
     fn over(&self, what: &str) -> Option<String> {
-        let since = Instant::now().checked_duration_since(self.lease.until).filter(|_| !self.succeeded)?;
-        Some(format!("{what} was good until {} s before the end, and could not be renewed", since.as_secs()))
+        let since =
+            Instant::now().checked_duration_since(self.lease.until).filter(|_| !self.succeeded)?;
+        Some(format!(
+            "{what} was good until {} s before the end, and could not be renewed",
+            since.as_secs()
+        ))
     }
 
     /// When there is something to be done; `anew`: whether something can where it is not renewed.
@@ -216,7 +231,10 @@ impl Term {
         let left = self.lease.until.saturating_duration_since(now);
         if !self.failing && troubles.len() < MAX_TROUBLES {
             self.failing = true;
-            troubles.push(format!("renew {what}, which is good for {} s more: {error}", left.as_secs()));
+            troubles.push(format!(
+                "renew {what}, which is good for {} s more: {error}",
+                left.as_secs()
+            ));
         }
         self.next = match left.is_zero() {
             true => now + OVER_PAUSE,
@@ -304,7 +322,9 @@ impl Keeping {
         // One that does not answer does not log in either.
         let there = !matches!(
             error,
-            VaultError::Unreachable { .. } | VaultError::Sealed { .. } | VaultError::Redirect { .. }
+            VaultError::Unreachable { .. }
+                | VaultError::Sealed { .. }
+                | VaultError::Redirect { .. }
         );
         if role && (there || term.told) {
             match self.session.log_in_again().await {
@@ -317,7 +337,8 @@ impl Keeping {
             // It ends when it ends.
             return;
         }
-        if term.fail(TOKEN, &error, &mut self.troubles) && !std::mem::replace(&mut term.told, true) {
+        if term.fail(TOKEN, &error, &mut self.troubles) && !std::mem::replace(&mut term.told, true)
+        {
             // With it is over whatever was issued to it.
             let until = term.lease.until;
             self.ends_by(until);
@@ -344,7 +365,9 @@ impl Keeping {
 
     /// Renews a lease, or has what it is of issued anew.
     async fn tend_lease(&mut self, at: usize) {
-        let Some((Issued { what, id, lease }, Some(term))) = self.leases.get_mut(at) else { return };
+        let Some((Issued { what, id, lease }, Some(term))) = self.leases.get_mut(at) else {
+            return;
+        };
         let source = self.followed.get(what).cloned();
         if Term::due(Some(term), source.is_some()).is_none_or(|due| due > Instant::now()) {
             return;
@@ -352,7 +375,9 @@ impl Keeping {
         let mut error = VaultError::NoLonger;
         if term.lease.renewable {
             match self.session.renew_lease(id, *lease).await {
-                Ok(Some(lease)) if term.is_enough(&lease, source.is_some()) => return term.renew(lease),
+                Ok(Some(lease)) if term.is_enough(&lease, source.is_some()) => {
+                    return term.renew(lease);
+                }
                 Ok(Some(lease)) => term.is_last(lease),
                 // The server knows no leases, or this one does not end.
                 Ok(None) => {
@@ -402,7 +427,10 @@ impl Keeping {
     }
 
     /// Has a secret issued anew, in place of what was issued before, and tells of it.
-    async fn read_again(&mut self, source: &VaultSource) -> Result<(Fields, Option<Instant>), VaultError> {
+    async fn read_again(
+        &mut self,
+        source: &VaultSource,
+    ) -> Result<(Fields, Option<Instant>), VaultError> {
         let Read { fields, lease } = self.session.read(source).await?;
         let what = source.place();
         // What is over needs no giving back, and what has a successor no renewing.
@@ -439,11 +467,14 @@ impl Keeping {
         };
         match tokio::time::timeout(REVOKE_LIMIT, revoking).await {
             Ok(errors) => {
-                troubles.extend(errors.iter().map(|error| format!("give credentials back: {error}")));
+                troubles
+                    .extend(errors.iter().map(|error| format!("give credentials back: {error}")));
             }
             Err(_) => {
                 let limit = REVOKE_LIMIT.as_secs();
-                troubles.push(format!("give credentials back: the vault has not done it within {limit} s"));
+                troubles.push(format!(
+                    "give credentials back: the vault has not done it within {limit} s"
+                ));
             }
         }
         troubles

@@ -11,7 +11,8 @@ use crate::secret::SecretValue;
 /// As SDKs, Vault's AWS engine and credentials files spell it.
 const ID: [&str; 3] = ["AccessKeyId", "access_key", "aws_access_key_id"];
 const SECRET: [&str; 3] = ["SecretAccessKey", "secret_key", "aws_secret_access_key"];
-const TOKEN: [&str; 5] = ["SessionToken", "Token", "session_token", "security_token", "aws_session_token"];
+const TOKEN: [&str; 5] =
+    ["SessionToken", "Token", "session_token", "security_token", "aws_session_token"];
 const EXPIRATION: [&str; 2] = ["Expiration", "expiration"];
 
 /// Why there are no keys. No message holds a value.
@@ -55,7 +56,9 @@ impl Keys {
     }
 
     fn of<'a>(find: impl Fn(&str) -> Option<&'a str>) -> Result<Keys, KeysError> {
-        let any = |names: &[&str]| names.iter().find_map(|name| find(name)).filter(|value| !value.is_empty());
+        let any = |names: &[&str]| {
+            names.iter().find_map(|name| find(name)).filter(|value| !value.is_empty())
+        };
         let id = any(&ID).ok_or(KeysError::Missing(ID[0]))?;
         let secret = any(&SECRET).ok_or(KeysError::Missing(SECRET[0]))?;
         // Users' own keys have none, and SDKs take an empty one for none.
@@ -119,7 +122,11 @@ mod tests {
             let document = parsed(&keys);
             assert_eq!(document["AccessKeyId"], "AKIA1", "{text}");
             assert_eq!(document["SecretAccessKey"], "s\"/+ü", "{text}");
-            assert_eq!((&document["Token"], &document["Code"]), (&"t".into(), &"Success".into()), "{text}");
+            assert_eq!(
+                (&document["Token"], &document["Code"]),
+                (&"t".into(), &"Success".into()),
+                "{text}"
+            );
             assert_eq!(document["Expiration"], "2023-11-14T22:14:20Z");
             assert_eq!(document["LastUpdated"], "2023-11-14T22:13:20Z");
             assert_eq!(keys.until, Some(humantime::parse_rfc3339("2026-11-28T01:00:00Z").unwrap()));
@@ -146,8 +153,14 @@ mod tests {
             assert_eq!(refused(text), object);
         }
         assert_eq!(refused(r#"{"SecretAccessKey":"canary"}"#), "it has no `AccessKeyId`");
-        assert_eq!(refused(r#"{"AccessKeyId":"a","secret_key":""}"#), "it has no `SecretAccessKey`");
-        assert_eq!(refused(r#"{"AccessKeyId":["canary"],"secret_key":"s"}"#), "it has no `AccessKeyId`");
+        assert_eq!(
+            refused(r#"{"AccessKeyId":"a","secret_key":""}"#),
+            "it has no `SecretAccessKey`"
+        );
+        assert_eq!(
+            refused(r#"{"AccessKeyId":["canary"],"secret_key":"s"}"#),
+            "it has no `AccessKeyId`"
+        );
         let error = refused(r#"{"AccessKeyId":"a","secret_key":"s","Expiration":"canary"}"#);
         assert_eq!(error, "its `Expiration` is no time such as 2026-11-27T17:20:04Z");
     }

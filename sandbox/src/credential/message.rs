@@ -8,8 +8,8 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderValue,
-    PROXY_AUTHORIZATION, TRANSFER_ENCODING,
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderMap,
+    HeaderValue, PROXY_AUTHORIZATION, TRANSFER_ENCODING,
 };
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
@@ -61,8 +61,9 @@ impl Place {
         F: Future<Output = hyper::Result<Response<Incoming>>>,
     {
         let version = request.version();
-        let upgrade = (version == Version::HTTP_11 && request.headers().contains_key(http::header::UPGRADE))
-            .then(|| hyper::upgrade::on(&mut request));
+        let upgrade = (version == Version::HTTP_11
+            && request.headers().contains_key(http::header::UPGRADE))
+        .then(|| hyper::upgrade::on(&mut request));
         let answered = match self.rewrite(request).await {
             Ok(request) => {
                 self.account.tally().requests += 1;
@@ -84,17 +85,24 @@ impl Place {
             *response.status_mut() = status;
             // What is left of a request that was not read must not be taken for the next one.
             if version < Version::HTTP_2 {
-                response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+                response
+                    .headers_mut()
+                    .insert(http::header::CONNECTION, HeaderValue::from_static("close"));
             }
             response
         })
     }
 
     /// The request as it goes out.
-    async fn rewrite(self: &Arc<Place>, request: Request<Incoming>) -> Result<Request<Piece>, Blocked> {
+    async fn rewrite(
+        self: &Arc<Place>,
+        request: Request<Incoming>,
+    ) -> Result<Request<Piece>, Blocked> {
         let (mut head, body) = request.into_parts();
         if head.method == Method::CONNECT {
-            return Err(Blocked::forbidden("CONNECT is for proxies, and this is an endpoint".into()));
+            return Err(Blocked::forbidden(
+                "CONNECT is for proxies, and this is an endpoint".into(),
+            ));
         }
         self.check_host(&head.uri, &head.headers)?;
         head.uri = self.rewrite_uri(&head.uri)?;
@@ -105,7 +113,8 @@ impl Place {
         if head.headers.remove(TRANSFER_ENCODING).is_some() {
             head.headers.remove(CONTENT_LENGTH);
         }
-        let replaces = |credential: &Credential| credential.body && credential.is_for(&self.host, self.port);
+        let replaces =
+            |credential: &Credential| credential.body && credential.is_for(&self.host, self.port);
         let body = if self.proxy.credentials.iter().any(replaces) {
             let permit = self.proxy.held.clone().acquire_owned().await;
             let whole = Limited::new(body, MAX_BODY).collect().await.map_err(|_| Blocked {
@@ -113,8 +122,12 @@ impl Place {
                 why: "a body over 1 MiB, to a host where placeholders are replaced in bodies, or one that broke off".into(),
             })?;
             let bytes = Zeroizing::new(whole.to_bytes().to_vec());
-            let bytes =
-                self.replace(&bytes, "the body", |credential| credential.body, |value| value.to_vec())?;
+            let bytes = self.replace(
+                &bytes,
+                "the body",
+                |credential| credential.body,
+                |value| value.to_vec(),
+            )?;
             if head.headers.contains_key(CONTENT_LENGTH) {
                 head.headers.insert(CONTENT_LENGTH, HeaderValue::from(bytes.len()));
             }
@@ -141,12 +154,15 @@ impl Place {
         if hosts.next().is_some() || uri.authority().is_none() && named.is_none() {
             return wrong();
         }
-        let mut names = uri.authority().map(|authority| authority.as_str()).into_iter().chain(named);
+        let mut names =
+            uri.authority().map(|authority| authority.as_str()).into_iter().chain(named);
         let ours = |name: &str| {
-            let (host, port) = name.split_once(':').map_or((name, None), |(host, port)| (host, Some(port)));
+            let (host, port) =
+                name.split_once(':').map_or((name, None), |(host, port)| (host, Some(port)));
             let port = port.map_or(Some(443), |port| port.parse().ok());
             // A port that is not named is 443, or left out by a client that does so for all.
-            host.eq_ignore_ascii_case(&self.host) && (port == Some(self.port) || !name.contains(':'))
+            host.eq_ignore_ascii_case(&self.host)
+                && (port == Some(self.port) || !name.contains(':'))
         };
         if names.all(ours) { Ok(()) } else { wrong() }
     }
@@ -156,18 +172,24 @@ impl Place {
             return Err(self.misplaced(credential, "the path"));
         }
         let Some(query) = uri.query() else { return Ok(uri.clone()) };
-        let replaced =
-            self.replace(query.as_bytes(), "the query", |credential| credential.query, percent_encoded)?;
+        let replaced = self.replace(
+            query.as_bytes(),
+            "the query",
+            |credential| credential.query,
+            percent_encoded,
+        )?;
         let text = [uri.path().as_bytes(), b"?", &replaced].concat();
         let mut parts = uri.clone().into_parts();
         let invalid = |_| Blocked::forbidden("the query does not fit a URL".into());
         parts.path_and_query = Some(PathAndQuery::try_from(text).map_err(invalid)?);
-        Uri::from_parts(parts).map_err(|_| Blocked::forbidden("the query does not fit a URL".into()))
+        Uri::from_parts(parts)
+            .map_err(|_| Blocked::forbidden("the query does not fit a URL".into()))
     }
 
     fn rewrite_headers(&self, headers: &mut HeaderMap) -> Result<(), Blocked> {
         for name in headers.keys() {
-            if let Some((_, credential)) = self.proxy.placeholders.find(name.as_str().as_bytes(), 0) {
+            if let Some((_, credential)) = self.proxy.placeholders.find(name.as_str().as_bytes(), 0)
+            {
                 return Err(self.misplaced(credential, "a header's name"));
             }
         }
@@ -180,7 +202,8 @@ impl Place {
                 if self.proxy.placeholders.find(&pair, 0).is_none() {
                     continue;
                 }
-                let pair = Zeroizing::new(self.replace(&pair, &place, anywhere, |value| value.to_vec())?);
+                let pair =
+                    Zeroizing::new(self.replace(&pair, &place, anywhere, |value| value.to_vec())?);
                 [scheme, b" ", &base64(&pair, false)].concat()
             } else {
                 if self.proxy.placeholders.find(value.as_bytes(), 0).is_none() {
@@ -212,7 +235,9 @@ impl Place {
             }
             let Some(value) = credential.value() else {
                 let name = &credential.name;
-                return Err(Blocked::forbidden(format!("the credential {name} was taken back, or is over")));
+                return Err(Blocked::forbidden(format!(
+                    "the credential {name} was taken back, or is over"
+                )));
             };
             out.extend_from_slice(&bytes[done..at]);
             out.extend_from_slice(&written(value.to_bytes().expose()));
@@ -227,8 +252,12 @@ impl Place {
         let credential = &self.proxy.credentials[credential];
         let name = &credential.name;
         Blocked::forbidden(match credential.is_for(&self.host, self.port) {
-            true => format!("the placeholder of {name} stands in {place}, where it is not replaced"),
-            false => format!("the placeholder of {name} was sent to a host that it is not for, in {place}"),
+            true => {
+                format!("the placeholder of {name} stands in {place}, where it is not replaced")
+            }
+            false => format!(
+                "the placeholder of {name} was sent to a host that it is not for, in {place}"
+            ),
         })
     }
 
@@ -256,7 +285,14 @@ impl Place {
         }
         let place = self.clone();
         Ok(response.map(|inner| {
-            ScrubbedBody { inner, scrubber: Scrubber::default(), place, trailers: None, done: false }.boxed()
+            ScrubbedBody {
+                inner,
+                scrubber: Scrubber::default(),
+                place,
+                trailers: None,
+                done: false,
+            }
+            .boxed()
         }))
     }
 
@@ -318,7 +354,9 @@ fn basic(value: &HeaderValue) -> Option<(&[u8], Zeroizing<Vec<u8>>)> {
     let bytes = value.as_bytes();
     let space = bytes.iter().position(|byte| *byte == b' ')?;
     let (scheme, rest) = bytes.split_at(space);
-    scheme.eq_ignore_ascii_case(b"basic").then(|| Some((scheme, from_base64(rest.trim_ascii())?)))?
+    scheme
+        .eq_ignore_ascii_case(b"basic")
+        .then(|| Some((scheme, from_base64(rest.trim_ascii())?)))?
 }
 
 /// A request's body, in which no placeholder may be.
@@ -350,7 +388,9 @@ impl Body for WatchedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(cx)) else { return Poll::Ready(None) };
+        let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(cx)) else {
+            return Poll::Ready(None);
+        };
         let frame = frame?;
         Poll::Ready(Some(match self.look(&frame) {
             None => Ok(frame),
@@ -390,7 +430,9 @@ impl Body for ScrubbedBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         loop {
             if self.done {
-                return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))));
+                return Poll::Ready(
+                    self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))),
+                );
             }
             let this = &mut *self;
             let bytes = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
@@ -418,7 +460,8 @@ impl Body for ScrubbedBody {
 
     fn is_end_stream(&self) -> bool {
         // What is held back is still to come.
-        self.done && self.trailers.is_none() || self.scrubber.is_empty() && self.inner.is_end_stream()
+        self.done && self.trailers.is_none()
+            || self.scrubber.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -459,8 +502,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
             None => Poll::Ready(Ok(())),
             Some(credential) => {
                 let name = &this.proxy.credentials[credential].name;
-                this.account
-                    .block(format!("the placeholder of {name} was sent to a host that it is not for"));
+                this.account.block(format!(
+                    "the placeholder of {name} was sent to a host that it is not for"
+                ));
                 buf.set_filled(before);
                 Poll::Ready(Err(std::io::ErrorKind::PermissionDenied.into()))
             }

@@ -120,8 +120,9 @@ pub(crate) struct Fetched {
 impl Fetched {
     /// The credentials and how each is delivered.
     pub fn deliveries(&self) -> impl Iterator<Item = (&str, Way)> {
-        let proxied =
-            |name: &str| self.proxy.iter().flat_map(|proxy| proxy.placeholders()).any(|(own, _)| own == name);
+        let proxied = |name: &str| {
+            self.proxy.iter().flat_map(|proxy| proxy.placeholders()).any(|(own, _)| own == name)
+        };
         let finds = |name: &str| self.endpoint.is_some() && Endpoint::is_variable(name);
         let values = self.values.iter().filter_map(move |value| {
             let name = value.name.as_str();
@@ -151,7 +152,8 @@ pub(crate) async fn fetch(secrets: &[SecretSpec], spec: &Spec) -> Result<Fetched
     let (secrets, spec) = (secrets.to_vec(), spec.clone());
     // In a task of its own, which has the time to give back what it has got when whoever asked is gone. What it leaves behind
     // is dropped in this order, so that what is fetched begins to be given back before that who asked is gone is forgotten.
-    let fetched = tokio::spawn(async move { (fetch_for(&secrets, &spec, &mut gone).await, gone) }).await;
+    let fetched =
+        tokio::spawn(async move { (fetch_for(&secrets, &spec, &mut gone).await, gone) }).await;
     drop(waits);
     fetched.map_or(Err(Error::Stopped), |(fetched, _)| fetched)
 }
@@ -244,14 +246,18 @@ fn serve(
     Ok(Arc::new(endpoint))
 }
 
-async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) -> Result<Sorted, Error> {
-    let (mut values, mut bound, mut proxied, mut asked) = (Vec::new(), Vec::new(), Vec::new(), None);
+async fn fetch_from(
+    vault: &mut Vault<'_>,
+    secrets: &[SecretSpec],
+    spec: &Spec,
+) -> Result<Sorted, Error> {
+    let (mut values, mut bound, mut proxied, mut asked) =
+        (Vec::new(), Vec::new(), Vec::new(), None);
     for secret in secrets {
         if secret.delivery == Delivery::Endpoint {
             let failed = |reason: String| Error::Secret { name: secret.name.clone(), reason };
             if asked.is_some() {
-                let reason =
-                    "there is one endpoint, at which programs look for one credential, and another has it";
+                let reason = "there is one endpoint, at which programs look for one credential, and another has it";
                 return Err(failed(reason.into()));
             }
             let (keys, lease) = vault.keys(secret).await?;
@@ -271,7 +277,9 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
             Delivery::Memory => {
                 values.push(Value { name, delivery: chitin_protocol::Delivery::Memory, value })
             }
-            Delivery::Env => values.push(Value { name, delivery: chitin_protocol::Delivery::Env, value }),
+            Delivery::Env => {
+                values.push(Value { name, delivery: chitin_protocol::Delivery::Env, value })
+            }
             Delivery::Proxy(reach) => proxied.push((name, reach.clone(), value)),
             // It was dealt with.
             Delivery::Endpoint => {}
@@ -280,23 +288,30 @@ async fn fetch_from(vault: &mut Vault<'_>, secrets: &[SecretSpec], spec: &Spec) 
     let mut proxy = None;
     if !proxied.is_empty() {
         let roots = match &spec.trusted {
-            Some(pem) => {
-                Arc::new(tls::roots_of(CertificateDer::pem_slice_iter(pem.as_bytes()).flatten().collect()))
-            }
+            Some(pem) => Arc::new(tls::roots_of(
+                CertificateDer::pem_slice_iter(pem.as_bytes()).flatten().collect(),
+            )),
             None => tls::system_roots(),
         };
         let made = Arc::new(Proxy::new(proxied, tls::client(roots), fill_random)?);
         made.self_test().await?;
         for (name, placeholder) in made.placeholders() {
             let failed = |reason| Error::Secret { name: name.into(), reason };
-            let value = SecretValue::hold(Zeroizing::new(placeholder.into()), false).map_err(failed)?;
-            values.push(Value { name: name.into(), delivery: chitin_protocol::Delivery::Env, value });
+            let value =
+                SecretValue::hold(Zeroizing::new(placeholder.into()), false).map_err(failed)?;
+            values.push(Value {
+                name: name.into(),
+                delivery: chitin_protocol::Delivery::Env,
+                value,
+            });
         }
         proxy = Some(made);
     }
     if let Some(source) = &spec.source {
         let failed = |reason: String| Error::Secret { name: source.to_string(), reason };
-        for (name, bytes) in vault.fields(source).await.map_err(|error| failed(error.to_string()))? {
+        for (name, bytes) in
+            vault.fields(source).await.map_err(|error| failed(error.to_string()))?
+        {
             // One that is asked for by name comes from where it was said to come from.
             if values.iter().all(|value| value.name != name) {
                 let value = SecretValue::hold(bytes, false)
@@ -340,15 +355,20 @@ impl Vault<'_> {
             let value = secret.fetch(self).await?;
             return Ok((Keys::from_json(value.to_bytes().expose()), None));
         };
-        let failed =
-            |error: VaultError| Error::Secret { name: secret.name.clone(), reason: error.to_string() };
-        check_name(&secret.name)
-            .map_err(|error| Error::Secret { name: secret.name.clone(), reason: error.to_string() })?;
+        let failed = |error: VaultError| Error::Secret {
+            name: secret.name.clone(),
+            reason: error.to_string(),
+        };
+        check_name(&secret.name).map_err(|error| Error::Secret {
+            name: secret.name.clone(),
+            reason: error.to_string(),
+        })?;
         let keys = match &source.field {
             Some(_) => Keys::from_json(&self.one(source).await.map_err(failed)?),
             None => Keys::from_fields(&self.read(source).await.map_err(failed)?.fields),
         };
-        let lease = self.read(source).await.map_err(failed)?.lease.as_ref().map(|(_, lease)| lease.until);
+        let lease =
+            self.read(source).await.map_err(failed)?.lease.as_ref().map(|(_, lease)| lease.until);
         Ok((keys, lease))
     }
 

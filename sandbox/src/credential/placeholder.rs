@@ -30,9 +30,12 @@ impl Placeholders {
 
     /// The first one at or behind `from`: where it begins, and what it stands for.
     pub fn find(&self, bytes: &[u8], mut from: usize) -> Option<(usize, usize)> {
-        while let Some(at) = bytes.get(from..).and_then(|rest| memmem::find(rest, PREFIX.as_bytes())) {
+        while let Some(at) =
+            bytes.get(from..).and_then(|rest| memmem::find(rest, PREFIX.as_bytes()))
+        {
             from += at;
-            let text = bytes.get(from..from + PLACEHOLDER).and_then(|text| std::str::from_utf8(text).ok());
+            let text =
+                bytes.get(from..from + PLACEHOLDER).and_then(|text| std::str::from_utf8(text).ok());
             if let Some(credential) = text.and_then(|text| self.0.get(text)) {
                 return Some((from, *credential));
             }
@@ -214,7 +217,9 @@ pub(crate) fn from_base64(text: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         }
         let [_, b0, b1, b2] = (bits << (6 * (4 - chunk.len()))).to_be_bytes();
         let decoded = [b0, b1, b2];
-        bytes.extend_from_slice(decoded.get(..chunk.len().checked_sub(1).filter(|count| *count > 0)?)?);
+        bytes.extend_from_slice(
+            decoded.get(..chunk.len().checked_sub(1).filter(|count| *count > 0)?)?,
+        );
     }
     Some(bytes)
 }
@@ -277,7 +282,9 @@ mod tests {
                 assert_eq!(out.len(), stream.len());
                 assert!(out.starts_with(b"{\"echo\": \"") && out.ends_with(b"\"}"));
                 assert!(out.windows(8).any(|window| window == b"********"));
-                assert!(memmem::find(&out, b"cret").is_none() && memmem::find(&out, b"alue").is_none());
+                assert!(
+                    memmem::find(&out, b"cret").is_none() && memmem::find(&out, b"alue").is_none()
+                );
             }
         }
     }

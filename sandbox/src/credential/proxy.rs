@@ -104,7 +104,8 @@ pub(crate) struct Proxy {
 
 impl fmt::Debug for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = self.credentials.iter().map(|credential| credential.name.as_str()).collect();
+        let names: Vec<&str> =
+            self.credentials.iter().map(|credential| credential.name.as_str()).collect();
         f.debug_struct("Proxy").field("credentials", &names).finish_non_exhaustive()
     }
 }
@@ -201,9 +202,17 @@ impl Proxy {
             credentials.push(Credential { name, hosts, query, body, placeholder, values });
         }
         let hosts = credentials.iter().flat_map(|credential: &Credential| &credential.hosts);
-        let authority = Authority::new(hosts.map(|host| host.host.clone()).collect::<BTreeSet<_>>())?;
+        let authority =
+            Authority::new(hosts.map(|host| host.host.clone()).collect::<BTreeSet<_>>())?;
         let (endpoint, held) = (Arc::new(endpoint), Arc::new(Semaphore::new(MAX_HELD)));
-        Ok(Proxy { credentials, placeholders, needles: RwLock::new(needles), authority, endpoint, held })
+        Ok(Proxy {
+            credentials,
+            placeholders,
+            needles: RwLock::new(needles),
+            authority,
+            endpoint,
+            held,
+        })
     }
 
     /// What must not come back.
@@ -249,7 +258,9 @@ impl Proxy {
 
     /// Names with what the workload has instead of their values.
     pub fn placeholders(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.credentials.iter().map(|credential| (credential.name.as_str(), credential.placeholder.as_str()))
+        self.credentials
+            .iter()
+            .map(|credential| (credential.name.as_str(), credential.placeholder.as_str()))
     }
 
     /// Whether anything is delivered to this endpoint, whose TLS is taken apart then.
@@ -302,7 +313,8 @@ impl Proxy {
         if hello.server_name() != Some(host) {
             return Err(ProxyError::Sni);
         }
-        let mut offered: Vec<Vec<u8>> = hello.alpn().into_iter().flatten().map(<[u8]>::to_vec).collect();
+        let mut offered: Vec<Vec<u8>> =
+            hello.alpn().into_iter().flatten().map(<[u8]>::to_vec).collect();
         offered.retain(|protocol| matches!(protocol.as_slice(), b"h2" | b"http/1.1"));
         if offered.is_empty() {
             offered.push(b"http/1.1".to_vec());
@@ -312,16 +324,22 @@ impl Proxy {
         let mut config = ClientConfig::clone(&tls);
         config.alpn_protocols = offered;
         let name = ServerName::try_from(host.to_owned()).map_err(|_| ProxyError::Sni)?;
-        let upstream = in_time(TlsConnector::from(Arc::new(config)).connect(name, endpoint)).await?;
+        let upstream =
+            in_time(TlsConnector::from(Arc::new(config)).connect(name, endpoint)).await?;
         let upstream = upstream.map_err(|error| ProxyError::Endpoint(error.to_string()))?;
         let h2 = upstream.get_ref().1.alpn_protocol() == Some(b"h2");
 
         let config = self.authority.server(host, if h2 { b"h2" } else { b"http/1.1" })?;
         let downstream = in_time(start.into_stream(Arc::new(config))).await?;
         let downstream = downstream.map_err(|error| ProxyError::Sandbox(error.to_string()))?;
-        let place = Arc::new(Place { proxy: self, host: host.to_owned(), port, account: account.clone() });
+        let place =
+            Arc::new(Place { proxy: self, host: host.to_owned(), port, account: account.clone() });
         let (downstream, upstream) = (TokioIo::new(downstream), TokioIo::new(upstream));
-        if h2 { place.http2(downstream, upstream).await } else { place.http1(downstream, upstream).await }
+        if h2 {
+            place.http2(downstream, upstream).await
+        } else {
+            place.http1(downstream, upstream).await
+        }
     }
 }
 

@@ -27,8 +27,10 @@ fn reach(hosts: &[&str], query: bool, body: bool) -> Reach {
 
 fn proxy(values: Vec<(&str, Reach, &str)>) -> Result<Proxy, SetupError> {
     let hold = |value: &str| SecretValue::hold(Zeroizing::new(value.into()), false).unwrap();
-    let values =
-        values.into_iter().map(|(name, reach, value)| (name.to_owned(), reach, hold(value))).collect();
+    let values = values
+        .into_iter()
+        .map(|(name, reach, value)| (name.to_owned(), reach, hold(value)))
+        .collect();
     let mut next = 0u8;
     Proxy::new(values, tls::client(tls::system_roots()), move |bytes| {
         next += 1;
@@ -84,12 +86,17 @@ async fn connect(
         let service = service_fn(move |mut request: Request<Incoming>| {
             let (log, answer) = (log.clone(), answer.clone());
             async move {
-                let upgraded =
-                    request.headers().contains_key("upgrade").then(|| hyper::upgrade::on(&mut request));
+                let upgraded = request
+                    .headers()
+                    .contains_key("upgrade")
+                    .then(|| hyper::upgrade::on(&mut request));
                 let (head, body) = request.into_parts();
                 let body = body.collect().await?.to_bytes();
-                let sent =
-                    Sent { line: format!("{} {}", head.method, head.uri), headers: head.headers, body };
+                let sent = Sent {
+                    line: format!("{} {}", head.method, head.uri),
+                    headers: head.headers,
+                    body,
+                };
                 let response = answer(&sent);
                 log.lock().unwrap().push(sent);
                 if let Some(upgraded) = upgraded {
@@ -109,7 +116,9 @@ async fn connect(
         let Ok(stream) = TlsAcceptor::from(Arc::new(server)).accept(ours).await else { return };
         let stream = TokioIo::new(stream);
         if h2 {
-            drop(server2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await);
+            drop(
+                server2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await,
+            );
         } else {
             drop(server1::Builder::new().serve_connection(stream, service).with_upgrades().await);
         }
@@ -131,7 +140,9 @@ async fn connect(
         Err(error) => {
             tokio::task::yield_now().await;
             let outcome = ended.lock().unwrap().take();
-            return Err(outcome.map_or(error.to_string(), |outcome| outcome.unwrap_err().to_string()));
+            return Err(
+                outcome.map_or(error.to_string(), |outcome| outcome.unwrap_err().to_string())
+            );
         }
     };
     let sender = Sender::new(stream, h2, &mut tasks).await.unwrap();
@@ -184,7 +195,8 @@ impl Setup {
 
 fn echo() -> Answer {
     Arc::new(|sent| {
-        let shown = format!("{} {:?} {}", sent.line, sent.headers, String::from_utf8_lossy(&sent.body));
+        let shown =
+            format!("{} {:?} {}", sent.line, sent.headers, String::from_utf8_lossy(&sent.body));
         let mut response = Response::new(Full::from(shown));
         for name in ["authorization", "x-api-key"] {
             if let Some(value) = sent.headers.get(name) {
@@ -220,16 +232,23 @@ async fn headers_go_out_with_the_value_and_come_back_without() {
         let right = String::from_utf8(base64(format!("user:{VALUE}").as_bytes(), false)).unwrap();
         assert_eq!(setup.last().header("authorization"), format!("Basic {right}"));
         let inner = &right[8..right.len() - 4];
-        assert!(!headers["x-echo"].to_str().unwrap().contains(inner) && !body.contains(inner), "{headers:?}");
+        assert!(
+            !headers["x-echo"].to_str().unwrap().contains(inner) && !body.contains(inner),
+            "{headers:?}"
+        );
 
         // Several at once, and one within something else.
-        let headers = [("x-api-key", format!("{token}/{token}")), ("cookie", format!("a={token}; b=c"))];
+        let headers =
+            [("x-api-key", format!("{token}/{token}")), ("cookie", format!("a={token}; b=c"))];
         let headers: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
         setup.ask("/", &headers, "").await;
         assert_eq!(setup.last().header("x-api-key"), format!("{VALUE}/{VALUE}"));
         assert_eq!(setup.last().header("cookie"), format!("a={VALUE}; b=c"));
-        assert_eq!((setup.account.delivered(), setup.account.requests()), (vec!["TOKEN".to_owned()], 3));
+        assert_eq!(
+            (setup.account.delivered(), setup.account.requests()),
+            (vec!["TOKEN".to_owned()], 3)
+        );
         assert!(setup.account.blocked().0.is_empty());
     }
 }
@@ -246,7 +265,8 @@ async fn a_value_is_replaced_and_taken_back_while_a_connection_lasts() {
         let hold = |value: &str| SecretValue::hold(Zeroizing::new(value.into()), false).unwrap();
         assert!(proxy.replace("TOKEN", hold("short")).unwrap_err().contains("less than 8 bytes"));
         proxy.replace("TOKEN", hold(OTHER)).unwrap();
-        let (status, headers, body) = setup.ask("/", &[("x-api-key", &token), ("x", VALUE)], "").await;
+        let (status, headers, body) =
+            setup.ask("/", &[("x-api-key", &token), ("x", VALUE)], "").await;
         assert_eq!((status, setup.last().header("x-api-key")), (StatusCode::OK, OTHER));
         // Neither comes back.
         assert_eq!(headers["x-echo"], "*".repeat(OTHER.len()));
@@ -272,14 +292,23 @@ async fn a_placeholder_in_any_other_place_stops_the_request() {
             let mut setup = connect(proxy, "api.test", "api.test", h2, echo()).await.unwrap();
             let (token, other) = (setup.placeholder("TOKEN"), setup.placeholder("OTHER"));
             let (status, words) = match place {
-                "path" => (setup.ask(&format!("/a/{token}/b"), &[], "").await.0, "TOKEN stands in the path"),
-                "query" => {
-                    (setup.ask(&format!("/?key={token}"), &[], "").await.0, "TOKEN stands in the query")
+                "path" => (
+                    setup.ask(&format!("/a/{token}/b"), &[], "").await.0,
+                    "TOKEN stands in the path",
+                ),
+                "query" => (
+                    setup.ask(&format!("/?key={token}"), &[], "").await.0,
+                    "TOKEN stands in the query",
+                ),
+                "name" => {
+                    (setup.ask("/", &[(token.as_str(), "x")], "").await.0, "in a header's name")
                 }
-                "name" => (setup.ask("/", &[(token.as_str(), "x")], "").await.0, "in a header's name"),
                 "other" => {
                     let status = setup.ask("/", &[("authorization", &other)], "").await.0;
-                    (status, "OTHER was sent to a host that it is not for, in the header authorization")
+                    (
+                        status,
+                        "OTHER was sent to a host that it is not for, in the header authorization",
+                    )
                 }
                 _ => (
                     setup.ask("/", &[], &format!("{}{token}", "x".repeat(40_000))).await.0,
@@ -296,13 +325,18 @@ async fn a_placeholder_in_any_other_place_stops_the_request() {
 async fn query_and_body_are_replaced_where_that_is_asked_for() {
     for h2 in [false, true] {
         let proxy = proxy(vec![("TOKEN", reach(&["*.api.test:443"], true, true), VALUE)]).unwrap();
-        let mut setup = connect(Arc::new(proxy), "a.api.test", "a.api.test", h2, echo()).await.unwrap();
+        let mut setup =
+            connect(Arc::new(proxy), "a.api.test", "a.api.test", h2, echo()).await.unwrap();
         let token = setup.placeholder("TOKEN");
         let body = format!("{{\"key\": \"{token}\", \"again\": \"{token}\"}}");
         let (status, _, answer) = setup.ask(&format!("/?key={token}&x=1"), &[], &body).await;
         assert_eq!(status, StatusCode::OK, "{answer}");
         let encoded = String::from_utf8(percent_encoded(VALUE.as_bytes())).unwrap();
-        assert!(setup.last().line.ends_with(&format!("/?key={encoded}&x=1")), "{}", setup.last().line);
+        assert!(
+            setup.last().line.ends_with(&format!("/?key={encoded}&x=1")),
+            "{}",
+            setup.last().line
+        );
         assert_eq!(setup.last().body, body.replace(&token, VALUE));
         assert!(!answer.contains("canary"), "{answer}");
         let (status, ..) = setup.ask("/", &[], &"x".repeat(MAX_BODY + 1)).await;
@@ -317,16 +351,23 @@ async fn sni_host_and_connection_are_one_name() {
         let error = connect(one(), "api.test", "www.api.test", h2, echo()).await.err().unwrap();
         assert!(error.contains("another host"), "{error}");
     }
-    for host in
-        ["evil.test", "api.test.evil.test", "api.test:8443", "api.test@evil.test", "", "api.test, evil.test"]
-    {
+    for host in [
+        "evil.test",
+        "api.test.evil.test",
+        "api.test:8443",
+        "api.test@evil.test",
+        "",
+        "api.test, evil.test",
+    ] {
         let mut setup = connect(one(), "api.test", "api.test", false, echo()).await.unwrap();
         let token = setup.placeholder("TOKEN");
         let (status, ..) = setup.ask("/", &[("host", host), ("authorization", &token)], "").await;
         assert_eq!(status, StatusCode::MISDIRECTED_REQUEST, "{host}");
         setup.nothing_was_sent("another host");
     }
-    for (path, hosts) in [("http://evil.test/", &["api.test"][..]), ("/", &["api.test", "evil.test"])] {
+    for (path, hosts) in
+        [("http://evil.test/", &["api.test"][..]), ("/", &["api.test", "evil.test"])]
+    {
         let mut setup = connect(one(), "api.test", "api.test", false, echo()).await.unwrap();
         let headers: Vec<(&str, &str)> = hosts.iter().map(|host| ("host", *host)).collect();
         assert_eq!(setup.ask(path, &headers, "").await.0, StatusCode::MISDIRECTED_REQUEST);
@@ -359,7 +400,8 @@ async fn an_endpoint_that_is_not_who_it_says_gets_nothing() {
     let (far, endpoint) = tokio::io::duplex(16 * 1024);
     let proxy = one();
     let trust = tls::client(Arc::new(tls::roots_of(vec![proxy.authority.certificate()])));
-    let mallory = Authority::new(["api.test".to_owned()]).unwrap().server("api.test", b"http/1.1").unwrap();
+    let mallory =
+        Authority::new(["api.test".to_owned()]).unwrap().server("api.test", b"http/1.1").unwrap();
     let accepting = TlsAcceptor::from(Arc::new(mallory)).accept(endpoint);
     let connector = TlsConnector::from(Arc::new(trust));
     let connecting = connector.connect(ServerName::try_from("api.test").unwrap(), sandbox);
@@ -395,21 +437,29 @@ async fn a_redirect_leaves_with_its_placeholder_and_is_stopped_there() {
     let (mut sandbox, near) = tokio::io::duplex(1024);
     let mut watched = setup.proxy.watched(near, &account);
     sandbox
-        .write_all(format!("GET / HTTP/1.1\r\nHost: evil.test\r\nAuthorization: {}", &token[..20]).as_bytes())
+        .write_all(
+            format!("GET / HTTP/1.1\r\nHost: evil.test\r\nAuthorization: {}", &token[..20])
+                .as_bytes(),
+        )
         .await
         .unwrap();
     let mut buffer = [0; 1024];
     assert!(watched.read(&mut buffer).await.is_ok());
     sandbox.write_all(&token.as_bytes()[20..]).await.unwrap();
     assert!(watched.read(&mut buffer).await.is_err());
-    assert!(account.blocked().0[0].contains("TOKEN was sent to a host that it is not for"), "{account:?}");
+    assert!(
+        account.blocked().0[0].contains("TOKEN was sent to a host that it is not for"),
+        "{account:?}"
+    );
 }
 
 #[tokio::test]
 async fn a_websocket_passes_and_is_looked_through() {
     let answer: Answer = Arc::new(|_| {
-        let builder =
-            Response::builder().status(101).header("upgrade", "websocket").header("connection", "upgrade");
+        let builder = Response::builder()
+            .status(101)
+            .header("upgrade", "websocket")
+            .header("connection", "upgrade");
         builder.body(Full::default()).unwrap()
     });
     let setup = connect(one(), "api.test", "api.test", false, answer).await.unwrap();
@@ -444,7 +494,8 @@ async fn large_bodies_pass_both_ways_as_they_are() {
     let whole = Arc::new("0123456789abcdef".repeat(256 * 1024));
     for h2 in [false, true] {
         let answered = whole.clone();
-        let answer: Answer = Arc::new(move |_| Response::new(Full::from(answered.as_bytes().to_vec())));
+        let answer: Answer =
+            Arc::new(move |_| Response::new(Full::from(answered.as_bytes().to_vec())));
         let mut setup = connect(one(), "api.test", "api.test", h2, answer).await.unwrap();
         let (status, headers, body) = setup.ask("/", &[], &whole).await;
         assert_eq!(status, StatusCode::OK);
@@ -460,8 +511,9 @@ fn a_value_that_no_proxy_can_deliver_is_refused() {
         ("two\r\nlines-of-it", "no HTTP header"),
         ("schlüssel-1", "no HTTP header"),
     ] {
-        let error =
-            proxy(vec![("TOKEN", reach(&["api.test:443"], false, false), value)]).unwrap_err().to_string();
+        let error = proxy(vec![("TOKEN", reach(&["api.test:443"], false, false), value)])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(words) && !error.contains(value), "{error}");
     }
 }

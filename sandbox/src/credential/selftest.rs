@@ -36,17 +36,29 @@ impl Proxy {
             for protocol in ["http/1.1", "h2"] {
                 let tested = tokio::time::timeout(LIMIT, self.test_one(credential, protocol)).await;
                 tested.unwrap_or_else(|_| Err("it does not end".into())).map_err(|why| {
-                    SetupError::SelfTest { name: credential.name.clone(), why: format!("{protocol}: {why}") }
+                    SetupError::SelfTest {
+                        name: credential.name.clone(),
+                        why: format!("{protocol}: {why}"),
+                    }
                 })?;
             }
         }
         Ok(())
     }
 
-    async fn test_one(self: &Arc<Proxy>, credential: &Credential, protocol: &str) -> Result<(), String> {
-        let Some(endpoint) = credential.hosts.first() else { return Err("it is for no host".into()) };
-        let host =
-            if endpoint.wildcard { format!("self-test.{}", endpoint.host) } else { endpoint.host.clone() };
+    async fn test_one(
+        self: &Arc<Proxy>,
+        credential: &Credential,
+        protocol: &str,
+    ) -> Result<(), String> {
+        let Some(endpoint) = credential.hosts.first() else {
+            return Err("it is for no host".into());
+        };
+        let host = if endpoint.wildcard {
+            format!("self-test.{}", endpoint.host)
+        } else {
+            endpoint.host.clone()
+        };
         let said = |error: &dyn std::fmt::Display| error.to_string();
 
         let authority = Authority::new([host.clone()]).map_err(|error| said(&error))?;
@@ -60,7 +72,8 @@ impl Proxy {
         let account = Arc::new(Account::default());
         let proxying = self.clone().run_with(trust, near, far, &host, endpoint.port, &account);
         let asking = async {
-            let mut trust = tls::client(Arc::new(tls::roots_of(vec![self.authority.certificate()])));
+            let mut trust =
+                tls::client(Arc::new(tls::roots_of(vec![self.authority.certificate()])));
             trust.alpn_protocols = vec![protocol.as_bytes().to_vec()];
             let name = ServerName::try_from(host.clone()).map_err(|error| said(&error))?;
             let stream = TlsConnector::from(Arc::new(trust))
@@ -144,7 +157,10 @@ impl Sender {
         }
     }
 
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+    pub async fn send(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> hyper::Result<Response<Incoming>> {
         match self {
             Sender::Http1(sender) => {
                 sender.ready().await?;
@@ -169,7 +185,8 @@ async fn ask(
     let mut tasks = JoinSet::new();
     let mut sender = Sender::new(stream, h2, &mut tasks).await.map_err(said)?;
     let request = |path: &str| {
-        let builder = Request::builder().header(AUTHORIZATION, format!("Bearer {}", credential.placeholder));
+        let builder =
+            Request::builder().header(AUTHORIZATION, format!("Bearer {}", credential.placeholder));
         let builder = match h2 {
             true => builder.version(Version::HTTP_2).uri(format!("https://{host}:{port}{path}")),
             false => builder.header(HOST, format!("{host}:{port}")).uri(path),
@@ -180,12 +197,17 @@ async fn ask(
     if head.status != StatusCode::OK {
         return Err(format!("the endpoint did not get the value (status {})", head.status));
     }
-    let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(|error| error.to_string())?.to_bytes();
+    let body = Limited::new(body, MAX_ANSWER)
+        .collect()
+        .await
+        .map_err(|error| error.to_string())?
+        .to_bytes();
     let length = credential.value().map_or(0, |value| value.to_bytes().expose().len());
     if body.len() != length || body.iter().any(|byte| *byte != b'*') {
         return Err("the value came back".into());
     }
-    let response = sender.send(request(&format!("/{}", credential.placeholder))?).await.map_err(said)?;
+    let response =
+        sender.send(request(&format!("/{}", credential.placeholder))?).await.map_err(said)?;
     match response.status() {
         StatusCode::FORBIDDEN => Ok(()),
         status => Err(format!("a placeholder in a path was not stopped (status {status})")),

@@ -65,7 +65,8 @@ const SCRATCH: Place = Place {
 
 /// Adds the authority to what the sandbox's programs trust, and has every command use it.
 pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
-    let failed = |source| Error::Host { what: "add the sandbox's authority to its certificates", source };
+    let failed =
+        |source| Error::Host { what: "add the sandbox's authority to its certificates", source };
     let dir = tempfile::tempdir().map_err(failed)?;
     let path = dir.path().join("bundle");
     let mut bundle = match copy::copy_out(inner, Path::new(BUNDLE), &path).await {
@@ -80,7 +81,9 @@ pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
     bundle.extend_from_slice(proxy.certificate().as_bytes());
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bundle).flatten().collect();
     let (joined, keystore) = (dir.path().join("joined"), dir.path().join("keystore"));
-    for (path, content) in [(&joined, &bundle), (&keystore, &super::keystore::keystore(&certificates))] {
+    for (path, content) in
+        [(&joined, &bundle), (&keystore, &super::keystore::keystore(&certificates))]
+    {
         fs::write(path, content).map_err(failed)?;
         fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
     }
@@ -93,7 +96,8 @@ pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
         Err(error) => return Err(error),
     };
     copy::copy_in(inner, &keystore, Path::new(place.keystore)).await?;
-    let variables = VARIABLES.map(|name| (name, place.bundle)).into_iter().chain([(JAVA, place.java)]);
+    let variables =
+        VARIABLES.map(|name| (name, place.bundle)).into_iter().chain([(JAVA, place.java)]);
     // A second time, for a sandbox that is the same, changes nothing.
     let _ = inner.environment.set(variables.collect());
     Ok(())

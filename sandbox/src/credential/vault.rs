@@ -173,7 +173,8 @@ impl VaultConfig {
             let mount = variable("VAULT_APPROLE_MOUNT").unwrap_or_else(|| "approle".into());
             VaultLogin::AppRole { mount, role_id, secret_id }
         };
-        let (namespace, ca) = (variable("VAULT_NAMESPACE"), variable("VAULT_CACERT").map(PathBuf::from));
+        let (namespace, ca) =
+            (variable("VAULT_NAMESPACE"), variable("VAULT_CACERT").map(PathBuf::from));
         Ok(VaultConfig { address, login, namespace, ca })
     }
 }
@@ -332,8 +333,14 @@ impl Session {
         };
         // Without what may stand in front of an `@`.
         let shown = address.origin().ascii_serialization();
-        let mut session =
-            Session { http, middleware, address: shown, lease: None, role: None, former: Vec::new() };
+        let mut session = Session {
+            http,
+            middleware,
+            address: shown,
+            lease: None,
+            role: None,
+            former: Vec::new(),
+        };
         match &config.login {
             VaultLogin::Token(token) => session.take(token)?,
             VaultLogin::AppRole { mount, role_id, secret_id } => {
@@ -362,7 +369,8 @@ impl Session {
     /// to it would end with it.
     pub async fn log_in_again(&mut self) -> Result<(), VaultError> {
         let Some(role) = self.role.take() else { return Err(VaultError::NoLonger) };
-        let (token, lease) = (Zeroizing::new(std::mem::take(&mut self.middleware.token)), self.lease);
+        let (token, lease) =
+            (Zeroizing::new(std::mem::take(&mut self.middleware.token)), self.lease);
         let again = self.log_in(&role).await;
         self.role = Some(role);
         match again {
@@ -403,8 +411,11 @@ impl Session {
     /// The secret id in a wrapping token.
     async fn unwrap(&mut self, token: &str) -> Result<Zeroizing<String>, VaultError> {
         self.take(token)?;
-        let request =
-            Call { method: RequestMethod::POST, path: "sys/wrapping/unwrap".into(), body: Some(json!({})) };
+        let request = Call {
+            method: RequestMethod::POST,
+            path: "sys/wrapping/unwrap".into(),
+            body: Some(json!({})),
+        };
         let answer = match self.ask("the unwrapping of the secret id", request).await {
             Err(VaultError::Denied { .. } | VaultError::Status { code: 400, .. }) => {
                 return Err(VaultError::Wrapping);
@@ -413,7 +424,8 @@ impl Session {
         };
         self.middleware.token.zeroize();
         let secret_id = answer.data.0.get("secret_id").and_then(Value::as_str);
-        let missing = || VaultError::NoField { what: "the wrapping token".into(), field: "secret_id".into() };
+        let missing =
+            || VaultError::NoField { what: "the wrapping token".into(), field: "secret_id".into() };
         secret_id.map(|text| Zeroizing::new(text.to_owned())).ok_or_else(missing)
     }
 
@@ -422,14 +434,16 @@ impl Session {
         let what = source.place();
         let failed = || VaultError::Answer { what: what.clone() };
         let mut answer = if self.is_versioned(source).await? {
-            let request = ReadSecretRequest::builder().mount(&source.mount).path(&source.path).build();
+            let request =
+                ReadSecretRequest::builder().mount(&source.mount).path(&source.path).build();
             let mut answer = self.ask(&what, request.map_err(|_| failed())?).await?;
             // The fields are one level deeper, beside what is known about this version.
             let data = answer.data.0.get_mut("data").map(Value::take).unwrap_or_default();
             answer.data = Wiped(data);
             answer
         } else {
-            let request = GetSecretRequest::builder().mount(&source.mount).path(&source.path).build();
+            let request =
+                GetSecretRequest::builder().mount(&source.mount).path(&source.path).build();
             self.ask(&what, request.map_err(|_| failed())?).await?
         };
         let lease_id = std::mem::take(&mut answer.lease_id);
@@ -444,7 +458,8 @@ impl Session {
             Value::Bool(truth) => Some(truth.to_string().into_bytes()),
             Value::Null | Value::Array(_) | Value::Object(_) => None,
         };
-        let field = |(name, value): (&String, &Value)| (name.clone(), text(value).map(Zeroizing::new));
+        let field =
+            |(name, value): (&String, &Value)| (name.clone(), text(value).map(Zeroizing::new));
         let fields = data.iter().map(field).collect();
         // A value that lies there has a duration as well, which is advice, and no lease.
         let lease = lease.filter(|_| !lease_id.is_empty()).map(|lease| (lease_id, lease));
@@ -457,7 +472,9 @@ impl Session {
         let path = format!("sys/internal/ui/mounts/{}", source.mount);
         let request = Call { method: RequestMethod::GET, path, body: None };
         match self.ask("the kind of a mount", request).await {
-            Ok(answer) => Ok(answer.data.0.pointer("/options/version").and_then(Value::as_str) == Some("2")),
+            Ok(answer) => {
+                Ok(answer.data.0.pointer("/options/version").and_then(Value::as_str) == Some("2"))
+            }
             Err(
                 error @ (VaultError::Unreachable { .. }
                 | VaultError::Sealed { .. }
@@ -471,13 +488,17 @@ impl Session {
     pub async fn renew(&mut self) -> Result<(), VaultError> {
         let what = "the renewal of its token";
         let method = RequestMethod::POST;
-        let request =
-            Call { method: method.clone(), path: "auth/token/renew-self".into(), body: Some(json!({})) };
+        let request = Call {
+            method: method.clone(),
+            path: "auth/token/renew-self".into(),
+            body: Some(json!({})),
+        };
         let answer = match self.ask(what, request).await {
             Err(VaultError::Unknown { .. }) => {
                 // Servers that only know the older form. Others are not sent a token in a path, which they may log.
                 let path = format!("auth/token/renew/{}", self.middleware.token);
-                let body = Some(json!({ "increment": self.lease.map_or(0, |lease| lease.ttl.as_secs()) }));
+                let body =
+                    Some(json!({ "increment": self.lease.map_or(0, |lease| lease.ttl.as_secs()) }));
                 self.ask(what, Call { method, path, body }).await?
             }
             answer => answer?,
@@ -490,7 +511,8 @@ impl Session {
     /// Renews a lease. `None`: the server knows no leases, or this one does not end.
     pub async fn renew_lease(&self, id: &str, lease: Lease) -> Result<Option<Lease>, VaultError> {
         let body = json!({ "lease_id": id, "increment": lease.ttl.as_secs() });
-        let request = Call { method: RequestMethod::PUT, path: "sys/leases/renew".into(), body: Some(body) };
+        let request =
+            Call { method: RequestMethod::PUT, path: "sys/leases/renew".into(), body: Some(body) };
         match self.ask("the renewal of a lease", request).await {
             Ok(answer) => Ok(Lease::new(answer.lease_duration, answer.renewable)),
             Err(VaultError::NotFound { .. } | VaultError::Unknown { .. }) => Ok(None),
@@ -531,8 +553,11 @@ impl Session {
     async fn revoke_token(&self) -> Result<(), VaultError> {
         let what = "the revocation of its token";
         let method = RequestMethod::POST;
-        let request =
-            Call { method: method.clone(), path: "auth/token/revoke-self".into(), body: Some(json!({})) };
+        let request = Call {
+            method: method.clone(),
+            path: "auth/token/revoke-self".into(),
+            body: Some(json!({})),
+        };
         match self.ask(what, request).await {
             Err(VaultError::Unknown { .. }) => {
                 let path = format!("auth/token/revoke/{}", self.middleware.token);
@@ -557,7 +582,8 @@ impl Session {
                 if body.is_empty() {
                     return Ok(Answer::default());
                 }
-                let answer = serde_json::from_slice(&body).map_err(|_| VaultError::Answer { what: what() });
+                let answer =
+                    serde_json::from_slice(&body).map_err(|_| VaultError::Answer { what: what() });
                 body.zeroize();
                 answer
             }
@@ -570,14 +596,18 @@ impl Session {
                 429 | 472 | 473 | 501 | 503 => VaultError::Sealed { address: address() },
                 code => VaultError::Status { what: what(), code },
             }),
-            Err(ClientError::RequestError { source, .. } | ClientError::ResponseError { source }) => {
+            Err(
+                ClientError::RequestError { source, .. } | ClientError::ResponseError { source },
+            ) => {
                 let error = source.downcast_ref::<reqwest::Error>();
                 let why = match error {
                     Some(error) if error.is_timeout() => "it does not answer within 10 s",
                     Some(error) if is_tls(error) => {
                         "its certificate is not one to trust (VAULT_CACERT names a CA)"
                     }
-                    Some(error) if error.is_connect() => "nobody listens there, or the name does not resolve",
+                    Some(error) if error.is_connect() => {
+                        "nobody listens there, or the name does not resolve"
+                    }
                     _ => "the connection broke off",
                 };
                 Err(VaultError::Unreachable { address: address(), why })
@@ -603,7 +633,8 @@ fn is_tls(error: &reqwest::Error) -> bool {
             return true;
         }
         // An I/O error shows what it was made of in another way.
-        if let Some(inner) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref)
+        if let Some(inner) =
+            error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref)
             && inner.is::<rustls::Error>()
         {
             return true;
@@ -617,7 +648,8 @@ fn is_tls(error: &reqwest::Error) -> bool {
 fn http_client(config: &VaultConfig) -> Result<reqwest::Client, VaultError> {
     let tls = match &config.ca {
         Some(path) => {
-            let failed = |why: String| VaultError::Certificates { path: path.display().to_string(), why };
+            let failed =
+                |why: String| VaultError::Certificates { path: path.display().to_string(), why };
             let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
             let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
             let certificates = certificates.map_err(|_| failed("it is no PEM".into()))?;

@@ -69,9 +69,11 @@ fn range_v4(address: Ipv4Addr) -> Option<Range> {
         [100, 64..=127, ..] => Range::Private,
         [169, 254, ..] => Range::LinkLocal,
         [224..=239, ..] => Range::Multicast,
-        [192, 0, 0 | 2, _] | [192, 88, 99, _] | [198, 18..=19, ..] | [198, 51, 100, _] | [203, 0, 113, _] => {
-            Range::Reserved
-        }
+        [192, 0, 0 | 2, _]
+        | [192, 88, 99, _]
+        | [198, 18..=19, ..]
+        | [198, 51, 100, _]
+        | [203, 0, 113, _] => Range::Reserved,
         [240..=255, ..] => Range::Reserved,
         _ => return None,
     })
@@ -174,10 +176,17 @@ mod tests {
     #[test]
     fn only_what_a_server_of_ones_own_is_at_can_be_let_through() {
         let through = |address: &str| range(address.parse().unwrap()).unwrap().is_private();
-        assert!(through("127.0.0.1") && through("10.0.0.1") && through("::1") && through("fd12::1"));
-        for address in
-            ["169.254.169.254", "fd00:ec2::254", "169.254.0.1", "0.0.0.0", "224.0.0.1", "100.100.100.200"]
-        {
+        assert!(
+            through("127.0.0.1") && through("10.0.0.1") && through("::1") && through("fd12::1")
+        );
+        for address in [
+            "169.254.169.254",
+            "fd00:ec2::254",
+            "169.254.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+            "100.100.100.200",
+        ] {
             assert!(!through(address), "{address}");
         }
     }

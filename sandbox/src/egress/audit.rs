@@ -92,7 +92,12 @@ fn is_zero(number: &u64) -> bool {
 
 impl Line<'_> {
     /// Of an attempt that began now.
-    pub fn new(host: &str, port: Option<u16>, verdict: Verdict, reason: Option<String>) -> Line<'_> {
+    pub fn new(
+        host: &str,
+        port: Option<u16>,
+        verdict: Verdict,
+        reason: Option<String>,
+    ) -> Line<'_> {
         let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
         Line {
             time: now(),
@@ -142,7 +147,9 @@ impl Audit {
 
     /// Whether what is attempted now can be written down. What cannot is not to be done.
     pub fn works(&self) -> bool {
-        self.state.as_ref().is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
+        self.state
+            .as_ref()
+            .is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
     }
 
     /// So many lines were left out before they came here.
@@ -233,7 +240,8 @@ mod tests {
         assert!(!audit.works());
         assert!(Audit::default().works());
         assert!(
-            audit.deliver("A", Way::Memory).is_err() && Audit::default().deliver("A", Way::Memory).is_ok()
+            audit.deliver("A", Way::Memory).is_err()
+                && Audit::default().deliver("A", Way::Memory).is_ok()
         );
     }
 }

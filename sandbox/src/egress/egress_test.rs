@@ -88,9 +88,12 @@ struct Names {
 
 impl Names {
     fn of(names: &[(&'static str, &[&[&str]])]) -> Box<Names> {
-        let parse = |answer: &&[&str]| answer.iter().map(|address| address.parse().unwrap()).collect();
-        let names =
-            names.iter().map(|(name, answers)| (*name, answers.iter().map(parse).collect())).collect();
+        let parse =
+            |answer: &&[&str]| answer.iter().map(|address| address.parse().unwrap()).collect();
+        let names = names
+            .iter()
+            .map(|(name, answers)| (*name, answers.iter().map(parse).collect()))
+            .collect();
         Box::new(Names { names, asked: Mutex::default() })
     }
 }
@@ -202,7 +205,10 @@ async fn bytes_pass_as_they_are_and_are_counted() {
     assert_eq!((line["host"].as_str(), line["port"].as_u64()), (Some("a.test"), Some(port.into())));
     assert_eq!((line["verdict"].as_str(), line["reason"].as_str()), (Some("allowed"), None));
     assert_eq!(line["address"].as_str(), Some("127.0.0.1"));
-    assert_eq!((line["sent"].as_u64(), line["received"].as_u64()), (Some(2_000_033), Some(2_000_033)));
+    assert_eq!(
+        (line["sent"].as_u64(), line["received"].as_u64()),
+        (Some(2_000_033), Some(2_000_033))
+    );
     assert!(line["time"].as_str().unwrap().ends_with('Z') && line["duration_ms"].is_u64());
 }
 
@@ -222,8 +228,13 @@ async fn refusal(spec: Spec, names: Box<Names>, host: &str, port: u16) -> (Strin
 #[tokio::test]
 async fn the_policy_is_checked_again() {
     let port = echo().await;
-    let spec =
-        || allowing(&[format!("a.test:{port}"), format!("*.b.test:{port}"), format!("*.0.0.x1:{port}")]);
+    let spec = || {
+        allowing(&[
+            format!("a.test:{port}"),
+            format!("*.b.test:{port}"),
+            format!("*.0.0.x1:{port}"),
+        ])
+    };
     let everything: &[&[&str]] = &[&["127.0.0.1"]];
     let long = "a".repeat(65536);
     let cases = [
@@ -246,7 +257,8 @@ async fn the_policy_is_checked_again() {
         (&long, port, "no host has such a name"),
     ];
     for (host, port, reason) in cases {
-        let names = Names::of(&[("a.test", everything), ("b.test", everything), ("c.test", everything)]);
+        let names =
+            Names::of(&[("a.test", everything), ("b.test", everything), ("c.test", everything)]);
         let expected = ("refused".to_owned(), reason.to_owned());
         assert_eq!(refusal(spec(), names, host, port).await, expected, "{:.40}", host);
     }
@@ -268,7 +280,8 @@ async fn a_name_that_is_not_public_is_refused_after_it_was_resolved() {
     for (address, words) in cases {
         let answers: &[&[&str]] = &[&[address]];
         let spec = Spec { allow_private: false, ..allowing(&[format!("a.test:{port}")]) };
-        let (verdict, reason) = refusal(spec, Names::of(&[("a.test", answers)]), "a.test", port).await;
+        let (verdict, reason) =
+            refusal(spec, Names::of(&[("a.test", answers)]), "a.test", port).await;
         assert_eq!((verdict.as_str(), reason), ("refused", format!("it resolves to {words}")));
     }
     // No option lets these through.
@@ -293,8 +306,9 @@ async fn a_name_that_changes_its_mind_is_checked_each_time_and_dialled_as_checke
         assert_eq!(agent.received(second), None);
     })
     .await;
-    let address =
-        |verdict: &str| lines.iter().find(|line| line["verdict"] == verdict).unwrap()["address"].clone();
+    let address = |verdict: &str| {
+        lines.iter().find(|line| line["verdict"] == verdict).unwrap()["address"].clone()
+    };
     assert_eq!((lines.len(), address("allowed")), (2, "127.0.0.1".into()));
     assert_eq!(address("refused"), serde_json::Value::Null);
     // Of several addresses only those are dialled that may be.
@@ -316,7 +330,8 @@ async fn what_cannot_be_reached_says_why() {
     drop(gone);
     let spec = || allowing(&[format!("a.test:{port}")]);
     let failed = |reason: &str| ("failed".to_owned(), reason.to_owned());
-    let dialled = refusal(spec(), Names::of(&[("a.test", &[&["127.0.0.1"]])]), "a.test", port).await;
+    let dialled =
+        refusal(spec(), Names::of(&[("a.test", &[&["127.0.0.1"]])]), "a.test", port).await;
     assert_eq!(dialled, failed("connect: Connection refused (os error 111)"));
     let dialled = refusal(spec(), Names::of(&[]), "a.test", port).await;
     assert_eq!(dialled, failed("it does not resolve: entity not found"));
@@ -396,7 +411,10 @@ async fn an_endpoint_that_resets_or_is_reset_is_told_from_one_that_ends() {
     assert_eq!(ended.unwrap(), Err(io::ErrorKind::ConnectionReset));
     let connected = lines.iter().filter(|line| line["verdict"] == "allowed");
     let reasons: Vec<_> = connected.map(|line| line["reason"].as_str().unwrap()).collect();
-    assert_eq!(reasons, ["the endpoint broke it off: connection reset", "the sandbox broke it off"]);
+    assert_eq!(
+        reasons,
+        ["the endpoint broke it off: connection reset", "the sandbox broke it off"]
+    );
 }
 
 #[tokio::test]
@@ -435,7 +453,8 @@ async fn an_endpoint_that_answers_for_ever_meets_the_limits() {
 #[tokio::test]
 async fn bytes_a_second_are_kept_to() {
     let port = echo().await;
-    let limits = EgressLimits { bytes_per_second: NonZeroU64::new(100_000), ..EgressLimits::default() };
+    let limits =
+        EgressLimits { bytes_per_second: NonZeroU64::new(100_000), ..EgressLimits::default() };
     let spec = Spec { limits, ..allowing(&[format!("a.test:{port}")]) };
     let began = Instant::now();
     let (answer, _) = against(spec, Names::of(&[("a.test", &[&["127.0.0.1"]])]), move |agent| {
@@ -479,7 +498,8 @@ async fn a_flood_of_dials_costs_little_and_hides_nothing_that_was_connected() {
         Names::of(&[("a.test", &[&["127.0.0.1"]])]),
         move |agent| {
             for number in 0..5000 {
-                let stream = agent.dial(if number % 2 == 0 { "a.test" } else { "evil.example" }, port);
+                let stream =
+                    agent.dial(if number % 2 == 0 { "a.test" } else { "evil.example" }, port);
                 agent.connection.reset(stream);
                 agent.flush();
             }
@@ -507,7 +527,10 @@ async fn refused_names_are_written_down_and_dials_without_egress_are_a_breach() 
         assert_eq!(agent.received(stream), None);
     })
     .await;
-    assert_eq!((lines[0]["host"].as_str(), lines[0]["port"].as_u64()), (Some("evil.example"), None));
+    assert_eq!(
+        (lines[0]["host"].as_str(), lines[0]["port"].as_u64()),
+        (Some("evil.example"), None)
+    );
     assert_eq!(lines[0]["verdict"], "refused");
 
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -530,21 +553,30 @@ async fn refused_names_are_written_down_and_dials_without_egress_are_a_breach() 
 async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
     let dir = tempfile::tempdir().unwrap();
     let (source, audit) = (dir.path().join("keys"), dir.path().join("audit"));
-    std::fs::write(&source, r#"{"AccessKeyId":"ASIA1","SecretAccessKey":"canary-5e0c","SessionToken":"t"}"#)
-        .unwrap();
+    std::fs::write(
+        &source,
+        r#"{"AccessKeyId":"ASIA1","SecretAccessKey":"canary-5e0c","SessionToken":"t"}"#,
+    )
+    .unwrap();
     let secret: crate::SecretSpec = format!("AWS=file:{}", source.display()).parse().unwrap();
     let secret = crate::SecretSpec { delivery: crate::Delivery::Endpoint, ..secret };
     let fetched = crate::credential::fetch(&[secret], &Default::default()).await.unwrap();
-    let token =
-        fetched.values.iter().find(|value| value.name == "AWS_CONTAINER_AUTHORIZATION_TOKEN").unwrap();
+    let token = fetched
+        .values
+        .iter()
+        .find(|value| value.name == "AWS_CONTAINER_AUTHORIZATION_TOKEN")
+        .unwrap();
     let token = String::from_utf8(token.value.to_bytes().expose().to_vec()).unwrap();
     // Nothing else is allowed.
     let spec = Spec { audit: Some(audit.clone()), ..Spec::default() };
     let broker = Broker { keys: fetched.endpoint, ..broker(&spec, Names::of(&[])) };
-    let endpoint = chitin_protocol::Endpoint { host: "localhost".into(), wildcard: false, port: 9911 };
+    let endpoint =
+        chitin_protocol::Endpoint { host: "localhost".into(), wildcard: false, port: 9911 };
     assert_eq!(broker.wire(), [endpoint]);
     let request = move |token: &str| {
-        format!("GET /credentials/AWS HTTP/1.1\r\nHost: 127.0.0.1:9911\r\nAuthorization: {token}\r\n\r\n")
+        format!(
+            "GET /credentials/AWS HTTP/1.1\r\nHost: 127.0.0.1:9911\r\nAuthorization: {token}\r\n\r\n"
+        )
     };
     let (answers, lines) = with_broker(broker, &audit, move |agent| {
         let mut ask = |host, port, token: &str| {
@@ -565,7 +597,10 @@ async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
     assert!(refused.starts_with("HTTP/1.1 401") && !refused.contains("canary"), "{refused}");
     let verdicts: Vec<_> = lines.iter().map(|line| line["verdict"].as_str().unwrap()).collect();
     assert_eq!(verdicts, ["allowed", "refused", "refused", "refused"], "{lines:?}");
-    assert_eq!((&lines[0]["credentials"][0], &lines[0]["host"]), (&"AWS".into(), &"localhost".into()));
+    assert_eq!(
+        (&lines[0]["credentials"][0], &lines[0]["host"]),
+        (&"AWS".into(), &"localhost".into())
+    );
     assert!(lines.iter().all(|line| !line.to_string().contains("canary")), "{lines:?}");
 }
 

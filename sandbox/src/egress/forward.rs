@@ -59,7 +59,9 @@ async fn accept(inner: Arc<Inner>, listener: TcpListener, port: u16) {
 async fn serve(inner: &Inner, mut client: TcpStream, port: u16) {
     let _ = client.set_nodelay(true);
     let spliced = match inner.connect(port).await {
-        Ok(tunnel) => splice(tunnel, &mut client, &Allowance::default(), &Counts::default()).await.is_ok(),
+        Ok(tunnel) => {
+            splice(tunnel, &mut client, &Allowance::default(), &Counts::default()).await.is_ok()
+        }
         // Nobody serves the port in the sandbox, or not yet: as on any host, but later.
         Err(_) => false,
     };

@@ -249,7 +249,12 @@ impl Refusal {
 }
 
 impl Broker {
-    pub fn new(spec: &Spec, audit: Arc<Audit>, proxy: Option<Arc<Proxy>>, keys: Option<Arc<Keys>>) -> Broker {
+    pub fn new(
+        spec: &Spec,
+        audit: Arc<Audit>,
+        proxy: Option<Arc<Proxy>>,
+        keys: Option<Arc<Keys>>,
+    ) -> Broker {
         Broker { proxy, keys, ..Broker::with(spec, audit, Box::new(System::default())) }
     }
 
@@ -263,7 +268,8 @@ impl Broker {
         let limits = &spec.limits;
         let rate = f64::from(limits.dials_per_second.max(1));
         #[expect(clippy::cast_precision_loss, reason = "a byte more or less")]
-        let bytes = limits.bytes_per_second.map(|rate| Bucket::new(rate.get() as f64, rate.get() as f64));
+        let bytes =
+            limits.bytes_per_second.map(|rate| Bucket::new(rate.get() as f64, rate.get() as f64));
         Broker {
             endpoints: spec.wire(),
             allow_private: spec.allow_private,
@@ -417,7 +423,8 @@ impl Broker {
         // Limits and counts are of what the sandbox sends and gets, so they lie between it and the proxy.
         let (near, far) = tokio::io::duplex(PROXY_BUFFER);
         let proxying = proxy.clone().run(far, stream, host, port, account);
-        let (spliced, proxied) = tokio::join!(splice(tunnel, near, &self.allowance, counts), proxying);
+        let (spliced, proxied) =
+            tokio::join!(splice(tunnel, near, &self.allowance, counts), proxying);
         match spliced {
             Err(broken @ (Broken::TooLong(_) | Broken::TooMuch(_))) => Err(broken.to_string()),
             // What the proxy says is why; the rest follows from it.
@@ -469,7 +476,8 @@ impl Broker {
 
     /// The addresses of a name that may be dialled.
     async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, Refusal> {
-        let addresses = match tokio::time::timeout(RESOLVE_LIMIT, self.resolver.resolve(host)).await {
+        let addresses = match tokio::time::timeout(RESOLVE_LIMIT, self.resolver.resolve(host)).await
+        {
             Ok(Ok(addresses)) => addresses,
             Ok(Err(error)) => return Err(Refusal::Resolve(error)),
             Err(_) => return Err(Refusal::ResolveLimit),
@@ -516,7 +524,8 @@ async fn connect(addresses: &[IpAddr], port: u16) -> Result<(TcpStream, IpAddr),
         // One that is silent leaves the others their share.
         let left = u32::try_from(addresses.len() - done).unwrap_or(1);
         let share = deadline.saturating_duration_since(Instant::now()) / left;
-        match tokio::time::timeout(share, TcpStream::connect(SocketAddr::new(*address, port))).await {
+        match tokio::time::timeout(share, TcpStream::connect(SocketAddr::new(*address, port))).await
+        {
             Ok(Ok(stream)) => {
                 let _ = stream.set_nodelay(true);
                 return Ok((stream, *address));

@@ -91,7 +91,11 @@ enum End {
 }
 
 impl End {
-    fn or(self, read: impl FnOnce(io::Error) -> Broken, written: impl FnOnce(io::Error) -> Broken) -> Broken {
+    fn or(
+        self,
+        read: impl FnOnce(io::Error) -> Broken,
+        written: impl FnOnce(io::Error) -> Broken,
+    ) -> Broken {
         match self {
             End::Reading(error) => read(error),
             End::Writing(error) => written(error),

@@ -5,8 +5,8 @@ use std::fmt::{self, Display};
 
 use serde::de::value::StrDeserializer;
 use serde::de::{
-    DeserializeSeed, Deserializer, EnumAccess, Expected, MapAccess, SeqAccess, Unexpected, VariantAccess,
-    Visitor,
+    DeserializeSeed, Deserializer, EnumAccess, Expected, MapAccess, SeqAccess, Unexpected,
+    VariantAccess, Visitor,
 };
 
 use super::yaml::{Node, Place, Problem, Value};
@@ -98,7 +98,8 @@ impl<'de> Deserializer<'de> for &'de Node {
         match &self.value {
             Value::Map(_) => self.deserialize_any(visitor),
             other => {
-                let error: Error = serde::de::Error::invalid_type(other.unexpected(), &"keys and values");
+                let error: Error =
+                    serde::de::Error::invalid_type(other.unexpected(), &"keys and values");
                 Err(error.at(self.place))
             }
         }
@@ -120,7 +121,10 @@ impl<'de> Deserializer<'de> for &'de Node {
     ) -> Result<V::Value, Error> {
         match &self.value {
             Value::String(word) => visitor.visit_enum(Word(word)),
-            _ => Err(serde::de::Error::custom(format!("one of {} is wanted here", variants.join(", ")))),
+            _ => Err(serde::de::Error::custom(format!(
+                "one of {} is wanted here",
+                variants.join(", ")
+            ))),
         }
         .map_err(|error: Error| error.at(self.place))
     }
@@ -149,8 +153,14 @@ struct Items<'de>(std::slice::Iter<'de, Node>);
 impl<'de> SeqAccess<'de> for Items<'de> {
     type Error = Error;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Error> {
-        self.0.next().map(|node| seed.deserialize(node).map_err(|error| error.at(node.place))).transpose()
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Error> {
+        self.0
+            .next()
+            .map(|node| seed.deserialize(node).map_err(|error| error.at(node.place)))
+            .transpose()
     }
 }
 
@@ -162,7 +172,10 @@ struct Entries<'de> {
 impl<'de> MapAccess<'de> for Entries<'de> {
     type Error = Error;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Error> {
         let Some((key, value)) = self.rest.next() else { return Ok(None) };
         self.value = Some(value);
         seed.deserialize(StrDeserializer::new(&key.name))
@@ -171,7 +184,8 @@ impl<'de> MapAccess<'de> for Entries<'de> {
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
-        let node = self.value.take().ok_or_else(|| serde::de::Error::custom("a value without a key"))?;
+        let node =
+            self.value.take().ok_or_else(|| serde::de::Error::custom("a value without a key"))?;
         seed.deserialize(node).map_err(|error| error.at(node.place))
     }
 }

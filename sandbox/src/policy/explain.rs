@@ -21,7 +21,11 @@ pub fn explain(policy: &Policy) -> String {
 fn sentences(policy: &Policy, out: &mut String) -> std::fmt::Result {
     let plugin = policy.plugin.as_ref().map(|plugin| format!(" for {plugin}")).unwrap_or_default();
     let profile = policy.profile.spec();
-    writeln!(out, "{}: a policy{plugin}, profile {}: {}.", policy.origin, policy.profile, profile.purpose)?;
+    writeln!(
+        out,
+        "{}: a policy{plugin}, profile {}: {}.",
+        policy.origin, policy.profile, profile.purpose
+    )?;
     writeln!(out)?;
     tier(policy, out)?;
     files(policy, out)?;
@@ -33,7 +37,10 @@ fn sentences(policy: &Policy, out: &mut String) -> std::fmt::Result {
              vsock."
         )?,
         SyscallFilter::DefaultAllow => {
-            writeln!(out, "System calls: all but io_uring, bpf, perf, userfaultfd, key rings and vsock.")?;
+            writeln!(
+                out,
+                "System calls: all but io_uring, bpf, perf, userfaultfd, key rings and vsock."
+            )?;
         }
     }
     writeln!(
@@ -48,14 +55,20 @@ fn sentences(policy: &Policy, out: &mut String) -> std::fmt::Result {
 fn tier(policy: &Policy, out: &mut String) -> std::fmt::Result {
     let wall = match policy.runtime {
         Runtime::Ironclaw => "in a microVM with a kernel of its own (ironclaw)",
-        Runtime::Nanoclaw => "under gVisor or, where runsc is absent, in a hardened container (nanoclaw)",
+        Runtime::Nanoclaw => {
+            "under gVisor or, where runsc is absent, in a hardened container (nanoclaw)"
+        }
         Runtime::Nemoclaw => "in a hardened container of the Docker daemon (nemoclaw)",
     };
     write!(out, "Isolation: it runs {wall}")?;
     if policy.fallback.is_empty() {
         write!(out, ", or not at all")?;
     } else {
-        write!(out, ", or where that cannot be had, as {}", listed(&policy.fallback, Runtime::to_string))?;
+        write!(
+            out,
+            ", or where that cannot be had, as {}",
+            listed(&policy.fallback, Runtime::to_string)
+        )?;
     }
     match &policy.image {
         Some(image) => writeln!(out, ", from the root image {}.", image.display()),
@@ -75,7 +88,9 @@ fn files(policy: &Policy, out: &mut String) -> std::fmt::Result {
     for file in &policy.files {
         let (path, source) = (file.path.display(), file.source.display());
         match file.access {
-            Access::ReadOnly => writeln!(out, "  It may read {path}, a copy of this host's {source}.")?,
+            Access::ReadOnly => {
+                writeln!(out, "  It may read {path}, a copy of this host's {source}.")?
+            }
             Access::ReadWrite => writeln!(
                 out,
                 "  It may change {path}, a copy of this host's {source}, which is replaced by it if the workload succeeds."
@@ -108,7 +123,9 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
             SecretSource::Vault(source) => source.to_string(),
         };
         let delivery = match &secret.delivery {
-            Delivery::Memory => "a file in memory that it finds by the variable NAME_FILE".to_owned(),
+            Delivery::Memory => {
+                "a file in memory that it finds by the variable NAME_FILE".to_owned()
+            }
             Delivery::Env => "an environment variable, seen by everything it starts".to_owned(),
             Delivery::Endpoint => "keys that AWS's SDKs fetch when they need them".to_owned(),
             Delivery::Proxy(reach) => {
@@ -124,7 +141,12 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
                 )
             }
         };
-        writeln!(out, "  {} from {source}, as {}.", secret.name, delivery.replace("NAME", &secret.name))?;
+        writeln!(
+            out,
+            "  {} from {source}, as {}.",
+            secret.name,
+            delivery.replace("NAME", &secret.name)
+        )?;
     }
     if let Some(source) = &policy.credential_source {
         let what = source.field.as_ref().map_or("every field by its name", String::as_str);

@@ -55,7 +55,9 @@ pub struct PolicyFile {
 }
 
 /// A way to isolate a sandbox, the strongest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Runtime {
     /// A microVM with a kernel of its own.
@@ -318,7 +320,8 @@ impl FromStr for Endpoint {
             Ok(0) | Err(_) => return wrong("the port is a number from 1 to 65535"),
             Ok(port) => port,
         };
-        let (host, wildcard) = host.strip_prefix("*.").map_or((host, false), |domain| (domain, true));
+        let (host, wildcard) =
+            host.strip_prefix("*.").map_or((host, false), |domain| (domain, true));
         if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() || is_numeric(host) {
             return wrong("an address is nobody in particular, give a name");
         }
@@ -333,7 +336,9 @@ impl FromStr for Endpoint {
         };
         let label = |label: &str| {
             (1..=63).contains(&label.len())
-                && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+                && label
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
                 && !label.starts_with('-')
                 && !label.ends_with('-')
         };
@@ -390,12 +395,15 @@ impl FromStr for VaultSource {
 
     fn from_str(text: &str) -> Result<VaultSource, String> {
         // What may be a pasted value is not repeated.
-        let wrong = || "a credential source is vault://MOUNT/PATH or vault://MOUNT/PATH#FIELD".to_owned();
+        let wrong =
+            || "a credential source is vault://MOUNT/PATH or vault://MOUNT/PATH#FIELD".to_owned();
         let rest = text.strip_prefix("vault://").ok_or_else(wrong)?;
-        let (rest, field) = rest.split_once('#').map_or((rest, None), |(rest, field)| (rest, Some(field)));
+        let (rest, field) =
+            rest.split_once('#').map_or((rest, None), |(rest, field)| (rest, Some(field)));
         let (mount, path) = rest.split_once('/').ok_or_else(wrong)?;
         // What a URL would take for something else is in no name.
-        let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
+        let plain =
+            |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
         let name = |part: &str| !matches!(part, "" | "." | "..") && part.bytes().all(plain);
         if !name(mount) || !path.split('/').all(name) || field == Some("") {
             return Err(wrong());
@@ -426,7 +434,8 @@ impl FromStr for Source {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Source, String> {
-        let source: SecretSource = text.parse().map_err(|error: ParseSecretError| error.to_string())?;
+        let source: SecretSource =
+            text.parse().map_err(|error: ParseSecretError| error.to_string())?;
         if let SecretSource::File(path) = &source {
             PlainPath::from_str(&path.to_string_lossy())?;
         }

@@ -119,7 +119,9 @@ pub enum PolicyError {
         name: String,
     },
     /// An endpoint was asked for that it does not list.
-    #[error("--allow {endpoint}: the policy {origin} does not list it: ask for less, or change the policy")]
+    #[error(
+        "--allow {endpoint}: the policy {origin} does not list it: ask for less, or change the policy"
+    )]
     Egress {
         /// The file.
         origin: String,
@@ -191,13 +193,17 @@ impl Policy {
         let path = path.as_ref();
         let failed = |source| PolicyError::Read { path: path.to_owned(), source };
         let mut bytes = Vec::new();
-        File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        File::open(path)
+            .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
+            .map_err(failed)?;
         if bytes.len() as u64 > MAX_BYTES {
             return Err(PolicyError::TooLarge { path: path.to_owned() });
         }
         match std::str::from_utf8(&bytes) {
             Ok(text) => Policy::parse(text, &path.display().to_string()),
-            Err(error) => Err(PolicyError::NoText { path: path.to_owned(), at: error.valid_up_to() }),
+            Err(error) => {
+                Err(PolicyError::NoText { path: path.to_owned(), at: error.valid_up_to() })
+            }
         }
     }
 
@@ -284,7 +290,11 @@ impl Policy {
             },
             files: self.files_confined.then(|| self.files.iter().map(rule).collect()),
             max_tasks: counts.then_some(self.limits.pids),
-            max_disk: self.limits.disk_mib.filter(|_| wall == Wall::Kvm).map(|mib| u64::from(mib) << 20),
+            max_disk: self
+                .limits
+                .disk_mib
+                .filter(|_| wall == Wall::Kvm)
+                .map(|mib| u64::from(mib) << 20),
         }
     }
 
@@ -311,7 +321,10 @@ impl Policy {
     }
 
     /// The same for the time limit.
-    pub(crate) fn tighten_timeout(&self, asked: Option<Duration>) -> Result<Option<Duration>, PolicyError> {
+    pub(crate) fn tighten_timeout(
+        &self,
+        asked: Option<Duration>,
+    ) -> Result<Option<Duration>, PolicyError> {
         match (asked, self.limits.timeout) {
             (Some(asked), Some(allowed)) if asked > allowed => {
                 let words = |limit| humantime::format_duration(limit).to_string();

@@ -58,19 +58,31 @@ fn the_second_shape() {
     assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::RestrictedNet));
     assert_eq!(policy.syscalls, SyscallFilter::DefaultDeny);
     let path = PathBuf::from("/shared/config.yaml");
-    assert_eq!(policy.files, [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]);
+    assert_eq!(
+        policy.files,
+        [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]
+    );
     assert!(policy.files_confined);
-    assert_eq!(policy.egress, [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]);
+    assert_eq!(
+        policy.egress,
+        [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]
+    );
     policy.check_tier(Runtime::Ironclaw).unwrap();
     let reach = |endpoint: &str| policy.may_reach(&endpoint.parse().unwrap());
     assert!(reach("api.example.com:443"));
-    for more in ["api.example.com:80", "example.com:443", "*.example.com:443", "a.api.example.com:443"] {
+    for more in
+        ["api.example.com:80", "example.com:443", "*.example.com:443", "a.api.example.com:443"]
+    {
         assert!(!reach(more), "{more}");
     }
     let wide = parse("sandbox: {network: {allowed_egress: ['*.example.com:443']}}");
     let reach = |endpoint: &str| wide.may_reach(&endpoint.parse().unwrap());
-    assert!(reach("a.example.com:443") && reach("*.a.example.com:443") && reach("*.example.com:443"));
-    assert!(!reach("example.com:443") && !reach("badexample.com:443") && !reach("a.example.com:80"));
+    assert!(
+        reach("a.example.com:443") && reach("*.a.example.com:443") && reach("*.example.com:443")
+    );
+    assert!(
+        !reach("example.com:443") && !reach("badexample.com:443") && !reach("a.example.com:80")
+    );
 }
 
 #[test]
@@ -153,7 +165,8 @@ fn a_profile_is_not_loosened() {
         (4, 21),
         "restricted-net",
     );
-    let env = "sandbox: {profile: restricted}\nsecrets:\n  - {name: A, source: 'env:A', delivery: env}\n";
+    let env =
+        "sandbox: {profile: restricted}\nsecrets:\n  - {name: A, source: 'env:A', delivery: env}\n";
     refused(env, (3, 42), "out of the environment");
     parse("sandbox: {profile: restricted, network: {allowed_egress: []}}");
 }
@@ -168,7 +181,11 @@ fn what_is_not_known_is_refused_where_it_stands() {
         "`mode`",
     );
     refused("runtime: docker\n", (1, 10), "ironclaw, nanoclaw, nemoclaw");
-    refused("sandbox: {profile: paranoid}\n", (1, 20), "restricted, restricted-net, default, trusted");
+    refused(
+        "sandbox: {profile: paranoid}\n",
+        (1, 20),
+        "restricted, restricted-net, default, trusted",
+    );
     refused("sandbox: {syscall_filter: none}\n", (1, 27), "default_allow, default_deny");
     refused("<<: {runtime: ironclaw}\n", (1, 1), "no key `<<`");
 }
@@ -194,7 +211,11 @@ fn a_key_is_given_once() {
 
 #[test]
 fn a_type_is_the_fields_own() {
-    refused("resources: {pids: \"12\"}\n", (1, 19), "a whole number is wanted here, not the text `12`");
+    refused(
+        "resources: {pids: \"12\"}\n",
+        (1, 19),
+        "a whole number is wanted here, not the text `12`",
+    );
     refused("resources: {pids: 1.5}\n", (1, 19), "a whole number");
     refused("resources: {pids: 0x10}\n", (1, 19), "a whole number");
     refused("resources: {vcpus: 9}\n", (1, 20), "1 to 8");
@@ -222,7 +243,8 @@ fn a_type_is_the_fields_own() {
 
 #[test]
 fn a_path_means_what_it_says() {
-    let rule = |path: &str| format!("sandbox:\n  filesystem:\n  - access: read-only\n    path: {path}\n");
+    let rule =
+        |path: &str| format!("sandbox:\n  filesystem:\n  - access: read-only\n    path: {path}\n");
     for (path, words) in [
         ("etc/passwd", "relative"),
         ("./a", "relative"),
@@ -248,14 +270,19 @@ fn a_path_means_what_it_says() {
     }
     parse(&write("/work/a"));
     parse(&rule("/workshop/x"));
-    refused(&format!("{}  - access: read-only\n    path: /a/b/c\n", rule("/a/b")), (6, 11), "in each other");
+    refused(
+        &format!("{}  - access: read-only\n    path: /a/b/c\n", rule("/a/b")),
+        (6, 11),
+        "in each other",
+    );
     refused("image: root.img\n", (1, 8), "relative");
     refused("secrets: [{name: A, source: 'file:key'}]\n", (1, 29), "relative");
 }
 
 #[test]
 fn endpoints_are_names_with_ports() {
-    let list = |endpoint: &str| format!("sandbox: {{network: {{allowed_egress: ['{endpoint}']}}}}\n");
+    let list =
+        |endpoint: &str| format!("sandbox: {{network: {{allowed_egress: ['{endpoint}']}}}}\n");
     for bad in [
         "example.com",
         "example.com:0",
@@ -317,8 +344,10 @@ fn what_makes_one_text_mean_another_is_refused() {
 
 #[test]
 fn no_text_ends_the_process() {
-    let text =
-        format!("{FIRST}{}", SECOND.replace("sandbox:", "secrets: [{name: A, source: 'env:B'}]\nsandbox:"));
+    let text = format!(
+        "{FIRST}{}",
+        SECOND.replace("sandbox:", "secrets: [{name: A, source: 'env:B'}]\nsandbox:")
+    );
     parse(&text);
     for at in 0..text.len() {
         let _ = Policy::parse(&text[..at], "p.yaml");
@@ -343,7 +372,8 @@ fn a_bomb_does_not_go_off() {
         bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
     }
     refused(&bomb, (1, 9), "an anchor");
-    for deep in ["[".repeat(30_000), "{a: ".repeat(10_000), "- ".repeat(30_000), "a:\n ".repeat(20)] {
+    for deep in ["[".repeat(30_000), "{a: ".repeat(10_000), "- ".repeat(30_000), "a:\n ".repeat(20)]
+    {
         let error = Policy::parse(&deep, "p.yaml").unwrap_err();
         assert!(matches!(error, PolicyError::Invalid { .. }), "{error:?}");
     }
@@ -422,14 +452,22 @@ fn the_schema_is_the_committed_one() {
 fn the_documented_profiles_are_these() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
     let text = std::fs::read_to_string(path).unwrap();
-    for ProfileSpec { profile, purpose, syscalls, files_confined, egress, env_secrets, resources } in
-        &PROFILES
+    for ProfileSpec {
+        profile,
+        purpose,
+        syscalls,
+        files_confined,
+        egress,
+        env_secrets,
+        resources,
+    } in &PROFILES
     {
         let files = if *files_confined { "denied" } else { "readable" };
         let egress = if *egress { "as listed" } else { "refused" };
         let env = if *env_secrets { "allowed" } else { "refused" };
         let Limits { vcpus, memory_mib, timeout, pids, disk_mib } = resources;
-        let time = timeout.map_or("unlimited".into(), |limit| humantime::format_duration(limit).to_string());
+        let time = timeout
+            .map_or("unlimited".into(), |limit| humantime::format_duration(limit).to_string());
         let disk = disk_mib.map_or("half of the memory".into(), |disk| format!("{disk} MiB"));
         let line = format!(
             "| `{profile}` | {purpose} | `{}` | {files} | {egress} | {env} | {vcpus} | {memory_mib} | {disk} | {pids} | {time} |",
@@ -462,12 +500,18 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     let hosts = vec!["api.example.com:443".parse().unwrap()];
     let reach = crate::Reach { hosts, query: false, body: true };
     assert_eq!(kept.secrets[0].delivery, crate::Delivery::Proxy(reach));
-    assert!(kept.explain().contains("replaces in headers and the body of requests to api.example.com:443"));
+    assert!(
+        kept.explain()
+            .contains("replaces in headers and the body of requests to api.example.com:443")
+    );
     let refused = |secret: &str, words: &str| {
         let error = Policy::parse(&policy(secret), "p.yaml").unwrap_err().to_string();
         assert!(error.starts_with("p.yaml, line 2,") && error.contains(words), "{error}");
     };
-    refused("hosts: ['api.example.org:443']", "api.example.org:443 is not among the `allowed_egress`");
+    refused(
+        "hosts: ['api.example.org:443']",
+        "api.example.org:443 is not among the `allowed_egress`",
+    );
     refused("hosts: ['api.example.com:8443']", "is not among");
     refused("hosts: []", "a credential for nobody");
     refused("delivery: proxy", "`proxy` needs `hosts`");

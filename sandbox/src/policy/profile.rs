@@ -112,7 +112,13 @@ pub const PROFILES: [ProfileSpec; 4] = [
         files_confined: false,
         egress: true,
         env_secrets: true,
-        resources: Limits { vcpus: 1, memory_mib: 256, timeout: None, pids: MANY_TASKS, disk_mib: None },
+        resources: Limits {
+            vcpus: 1,
+            memory_mib: 256,
+            timeout: None,
+            pids: MANY_TASKS,
+            disk_mib: None,
+        },
     },
     ProfileSpec {
         profile: Profile::Trusted,
@@ -121,7 +127,13 @@ pub const PROFILES: [ProfileSpec; 4] = [
         files_confined: false,
         egress: true,
         env_secrets: true,
-        resources: Limits { vcpus: 2, memory_mib: 1024, timeout: None, pids: MANY_TASKS, disk_mib: None },
+        resources: Limits {
+            vcpus: 2,
+            memory_mib: 1024,
+            timeout: None,
+            pids: MANY_TASKS,
+            disk_mib: None,
+        },
     },
 ];
 

@@ -22,20 +22,31 @@ const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 // What the format promises is what the monitor takes.
 const _: () = assert!(chitin_vmm::spec::MAX_VCPUS == 8);
-const _: () = assert!(chitin_vmm::spec::MIN_MEMORY_MIB == 64 && chitin_vmm::spec::MAX_MEMORY_MIB == 16384);
+const _: () =
+    assert!(chitin_vmm::spec::MIN_MEMORY_MIB == 64 && chitin_vmm::spec::MAX_MEMORY_MIB == 16384);
 
 /// Makes a policy of a file.
-pub fn resolve(file: PolicyFile, root: &Node, origin: &str, digest: String) -> Result<Policy, Problem> {
+pub fn resolve(
+    file: PolicyFile,
+    root: &Node,
+    origin: &str,
+    digest: String,
+) -> Result<Policy, Problem> {
     let runtime = file.runtime.unwrap_or(Runtime::Ironclaw);
     let fallback = file.fallback.unwrap_or_default();
     for (index, tier) in fallback.iter().enumerate() {
         if *tier == runtime || fallback[..index].contains(tier) {
-            return Err(at(root, &["fallback", &index.to_string()], format!("{tier} is there already")));
+            return Err(at(
+                root,
+                &["fallback", &index.to_string()],
+                format!("{tier} is there already"),
+            ));
         }
     }
 
     let rules = file.sandbox;
-    let (mut profile, mut files, mut egress, mut syscalls) = (Profile::default(), None, Vec::new(), None);
+    let (mut profile, mut files, mut egress, mut syscalls) =
+        (Profile::default(), None, Vec::new(), None);
     if let Some(rules) = rules {
         profile = rules.profile.unwrap_or_default();
         files = rules.filesystem;
@@ -68,7 +79,9 @@ pub fn resolve(file: PolicyFile, root: &Node, origin: &str, digest: String) -> R
             pids: resources.pids.map_or(limits.pids, |number| number.0),
             // The profile's own makes room for a smaller memory that the file names.
             disk_mib: resources.disk_mib.map(|number| number.0).or_else(|| {
-                limits.disk_mib.map(|disk| disk.min(resources.memory_mib.map_or(disk, |memory| memory.0 / 2)))
+                limits
+                    .disk_mib
+                    .map(|disk| disk.min(resources.memory_mib.map_or(disk, |memory| memory.0 / 2)))
             }),
         };
     }
@@ -106,12 +119,14 @@ fn shared(rules: Vec<FileRule>, root: &Node) -> Result<Vec<SharedFile>, Problem>
     let mut files: Vec<SharedFile> = Vec::new();
     for (index, FileRule { access, path, source }) in rules.into_iter().enumerate() {
         let shown = path.0.display().to_string();
-        let wrong =
-            |what: String| Err(at(root, &["sandbox", "filesystem", &index.to_string(), "path"], what));
+        let wrong = |what: String| {
+            Err(at(root, &["sandbox", "filesystem", &index.to_string(), "path"], what))
+        };
         if let Some(kernel) = KERNEL.iter().find(|kernel| path.is_in(kernel)) {
             return wrong(format!("{shown} is in {kernel}, which is the kernel's"));
         }
-        let strictly_in = |directory: &&&str| path.is_in(directory) && path.0 != Path::new(directory);
+        let strictly_in =
+            |directory: &&&str| path.is_in(directory) && path.0 != Path::new(directory);
         match access {
             Access::ReadOnly => {
                 if let Some(scratch) = SCRATCH.iter().find(|scratch| path.is_in(scratch)) {
@@ -130,8 +145,9 @@ fn shared(rules: Vec<FileRule>, root: &Node) -> Result<Vec<SharedFile>, Problem>
                 }
             }
         }
-        if let Some(other) =
-            files.iter().find(|other| path.0.starts_with(&other.path) || other.path.starts_with(&path.0))
+        if let Some(other) = files
+            .iter()
+            .find(|other| path.0.starts_with(&other.path) || other.path.starts_with(&path.0))
         {
             return wrong(format!("{shown} and {} lie in each other", other.path.display()));
         }
@@ -161,21 +177,27 @@ fn secrets(
         }
         let delivery = match rule.delivery {
             Some(How::Env) if !profile.spec().env_secrets => {
-                let what =
-                    format!("the profile {profile} keeps credentials out of the environment: take memory");
+                let what = format!(
+                    "the profile {profile} keeps credentials out of the environment: take memory"
+                );
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Env) if rule.hosts.is_some() => {
-                let what = "what is in the environment is for no hosts: leave one of both out".into();
+                let what =
+                    "what is in the environment is for no hosts: leave one of both out".into();
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Env) => Delivery::Env,
             Some(How::Endpoint) if rule.hosts.is_some() => {
-                let what = "what is asked for at an endpoint is for no hosts: leave one of both out".into();
+                let what =
+                    "what is asked for at an endpoint is for no hosts: leave one of both out"
+                        .into();
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Endpoint) => {
-                if let Some(other) = secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint) {
+                if let Some(other) =
+                    secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint)
+                {
                     let what = format!("{} has the one endpoint there is", other.name);
                     return Err(at(root, &["secrets", &index, "delivery"], what));
                 }
@@ -186,13 +208,15 @@ fn secrets(
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Memory) if rule.hosts.is_some() => {
-                let what = "what is delivered in memory is for no hosts: leave one of both out".into();
+                let what =
+                    "what is delivered in memory is for no hosts: leave one of both out".into();
                 return Err(at(root, &["secrets", &index, "delivery"], what));
             }
             Some(How::Proxy | How::Memory) | None => match rule.hosts {
                 None => Delivery::Memory,
                 Some(hosts) => {
-                    let listed = |host: &Endpoint| egress.iter().any(|endpoint| endpoint.covers(host));
+                    let listed =
+                        |host: &Endpoint| egress.iter().any(|endpoint| endpoint.covers(host));
                     if let Some(other) = hosts.iter().find(|host| !listed(host)) {
                         let what = format!("{other} is not among the `allowed_egress`");
                         return Err(at(root, &["secrets", &index, "hosts"], what));

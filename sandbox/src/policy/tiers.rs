@@ -146,7 +146,9 @@ impl Policy {
             Field::Capabilities => {
                 "the agent drops all but net bind, also from the bounding set, before the workload starts"
             }
-            Field::ReadonlyRoot => "the workload's root is mounted read-only, and it has no right to mount",
+            Field::ReadonlyRoot => {
+                "the workload's root is mounted read-only, and it has no right to mount"
+            }
             Field::CredentialSource if self.credential_source.is_some() => {
                 "this host logs in to the vault; the login never enters, and ends with the sandbox"
             }
@@ -155,7 +157,9 @@ impl Policy {
                 SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
                 SyscallFilter::DefaultAllow => "seccomp: what no workload needs fails with ENOSYS",
             },
-            _ => "handed over after the start, in memory; not in the image, the command line or a template",
+            _ => {
+                "handed over after the start, in memory; not in the image, the command line or a template"
+            }
         }
     }
 }

@@ -79,10 +79,12 @@ impl Node {
                 Some((_, node)) => node.place_of(rest),
                 None => self.place,
             },
-            Value::List(items) => match first.parse::<usize>().ok().and_then(|index| items.get(index)) {
-                Some(node) => node.place_of(rest),
-                None => self.place,
-            },
+            Value::List(items) => {
+                match first.parse::<usize>().ok().and_then(|index| items.get(index)) {
+                    Some(node) => node.place_of(rest),
+                    None => self.place,
+                }
+            }
             _ => self.place,
         }
     }
@@ -106,7 +108,8 @@ pub fn read(text: &str) -> Result<Node, Problem> {
     let mut stack: Vec<Open> = Vec::new();
     let mut root = None;
     for event in Parser::new_from_str_with_options(text, options) {
-        let (event, span) = event.map_err(|error| Problem::new(Place::from(error.marker()), error.info()))?;
+        let (event, span) =
+            event.map_err(|error| Problem::new(Place::from(error.marker()), error.info()))?;
         let place = Place::from(&span.start);
         let node = match event {
             Event::DocumentStart(..) if root.is_some() => {
@@ -180,9 +183,10 @@ fn plain(span: &Span, anchor: usize, tag: bool) -> Result<(), Problem> {
 fn check_characters(text: &str, place: Place) -> Result<(), Problem> {
     match text.chars().find(|c| c.is_control()) {
         Some('\0') => Err(Problem::new(place, "a NUL byte in a text")),
-        Some(c) => {
-            Err(Problem::new(place, format!("a control character, {}, in a text", c.escape_default())))
-        }
+        Some(c) => Err(Problem::new(
+            place,
+            format!("a control character, {}, in a text", c.escape_default()),
+        )),
         None => Ok(()),
     }
 }
@@ -208,9 +212,10 @@ fn key(node: Node, entries: &[(Key, Node)]) -> Result<Key, Problem> {
         return Err(Problem::new(place, "a key that is no word"));
     };
     match entries.iter().find(|(other, _)| other.name == name) {
-        Some((first, _)) => {
-            Err(Problem::new(place, format!("`{name}` is given twice, first in line {}", first.place.line)))
-        }
+        Some((first, _)) => Err(Problem::new(
+            place,
+            format!("`{name}` is given twice, first in line {}", first.place.line),
+        )),
         None => Ok(Key { place, name }),
     }
 }

@@ -32,7 +32,9 @@ impl Bare {
                 let bare = Nanoclaw::new(artifacts).bare(plan, argv).await?;
                 Some(Bare(Kind::Runtime(Box::new(bare))))
             }
-            Runtime::Nemoclaw => Some(Bare(Kind::Docker(Nemoclaw::new(artifacts).bare(plan, argv).await?))),
+            Runtime::Nemoclaw => {
+                Some(Bare(Kind::Docker(Nemoclaw::new(artifacts).bare(plan, argv).await?)))
+            }
         })
     }
 

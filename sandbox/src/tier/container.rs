@@ -104,16 +104,20 @@ impl RootArchive {
             tar_sha256: String,
         }
         let path = artifacts.root_image.with_extension("tar");
-        let missing = |reason| Unavailable { reason, remedy: "build it with `cargo xtask rootfs`".into() };
+        let missing =
+            |reason| Unavailable { reason, remedy: "build it with `cargo xtask rootfs`".into() };
         if !path.is_file() {
             return Err(missing(format!("no archive of the root at {}", path.display())));
         }
         let manifest = artifacts.root_image.with_extension("json");
         let read = std::fs::read(&manifest).map_err(|error| error.to_string());
-        let digest = read
-            .and_then(|json| serde_json::from_slice::<Manifest>(&json).map_err(|error| error.to_string()));
+        let digest = read.and_then(|json| {
+            serde_json::from_slice::<Manifest>(&json).map_err(|error| error.to_string())
+        });
         match digest {
-            Ok(Manifest { tar_sha256: digest }) if is_digest(&digest) => Ok(RootArchive { path, digest }),
+            Ok(Manifest { tar_sha256: digest }) if is_digest(&digest) => {
+                Ok(RootArchive { path, digest })
+            }
             Ok(_) => Err(missing(format!("no SHA-256 in {}", manifest.display()))),
             Err(error) => Err(missing(format!("{}: {error}", manifest.display()))),
         }
@@ -133,9 +137,10 @@ impl RootArchive {
     pub fn is(&self, found: &str) -> Result<(), String> {
         match found == self.digest {
             true => Ok(()),
-            false => {
-                Err(format!("{} is not what root.json says: its SHA-256 is {found}", self.path.display()))
-            }
+            false => Err(format!(
+                "{} is not what root.json says: its SHA-256 is {found}",
+                self.path.display()
+            )),
         }
     }
 }
@@ -185,7 +190,10 @@ fn content(archive: File) -> io::Result<BTreeMap<PathBuf, Entry>> {
     Ok(content)
 }
 
-fn place(content: &BTreeMap<PathBuf, Entry>, Fixed { path, directory }: &Fixed) -> Result<PathBuf, Error> {
+fn place(
+    content: &BTreeMap<PathBuf, Entry>,
+    Fixed { path, directory }: &Fixed,
+) -> Result<PathBuf, Error> {
     let refused = |reason| Err(Error::Place { path: path.clone(), reason });
     let inner: PathBuf = path.components().skip(1).collect();
     let mut place = PathBuf::new();

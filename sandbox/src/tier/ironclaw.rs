@@ -18,8 +18,8 @@ use chitin_vmm::control::{Message, Request, TemplateEvent};
 use chitin_vmm::jail::Jail;
 use chitin_vmm::{EndReason, Event, VmSpec};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
-    socketpair,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    sendmsg, socketpair,
 };
 use tokio::net::UnixDatagram;
 use tokio::process::Child;
@@ -47,7 +47,8 @@ pub(crate) struct Ironclaw(pub Artifacts);
 /// As it is where nobody asked for anything else.
 pub(crate) fn chosen() -> Chosen {
     let version = env!("CARGO_PKG_VERSION").into();
-    let capabilities = Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() };
+    let capabilities =
+        Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() };
     Chosen { tier: Runtime::Ironclaw, capabilities, passed_over: Vec::new() }
 }
 
@@ -161,7 +162,11 @@ pub(crate) fn launch(
 }
 
 /// Starts a monitor that makes everything ready and then waits for [`Monitor::go`].
-pub(crate) fn prepare(artifacts: &Artifacts, spec: &VmSpec, files: Option<&Files>) -> Result<Monitor, Error> {
+pub(crate) fn prepare(
+    artifacts: &Artifacts,
+    spec: &VmSpec,
+    files: Option<&Files>,
+) -> Result<Monitor, Error> {
     let spec = VmSpec { prepared: true, ..spec.clone() };
     spawn(artifacts, &spec, files, None)
 }
@@ -214,7 +219,11 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
 }
 
 /// Sends one packet of JSON with descriptors.
-fn send(control: impl AsFd, packet: &impl serde::Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+fn send(
+    control: impl AsFd,
+    packet: &impl serde::Serialize,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), Error> {
     let what = "send a request to the monitor";
     let json = serde_json::to_vec(packet).map_err(|error| host(what)(error.into()))?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -240,13 +249,17 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
     let end = loop {
         let message = match control.recv(&mut packet).await {
             Ok(0) | Err(_) => {
-                break End::Failed("the monitor ended without a word; it may have been killed".into());
+                break End::Failed(
+                    "the monitor ended without a word; it may have been killed".into(),
+                );
             }
             Ok(count) => serde_json::from_slice(&packet[..count]),
         };
         match message {
             Ok(Message::Event(Event::Entered { at_ns, jail })) => {
-                reported.send_modify(|reported| (reported.entered, reported.jail) = (Some(at_ns), jail));
+                reported.send_modify(|reported| {
+                    (reported.entered, reported.jail) = (Some(at_ns), jail)
+                });
             }
             Ok(Message::Event(Event::Ended { reason, detail, log, fault, .. })) => {
                 let broken = |fault| format!("before that it broke a rule of a device: {fault}");
@@ -263,7 +276,9 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
             Ok(Message::Template(TemplateEvent::Prepared)) => {
                 reported.send_modify(|reported| reported.prepared = true);
             }
-            Err(error) => break End::Failed(format!("the monitor reports what is no event: {error}")),
+            Err(error) => {
+                break End::Failed(format!("the monitor reports what is no event: {error}"));
+            }
         }
     };
     reported.send_modify(|reported| reported.end = Some(end));
@@ -294,7 +309,8 @@ impl Monitor {
 
     /// Waits until everything is ready; false if it has ended instead.
     pub async fn prepared(&mut self) -> bool {
-        let done = self.reported.wait_for(|reported| reported.prepared || reported.end.is_some()).await;
+        let done =
+            self.reported.wait_for(|reported| reported.prepared || reported.end.is_some()).await;
         done.is_ok_and(|reported| reported.end.is_none())
     }
 
@@ -310,7 +326,8 @@ impl Monitor {
 
     /// Waits until the guest waits to be saved; false if it has ended instead.
     pub async fn frozen(&mut self) -> bool {
-        let done = self.reported.wait_for(|reported| reported.frozen || reported.end.is_some()).await;
+        let done =
+            self.reported.wait_for(|reported| reported.frozen || reported.end.is_some()).await;
         done.is_ok_and(|reported| reported.end.is_none())
     }
 
@@ -335,7 +352,8 @@ impl Monitor {
             let _ = listener.await;
         }
         // A keeper kills its inmate when the control socket is closed, and waits for it.
-        let cleared = self.jailed && tokio::time::timeout(CLEAR_LIMIT, self.child.wait()).await.is_ok();
+        let cleared =
+            self.jailed && tokio::time::timeout(CLEAR_LIMIT, self.child.wait()).await.is_ok();
         if cleared {
             return;
         }

@@ -81,8 +81,10 @@ impl Nanoclaw {
             .get_or_try_init(|| async {
                 if !rustix::process::geteuid().is_root() {
                     return Err(Unavailable {
-                        reason: "an OCI runtime needs root to give a container users of its own".into(),
-                        remedy: "run chitin as root, or use nemoclaw, where the daemon is root".into(),
+                        reason: "an OCI runtime needs root to give a container users of its own"
+                            .into(),
+                        remedy: "run chitin as root, or use nemoclaw, where the daemon is root"
+                            .into(),
                     });
                 }
                 let archive = RootArchive::of(&self.artifacts)?;
@@ -91,8 +93,9 @@ impl Nanoclaw {
                 let root = unpacking.await.map_err(|error| error.to_string()).and_then(|root| root);
                 let root = root.map_err(|reason| Unavailable {
                     reason: format!("the root cannot be unpacked: {reason}"),
-                    remedy: "make room in /var/cache/chitin, or build it anew with `cargo xtask rootfs`"
-                        .into(),
+                    remedy:
+                        "make room in /var/cache/chitin, or build it anew with `cargo xtask rootfs`"
+                            .into(),
                 })?;
                 let engine = engine::that_works(&root).await?;
                 Ok(Ready { engine, archive, root })
@@ -143,8 +146,8 @@ pub(super) struct Bare {
 impl Nanoclaw {
     /// For measuring what the runtime alone takes.
     pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Bare, Error> {
-        let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| Error::NoTier {
-            missing: format!("{}: {unavailable}", Runtime::Nanoclaw),
+        let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| {
+            Error::NoTier { missing: format!("{}: {unavailable}", Runtime::Nanoclaw) }
         })?;
         let content = Content { root, limits: Limits::of(plan), places: &[], argv };
         let bundle = Bundle::create(engine, &content)
@@ -187,7 +190,8 @@ impl Container {
         let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
         let argv: Vec<String> = argv.map(str::to_owned).collect();
         let content = Content { root, limits, places, argv: &argv };
-        let bundle = Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
+        let bundle =
+            Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
         let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
         let again: OwnedFd = theirs.try_clone().map_err(host("hand over the channel"))?.into();
         let mut child = engine
@@ -305,9 +309,9 @@ impl Instance for Container {
             self.bundle = None;
             match deleted {
                 true => Ok(()),
-                false => {
-                    Err(Error::Left { what: format!("the {} container {}", self.engine.name, self.name) })
-                }
+                false => Err(Error::Left {
+                    what: format!("the {} container {}", self.engine.name, self.name),
+                }),
             }
         })
     }
@@ -334,7 +338,11 @@ impl Drop for Container {
 
 /// Runs a command that has nothing to say; whether it has succeeded in time.
 async fn succeeds(command: &mut Command) -> bool {
-    let status =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).status();
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .status();
     matches!(tokio::time::timeout(DELETE_LIMIT, status).await, Ok(Ok(status)) if status.success())
 }

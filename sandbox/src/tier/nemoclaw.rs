@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bollard::container::{AttachContainerResults, LogOutput};
-use bollard::models::{ContainerCreateBody, ContainerSummaryStateEnum, HostConfig, HostConfigLogConfig};
+use bollard::models::{
+    ContainerCreateBody, ContainerSummaryStateEnum, HostConfig, HostConfigLogConfig,
+};
 use bollard::query_parameters::{
     AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
     InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
@@ -31,8 +33,8 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use super::container::{
-    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT, new_name,
-    place_bytes, scratch,
+    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT,
+    new_name, place_bytes, scratch,
 };
 use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
 use crate::phases::now_ns;
@@ -62,8 +64,7 @@ const STALE: Duration = Duration::from_secs(120);
 /// One read from the channel: what its socket holds.
 const CHUNK: usize = 64 * 1024;
 
-const REMEDY: &str =
-    "start it (Debian: apt-get install docker.io), join the group docker, or name its socket in DOCKER_HOST";
+const REMEDY: &str = "start it (Debian: apt-get install docker.io), join the group docker, or name its socket in DOCKER_HOST";
 
 /// Containers of a daemon.
 #[derive(Debug)]
@@ -100,7 +101,10 @@ impl Nemoclaw {
         let (docker, version) = match tokio::time::timeout(PROBE_LIMIT, connect).await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
-                return Err(missing(format!("no Docker daemon answers at {address}: {}", chain(&error))));
+                return Err(missing(format!(
+                    "no Docker daemon answers at {address}: {}",
+                    chain(&error)
+                )));
             }
             Err(_) => {
                 return Err(missing(format!(
@@ -142,7 +146,8 @@ fn address() -> String {
         own.join("podman/podman.sock"),
         PathBuf::from("/run/podman/podman.sock"),
     ];
-    let found = places.iter().find(|path| path.is_absolute() && path.exists()).unwrap_or(&places[1]);
+    let found =
+        places.iter().find(|path| path.is_absolute() && path.exists()).unwrap_or(&places[1]);
     format!("unix://{}", found.display())
 }
 
@@ -294,12 +299,14 @@ impl Daemon {
         let archive = self.archive.clone();
         let checking = tokio::task::spawn_blocking(move || archive.check());
         let checked = checking.await.map_err(|error| error.to_string()).and_then(|checked| checked);
-        checked.map_err(|reason| Error::Container { engine: self.implementation.clone(), reason })?;
+        checked
+            .map_err(|reason| Error::Container { engine: self.implementation.clone(), reason })?;
         let path = &self.archive.path;
         let file = tokio::fs::File::open(path)
             .await
             .map_err(|source| Error::Host { what: "open the archive of the root", source })?;
-        let options = CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(self.tag()).build();
+        let options =
+            CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(self.tag()).build();
         let body = bollard::body_try_stream(ReaderStream::with_capacity(file, CHUNK));
         let mut progress = Box::pin(self.docker.create_image(Some(options), Some(body), None));
         while let Some(step) = progress.next().await {
@@ -319,7 +326,9 @@ impl Daemon {
             format!("rw,nosuid,nodev,exec,mode={mode},uid={owner},gid={owner},size={bytes}")
         };
         let mut tmpfs: HashMap<String, String> = [work, tmp]
-            .map(|scratch| (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes)))
+            .map(|scratch| {
+                (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes))
+            })
             .into();
         for place in places {
             // Not a byte of the policy, which is UTF-8, is lost.
@@ -415,7 +424,8 @@ impl Container {
             let mut answers = Box::pin(self.docker.wait_container(&self.id, Some(options)));
             match answers.next().await {
                 // How it has ended is nobody's concern now.
-                Some(Ok(_) | Err(bollard::errors::Error::DockerContainerWaitError { .. })) | None => true,
+                Some(Ok(_) | Err(bollard::errors::Error::DockerContainerWaitError { .. }))
+                | None => true,
                 Some(error) => is_status(&error, 404),
             }
         };
@@ -427,13 +437,18 @@ impl Container {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
         let removed = self.docker.remove_container(&self.id, Some(options)).await;
         // 409: it is being removed.
-        self.gone =
-            removed.is_ok() || is_status(&removed, 404) || (is_status(&removed, 409) && self.removed().await);
+        self.gone = removed.is_ok()
+            || is_status(&removed, 404)
+            || (is_status(&removed, 409) && self.removed().await);
         match (self.gone, removed) {
             (false, Err(error)) => {
                 let id = &self.id[..self.id.len().min(12)];
                 Err(Error::Left {
-                    what: format!("the container {id} of {}: {}", self.implementation, chain(&error)),
+                    what: format!(
+                        "the container {id} of {}: {}",
+                        self.implementation,
+                        chain(&error)
+                    ),
                 })
             }
             _ => Ok(()),
@@ -457,7 +472,8 @@ impl Instance for Container {
                 self.bridge = None;
             }
             let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let inspected = self.docker.inspect_container(&self.id, None::<InspectContainerOptions>).await;
+            let inspected =
+                self.docker.inspect_container(&self.id, None::<InspectContainerOptions>).await;
             let reason = match (&inspected, broken) {
                 (Err(bollard::errors::Error::DockerResponseServerError { .. }), _) => {
                     "its container has ended".into()
@@ -553,12 +569,15 @@ async fn bridge(
 
 /// Removes what was created by those who died before they started it.
 async fn sweep(docker: Docker) {
-    let filters = HashMap::from([("label", vec![LABEL]), ("status", vec!["created", "exited", "dead"])]);
+    let filters =
+        HashMap::from([("label", vec![LABEL]), ("status", vec!["created", "exited", "dead"])]);
     let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
     let Ok(listed) = docker.list_containers(Some(options)).await else { return };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     for container in listed {
-        let born = Duration::from_secs(container.created.and_then(|at| u64::try_from(at).ok()).unwrap_or(0));
+        let born = Duration::from_secs(
+            container.created.and_then(|at| u64::try_from(at).ok()).unwrap_or(0),
+        );
         let idle = container.state != Some(ContainerSummaryStateEnum::RUNNING);
         let owner = container.labels.as_ref().and_then(|labels| Owner::parse(labels.get(LABEL)?));
         let left = owner.is_some_and(|owner| owner.has_ended()) || now.saturating_sub(born) > STALE;

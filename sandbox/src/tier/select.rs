@@ -53,8 +53,9 @@ impl Chosen {
             return "it is what was asked for".into();
         }
         let others = self.passed_over.iter();
-        let mut reasons: Vec<_> =
-            others.map(|other| format!("no {}: {}", other.tier, other.unavailable.reason)).collect();
+        let mut reasons: Vec<_> = others
+            .map(|other| format!("no {}: {}", other.tier, other.unavailable.reason))
+            .collect();
         if self.is_weakened() {
             reasons.extend(self.capabilities.short_of.iter().cloned());
         }
@@ -68,7 +69,9 @@ pub(crate) async fn select(tiers: Vec<Box<dyn Tier>>) -> Result<(Box<dyn Tier>, 
     for tier in tiers {
         let kind = tier.kind();
         match tier.probe().await {
-            Ok(capabilities) => return Ok((tier, Chosen { tier: kind, capabilities, passed_over })),
+            Ok(capabilities) => {
+                return Ok((tier, Chosen { tier: kind, capabilities, passed_over }));
+            }
             Err(unavailable) => passed_over.push(PassedOver { tier: kind, unavailable }),
         }
     }

@@ -112,7 +112,8 @@ fn look_at(path: &Path, name: &str, lines: &mut Vec<String>) {
         lines.push(format!("{name} -> {:?}", fs::read_link(path).unwrap()));
     } else if kind.is_dir() {
         lines.push(format!("{name}/ {stamp}"));
-        let mut names: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> =
+            fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         for child in names {
             look_at(&path.join(&child), &format!("{name}/{child:?}"), lines);
@@ -129,14 +130,16 @@ fn digest(path: &Path) -> u64 {
         return 0;
     }
     let bytes = fs::read(path).unwrap_or_default();
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 pub fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into()).collect();
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into())
+        .collect();
     names.sort();
     names
 }

@@ -64,16 +64,21 @@ impl Group {
             move |error: io::Error| format!("{what}: {error}")
         };
         fs::create_dir(&path).map_err(failed(&path))?;
-        let dir = File::open(&path).inspect_err(|_| drop(fs::remove_dir(&path))).map_err(failed(&path))?;
+        let dir = File::open(&path)
+            .inspect_err(|_| drop(fs::remove_dir(&path)))
+            .map_err(failed(&path))?;
         let group = Group { path, dir, ours: true };
         for (name, value) in limits(spec) {
             let file = group.path.join(name);
             // Nothing is created: in a directory of another kind this is an error.
-            let written =
-                File::options().write(true).open(&file).and_then(|mut open| open.write_all(value.as_bytes()));
+            let written = File::options()
+                .write(true)
+                .open(&file)
+                .and_then(|mut open| open.write_all(value.as_bytes()));
             match written {
                 // Without swap there is nothing to limit.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && name == "memory.swap.max" => {}
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && name == "memory.swap.max" => {}
                 result => result.map_err(failed(&file))?,
             }
         }
@@ -131,7 +136,8 @@ fn limits(spec: &VmSpec) -> [(&'static str, String); 4] {
 
 /// Where groups can be made that have all the limits.
 fn base(root: bool) -> Result<PathBuf, String> {
-    let mount = MOUNTS.map(Path::new).into_iter().find(|mount| mount.join("cgroup.controllers").exists());
+    let mount =
+        MOUNTS.map(Path::new).into_iter().find(|mount| mount.join("cgroup.controllers").exists());
     let mount = mount.ok_or("cgroup version 2 is not mounted")?;
     if !has(mount, "cgroup.controllers") {
         return Err("cpu, memory and pids are not controllers of cgroup version 2 here".into());
@@ -148,10 +154,12 @@ fn base(root: bool) -> Result<PathBuf, String> {
         enable(&base)?;
         return Ok(base);
     }
-    let own =
-        fs::read_to_string("/proc/self/cgroup").map_err(|error| format!("/proc/self/cgroup: {error}"))?;
-    let own =
-        own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("no group of version 2 is ours")?;
+    let own = fs::read_to_string("/proc/self/cgroup")
+        .map_err(|error| format!("/proc/self/cgroup: {error}"))?;
+    let own = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .ok_or("no group of version 2 is ours")?;
     let own = mount.join(own);
     match own.parent() {
         Some(parent) if parent.starts_with(mount) && has(parent, "cgroup.subtree_control") => {
@@ -179,7 +187,9 @@ fn enable(dir: &Path) -> Result<(), String> {
 /// Removes groups whose keepers are gone. One that still has somebody in it cannot be removed.
 fn sweep(base: &Path) {
     for entry in fs::read_dir(base).into_iter().flatten().flatten() {
-        if keeper(&entry.file_name()).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+        if keeper(&entry.file_name())
+            .is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+        {
             let _ = fs::remove_dir(entry.path());
         }
     }

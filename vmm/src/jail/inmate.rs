@@ -117,7 +117,9 @@ fn empty_root() -> io::Result<()> {
     let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     let none = ptr::null();
     // SAFETY: strings that live, and no data.
-    check(unsafe { libc::mount(c"jail".as_ptr(), MOUNT_POINT.as_ptr(), c"tmpfs".as_ptr(), flags, none) })?;
+    check(unsafe {
+        libc::mount(c"jail".as_ptr(), MOUNT_POINT.as_ptr(), c"tmpfs".as_ptr(), flags, none)
+    })?;
     // SAFETY: a string that lives.
     check(unsafe { libc::chdir(MOUNT_POINT.as_ptr()) })?;
     // The new root, and over it the old one: both are where we are, so no directory is needed to keep the old one in.

@@ -144,8 +144,12 @@ fn last_words(ear: &File) -> String {
 
 fn in_words(signal: c_int, words: &str) -> String {
     let why = match signal {
-        libc::SIGKILL => "the monitor was killed (signal 9): by somebody, or because memory ran out".into(),
-        libc::SIGSYS => "the monitor asked the kernel for what its filter forbids, and was ended".into(),
+        libc::SIGKILL => {
+            "the monitor was killed (signal 9): by somebody, or because memory ran out".into()
+        }
+        libc::SIGSYS => {
+            "the monitor asked the kernel for what its filter forbids, and was ended".into()
+        }
         signal => format!("the monitor was ended by signal {signal}"),
     };
     if words.is_empty() { why } else { format!("{why}; it said: {words}") }

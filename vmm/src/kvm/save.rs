@@ -18,7 +18,12 @@ use crate::arch::x86_64::saved::{ChipState, Timekeeping, VcpuState, Vectors};
 
 mod numbers {
     //! Of calls that are younger than the crate that wraps them.
-    vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, super::KVMIO, 0xd5, super::kvm_pre_fault_memory);
+    vmm_sys_util::ioctl_iowr_nr!(
+        KVM_PRE_FAULT_MEMORY,
+        super::KVMIO,
+        0xd5,
+        super::kvm_pre_fault_memory
+    );
 }
 
 const MSR_TSC: u32 = 0x10;
@@ -63,8 +68,9 @@ impl Vm {
 
         // Where the processor has no XSAVE, KVM has the calls for it all the same, and half of them fail.
         let extended = kvm.check_extension(Cap::Xcrs);
-        let states =
-            vcpus.map(|vcpu| save_vcpu(vcpu, extended, &indices, &fresh)).collect::<Result<Vec<_>, _>>()?;
+        let states = vcpus
+            .map(|vcpu| save_vcpu(vcpu, extended, &indices, &fresh))
+            .collect::<Result<Vec<_>, _>>()?;
         let clock = self.fd.get_clock().during("get the clock")?;
         let chips = ChipState {
             pics: [self.pic(KVM_IRQCHIP_PIC_MASTER)?, self.pic(KVM_IRQCHIP_PIC_SLAVE)?],
@@ -107,7 +113,12 @@ impl Vm {
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn restore_vcpu(&self, index: u8, vcpus: u8, state: &VcpuState) -> Result<VcpuFd, KvmError> {
+    pub fn restore_vcpu(
+        &self,
+        index: u8,
+        vcpus: u8,
+        state: &VcpuState,
+    ) -> Result<VcpuFd, KvmError> {
         let vcpu = self.fd.create_vcpu(index.into()).during("create vCPU")?;
         vcpu.set_cpuid2(&self.cpuid_of(index, vcpus)).during("set CPUID")?;
         vcpu.set_mp_state(state.activity).during("set the activity of a vCPU")?;
@@ -176,7 +187,12 @@ pub fn prefault(vcpu: &VcpuFd, at: GuestAddress, bytes: u64) -> bool {
     unsafe { ioctl_with_mut_ref(vcpu, numbers::KVM_PRE_FAULT_MEMORY(), &mut range) == 0 }
 }
 
-fn save_vcpu(vcpu: &VcpuFd, extended: bool, indices: &[u32], fresh: &VcpuFd) -> Result<VcpuState, KvmError> {
+fn save_vcpu(
+    vcpu: &VcpuFd,
+    extended: bool,
+    indices: &[u32],
+    fresh: &VcpuFd,
+) -> Result<VcpuState, KvmError> {
     let activity = vcpu.get_mp_state().during("get the activity of a vCPU")?;
     let regs = vcpu.get_regs().during("get registers")?;
     let sregs = vcpu.get_sregs().during("get special registers")?;
@@ -198,8 +214,9 @@ fn save_vcpu(vcpu: &VcpuFd, extended: bool, indices: &[u32], fresh: &VcpuFd) -> 
     let tsc_khz = vcpu.get_tsc_khz().during("get the frequency of the time stamp counter")?;
     let time = Timekeeping {
         tsc: msr(vcpu, MSR_TSC).unwrap_or(0),
-        deadline: msr(vcpu, MSR_TSC_DEADLINE)
-            .filter(|_| lapic.get(TIMER_AT).is_some_and(|timer| timer & TIMER_MODE == TIMER_MODE_DEADLINE)),
+        deadline: msr(vcpu, MSR_TSC_DEADLINE).filter(|_| {
+            lapic.get(TIMER_AT).is_some_and(|timer| timer & TIMER_MODE == TIMER_MODE_DEADLINE)
+        }),
     };
     let msrs = indices
         .iter()
@@ -228,8 +245,9 @@ fn candidates(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
     let mut indices = listed.as_slice().to_vec();
     indices.extend(MSRS_OF_KVM);
     indices.extend(MSRS_OF_MEMORY_TYPES.into_iter().flatten());
-    indices
-        .retain(|index| !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE) && !MSRS_OF_WALL_CLOCK.contains(index));
+    indices.retain(|index| {
+        !matches!(*index, MSR_TSC | MSR_TSC_DEADLINE) && !MSRS_OF_WALL_CLOCK.contains(index)
+    });
     indices.sort_unstable();
     indices.dedup();
     Ok(indices)

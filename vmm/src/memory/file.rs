@@ -98,8 +98,9 @@ fn merge(runs: Vec<PageRun>) -> Vec<PageRun> {
 /// # Errors
 /// What is wrong with it.
 pub fn check(file: &File, bytes: u64) -> Result<(), StateError> {
-    let metadata =
-        file.metadata().map_err(|source| StateError::File { operation: "examine the memory of", source })?;
+    let metadata = file
+        .metadata()
+        .map_err(|source| StateError::File { operation: "examine the memory of", source })?;
     if !metadata.is_file() {
         return Err(StateError::Memory("is no regular file"));
     }
@@ -159,7 +160,8 @@ mod tests {
     fn what_was_written_is_mapped_back_and_not_changed() {
         let bytes = 64 << 20;
         let ram = memory::create(bytes).unwrap();
-        let values = [(0u64, 1u8), (4095, 2), (40 << 20, 3), ((40 << 20) + 8192, 4), (bytes - 1, 5)];
+        let values =
+            [(0u64, 1u8), (4095, 2), (40 << 20, 3), ((40 << 20) + 8192, 4), (bytes - 1, 5)];
         for (at, value) in values {
             ram.write_obj(value, GuestAddress(at)).unwrap();
         }

@@ -63,8 +63,10 @@ impl Recorder {
     /// # Errors
     /// There is no `/proc`.
     pub fn new(twins: Twins) -> Result<Self, StateError> {
-        let pagemap = File::open("/proc/self/pagemap")
-            .map_err(|source| StateError::File { operation: "open /proc/self/pagemap to record", source })?;
+        let pagemap = File::open("/proc/self/pagemap").map_err(|source| StateError::File {
+            operation: "open /proc/self/pagemap to record",
+            source,
+        })?;
         Ok(Self { pagemap, twins, split: 0 })
     }
 
@@ -72,10 +74,17 @@ impl Recorder {
     ///
     /// # Errors
     /// The host refuses a mapping.
-    pub fn map(&mut self, ram: &GuestRam, file: &File, parts: &[PageRun]) -> Result<(), MemoryError> {
+    pub fn map(
+        &mut self,
+        ram: &GuestRam,
+        file: &File,
+        parts: &[PageRun],
+    ) -> Result<(), MemoryError> {
         for region in ram.iter() {
             // SAFETY: the whole of a mapping that is ours; advice changes nothing that can be seen.
-            unsafe { libc::madvise(region.as_ptr().cast(), size(region.len()), libc::MADV_NOHUGEPAGE) };
+            unsafe {
+                libc::madvise(region.as_ptr().cast(), size(region.len()), libc::MADV_NOHUGEPAGE)
+            };
         }
         for part in parts {
             for page in part.first..part.first + part.count {
@@ -102,13 +111,18 @@ impl Recorder {
     /// # Errors
     /// The host refuses a mapping.
     pub fn split_image(&mut self, image: &MmapRegion<()>) -> Result<(), MemoryError> {
-        let Some(file) = image.file_offset().map(vm_memory::FileOffset::file) else { return Ok(()) };
+        let Some(file) = image.file_offset().map(vm_memory::FileOffset::file) else {
+            return Ok(());
+        };
         let pages = u32::try_from(image.size() as u64 / PAGE_BYTES).unwrap_or(u32::MAX);
         if !self.can_split(&[PageRun { first: 0, count: pages }]) {
             return Ok(());
         }
-        let failed =
-            |bytes| MemoryError::MapFile { address: 0, bytes, source: std::io::Error::last_os_error() };
+        let failed = |bytes| MemoryError::MapFile {
+            address: 0,
+            bytes,
+            source: std::io::Error::last_os_error(),
+        };
         for page in 0..pages {
             let file = if page % 2 == 0 { file } else { &self.twins.image };
             let offset = u64::from(page) * PAGE_BYTES;
@@ -136,7 +150,11 @@ impl Recorder {
     ///
     /// # Errors
     /// The kernel does not tell.
-    pub fn collect(&self, ram: &GuestRam, image: &MmapRegion<()>) -> Result<WorkingSet, StateError> {
+    pub fn collect(
+        &self,
+        ram: &GuestRam,
+        image: &MmapRegion<()>,
+    ) -> Result<WorkingSet, StateError> {
         let mut set = WorkingSet::default();
         let mut offset = 0;
         for region in ram.iter() {
@@ -151,7 +169,12 @@ impl Recorder {
     }
 
     /// Calls `f` with each page that is mapped.
-    fn each(&self, start: *const u8, bytes: u64, mut f: impl FnMut(u32, u64)) -> Result<(), StateError> {
+    fn each(
+        &self,
+        start: *const u8,
+        bytes: u64,
+        mut f: impl FnMut(u32, u64),
+    ) -> Result<(), StateError> {
         let mut entries = [0; 4096];
         let first = start.addr() as u64 / PAGE_BYTES;
         let pages = bytes / PAGE_BYTES;
@@ -197,15 +220,20 @@ pub fn gather(file: &File, set: &mut WorkingSet, memory_bytes: u64) {
     for frame in 0..frames {
         let (first, end) = (frame * FRAME_PAGES, (frame + 1) * FRAME_PAGES);
         let used = |runs: &[PageRun]| runs.iter().map(|run| overlap(run, first, end)).sum::<u32>();
-        if used(&set.written) == 0 && used(&set.read) >= FRAME_WORTH_PAGES && collapse(file, first) {
+        if used(&set.written) == 0 && used(&set.read) >= FRAME_WORTH_PAGES && collapse(file, first)
+        {
             let outside = |run: &PageRun| {
-                let before =
-                    PageRun { first: run.first, count: first.saturating_sub(run.first).min(run.count) };
+                let before = PageRun {
+                    first: run.first,
+                    count: first.saturating_sub(run.first).min(run.count),
+                };
                 let from = run.first.max(end);
-                let after = PageRun { first: from, count: (run.first + run.count).saturating_sub(from) };
+                let after =
+                    PageRun { first: from, count: (run.first + run.count).saturating_sub(from) };
                 [before, after]
             };
-            let mut read: Vec<_> = set.read.iter().flat_map(outside).filter(|run| run.count > 0).collect();
+            let mut read: Vec<_> =
+                set.read.iter().flat_map(outside).filter(|run| run.count > 0).collect();
             read.push(PageRun { first, count: 1 });
             read.sort_by_key(|run| run.first);
             set.read = read;
@@ -331,7 +359,8 @@ mod tests {
         let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
         file.as_file().write_all_at(&vec![1; 8 << 20], 0).unwrap();
         let read = vec![run(100, 20), run(500, 600), run(1600, 3)];
-        let mut set = WorkingSet { written: vec![run(1030, 1)], read: read.clone(), image: Vec::new() };
+        let mut set =
+            WorkingSet { written: vec![run(1030, 1)], read: read.clone(), image: Vec::new() };
         gather(file.as_file(), &mut set, 8 << 20);
         // The first frame and the second, but not the third, which is written to, or the fourth, of which little is read.
         let gathered = vec![run(0, 1), run(512, 1), run(1024, 76), run(1600, 3)];

@@ -165,12 +165,14 @@ impl MonitorBuilder {
         };
         let (vcpus, restored) = match source {
             Source::Kernel { kernel, .. } => {
-                let line =
-                    cmdline::command_line(&windows, spec.console).map_err(MonitorError::CommandLine)?;
+                let line = cmdline::command_line(&windows, spec.console)
+                    .map_err(MonitorError::CommandLine)?;
                 registers::write_tables(&ram).map_err(MonitorError::Tables)?;
                 boot::write_boot_data(&ram, ram_bytes, spec.vcpus, &line)?;
                 let vcpus = (0..spec.vcpus)
-                    .map(|index| Ok(vcpu(index, vm.add_vcpu(index, spec.vcpus, kernel.entry())?, None)))
+                    .map(|index| {
+                        Ok(vcpu(index, vm.add_vcpu(index, spec.vcpus, kernel.entry())?, None))
+                    })
                     .collect::<Result<Vec<_>, KvmError>>()?;
                 (vcpus, None)
             }
@@ -190,7 +192,10 @@ impl MonitorBuilder {
                 }
                 (
                     vcpus,
-                    Some(Restored { state: *state, recording: recorder.map(|recorder| (recorder, memory)) }),
+                    Some(Restored {
+                        state: *state,
+                        recording: recorder.map(|recorder| (recorder, memory)),
+                    }),
                 )
             }
         };
@@ -249,9 +254,10 @@ impl Parts {
             None if !spec.restore => Origin::Kernel(open("kernel", &spec.kernel)?),
             Some(files) if spec.restore => Origin::Template(files),
             _ => {
-                return Err(
-                    SpecError::Together("the files of a template and `restore` need each other").into()
-                );
+                return Err(SpecError::Together(
+                    "the files of a template and `restore` need each other",
+                )
+                .into());
             }
         };
         let image = open("root image", &spec.root_image)?;
@@ -292,7 +298,11 @@ impl Source {
     }
 
     /// Verifies a template and compares it with what is asked for. The key is gone when this returns.
-    fn template(spec: &VmSpec, files: TemplateFiles, image_bytes: u64) -> Result<Self, MonitorError> {
+    fn template(
+        spec: &VmSpec,
+        files: TemplateFiles,
+        image_bytes: u64,
+    ) -> Result<Self, MonitorError> {
         let TemplateFiles { memory, state, key } = files;
         let bytes = state::read(&state)?;
         let (header, payload) = state::open(&bytes, &key)?;
@@ -352,7 +362,8 @@ fn prefault(vcpu: &VcpuFd, ram: &GuestRam, image: GuestAddress, set: &WorkingSet
     let mut able = true;
     for runs in [&set.written, &set.read] {
         working_set::for_each(ram, runs, |region, start, bytes| {
-            able = able && save::prefault(vcpu, GuestAddress(region.start_addr().0 + start.0), bytes);
+            able =
+                able && save::prefault(vcpu, GuestAddress(region.start_addr().0 + start.0), bytes);
         });
     }
     for run in &set.image {
@@ -403,7 +414,8 @@ impl<'a> Devices<'a> {
 
     fn add(&mut self, model: Box<dyn VirtioDevice>) -> Result<(), MonitorError> {
         let device = self.windows.len();
-        let address = GuestAddress(layout::VIRTIO_MMIO.0 + device as u64 * layout::VIRTIO_MMIO_BYTES);
+        let address =
+            GuestAddress(layout::VIRTIO_MMIO.0 + device as u64 * layout::VIRTIO_MMIO_BYTES);
         let irq = layout::VIRTIO_IRQ + u32::try_from(device).unwrap_or(u32::MAX);
 
         let line = event_fd().map_err(host("create an eventfd"))?;
@@ -413,8 +425,10 @@ impl<'a> Devices<'a> {
         if let Some(queue) = model.busy_queue() {
             self.vm.notify(&kick, GuestAddress(address.0 + NOTIFY_OFFSET), queue.into())?;
         }
-        let worker = Mailbox { device, requests: self.sender.clone(), event: Arc::clone(&self.mailbox) };
-        let transport = MmioTransport::new(model, worker, Arc::clone(self.ram), Arc::clone(&shared), kick);
+        let worker =
+            Mailbox { device, requests: self.sender.clone(), event: Arc::clone(&self.mailbox) };
+        let transport =
+            MmioTransport::new(model, worker, Arc::clone(self.ram), Arc::clone(&shared), kick);
         let transport = Arc::new(Mutex::new(transport));
         self.machine.mmio.insert(address.0, layout::VIRTIO_MMIO_BYTES, Arc::clone(&transport) as _);
         self.windows.push(Window { address, irq });

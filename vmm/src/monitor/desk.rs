@@ -117,7 +117,9 @@ impl Desk<'_> {
                     Ok(command) => return Ok(Turn::Command(command)),
                     Err(ControlError::Nothing) => self.outcome.asked.set(false),
                     // Closing the socket is how a host stops a guest.
-                    Err(ControlError::Closed) => return Ok(Turn::End(End::new(EndReason::Stopped))),
+                    Err(ControlError::Closed) => {
+                        return Ok(Turn::End(End::new(EndReason::Stopped)));
+                    }
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -181,7 +183,8 @@ impl Desk<'_> {
             Request::Start { device, handler, kick } => {
                 let Some(shared) = self.shared.get(device) else { return };
                 let (shared, outcome) = (Arc::clone(shared), Rc::clone(&self.outcome));
-                let runner = Runner { handler, kick, shared, outcome, blocked: false, broken: false };
+                let runner =
+                    Runner { handler, kick, shared, outcome, blocked: false, broken: false };
                 let id = self.manager.add_subscriber(Subscriber::Runner(runner));
                 self.active.insert(device, id);
             }
@@ -366,10 +369,17 @@ impl MutEventSubscriber for Runner {
 
     fn init(&mut self, ops: &mut EventOps) {
         // Edge-triggered: an eventfd need not be read, and a channel's handler remembers what it is ready for.
-        let kick = Events::with_data_raw(self.kick.as_raw_fd(), 0, EventSet::IN | EventSet::EDGE_TRIGGERED);
+        let kick = Events::with_data_raw(
+            self.kick.as_raw_fd(),
+            0,
+            EventSet::IN | EventSet::EDGE_TRIGGERED,
+        );
         for events in [kick].into_iter().chain(self.sources()) {
             if let Err(error) = ops.add(events) {
-                self.end(End::because(EndReason::Stopped, format!("watch a device's descriptor: {error}")));
+                self.end(End::because(
+                    EndReason::Stopped,
+                    format!("watch a device's descriptor: {error}"),
+                ));
             }
         }
     }

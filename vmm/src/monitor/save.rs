@@ -35,7 +35,9 @@ impl Subject<'_> {
         desk: &mut Desk<'_>,
     ) -> Result<TemplateEvent, MonitorError> {
         match command {
-            Command::Go(_) => Err(MonitorError::Untimely { request: "go", when: "a guest that runs" }),
+            Command::Go(_) => {
+                Err(MonitorError::Untimely { request: "go", when: "a guest that runs" })
+            }
             Command::Snapshot { binding, memory, state, key } => {
                 self.save(binding, &memory, state, &key, vcpus, desk)
             }
@@ -54,8 +56,11 @@ impl Subject<'_> {
         let mut working_set = recorder.collect(&self.memory.ram, &self.memory.image)?;
         let count = |runs: &[PageRun]| runs.iter().map(|run| run.count).sum();
         let WorkingSet { written, read, image } = &working_set;
-        let event =
-            TemplateEvent::Recorded { written: count(written), read: count(read), image: count(image) };
+        let event = TemplateEvent::Recorded {
+            written: count(written),
+            read: count(read),
+            image: count(image),
+        };
         working_set::gather(memory, &mut working_set, self.spec.memory_bytes());
         let machine = MachineState { working_set, ..state.clone() };
         self.write(&machine, &mut file, key)?;
@@ -63,7 +68,12 @@ impl Subject<'_> {
     }
 
     /// Writes a state file. Returns its length.
-    fn write(&self, machine: &MachineState, file: &mut File, key: &Key) -> Result<u64, MonitorError> {
+    fn write(
+        &self,
+        machine: &MachineState,
+        file: &mut File,
+        key: &Key,
+    ) -> Result<u64, MonitorError> {
         let header = Header {
             processor: self.vm.processor(self.spec.vcpus),
             memory_mib: self.spec.memory_mib,

@@ -32,7 +32,14 @@ pub(super) fn forbidden(letter: u8) {
             b'S' => drop(libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)),
             b'O' => drop(libc::open(c"/".as_ptr(), libc::O_RDONLY)),
             b'E' => drop(libc::execve(c"/".as_ptr(), ptr::null(), ptr::null())),
-            b'X' => drop(libc::mmap(ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_EXEC, flags, -1, 0)),
+            b'X' => drop(libc::mmap(
+                ptr::null_mut(),
+                4096,
+                libc::PROT_READ | libc::PROT_EXEC,
+                flags,
+                -1,
+                0,
+            )),
             b'P' => drop(libc::mprotect(ptr::null_mut(), 0, libc::PROT_EXEC)),
             // KVM_CREATE_VM, and pushing characters back into a terminal.
             b'K' => drop(libc::ioctl(0, 0xae01, 0)),

@@ -74,7 +74,13 @@ pub struct Ioctl {
     pub why: &'static str,
 }
 
-const fn rule(call: c_long, name: &'static str, check: Check, when: When, why: &'static str) -> Rule {
+const fn rule(
+    call: c_long,
+    name: &'static str,
+    check: Check,
+    when: When,
+    why: &'static str,
+) -> Rule {
     Rule { call, name, check, when, why }
 }
 
@@ -91,13 +97,25 @@ const MEMORY: [Rule; 4] = [
     rule(libc::SYS_brk, "brk", Any, Always, "the allocator's heap grows and shrinks"),
     rule(libc::SYS_mmap, "mmap", NO_EXEC, Always, "large allocations, when the heap cannot grow"),
     rule(libc::SYS_munmap, "munmap", Any, Always, "the same, given back"),
-    rule(libc::SYS_madvise, "madvise", Any, Always, "the stack of a thread that ends is given back"),
+    rule(
+        libc::SYS_madvise,
+        "madvise",
+        Any,
+        Always,
+        "the stack of a thread that ends is given back",
+    ),
 ];
 
 /// What each thread needs to wait for another.
 const WAITING: [Rule; 5] = [
     rule(libc::SYS_futex, "futex", Any, Always, "locks and channels between threads"),
-    rule(libc::SYS_sched_yield, "sched_yield", Any, Always, "a channel's end that is about to be ready"),
+    rule(
+        libc::SYS_sched_yield,
+        "sched_yield",
+        Any,
+        Always,
+        "a channel's end that is about to be ready",
+    ),
     rule(
         libc::SYS_clock_gettime,
         "clock_gettime",
@@ -124,7 +142,13 @@ const VCPU: [Rule; 4] = [
         Always,
         "eventfds: interrupts, and what the VMM thread is to do; the console; last words",
     ),
-    rule(libc::SYS_close, "close", Any, Always, "a device that the driver resets has had descriptors"),
+    rule(
+        libc::SYS_close,
+        "close",
+        Any,
+        Always,
+        "a device that the driver resets has had descriptors",
+    ),
     rule(libc::SYS_exit, "exit", Any, Always, "the thread ends when the guest does"),
     rule(
         libc::SYS_poll,
@@ -149,9 +173,21 @@ const VMM: [Rule; 21] = [
         "the channel, eventfds, a standalone monitor's events, last words",
     ),
     rule(libc::SYS_writev, "writev", Any, Always, "the channel, from guest memory"),
-    rule(libc::SYS_shutdown, "shutdown", Any, Always, "a guest ends one direction of its connection"),
+    rule(
+        libc::SYS_shutdown,
+        "shutdown",
+        Any,
+        Always,
+        "a guest ends one direction of its connection",
+    ),
     rule(libc::SYS_recvfrom, "recvfrom", Any, Always, "the control socket: how long a request is"),
-    rule(libc::SYS_recvmsg, "recvmsg", Any, Always, "the control socket: a request and its descriptors"),
+    rule(
+        libc::SYS_recvmsg,
+        "recvmsg",
+        Any,
+        Always,
+        "the control socket: a request and its descriptors",
+    ),
     rule(
         libc::SYS_sendto,
         "sendto",
@@ -219,7 +255,12 @@ const BOTH: u32 = READ | WRITE;
 /// The vCPU's requests.
 const VCPU_IOCTLS: [Ioctl; 3] = [
     ioctl(io(NONE, 0x80, 0), "KVM_RUN", Always, "into the guest"),
-    ioctl(SET_MSRS, "KVM_SET_MSRS", Restored, "the time stamp counter goes on, just before the guest does"),
+    ioctl(
+        SET_MSRS,
+        "KVM_SET_MSRS",
+        Restored,
+        "the time stamp counter goes on, just before the guest does",
+    ),
     ioctl(io(NONE, 0xad, 0), "KVM_KVMCLOCK_CTRL", Restored, "the guest is told that it was paused"),
 ];
 

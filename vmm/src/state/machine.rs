@@ -120,7 +120,12 @@ impl MachineState {
     ///
     /// # Errors
     /// It is malformed.
-    pub fn decode(payload: &[u8], vcpus: u8, memory_bytes: u64, image_bytes: u64) -> Result<Self, Malformed> {
+    pub fn decode(
+        payload: &[u8],
+        vcpus: u8,
+        memory_bytes: u64,
+        image_bytes: u64,
+    ) -> Result<Self, Malformed> {
         let mut reader = Reader::new(payload);
         let binding = reader.list(MAX_BINDING_BYTES, |reader| reader.plain::<u8>())?;
         let this = Self {
@@ -137,7 +142,8 @@ impl MachineState {
             },
         };
         reader.end()?;
-        if this.vcpus.len() != usize::from(vcpus) || this.devices.len() != usize::from(MAX_DEVICES) {
+        if this.vcpus.len() != usize::from(vcpus) || this.devices.len() != usize::from(MAX_DEVICES)
+        {
             return Err(Malformed("it has another number of vCPUs or devices than it says"));
         }
         Ok(this)

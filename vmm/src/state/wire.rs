@@ -75,7 +75,8 @@ impl Writer {
         let words: Vec<&[u8]> = bytes.chunks(4).collect();
         let there = |word: &&[u8]| word.iter().any(|byte| *byte != 0);
         for eight in words.chunks(8) {
-            self.0.push(eight.iter().enumerate().map(|(at, word)| u8::from(there(word)) << at).sum());
+            self.0
+                .push(eight.iter().enumerate().map(|(at, word)| u8::from(there(word)) << at).sum());
         }
         for word in words.iter().filter(|word| there(word)) {
             self.0.extend_from_slice(word);
@@ -171,8 +172,9 @@ impl<'a> Reader<'a> {
         let bits = self.bytes(count.div_ceil(8))?;
         let mut value = MaybeUninit::<T>::zeroed();
         // SAFETY: all bytes of `value` are initialized, and nothing else refers to them.
-        let bytes =
-            unsafe { std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>()) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>())
+        };
         for (at, word) in bytes.chunks_mut(4).enumerate() {
             if bits.get(at / 8).is_some_and(|bits| bits >> (at % 8) & 1 != 0) {
                 word.copy_from_slice(self.bytes(word.len())?);

@@ -15,8 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
@@ -24,10 +25,10 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
     VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
     VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
-    VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
+    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
@@ -36,8 +37,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{ActiveQueue, Position};
 use super::{
-    Activation, COMMON_FEATURES, FaultCounter, GuestFault, Interrupt, NotQuiescent, QueueHandler, Signal,
-    VirtioDevice,
+    Activation, COMMON_FEATURES, FaultCounter, GuestFault, Interrupt, NotQuiescent, QueueHandler,
+    Signal, VirtioDevice,
 };
 use crate::bus::BusDevice;
 use crate::memory::GuestRam;
@@ -190,9 +191,10 @@ impl<W: Worker> MmioTransport<W> {
                 .selected()
                 .and_then(|index| self.device.queue_sizes().get(index))
                 .map_or(0, |size| (*size).into()),
-            VIRTIO_MMIO_QUEUE_READY => {
-                self.selected().and_then(|index| self.queues.get(index)).map_or(0, |queue| queue.ready.into())
-            }
+            VIRTIO_MMIO_QUEUE_READY => self
+                .selected()
+                .and_then(|index| self.queues.get(index))
+                .map_or(0, |queue| queue.ready.into()),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupts.load(Ordering::SeqCst),
             VIRTIO_MMIO_STATUS => self.status(),
             // The configuration never changes.
@@ -211,7 +213,10 @@ impl<W: Worker> MmioTransport<W> {
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES if status == DRIVER => match self.driver_features_select {
                 0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
-                1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(value) << 32,
+                1 => {
+                    self.driver_features =
+                        self.driver_features & 0xffff_ffff | u64::from(value) << 32
+                }
                 // There are no features beyond 64; none may be set.
                 _ if value == 0 => {}
                 _ => return Err(fault),
@@ -236,7 +241,8 @@ impl<W: Worker> MmioTransport<W> {
     /// `None` if there is no such register, or the queue is not there to be changed.
     fn write_queue_register(&mut self, register: u32, value: u32) -> Option<()> {
         let setting_up = self.status() == FEATURES_OK;
-        let queue = self.selected().and_then(|index| self.queues.get_mut(index)).filter(|_| setting_up)?;
+        let queue =
+            self.selected().and_then(|index| self.queues.get_mut(index)).filter(|_| setting_up)?;
         if register == VIRTIO_MMIO_QUEUE_READY && value == 0 {
             queue.ready = false;
             return Some(());
@@ -284,10 +290,12 @@ impl<W: Worker> MmioTransport<W> {
                 }
             }
             (FEATURES_OK, DRIVER_OK) => {
-                let queues = self.build_queues(&[]).inspect_err(|fault| self.shared.needs_reset(*fault))?;
+                let queues =
+                    self.build_queues(&[]).inspect_err(|fault| self.shared.needs_reset(*fault))?;
                 self.shared.status.store(DRIVER_OK, Ordering::SeqCst);
                 let faults = Arc::clone(&self.shared.faults);
-                let activation = Activation { features: self.driver_features, queues, request: None, faults };
+                let activation =
+                    Activation { features: self.driver_features, queues, request: None, faults };
                 self.worker.start(self.device.activate(activation), Arc::clone(&self.kick));
                 return Ok(());
             }
@@ -313,8 +321,12 @@ impl<W: Worker> MmioTransport<W> {
                 let mut queue = Queue::new(*max).map_err(|_| rings)?;
                 queue
                     .try_set_size(size)
-                    .and_then(|()| queue.try_set_desc_table_address(GuestAddress(registers.descriptors)))
-                    .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(registers.available)))
+                    .and_then(|()| {
+                        queue.try_set_desc_table_address(GuestAddress(registers.descriptors))
+                    })
+                    .and_then(|()| {
+                        queue.try_set_avail_ring_address(GuestAddress(registers.available))
+                    })
                     .and_then(|()| queue.try_set_used_ring_address(GuestAddress(registers.used)))
                     .map_err(|_| rings)?;
                 queue.set_event_idx(self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
@@ -325,7 +337,13 @@ impl<W: Worker> MmioTransport<W> {
                     return Err(rings);
                 }
                 let interrupt: Arc<dyn Interrupt> = Arc::clone(&self.shared) as _;
-                Ok(ActiveQueue::new(index, queue, Arc::clone(&self.ram), interrupt, Arc::clone(&self.kick)))
+                Ok(ActiveQueue::new(
+                    index,
+                    queue,
+                    Arc::clone(&self.ram),
+                    interrupt,
+                    Arc::clone(&self.kick),
+                ))
             })
             .collect()
     }
@@ -379,8 +397,13 @@ impl<W: Worker> MmioTransport<W> {
         }
         for (registers, saved) in self.queues.iter_mut().zip(queues) {
             let [descriptors, available, used] = saved.rings;
-            *registers =
-                QueueRegisters { size: saved.size, ready: saved.ready, descriptors, available, used };
+            *registers = QueueRegisters {
+                size: saved.size,
+                ready: saved.ready,
+                descriptors,
+                available,
+                used,
+            };
         }
         [self.queue_select, self.device_features_select, self.driver_features_select] = *selected;
         self.driver_features = *features;
@@ -389,9 +412,13 @@ impl<W: Worker> MmioTransport<W> {
         if *status == DRIVER_OK {
             let positions: Vec<_> = queues
                 .iter()
-                .map(|queue| Position { next_available: queue.next_available, next_used: queue.next_used })
+                .map(|queue| Position {
+                    next_available: queue.next_available,
+                    next_used: queue.next_used,
+                })
                 .collect();
-            let queues = self.build_queues(&positions).map_err(|_| Malformed("a queue is not in memory"))?;
+            let queues =
+                self.build_queues(&positions).map_err(|_| Malformed("a queue is not in memory"))?;
             let faults = Arc::clone(&self.shared.faults);
             let activation = Activation { features: *features, queues, request: *request, faults };
             self.worker.start(self.device.activate(activation), Arc::clone(&self.kick));
@@ -431,14 +458,17 @@ impl<W: Worker> BusDevice for MmioTransport<W> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let result = if let Some(at) = offset.checked_sub(VIRTIO_MMIO_CONFIG.into()) {
-            let config =
-                usize::try_from(at).ok().and_then(|at| self.device.config().get(at..)).unwrap_or_default();
+            let config = usize::try_from(at)
+                .ok()
+                .and_then(|at| self.device.config().get(at..))
+                .unwrap_or_default();
             let count = config.len().min(data.len());
             data[..count].copy_from_slice(&config[..count]);
             (count > 0).then_some(())
         } else {
             // VIRTIO 1.2, 4.2.2.2: registers are read 32 bits at a time, aligned.
-            let register = u32::try_from(offset).ok().filter(|register| register % 4 == 0 && data.len() == 4);
+            let register =
+                u32::try_from(offset).ok().filter(|register| register % 4 == 0 && data.len() == 4);
             register
                 .and_then(|register| self.read_register(register))
                 .map(|value| data.copy_from_slice(&value.to_le_bytes()))
@@ -449,8 +479,9 @@ impl<W: Worker> BusDevice for MmioTransport<W> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let register =
-            u32::try_from(offset).ok().filter(|offset| offset % 4 == 0 && *offset < VIRTIO_MMIO_CONFIG);
+        let register = u32::try_from(offset)
+            .ok()
+            .filter(|offset| offset % 4 == 0 && *offset < VIRTIO_MMIO_CONFIG);
         let result = match (register, <[u8; 4]>::try_from(data)) {
             (Some(register), Ok(value)) => self.write_register(register, u32::from_le_bytes(value)),
             // No configuration of ours can be written.

@@ -65,7 +65,10 @@ impl Guest {
         let log = Log::default();
         let shared = Shared::new(eventfd());
         let kick = Arc::new(eventfd());
-        Self { device: MmioTransport::new(Box::new(Model), log.clone(), test_ram(RAM), shared, kick), log }
+        Self {
+            device: MmioTransport::new(Box::new(Model), log.clone(), test_ram(RAM), shared, kick),
+            log,
+        }
     }
 
     fn read(&mut self, register: u32) -> u32 {
@@ -295,7 +298,8 @@ fn notifications_need_a_queue_that_runs() {
 #[test]
 fn registers_are_read_and_written_whole() {
     let mut guest = Guest::new();
-    for (offset, bytes) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0xff, 1), (0xfc, 8), (0x0c, 3)] {
+    for (offset, bytes) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0xff, 1), (0xfc, 8), (0x0c, 3)]
+    {
         let mut data = vec![0xaa; bytes];
         guest.device.read(offset, &mut data);
         assert!(data.iter().all(|byte| *byte == 0), "{offset:#x} {bytes}");

@@ -158,7 +158,9 @@ impl ActiveQueue {
     }
 
     fn push_used(&mut self, head: u16, len: u32) -> Result<(), GuestFault> {
-        self.queue.add_used(&*self.ram, head, len).map_err(|_| GuestFault::UsedRing { queue: self.index })
+        self.queue
+            .add_used(&*self.ram, head, len)
+            .map_err(|_| GuestFault::UsedRing { queue: self.index })
     }
 
     /// Interrupts the driver unless it asked not to be.
@@ -189,7 +191,11 @@ pub struct Chain<'m> {
 }
 
 impl<'m> Chain<'m> {
-    fn read(queue: u16, chain: DescriptorChain<&'m GuestRam>, ram: &'m GuestRam) -> Result<Self, GuestFault> {
+    fn read(
+        queue: u16,
+        chain: DescriptorChain<&'m GuestRam>,
+        ram: &'m GuestRam,
+    ) -> Result<Self, GuestFault> {
         let head = chain.head_index();
         let broken = GuestFault::Chain { queue, head };
         let mut this = Self { head, readable: Buffers::default(), writable: Buffers::default() };
@@ -315,7 +321,11 @@ impl<'m> Buffers<'m> {
     /// As `writev(2)`.
     pub fn write_to(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let vectors = self.vectors();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "at most MAX_SLICES")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_possible_wrap,
+            reason = "at most MAX_SLICES"
+        )]
         let count = vectors.len() as libc::c_int;
         // SAFETY: every vector is a piece of guest memory, which stays mapped while `self` borrows it, and which the
         // kernel only reads. That the guest may write to it meanwhile is the guest's problem.
@@ -330,7 +340,11 @@ impl<'m> Buffers<'m> {
     /// As `readv(2)`.
     pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let vectors = self.vectors();
-        #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "at most MAX_SLICES")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_possible_wrap,
+            reason = "at most MAX_SLICES"
+        )]
         let count = vectors.len() as libc::c_int;
         // SAFETY: every vector is a piece of guest memory, which stays mapped while `self` borrows it, and to which no
         // reference exists: it is only accessed through volatile slices.

@@ -197,7 +197,11 @@ fn loops_and_jumps_out_of_the_table_are_broken_chains() {
         let (mut driver, mut queue) = setup();
         driver.descriptor(0, DATA, 1, flags, next);
         driver.available(0);
-        assert_eq!(queue.drain(done), Err(GuestFault::Chain { queue: 0, head: 0 }), "{flags} {next}");
+        assert_eq!(
+            queue.drain(done),
+            Err(GuestFault::Chain { queue: 0, head: 0 }),
+            "{flags} {next}"
+        );
     }
     for head in [16, u16::MAX] {
         let (mut driver, mut queue) = setup();
@@ -209,7 +213,8 @@ fn loops_and_jumps_out_of_the_table_are_broken_chains() {
 #[test]
 fn buffers_stay_in_memory() {
     let end = RAM as u64;
-    for (address, len) in [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 2), (0, u32::MAX)] {
+    for (address, len) in [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 2), (0, u32::MAX)]
+    {
         for flags in [0, WRITE] {
             let (mut driver, mut queue) = setup();
             driver.add(&[(address, len, flags)]);
@@ -272,7 +277,11 @@ fn indirect_tables_are_bounded() {
         driver.ram.write_obj(inner, GuestAddress(table)).unwrap();
         driver.descriptor(0, address, len, VRING_DESC_F_INDIRECT, 0);
         driver.available(0);
-        assert_eq!(queue.drain(done), Err(GuestFault::Chain { queue: 0, head: 0 }), "{address:#x} {len}");
+        assert_eq!(
+            queue.drain(done),
+            Err(GuestFault::Chain { queue: 0, head: 0 }),
+            "{address:#x} {len}"
+        );
     }
 }
 

@@ -27,11 +27,16 @@ pub fn read_fragments(dir: &Path) -> Result<Fragments> {
     ensure!(!paths.is_empty(), "{} has no *.config", dir.display());
     let (mut text, mut options) = (String::new(), Options::new());
     for path in paths {
-        let fragment = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let fragment =
+            fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         for (line, (name, value)) in
             fragment.lines().filter_map(|line| Some((line.trim_end(), option(line)?)))
         {
-            ensure!(options.insert(name.clone(), value).is_none(), "{}: {name} is set twice", path.display());
+            ensure!(
+                options.insert(name.clone(), value).is_none(),
+                "{}: {name} is set twice",
+                path.display()
+            );
             text.push_str(line);
             text.push('\n');
         }

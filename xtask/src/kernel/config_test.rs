@@ -10,8 +10,9 @@ fn options_are_told_from_prose() {
 
 #[test]
 fn every_promise_is_checked() {
-    let wanted =
-        parse("CONFIG_A=y\nCONFIG_N=8\n# CONFIG_OFF is not set\n# CONFIG_FORCED is not set\nCONFIG_GONE=y\n");
+    let wanted = parse(
+        "CONFIG_A=y\nCONFIG_N=8\n# CONFIG_OFF is not set\n# CONFIG_FORCED is not set\nCONFIG_GONE=y\n",
+    );
     let got = parse("CONFIG_A=y\nCONFIG_N=16\nCONFIG_FORCED=y\nCONFIG_OTHER=y\n");
     let broken = mismatches(&wanted, &got);
     assert_eq!(

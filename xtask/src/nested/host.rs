@@ -44,7 +44,8 @@ pub fn find_or_build() -> Result<Host> {
             fs::read_dir(kernel.join("modules"))?.map(|m| Ok(m?.path())).collect::<Result<_>>()?;
         modules.sort();
         for module in modules {
-            let name = module.file_name().context("a module has a name")?.to_string_lossy().into_owned();
+            let name =
+                module.file_name().context("a module has a name")?.to_string_lossy().into_owned();
             initrd.file(&format!("modules/{name}"), 0o644, &fs::read(&module)?);
         }
         Ok(fs::write(dir.join("initrd.img"), initrd.finish())?)
@@ -57,7 +58,9 @@ fn kernel() -> Result<PathBuf> {
     let package = Package::resolve(KERNEL, KERNEL_VERSION)?;
     let modules = MODULES.join(" ");
     let key = |package: &Package| {
-        cache::Key::new("nested-kernel", 1).text("kernel", &package.to_string()).text("modules", &modules)
+        cache::Key::new("nested-kernel", 1)
+            .text("kernel", &package.to_string())
+            .text("modules", &modules)
     };
     debian::entry("nested-kernel", &package, key, |dir| {
         let progress = Progress::start(&format!("Fetching {package}"), 0);
@@ -75,17 +78,20 @@ fn kernel() -> Result<PathBuf> {
 fn newest() -> Result<Package> {
     let depends = output(&mut command("apt-cache", ["depends", "linux-image-6.12-amd64"]))?;
     let name = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
-    let name = name.context("apt knows no linux-image-6.12-amd64: is bookworm-security in its sources?")?;
+    let name =
+        name.context("apt knows no linux-image-6.12-amd64: is bookworm-security in its sources?")?;
     debian::candidate(&format!("linux-image-{name}"))
 }
 
 fn extract(package: &Path, into: &Path) -> Result<()> {
     let find = |dir: &str, prefix: &str| -> Result<PathBuf> {
-        let items =
-            fs::read_dir(package.join(dir)).with_context(|| format!("list {dir} of the kernel package"))?;
+        let items = fs::read_dir(package.join(dir))
+            .with_context(|| format!("list {dir} of the kernel package"))?;
         let mut paths = items.filter_map(|item| Some(item.ok()?.path()));
         paths
-            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
+            .find(|path| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
+            })
             .with_context(|| format!("the kernel package has no {dir}/{prefix}*"))
     };
     fs::copy(find("boot", "vmlinuz-")?, into.join("vmlinuz"))?;
@@ -137,8 +143,10 @@ fn read_module(files: &[PathBuf], name: &str) -> Result<Vec<u8>> {
         let stem = name.replace('_', "-");
         file == format!("{stem}.ko.xz") || file == format!("{stem}.ko")
     };
-    let path =
-        files.iter().find(matches).with_context(|| format!("the kernel package has no module {name}"))?;
+    let path = files
+        .iter()
+        .find(matches)
+        .with_context(|| format!("the kernel package has no module {name}"))?;
     if path.extension().is_some_and(|extension| extension == "xz") {
         output(command("xz", ["--decompress", "--keep", "--force"]).arg(path))?;
         return Ok(fs::read(path.with_extension(""))?);

@@ -58,7 +58,9 @@ impl Initrd {
 /// The modules that a module needs, from its `depends=` entry.
 pub fn dependencies(module: &[u8]) -> Vec<String> {
     const TAG: &[u8] = b"\0depends=";
-    let Some(at) = module.windows(TAG.len()).position(|window| window == TAG) else { return Vec::new() };
+    let Some(at) = module.windows(TAG.len()).position(|window| window == TAG) else {
+        return Vec::new();
+    };
     let value = module[at + TAG.len()..].split(|&byte| byte == 0).next().unwrap_or_default();
     let text = String::from_utf8_lossy(value);
     text.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
@@ -84,7 +86,10 @@ mod tests {
 
     #[test]
     fn dependencies_are_read_from_the_metadata() {
-        assert_eq!(dependencies(b"\x7fELF\0license=GPL\0depends=kvm,ccp\0retpoline=Y\0"), ["kvm", "ccp"]);
+        assert_eq!(
+            dependencies(b"\x7fELF\0license=GPL\0depends=kvm,ccp\0retpoline=Y\0"),
+            ["kvm", "ccp"]
+        );
         assert!(dependencies(b"\0depends=\0").is_empty());
         assert!(dependencies(b"no metadata").is_empty());
     }

@@ -52,7 +52,8 @@ pub fn find_or_build() -> Result<PathBuf> {
     let inputs = cache::Key::new("patches", 1).file(&devices())?.files(&patches)?.finish();
     let compiler = version("gcc")?;
     let key = |source: &Package| {
-        let key = cache::Key::new("qemu", 1).text("source", &source.to_string()).text("inputs", &inputs);
+        let key =
+            cache::Key::new("qemu", 1).text("source", &source.to_string()).text("inputs", &inputs);
         key.text("configure", &CONFIGURE.join(" ")).text("compiler", &compiler)
     };
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;

@@ -20,8 +20,10 @@ pub struct Apt {
 impl Apt {
     /// Downloads the package lists (about 9 MiB).
     pub fn update(recipe: &Recipe) -> Result<Self> {
-        let directory =
-            tempfile::Builder::new().prefix("chitin-apt-").tempdir().context("make a directory for apt")?;
+        let directory = tempfile::Builder::new()
+            .prefix("chitin-apt-")
+            .tempdir()
+            .context("make a directory for apt")?;
         let root = directory.path();
         let root_text = root.to_str().context("the temporary directory's name is not UTF-8")?;
         ensure!(
@@ -32,11 +34,16 @@ impl Apt {
             fs::create_dir_all(root.join(below)).context("make apt's directories")?;
         }
         fs::write(root.join("status"), "").context("make apt's status file")?;
-        fs::write(root.join("preferences"), preferences(&recipe.suite)).context("make apt's preferences")?;
+        fs::write(root.join("preferences"), preferences(&recipe.suite))
+            .context("make apt's preferences")?;
         fs::write(root.join("apt.conf"), configuration(root_text, &recipe.architecture))
             .context("configure apt")?;
         let apt = Self { directory };
-        let status = apt.command("apt-get").args(["update", "-qq"]).status().context("run apt-get update")?;
+        let status = apt
+            .command("apt-get")
+            .args(["update", "-qq"])
+            .status()
+            .context("run apt-get update")?;
         // Broken foreign archives are common and no reason to fail. But with one of Debian's missing, pinned versions would
         // seem to be gone, and older ones without security fixes would be taken instead.
         for suite in [recipe.suite.clone(), format!("{}-security", recipe.suite)] {
@@ -54,11 +61,13 @@ impl Apt {
         let lists = self.directory.path().join("lists");
         let entries = fs::read_dir(&lists).with_context(|| format!("list {}", lists.display()))?;
         let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        let names: Vec<String> = names.collect::<std::io::Result<_>>().context("list apt's lists")?;
+        let names: Vec<String> =
+            names.collect::<std::io::Result<_>>().context("list apt's lists")?;
         for release in names.iter().filter(|name| name.ends_with("Release")) {
             let text = fs::read(lists.join(release)).with_context(|| format!("read {release}"))?;
             let prefix = release.trim_end_matches("Release").trim_end_matches("In");
-            let packages = names.iter().any(|name| name.starts_with(prefix) && name.contains("_Packages"));
+            let packages =
+                names.iter().any(|name| name.starts_with(prefix) && name.contains("_Packages"));
             if packages && is_release(&String::from_utf8_lossy(&text), suite) {
                 return Ok(true);
             }
@@ -73,7 +82,10 @@ impl Apt {
         let closure = parse_uris(&output(&mut install).context("find the recipe's packages")?)?;
         for skip in &recipe.skip {
             if !closure.iter().any(|found| found.name == skip.name) {
-                eprintln!("rootfs: the recipe skips {}, which is not a dependency (any more)", skip.name);
+                eprintln!(
+                    "rootfs: the recipe skips {}, which is not a dependency (any more)",
+                    skip.name
+                );
             }
         }
         // `install` prints a weaker hash or none; `download` prints SHA-256.
@@ -86,11 +98,13 @@ impl Apt {
     /// Those of `pins` that the archives no longer have.
     pub fn missing<'a>(&self, pins: &[&'a Pin]) -> Result<Vec<&'a Pin>> {
         // Prints what it finds, and ends with a failure only if that is nothing.
-        let shown = self.command("apt-cache").arg("show").args(pins.iter().map(|pin| exact(pin))).output();
+        let shown =
+            self.command("apt-cache").arg("show").args(pins.iter().map(|pin| exact(pin))).output();
         let shown = shown.context("run apt-cache show")?.stdout;
         let shown = String::from_utf8_lossy(&shown);
         // By content: the same version with another one would be a package that is gone, too.
-        let hashes: Vec<_> = shown.lines().filter_map(|line| line.strip_prefix("SHA256: ")).collect();
+        let hashes: Vec<_> =
+            shown.lines().filter_map(|line| line.strip_prefix("SHA256: ")).collect();
         Ok(pins.iter().copied().filter(|pin| !hashes.contains(&pin.sha256.as_str())).collect())
     }
 
@@ -100,7 +114,10 @@ impl Apt {
         let target = self.directory.path().join("packages");
         fs::create_dir_all(&target).context("make a directory for packages")?;
         let mut download = self.command("apt-get");
-        download.current_dir(&target).args(["download", "-qq"]).args(pins.iter().map(|pin| exact(pin)));
+        download
+            .current_dir(&target)
+            .args(["download", "-qq"])
+            .args(pins.iter().map(|pin| exact(pin)));
         output(&mut download).context("download packages")?;
         Ok(target)
     }
@@ -154,7 +171,8 @@ fn configuration(root: &str, architecture: &str) -> String {
 
 /// Whether an archive's Release file is that of one of Debian's suites.
 fn is_release(text: &str, suite: &str) -> bool {
-    let says = |field: &str, value: &str| text.lines().any(|line| line.strip_prefix(field) == Some(value));
+    let says =
+        |field: &str, value: &str| text.lines().any(|line| line.strip_prefix(field) == Some(value));
     says("Origin: ", "Debian") && says("Codename: ", suite)
 }
 
@@ -172,7 +190,8 @@ impl Found {
     }
 
     fn into_pin(self) -> Result<Pin> {
-        let sha256 = self.sha256.with_context(|| format!("apt gives no SHA-256 for {}", self.name))?;
+        let sha256 =
+            self.sha256.with_context(|| format!("apt gives no SHA-256 for {}", self.name))?;
         let pin = Pin { name: self.name, version: self.version, sha256 };
         pin.check()?;
         Ok(pin)
@@ -194,7 +213,9 @@ fn parse_uris(text: &str) -> Result<Vec<Found>> {
     };
     text.lines()
         .filter(|text| !text.trim().is_empty())
-        .map(|text| line(text).with_context(|| format!("apt printed a line of unknown form: {text:?}")))
+        .map(|text| {
+            line(text).with_context(|| format!("apt printed a line of unknown form: {text:?}"))
+        })
         .collect()
 }
 

@@ -23,9 +23,11 @@ fn uris_are_read() {
 
 #[test]
 fn other_lines_are_errors() {
-    for line in
-        ["dash", "'http://archive/dash.deb' dash.deb 5 SHA256:ab", "'x' dash_0.5_amd64.tar 5 SHA256:ab"]
-    {
+    for line in [
+        "dash",
+        "'http://archive/dash.deb' dash.deb 5 SHA256:ab",
+        "'x' dash_0.5_amd64.tar 5 SHA256:ab",
+    ] {
         assert!(parse_uris(line).is_err(), "{line}");
     }
 }

@@ -33,7 +33,10 @@ pub fn tools_version() -> Result<String> {
 /// Writes an image of `tree`, aligned and checked, and an archive of it for containers. The result depends on the tree's names, modes and contents alone.
 pub fn make(tree: &Path, image: &Path, archive: &Path, recipe: &Recipe) -> Result<u64> {
     // Started by a shell, which would say it less well.
-    ensure!(exists("mkfs.erofs"), "mkfs.erofs is missing (cargo xtask setup installs what is missing)");
+    ensure!(
+        exists("mkfs.erofs"),
+        "mkfs.erofs is missing (cargo xtask setup installs what is missing)"
+    );
     let mut command = command("fakeroot", ["--", "sh", "-euc", SCRIPT, "sh"]);
     command.arg(tree).arg(image).arg(archive).arg(recipe.timestamp.to_string());
     for directory in recipe.directory.iter().filter(|directory| directory.owner != 0) {
@@ -71,7 +74,12 @@ fn check(image: &Path, recipe: &Recipe, length: u64) -> Result<()> {
     file.read_exact(&mut magic).with_context(|| format!("read {}", image.display()))?;
     ensure!(magic == MAGIC, "{} is not an EROFS image", image.display());
     let limit = recipe.max_mib << 20;
-    ensure!(length <= limit, "the image has {} MiB, the recipe allows {}", length >> 20, recipe.max_mib);
+    ensure!(
+        length <= limit,
+        "the image has {} MiB, the recipe allows {}",
+        length >> 20,
+        recipe.max_mib
+    );
     output(command("fsck.erofs", ["--"]).arg(image)).context("check the image")?;
     Ok(())
 }

@@ -68,9 +68,12 @@ impl Lock {
 
     /// Fails if the recipe has changed in what it asks for or leaves out since the lock was made.
     pub fn check_against(&self, recipe: &Recipe) -> Result<()> {
-        let stale =
-            self.requested != recipe.requested() || self.pins.iter().any(|pin| recipe.skips(&pin.name));
-        ensure!(!stale, "the recipe's packages have changed since: run `cargo xtask rootfs --update`");
+        let stale = self.requested != recipe.requested()
+            || self.pins.iter().any(|pin| recipe.skips(&pin.name));
+        ensure!(
+            !stale,
+            "the recipe's packages have changed since: run `cargo xtask rootfs --update`"
+        );
         Ok(())
     }
 
@@ -97,14 +100,15 @@ impl Pin {
     /// These words become arguments and file names.
     pub fn check(&self) -> Result<()> {
         ensure!(is_package_name(&self.name), "{:?} is not the name of a Debian package", self.name);
-        let version = self.version.chars().all(|c| c.is_ascii_alphanumeric() || "+-.:~".contains(c));
+        let version =
+            self.version.chars().all(|c| c.is_ascii_alphanumeric() || "+-.:~".contains(c));
         ensure!(
             version && self.version.starts_with(|c: char| c.is_ascii_digit()),
             "{:?} is no version",
             self.version
         );
-        let sha256 =
-            self.sha256.len() == 64 && self.sha256.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'));
+        let sha256 = self.sha256.len() == 64
+            && self.sha256.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'));
         ensure!(sha256, "{:?} is not a SHA-256 in lower case", self.sha256);
         Ok(())
     }
@@ -118,7 +122,9 @@ impl fmt::Display for Lock {
             "# Written by `cargo xtask rootfs --update`; each line is name, version and SHA-256 of a package."
         )?;
         self.requested.iter().try_for_each(|name| writeln!(f, "{REQUESTED} {name}"))?;
-        self.pins.iter().try_for_each(|pin| writeln!(f, "{} {} {}", pin.name, pin.version, pin.sha256))
+        self.pins
+            .iter()
+            .try_for_each(|pin| writeln!(f, "{} {} {}", pin.name, pin.version, pin.sha256))
     }
 }
 

@@ -21,8 +21,10 @@ fn a_written_lock_reads_as_the_same() {
 #[test]
 fn the_committed_lock_fits_the_recipe() {
     let rootfs = crate::workspace::root().join("rootfs");
-    let recipe = Recipe::parse(&std::fs::read_to_string(rootfs.join("recipe.toml")).unwrap()).unwrap();
-    let lock = Lock::parse(&std::fs::read_to_string(rootfs.join("packages.lock")).unwrap()).unwrap();
+    let recipe =
+        Recipe::parse(&std::fs::read_to_string(rootfs.join("recipe.toml")).unwrap()).unwrap();
+    let lock =
+        Lock::parse(&std::fs::read_to_string(rootfs.join("packages.lock")).unwrap()).unwrap();
     lock.check_against(&recipe).unwrap();
     assert!(lock.pins.iter().any(|pin| pin.name == "libc6"));
 }

@@ -89,8 +89,9 @@ fn default_mode() -> String {
 impl Directory {
     /// The mode as a number.
     pub fn mode_bits(&self) -> Result<u32> {
-        let bits = u32::from_str_radix(&self.mode, 8)
-            .with_context(|| format!("mode {:?} of directory {} is not octal", self.mode, self.path))?;
+        let bits = u32::from_str_radix(&self.mode, 8).with_context(|| {
+            format!("mode {:?} of directory {} is not octal", self.mode, self.path)
+        })?;
         ensure!(
             bits <= 0o1777,
             "mode {} of directory {}: set-id bits are not for this image",
@@ -160,8 +161,12 @@ pub fn matches(pattern: &str, path: &str) -> bool {
     fn parts(pattern: &[&str], path: &[&str]) -> bool {
         match (pattern.split_first(), path.split_first()) {
             (None, None) => true,
-            (Some((&"**", rest)), _) => (0..=path.len()).any(|skipped| parts(rest, &path[skipped..])),
-            (Some((first, rest)), Some((name, below))) => name_matches(first, name) && parts(rest, below),
+            (Some((&"**", rest)), _) => {
+                (0..=path.len()).any(|skipped| parts(rest, &path[skipped..]))
+            }
+            (Some((first, rest)), Some((name, below))) => {
+                name_matches(first, name) && parts(rest, below)
+            }
             _ => false,
         }
     }
@@ -175,7 +180,10 @@ fn name_matches(pattern: &str, name: &str) -> bool {
     let Some(rest) = name.strip_prefix(head) else {
         return false;
     };
-    rest.char_indices().map(|(at, _)| at).chain([rest.len()]).any(|at| name_matches(tail, &rest[at..]))
+    rest.char_indices()
+        .map(|(at, _)| at)
+        .chain([rest.len()])
+        .any(|at| name_matches(tail, &rest[at..]))
 }
 
 #[cfg(test)]

@@ -27,7 +27,9 @@ fn the_committed_recipe_is_valid() {
 #[test]
 fn everything_needs_a_reason() {
     assert!(error_of("[[package]]\nname = \"sed\"\nwhy = \" \"").contains("sed has no reason"));
-    assert!(error_of("[[prune]]\npaths = [\"usr/share/man\"]\nwhy = \"\"").contains("has no reason"));
+    assert!(
+        error_of("[[prune]]\npaths = [\"usr/share/man\"]\nwhy = \"\"").contains("has no reason")
+    );
 }
 
 #[test]
@@ -39,10 +41,13 @@ fn misspelt_fields_and_names_are_errors() {
 
 #[test]
 fn paths_cannot_leave_the_image() {
-    for path in ["/etc", "../etc", "usr/../../etc", "usr//share", "usr/", "./usr", "usr/./share", ""] {
+    for path in
+        ["/etc", "../etc", "usr/../../etc", "usr//share", "usr/", "./usr", "usr/./share", ""]
+    {
         assert!(check_path(path).is_err(), "{path:?}");
         assert!(
-            error_of(&format!("[[directory]]\npath = \"{path}\"")).contains("below the image's root"),
+            error_of(&format!("[[directory]]\npath = \"{path}\""))
+                .contains("below the image's root"),
             "{path:?}"
         );
     }

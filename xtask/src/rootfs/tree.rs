@@ -44,7 +44,8 @@ pub fn merge_usr(tree: &Path) -> Result<()> {
         } else if fs::symlink_metadata(&to).is_err() {
             make_directory(&to)?;
         }
-        symlink(format!("usr/{name}"), &from).with_context(|| format!("link {}", from.display()))?;
+        symlink(format!("usr/{name}"), &from)
+            .with_context(|| format!("link {}", from.display()))?;
     }
     Ok(())
 }
@@ -79,7 +80,8 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
     for name in names(&tree.join(below))? {
         let path = if below.is_empty() { name } else { format!("{below}/{name}") };
         let full = tree.join(&path);
-        let is_dir = fs::symlink_metadata(&full).with_context(|| format!("look at {path}"))?.is_dir();
+        let is_dir =
+            fs::symlink_metadata(&full).with_context(|| format!("look at {path}"))?.is_dir();
         let mut first = 0;
         let mut verdict = None;
         for rule in rules {
@@ -94,7 +96,9 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
             Some(rule) if rule.keep.iter().any(|pattern| matches(pattern, &path)) => {}
             // Something below may have to stay: the same rule decides on each of its entries.
             Some(rule) if is_dir && !rule.keep.is_empty() => prune_below(tree, &path, rules, used)?,
-            Some(_) if is_dir => fs::remove_dir_all(&full).with_context(|| format!("remove {path}"))?,
+            Some(_) if is_dir => {
+                fs::remove_dir_all(&full).with_context(|| format!("remove {path}"))?
+            }
             Some(_) => fs::remove_file(&full).with_context(|| format!("remove {path}"))?,
             None if is_dir => prune_below(tree, &path, rules, used)?,
             None => {}
@@ -110,7 +114,8 @@ pub fn make_link(tree: &Path, link: &Link) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("replace {}", link.path))
         }
-        _ => symlink(&link.target, &path).with_context(|| format!("link {} to {}", link.path, link.target)),
+        _ => symlink(&link.target, &path)
+            .with_context(|| format!("link {} to {}", link.path, link.target)),
     }
 }
 
@@ -125,7 +130,8 @@ pub fn set_modes(tree: &Path, directories: &[Directory]) -> Result<()> {
 }
 
 fn set_modes_below(path: &Path) -> Result<()> {
-    let found = fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?;
+    let found =
+        fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?;
     if found.is_dir() {
         set_mode(path, 0o755)?;
         for name in names(path)? {
@@ -161,7 +167,8 @@ fn make_directory(path: &Path) -> Result<()> {
 pub fn copy_over(from: &Path, to: &Path) -> Result<()> {
     for name in names(from)? {
         let (source, target) = (from.join(&name), to.join(&name));
-        let found = fs::symlink_metadata(&source).with_context(|| format!("look at {}", source.display()))?;
+        let found = fs::symlink_metadata(&source)
+            .with_context(|| format!("look at {}", source.display()))?;
         if found.is_dir() {
             ensure_directory(&target)?;
             copy_over(&source, &target)?;
@@ -187,7 +194,8 @@ pub fn copy_over(from: &Path, to: &Path) -> Result<()> {
 pub fn hash_tree(tree: &Path, hash: &mut Sha256) -> Result<()> {
     for name in names(tree)? {
         let path = tree.join(&name);
-        let found = fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
+        let found =
+            fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(&name);
         if found.is_dir() {

@@ -88,19 +88,24 @@ fn usr_with_the_same_file_twice_is_not_merged() {
     let tree = tempfile::tempdir().unwrap();
     write(tree.path(), "bin/dash", "one");
     write(tree.path(), "usr/bin/dash", "other");
-    assert!(format!("{:#}", merge_usr(tree.path()).expect_err("a conflict")).contains("two packages"));
+    assert!(
+        format!("{:#}", merge_usr(tree.path()).expect_err("a conflict")).contains("two packages")
+    );
 }
 
 #[test]
 fn pruning_removes_keeps_and_tells_what_is_stale() {
     let tree = tempfile::tempdir().unwrap();
-    for path in ["doc/dash/copyright", "doc/dash/NEWS", "doc/sed/examples/a", "man/man1/sed.1", "bin/sed"] {
+    for path in
+        ["doc/dash/copyright", "doc/dash/NEWS", "doc/sed/examples/a", "man/man1/sed.1", "bin/sed"]
+    {
         write(tree.path(), path, "");
     }
     symlink("/etc", tree.path().join("man/outside")).unwrap();
     let rules = [rule(&["doc/*/**/*"], &["doc/*/copyright"]), rule(&["man", "info"], &[])];
     assert_eq!(prune(tree.path(), &rules).unwrap(), ["info"]);
-    let left = ["bin/sed", "bin", "doc/dash/copyright", "doc/dash", "doc/sed/examples", "doc/sed", "doc"];
+    let left =
+        ["bin/sed", "bin", "doc/dash/copyright", "doc/dash", "doc/sed/examples", "doc/sed", "doc"];
     assert_eq!(listing(tree.path()), left);
     assert!(Path::new("/etc").exists());
 }
@@ -108,8 +113,9 @@ fn pruning_removes_keeps_and_tells_what_is_stale() {
 #[test]
 fn modes_do_not_depend_on_the_builder() {
     let tree = tempfile::tempdir().unwrap();
-    let mode =
-        |path: &str| fs::symlink_metadata(tree.path().join(path)).unwrap().permissions().mode() & 0o7777;
+    let mode = |path: &str| {
+        fs::symlink_metadata(tree.path().join(path)).unwrap().permissions().mode() & 0o7777
+    };
     for (path, mode) in [("a/program", 0o4711), ("a/text", 0o600), ("a/group", 0o2775)] {
         write(tree.path(), path, "");
         set_mode(&tree.path().join(path), mode).unwrap();

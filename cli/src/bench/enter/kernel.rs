@@ -48,11 +48,17 @@ fn pvh_entry(kernel: &[u8], header: usize) -> Option<u64> {
     let mut at = usize::try_from(u64_at(kernel, header + 8)?).ok()?;
     let end = at.checked_add(usize::try_from(u64_at(kernel, header + 32)?).ok()?)?;
     while at < end {
-        let (name, length, kind) = (u32_at(kernel, at)?, u32_at(kernel, at + 4)?, u32_at(kernel, at + 8)?);
-        let padded = |bytes: u32| usize::try_from(bytes).ok().map(|bytes| bytes.next_multiple_of(4));
+        let (name, length, kind) =
+            (u32_at(kernel, at)?, u32_at(kernel, at + 4)?, u32_at(kernel, at + 8)?);
+        let padded =
+            |bytes: u32| usize::try_from(bytes).ok().map(|bytes| bytes.next_multiple_of(4));
         let value = at.checked_add(12)?.checked_add(padded(name)?)?;
         if kind == PVH_ENTRY && kernel.get(at + 12..at + 16)? == b"Xen\0" {
-            return if length == 4 { u32_at(kernel, value).map(u64::from) } else { u64_at(kernel, value) };
+            return if length == 4 {
+                u32_at(kernel, value).map(u64::from)
+            } else {
+                u64_at(kernel, value)
+            };
         }
         at = value.checked_add(padded(length)?)?;
     }

@@ -61,11 +61,13 @@ impl Peer {
     async fn boot_with(&self, arguments: &[&str]) -> Result<Guest, PeerError> {
         let dir = self.directory()?;
         let json = self.configuration().to_string();
-        fs::write(dir.join(CONFIGURATION), json).map_err(failed("write a configuration of Firecracker"))?;
+        fs::write(dir.join(CONFIGURATION), json)
+            .map_err(failed("write a configuration of Firecracker"))?;
         let listener = UnixListener::bind(dir.join(format!("{VSOCK}_{PORT}")))
             .map_err(failed("listen for a guest of Firecracker"))?;
         let started = Instant::now();
-        let mut child = self.spawn(&dir, &[arguments, &["--config-file", CONFIGURATION]].concat())?;
+        let mut child =
+            self.spawn(&dir, &[arguments, &["--config-file", CONFIGURATION]].concat())?;
         let came = async {
             let (stream, _) = listener.accept().await?;
             Conversation::begin(stream).await
@@ -83,7 +85,9 @@ impl Peer {
         // A connection does not survive; the guest's listener does.
         drop(conversation);
         let connect = async || {
-            UnixStream::connect(dir.join(API)).await.map_err(failed("connect to the API of Firecracker"))
+            UnixStream::connect(dir.join(API))
+                .await
+                .map_err(failed("connect to the API of Firecracker"))
         };
         let save = json!({
             "snapshot_type": "Full", "snapshot_path": saved.state, "mem_file_path": saved.memory,
@@ -117,7 +121,8 @@ impl Peer {
             std::thread::sleep(LOOK);
         };
         request(stream, "PUT", "/snapshot/load", &load, "to restore a guest").await?;
-        let came = async { Conversation::connect(UnixStream::connect(dir.join(VSOCK)).await?).await };
+        let came =
+            async { Conversation::connect(UnixStream::connect(dir.join(VSOCK)).await?).await };
         let conversation = watched(&mut child, &dir, came).await?;
         Ok(Guest { child, conversation, started, hello: Instant::now(), dir })
     }
@@ -193,7 +198,10 @@ impl Peer {
 impl Guest {
     /// Runs a command, given as words that end in NUL.
     pub async fn run(&mut self, words: &[u8]) -> Result<Ran, PeerError> {
-        self.conversation.run(words).await.map_err(failed("run a command in a guest of Firecracker"))
+        self.conversation
+            .run(words)
+            .await
+            .map_err(failed("run a command in a guest of Firecracker"))
     }
 
     /// Sends so many bytes, and waits until the guest has read them.
@@ -234,7 +242,8 @@ async fn watched<T>(
 
 fn ended(dir: &Path, what: &'static str) -> PeerError {
     let log = fs::read(dir.join(LOG)).unwrap_or_default();
-    let said = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_BYTES)..]).trim().to_owned();
+    let said =
+        String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_BYTES)..]).trim().to_owned();
     PeerError::Failed { what, said }
 }
 
@@ -256,7 +265,8 @@ async fn request(
         stream.write_all(text.as_bytes()).await?;
         answer(BufReader::new(stream)).await
     };
-    match timeout(BOOT_LIMIT, answer).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+    match timeout(BOOT_LIMIT, answer).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    {
         Ok((200..=299, _)) => Ok(()),
         Ok((_, answer)) => Err(PeerError::Refused { request: what, answer }),
         Err(error) => Err(failed(error)),
@@ -274,7 +284,9 @@ pub(super) async fn answer(mut stream: impl AsyncBufReadExt + Unpin) -> io::Resu
             break;
         }
         match (status, line.strip_prefix("content-length:")) {
-            (None, _) => status = line.split(' ').nth(1).and_then(|code| code.parse().ok()).or(Some(0)),
+            (None, _) => {
+                status = line.split(' ').nth(1).and_then(|code| code.parse().ok()).or(Some(0))
+            }
             (_, Some(count)) => length = count.trim().parse().unwrap_or(0),
             _ => {}
         }

@@ -104,5 +104,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conversation<S> {
 }
 
 fn unexpected() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the guest's program is not the one of this root image")
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the guest's program is not the one of this root image",
+    )
 }

@@ -48,7 +48,9 @@ impl Double {
                         if stream.read_line(&mut line).await.unwrap_or(0) <= 2 {
                             break;
                         }
-                        if let Some(rest) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                        if let Some(rest) =
+                            line.to_ascii_lowercase().strip_prefix("content-length:")
+                        {
                             length = rest.trim().parse().unwrap();
                         }
                         head.push(line.trim_end().to_owned());
@@ -58,7 +60,8 @@ impl Double {
                     let (code, body) = answer(line);
                     log.lock().unwrap().push(line.to_owned());
                     let body = if body.is_null() { String::new() } else { body.to_string() };
-                    let location = if code == 307 { "location: http://127.0.0.1:1/\r\n" } else { "" };
+                    let location =
+                        if code == 307 { "location: http://127.0.0.1:1/\r\n" } else { "" };
                     let reply = format!(
                         "HTTP/1.1 {code} x\r\n{location}connection: close\r\ncontent-length: {}\r\n\r\n{body}",
                         body.len()
@@ -102,7 +105,8 @@ async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer(
     })
     .await;
     let spec = from(double.config());
-    let secrets = ["A=vault://db/creds/app#p", "B=vault://db/creds/app"].map(|text| text.parse().unwrap());
+    let secrets =
+        ["A=vault://db/creds/app#p", "B=vault://db/creds/app"].map(|text| text.parse().unwrap());
     let began = Instant::now();
     let mut fetched = fetch(&secrets, &spec).await.unwrap();
     assert_eq!(fetched.bound.len(), 2);
@@ -148,7 +152,8 @@ async fn who_gives_up_waiting_leaves_nothing_issued() {
     let spec = from(double.config());
     let count = || double.count(|line| line.ends_with("leases/revoke"));
     // While something else is fetched.
-    let secrets = ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
+    let secrets =
+        ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
     let fetching = tokio::time::timeout(Duration::from_secs(1), fetch(&secrets, &spec)).await;
     assert!(fetching.is_err());
     let limit = Duration::from_secs(5);
@@ -165,8 +170,11 @@ async fn what_is_issued_while_whoever_asked_goes_is_given_back() {
     // All stand still, so that whoever asked goes before it has read the answer.
     let double = Double::issuing(Duration::from_millis(500), 60).await;
     let spec = from(double.config());
-    let secrets = ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
-    assert!(tokio::time::timeout(Duration::from_millis(200), fetch(&secrets, &spec)).await.is_err());
+    let secrets =
+        ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
+    assert!(
+        tokio::time::timeout(Duration::from_millis(200), fetch(&secrets, &spec)).await.is_err()
+    );
     tokio::time::timeout(Duration::from_secs(5), crate::given_back()).await.expect("in time");
     assert_eq!(double.count(|line| line.ends_with("leases/revoke")), 1);
 }
@@ -199,8 +207,12 @@ async fn a_server_that_says_nothing_breaks_off_or_never_ends_is_given_up() {
         }
     });
     let asked = |address: std::net::SocketAddr| async move {
-        let config =
-            VaultConfig { address: format!("http://{address}"), login: token(), namespace: None, ca: None };
+        let config = VaultConfig {
+            address: format!("http://{address}"),
+            login: token(),
+            namespace: None,
+            ca: None,
+        };
         let spec = from(config);
         let limit = Duration::from_secs(15);
         tokio::time::timeout(limit, refusal(&["A=vault://kv/a#x".parse().unwrap()], &spec))
@@ -260,7 +272,10 @@ async fn keys_of_an_engine_are_followed_by_others_before_they_are_over() {
     assert_eq!(double.count(|line| line.ends_with("leases/revoke")), 2);
     // Then there is nobody to ask any more: what there is goes on until it is over.
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    assert_eq!(endpoint.document().await.unwrap().1.unwrap(), "what the vault had issued was given back");
+    assert_eq!(
+        endpoint.document().await.unwrap().1.unwrap(),
+        "what the vault had issued was given back"
+    );
     tokio::time::sleep(Duration::from_millis(3000)).await;
     assert!(endpoint.document().await.is_err());
 
@@ -327,7 +342,13 @@ async fn a_server_that_is_none_is_named() {
     let secret = ["A=vault://kv/a#x".parse().unwrap()];
     assert!(refusal(&secret, &spec(&config)).await.contains("was a newline copied with it?"));
     let config = VaultConfig { login: token(), ..config };
-    assert!(refusal(&secret, &spec(&config)).await.contains("http://127.0.0.1:1 cannot be reached"));
+    assert!(
+        refusal(&secret, &spec(&config)).await.contains("http://127.0.0.1:1 cannot be reached")
+    );
     let config = VaultConfig { ca: Some("/dev/null".into()), ..config };
-    assert!(refusal(&secret, &spec(&config)).await.contains("VAULT_CACERT, /dev/null: there is none in it"));
+    assert!(
+        refusal(&secret, &spec(&config))
+            .await
+            .contains("VAULT_CACERT, /dev/null: there is none in it")
+    );
 }

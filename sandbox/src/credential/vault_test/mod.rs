@@ -19,8 +19,9 @@ fn from(config: VaultConfig) -> Spec {
 
 /// Names and values of what was fetched.
 fn exposed(fetched: &Fetched) -> Vec<(String, String)> {
-    let text =
-        |value: &super::super::Value| String::from_utf8(value.value.to_bytes().expose().to_vec()).unwrap();
+    let text = |value: &super::super::Value| {
+        String::from_utf8(value.value.to_bytes().expose().to_vec()).unwrap()
+    };
     fetched.values.iter().map(|value| (value.name.clone(), text(value))).collect()
 }
 
@@ -33,7 +34,8 @@ async fn refusal(secrets: &[SecretSpec], spec: &Spec) -> String {
 
 /// The next change of what was read at a place: what a field is now.
 async fn next(changes: &mut Changes, place: &str, field: &str) -> Option<String> {
-    let change = tokio::time::timeout(Duration::from_secs(30), changes.recv()).await.expect("in time");
+    let change =
+        tokio::time::timeout(Duration::from_secs(30), changes.recv()).await.expect("in time");
     let Change { what, fields } = change.expect("the keeper is there");
     assert_eq!(what, place);
     let value = fields?.into_iter().find(|(name, _)| name == field).unwrap().1.unwrap();
@@ -57,8 +59,12 @@ fn the_environment_says_which_vault_and_who_we_are() {
         from(&[address, ("VAULT_TOKEN", "t"), ("VAULT_SKIP_VERIFY", "1")]).unwrap_err(),
         VaultError::Unverified
     );
-    let role =
-        [address, ("VAULT_ROLE_ID", "r"), ("VAULT_WRAPPED_SECRET_ID", CANARY), ("VAULT_NAMESPACE", "n")];
+    let role = [
+        address,
+        ("VAULT_ROLE_ID", "r"),
+        ("VAULT_WRAPPED_SECRET_ID", CANARY),
+        ("VAULT_NAMESPACE", "n"),
+    ];
     let config = from(&role).unwrap();
     assert!(
         matches!(&config.login, VaultLogin::AppRole { mount, secret_id: SecretId::Wrapped(_), .. } if mount == "approle")

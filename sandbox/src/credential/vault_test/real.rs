@@ -70,15 +70,20 @@ async fn each_field_of_a_credential_source_is_a_credential(kind: Kind) {
     assert_eq!(found, [("api_token".into(), CANARY.into()), ("user".into(), "me".into())]);
 
     spec.source = Some(server.source("plain#user"));
-    assert_eq!(exposed(&fetch(&[], &spec).await.unwrap()), [("user".to_owned(), "agent".to_owned())]);
+    assert_eq!(
+        exposed(&fetch(&[], &spec).await.unwrap()),
+        [("user".to_owned(), "agent".to_owned())]
+    );
     spec.source = Some(server.source("creds"));
     assert!(refusal(&[], &spec).await.contains("field `nested`"), "an object is no credential");
     spec.source = Some(server.source("none"));
     assert!(refusal(&[], &spec).await.contains("has nothing at vault://"));
     spec.source = None;
-    for (rest, words) in
-        [("plain#pass", "no field `pass`"), ("plain", "has 2 fields"), ("creds#nested", "is no text")]
-    {
+    for (rest, words) in [
+        ("plain#pass", "no field `pass`"),
+        ("plain", "has 2 fields"),
+        ("creds#nested", "is no text"),
+    ] {
         assert!(refusal(&[server.secret("A", rest)], &spec).await.contains(words), "{rest}");
     }
 }
@@ -87,17 +92,19 @@ async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it(kind: Kind) {
     let server = kind.start().await;
     let terms = json!({ "token_ttl": 600, "secret_id_num_uses": 1 });
     let config = server.reader(terms).await;
-    let refused = async |change: fn(&mut String, &mut Zeroizing<String>, &mut Zeroizing<String>)| {
-        let mut config = config.clone();
-        let VaultLogin::AppRole { mount, role_id, secret_id: SecretId::Plain(secret_id) } = &mut config.login
-        else {
-            panic!("no role")
+    let refused =
+        async |change: fn(&mut String, &mut Zeroizing<String>, &mut Zeroizing<String>)| {
+            let mut config = config.clone();
+            let VaultLogin::AppRole { mount, role_id, secret_id: SecretId::Plain(secret_id) } =
+                &mut config.login
+            else {
+                panic!("no role")
+            };
+            change(mount, role_id, secret_id);
+            let why = "role id or secret id are wrong, used up or expired, or no AppRole is there";
+            let words = format!("secret A: the vault refuses the login at auth/{mount}: {why}");
+            assert_eq!(refusal(&[server.secret("A", "creds#port")], &from(config)).await, words);
         };
-        change(mount, role_id, secret_id);
-        let why = "role id or secret id are wrong, used up or expired, or no AppRole is there";
-        let words = format!("secret A: the vault refuses the login at auth/{mount}: {why}");
-        assert_eq!(refusal(&[server.secret("A", "creds#port")], &from(config)).await, words);
-    };
     refused(|_, role_id, _| *role_id = Zeroizing::new(CANARY.into())).await;
     refused(|_, _, secret_id| *secret_id = Zeroizing::new(CANARY.into())).await;
     refused(|mount, _, _| *mount = "nowhere".into()).await;
@@ -128,7 +135,10 @@ async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(k
         && value.as_ref().is_some_and(|value| value.as_slice() == CANARY.as_bytes())));
     assert_eq!(keeper.end().await, Vec::<String>::new());
     assert!(reader.current(&source, true).await.is_err(), "it has ended");
-    assert!(matches!(first.read(&source).await, Err(VaultError::Denied { .. })), "revoked at the end");
+    assert!(
+        matches!(first.read(&source).await, Err(VaultError::Denied { .. })),
+        "revoked at the end"
+    );
 }
 
 async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
@@ -145,10 +155,14 @@ async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
     server.kill();
     // When it was to be renewed, and is not over.
     tokio::time::sleep_until(began + Duration::from_secs(5)).await;
-    let troubles = tokio::time::timeout(Duration::from_secs(15), keeper.end()).await.expect("does not hang");
+    let troubles =
+        tokio::time::timeout(Duration::from_secs(15), keeper.end()).await.expect("does not hang");
     let [renew, revoke] = &troubles[..] else { panic!("{troubles:?}") };
     assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
-    assert!(revoke.starts_with("give credentials back: the vault at http://127.0.0.1:"), "{revoke}");
+    assert!(
+        revoke.starts_with("give credentials back: the vault at http://127.0.0.1:"),
+        "{revoke}"
+    );
     let error = refusal(&secret, &spec).await;
     assert!(error.contains("cannot be reached: nobody listens there"), "{error}");
 }
@@ -161,12 +175,18 @@ async fn a_policy_that_only_allows_a_path_allows_no_other(kind: Kind) {
     assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
     fetched.give_back().await;
     let denied = |place: &str| {
-        format!("the vault refuses vault://{place}: the token has expired, or its policies do not allow this")
+        format!(
+            "the vault refuses vault://{place}: the token has expired, or its policies do not allow this"
+        )
     };
     let elsewhere = server.mount("kv", json!({ "version": "1" })).await;
-    for place in [format!("{}/plain", server.kv), format!("{}/none", server.kv), format!("{elsewhere}/creds")]
-    {
-        let secrets = [server.secret("A", "creds#port"), format!("B=vault://{place}#user").parse().unwrap()];
+    for place in [
+        format!("{}/plain", server.kv),
+        format!("{}/none", server.kv),
+        format!("{elsewhere}/creds"),
+    ] {
+        let secrets =
+            [server.secret("A", "creds#port"), format!("B=vault://{place}#user").parse().unwrap()];
         assert_eq!(refusal(&secrets, &spec).await, format!("secret B: {}", denied(&place)));
         // The token is given back all the same.
         assert_eq!(server.tokens(&config).await, 0);
@@ -179,16 +199,28 @@ async fn kv_2_is_read_by_the_path_without_data(kind: Kind) {
     let server = kind.start().await;
     let kv = server.mount("kv", json!({ "version": "2" })).await;
     for value in ["yesterday's", CANARY] {
-        server.admin("POST", &format!("{kv}/data/app/db"), json!({ "data": { "password": value } })).await;
+        server
+            .admin("POST", &format!("{kv}/data/app/db"), json!({ "data": { "password": value } }))
+            .await;
     }
-    server.admin("POST", &format!("{kv}/data/app/web"), json!({ "data": { "password": CANARY } })).await;
-    let spec = from(server.role(&[&format!("{kv}/data/app/db")], json!({ "token_ttl": 600 })).await);
+    server
+        .admin("POST", &format!("{kv}/data/app/web"), json!({ "data": { "password": CANARY } }))
+        .await;
+    let spec =
+        from(server.role(&[&format!("{kv}/data/app/db")], json!({ "token_ttl": 600 })).await);
     let secret = |path: &str| [format!("DB=vault://{kv}/app/{path}#password").parse().unwrap()];
-    assert_eq!(exposed(&fetch(&secret("db"), &spec).await.unwrap()), [("DB".to_owned(), CANARY.to_owned())]);
+    assert_eq!(
+        exposed(&fetch(&secret("db"), &spec).await.unwrap()),
+        [("DB".to_owned(), CANARY.to_owned())]
+    );
     assert!(refusal(&secret("web"), &spec).await.contains("its policies do not allow this"));
     // The newest version is what is there, or is not.
     server.admin("DELETE", &format!("{kv}/data/app/db"), json!({})).await;
-    assert!(refusal(&secret("db"), &spec).await.contains(&format!("has nothing at vault://{kv}/app/db")));
+    assert!(
+        refusal(&secret("db"), &spec)
+            .await
+            .contains(&format!("has nothing at vault://{kv}/app/db"))
+    );
 }
 
 async fn a_wrapped_secret_id_is_good_for_one_sandbox(kind: Kind) {
@@ -245,7 +277,9 @@ impl Engine {
         let connection = json!({ "connection_uri": broker.address, "username": "a", "password": "b", "verify_connection": false });
         server.admin("POST", &format!("{mount}/config/connection"), connection).await;
         server.admin("POST", &format!("{mount}/roles/app"), json!({ "tags": "agent" })).await;
-        server.admin("POST", &format!("{mount}/config/lease"), json!({ "ttl": ttl, "max_ttl": 3600 })).await;
+        server
+            .admin("POST", &format!("{mount}/config/lease"), json!({ "ttl": ttl, "max_ttl": 3600 }))
+            .await;
         Engine { broker, path: format!("{mount}/creds/app") }
     }
 
@@ -306,7 +340,8 @@ async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_th
     let engine = Engine::mount(&server, 60).await;
     let config = server.role(&[&engine.path], json!({ "token_ttl": 3, "token_max_ttl": 5 })).await;
     let began = Instant::now();
-    let mut fetched = fetch(&[engine.secret("P", "password")], &from(config.clone())).await.unwrap();
+    let mut fetched =
+        fetch(&[engine.secret("P", "password")], &from(config.clone())).await.unwrap();
     let mut changes = fetched.changes.take().unwrap();
     let password = next(&mut changes, &engine.place(), "password").await.unwrap();
     assert_ne!(exposed(&fetched), [("P".to_owned(), password)]);
@@ -334,7 +369,10 @@ async fn what_was_issued_to_a_token_is_over_with_it(kind: Kind) {
     assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
     assert!(renew.contains("the vault refuses the login at auth/"), "{renew}");
     let place = engine.place();
-    assert!(denied.starts_with(&format!("renew {place}, which is good for 0 s more: ")), "{denied}");
+    assert!(
+        denied.starts_with(&format!("renew {place}, which is good for 0 s more: ")),
+        "{denied}"
+    );
     assert!(over.starts_with(&format!("{place} was good until ")), "{over}");
     assert!(token.starts_with("the vault's token was good until "), "{token}");
 }

@@ -26,7 +26,8 @@ impl Kind {
         };
         let Some(address) = named else { return self.start_own().await };
         let mut server = Server::new(self, address);
-        server.root = std::env::var("VAULT_TOKEN").expect("VAULT_TOKEN of a root token, beside VAULT_ADDR");
+        server.root =
+            std::env::var("VAULT_TOKEN").expect("VAULT_TOKEN of a root token, beside VAULT_ADDR");
         server.fill().await;
         server
     }
@@ -37,13 +38,13 @@ impl Kind {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut server = Server::new(self, format!("http://127.0.0.1:{port}"));
         let dir = server.dir.path();
-        let listener = json!({ "tcp": { "address": format!("127.0.0.1:{port}"), "tls_disable": "true" } });
+        let listener =
+            json!({ "tcp": { "address": format!("127.0.0.1:{port}"), "tls_disable": "true" } });
         let (name, config) = match self {
             Kind::OpenBao => ("bao", json!({ "storage": { "inmem": {} }, "listener": listener })),
             Kind::Rvault => {
                 let storage = json!({ "file": { "path": dir.join("data") } });
-                let config =
-                    json!({ "storage": storage, "listener": listener, "work_dir": dir, "daemon": false });
+                let config = json!({ "storage": storage, "listener": listener, "work_dir": dir, "daemon": false });
                 ("rvault", config)
             }
         };
@@ -69,8 +70,9 @@ impl Kind {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let init =
-            server.admin("PUT", "sys/init", json!({ "secret_shares": 1, "secret_threshold": 1 })).await;
+        let init = server
+            .admin("PUT", "sys/init", json!({ "secret_shares": 1, "secret_threshold": 1 }))
+            .await;
         server.root = init["root_token"].as_str().unwrap().into();
         server.key = init["keys"][0].as_str().unwrap().into();
         server.unseal().await;
@@ -118,7 +120,11 @@ impl Server {
             key: String::new(),
             namespace: None,
             kv: String::new(),
-            http: reqwest::Client::builder().tls_backend_preconfigured(tls).no_proxy().build().unwrap(),
+            http: reqwest::Client::builder()
+                .tls_backend_preconfigured(tls)
+                .no_proxy()
+                .build()
+                .unwrap(),
             process: None,
             dir: tempfile::tempdir().unwrap(),
         }
@@ -129,7 +135,8 @@ impl Server {
         let kv = &self.kv;
         let secret = json!({ "api_token": CANARY, "port": 8080, "nested": { "no": "text" } });
         self.admin("POST", &format!("{kv}/creds"), secret).await;
-        self.admin("POST", &format!("{kv}/plain"), json!({ "api_token": CANARY, "user": "agent" })).await;
+        self.admin("POST", &format!("{kv}/plain"), json!({ "api_token": CANARY, "user": "agent" }))
+            .await;
     }
 
     pub fn kill(&mut self) {
@@ -177,7 +184,8 @@ impl Server {
             self.admin("POST", &format!("sys/policies/acl/{mount}"), policy).await;
         }
         self.admin("POST", &format!("sys/auth/{mount}"), json!({ "type": "approle" })).await;
-        let mut role = json!({ "token_policies": [mount], "token_max_ttl": 3600, "bind_secret_id": true });
+        let mut role =
+            json!({ "token_policies": [mount], "token_max_ttl": 3600, "bind_secret_id": true });
         role.as_object_mut().unwrap().extend(terms.as_object().unwrap().clone());
         let path = format!("auth/{mount}/role/agents");
         self.admin("POST", &path, role).await;
@@ -197,7 +205,12 @@ impl Server {
     }
 
     fn config(&self, login: VaultLogin) -> VaultConfig {
-        VaultConfig { address: self.address.clone(), login, namespace: self.namespace.clone(), ca: None }
+        VaultConfig {
+            address: self.address.clone(),
+            login,
+            namespace: self.namespace.clone(),
+            ca: None,
+        }
     }
 
     /// How many tokens a role has that are good.
@@ -230,7 +243,8 @@ impl Server {
 
     fn request(&self, method: &str, path: &str, body: Option<Value>) -> reqwest::RequestBuilder {
         let url = format!("{}/v1/{path}", self.address);
-        let mut request = self.http.request(method.parse().unwrap(), url).header("X-Vault-Token", &self.root);
+        let mut request =
+            self.http.request(method.parse().unwrap(), url).header("X-Vault-Token", &self.root);
         if let Some(namespace) = &self.namespace {
             request = request.header("X-Vault-Namespace", namespace);
         }
@@ -242,7 +256,9 @@ impl Server {
 
     /// The same role, with another secret id, in a token that is good for a minute.
     pub async fn wrapped(&self, config: &VaultConfig) -> VaultConfig {
-        let VaultLogin::AppRole { mount, role_id, .. } = config.login.clone() else { panic!("no role") };
+        let VaultLogin::AppRole { mount, role_id, .. } = config.login.clone() else {
+            panic!("no role")
+        };
         let path = format!("auth/{mount}/role/agents/secret-id");
         let request = self.request("POST", &path, Some(json!({}))).header("X-Vault-Wrap-TTL", "60");
         let answer = request.send().await.unwrap().bytes().await.unwrap();

@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use super::Tree;
 use super::engine::Engine;
 use crate::template::fill_random;
-use crate::tier::container::{CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch};
+use crate::tier::container::{
+    CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch,
+};
 
 pub(super) const RUN: &str = "/run/chitin";
 const BUNDLES: &str = "/run/chitin/bundles";

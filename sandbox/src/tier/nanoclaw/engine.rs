@@ -77,7 +77,13 @@ impl Engine {
     }
 
     fn new(name: &'static str, platform: Option<&'static str>) -> Engine {
-        Engine { name, program: PathBuf::new(), platform, version: String::new(), short_of: Vec::new() }
+        Engine {
+            name,
+            program: PathBuf::new(),
+            platform,
+            version: String::new(),
+            short_of: Vec::new(),
+        }
     }
 
     /// The program, and its platform if it has several.
@@ -96,7 +102,11 @@ impl Engine {
     /// The most tasks of the host by which so many of a container run. gVisor has one or two for each, and the agent has it keep
     /// the exact number inside: this one is met only by a kernel that does not.
     pub fn host_tasks(&self, tasks: u32) -> u32 {
-        if self.has_own_kernel() { tasks.saturating_mul(2).saturating_add(GVISOR_TASKS) } else { tasks }
+        if self.has_own_kernel() {
+            tasks.saturating_mul(2).saturating_add(GVISOR_TASKS)
+        } else {
+            tasks
+        }
     }
 
     pub fn capabilities(&self) -> Capabilities {
@@ -177,8 +187,9 @@ impl Engine {
 fn cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
     let root = Path::new(CGROUPS);
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    let places =
-        hierarchies.chain([root.to_owned()]).map(move |hierarchy| hierarchy.join("chitin").join(name));
+    let places = hierarchies
+        .chain([root.to_owned()])
+        .map(move |hierarchy| hierarchy.join("chitin").join(name));
     places.filter(|cgroup| cgroup.is_dir())
 }
 
@@ -234,7 +245,12 @@ fn remembered(programs: &[String]) -> Option<Engine> {
     let (name, platform) = *ENGINES.get(found.engine)?;
     (found.programs == programs).then_some(())?;
     let engine = Engine::new(name, platform);
-    Some(Engine { program: find(name)?, version: found.version, short_of: found.short_of, ..engine })
+    Some(Engine {
+        program: find(name)?,
+        version: found.version,
+        short_of: found.short_of,
+        ..engine
+    })
 }
 
 /// Trials of one program, all its platforms at the same time: one that hangs costs its time once.
@@ -286,8 +302,9 @@ async fn version(engine: &Engine) -> Result<String, String> {
     let mut version = engine.command(&[]);
     version.kill_on_drop(true).arg("--version");
     let asked = tokio::time::timeout(VERSION_LIMIT, version.output()).await;
-    let output =
-        asked.map_err(|_| "it does not say its version".to_owned())?.map_err(|error| error.to_string())?;
+    let output = asked
+        .map_err(|_| "it does not say its version".to_owned())?
+        .map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let words = text.lines().next().unwrap_or_default();
     Ok(words.rsplit(' ').next().unwrap_or_default().to_owned())
@@ -297,7 +314,9 @@ async fn version(engine: &Engine) -> Result<String, String> {
 async fn try_out(engine: &Engine, root: &Path) -> Result<(), String> {
     let (mut container, stream) =
         Container::start(engine, root, TRIAL, &[]).map_err(|error| match error {
-            crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => source.to_string(),
+            crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => {
+                source.to_string()
+            }
             other => other.to_string(),
         })?;
     let mut stream = stream

@@ -36,7 +36,8 @@ pub(crate) fn unpacked(archive: &RootArchive) -> Result<PathBuf, String> {
 }
 
 fn unpack(archive: &RootArchive, partial: &Path) -> Result<(), String> {
-    let file = File::open(&archive.path).map_err(|error| format!("{}: {error}", archive.path.display()))?;
+    let file = File::open(&archive.path)
+        .map_err(|error| format!("{}: {error}", archive.path.display()))?;
     let mut hashed = Hashed { inner: BufReader::with_capacity(1 << 18, file), hash: Sha256::new() };
     let mut tar = tar::Archive::new(&mut hashed);
     tar.set_preserve_permissions(true);

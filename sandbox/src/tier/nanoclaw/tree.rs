@@ -107,7 +107,8 @@ mod tests {
         let places = ["/shared", "/etc/app", "/mnt"].map(PathBuf::from);
         let path = dir.path().join("tree");
         let tree = Tree::create_at(path.clone(), &root, &places).unwrap();
-        let mut borrowed: Vec<_> = tree.borrowed.iter().map(|(_, to)| to.to_str().unwrap()).collect();
+        let mut borrowed: Vec<_> =
+            tree.borrowed.iter().map(|(_, to)| to.to_str().unwrap()).collect();
         borrowed.sort_unstable();
         assert_eq!(borrowed, ["/etc/passwd", "/etc/ssl", "/init", "/usr"]);
         assert!(tree.borrowed.contains(&(root.join("etc/ssl"), "/etc/ssl".into())));
@@ -115,7 +116,9 @@ mod tests {
             assert!(below(&path, &place).is_dir(), "{}", place.display());
         }
         assert_eq!(fs::read_link(path.join("bin")).unwrap(), Path::new("usr/bin"));
-        assert!(path.join("init").is_file() && path.join("usr").is_dir() && path.join("proc").is_dir());
+        assert!(
+            path.join("init").is_file() && path.join("usr").is_dir() && path.join("proc").is_dir()
+        );
         assert!(!path.join("usr/bin").exists());
         drop(tree);
         assert!(!path.exists());

@@ -8,7 +8,8 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{
-    BOOT_PARAMS, CMDLINE, CMDLINE_BYTES, HIGH_START, LOG, LOG_BYTES, MP_TABLE, SETUP_SEED, ram_ranges,
+    BOOT_PARAMS, CMDLINE, CMDLINE_BYTES, HIGH_START, LOG, LOG_BYTES, MP_TABLE, SETUP_SEED,
+    ram_ranges,
 };
 use super::mptable::mp_table;
 use crate::memory::GuestRam;
@@ -57,9 +58,18 @@ pub enum BootError {
 ///
 /// # Errors
 /// [`BootError`]; with memory of a valid [`VmSpec`](crate::VmSpec) only the entropy can fail.
-pub fn write_boot_data(ram: &GuestRam, ram_bytes: u64, vcpus: u8, cmdline: &str) -> Result<(), BootError> {
+pub fn write_boot_data(
+    ram: &GuestRam,
+    ram_bytes: u64,
+    vcpus: u8,
+    cmdline: &str,
+) -> Result<(), BootError> {
     let write = |what, bytes: &[u8], at: GuestAddress| {
-        ram.write_slice(bytes, at).map_err(|source| BootError::Write { what, address: at.0, source })
+        ram.write_slice(bytes, at).map_err(|source| BootError::Write {
+            what,
+            address: at.0,
+            source,
+        })
     };
 
     let cmdline = [cmdline.as_bytes(), &[0]].concat();
@@ -95,8 +105,11 @@ pub fn write_boot_data(ram: &GuestRam, ram_bytes: u64, vcpus: u8, cmdline: &str)
 /// Guest RAM as the kernel is to see it. What the kernel's own message log lies in is reserved, so that nothing else
 /// is ever put there.
 fn e820(ram_bytes: u64) -> Vec<boot_e820_entry> {
-    let entry =
-        |from: GuestAddress, to: u64, kind| boot_e820_entry { addr: from.0, size: to - from.0, r#type: kind };
+    let entry = |from: GuestAddress, to: u64, kind| boot_e820_entry {
+        addr: from.0,
+        size: to - from.0,
+        r#type: kind,
+    };
     let log_end = LOG.0 + LOG_BYTES;
     let mut map = vec![
         entry(GuestAddress(0), LOG.0, E820_RAM),

@@ -61,7 +61,9 @@ mod tests {
     fn devices_are_announced_and_the_console_only_when_asked_for() {
         let devices = [Window { address: GuestAddress(0xd000_0000), irq: 5 }];
         let line = command_line(&devices, false).unwrap();
-        assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5") && !line.contains("console=ttyS0"));
+        assert!(
+            line.contains("virtio_mmio.device=4K@0xd0000000:5") && !line.contains("console=ttyS0")
+        );
         assert!(command_line(&devices, true).unwrap().contains("console=ttyS0"));
     }
 }

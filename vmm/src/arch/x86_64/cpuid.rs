@@ -59,7 +59,8 @@ impl Processor {
         for entry in cpuid.as_slice() {
             match entry.function {
                 0 => {
-                    for (bytes, register) in this.vendor.chunks_mut(4).zip([entry.ebx, entry.edx, entry.ecx])
+                    for (bytes, register) in
+                        this.vendor.chunks_mut(4).zip([entry.ebx, entry.edx, entry.ecx])
                     {
                         bytes.copy_from_slice(&register.to_le_bytes());
                     }
@@ -70,7 +71,8 @@ impl Processor {
             let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, .. } = *entry;
             for word in [function, index, flags, eax, ebx, ecx, edx] {
                 let [first, second] = &mut this.told;
-                *first = (*first ^ u64::from(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+                *first =
+                    (*first ^ u64::from(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
                 *second = second.wrapping_add(*first).rotate_left(17) ^ u64::from(word);
             }
         }

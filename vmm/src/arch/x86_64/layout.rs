@@ -113,7 +113,10 @@ mod tests {
     fn ram_steps_over_the_device_hole() {
         assert_eq!(ram_ranges(64 << 20), [(GuestAddress(0), 64 << 20)]);
         assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
-        assert_eq!(ram_ranges(16 * GIB), [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 13 * GIB)]);
+        assert_eq!(
+            ram_ranges(16 * GIB),
+            [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 13 * GIB)]
+        );
     }
 
     #[test]

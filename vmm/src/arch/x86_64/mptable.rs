@@ -34,7 +34,28 @@ pub fn mp_table(vcpus: u8) -> Vec<u8> {
     for id in 0..vcpus {
         let flags = 1 | u8::from(id == 0) << 1; // enabled, bootstrap
         // Signature: family 6; feature flags: FPU and APIC on chip.
-        entry(&[ENTRY_PROCESSOR, id, APIC_VERSION, flags, 0, 6, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        entry(&[
+            ENTRY_PROCESSOR,
+            id,
+            APIC_VERSION,
+            flags,
+            0,
+            6,
+            0,
+            0,
+            1,
+            2,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ]);
     }
     entry(&[ENTRY_BUS, 0, b'I', b'S', b'A', b' ', b' ', b' ']);
     let [a, b, c, d] = IO_APIC.to_le_bytes();
@@ -47,7 +68,10 @@ pub fn mp_table(vcpus: u8) -> Vec<u8> {
 
     let mut table = Vec::with_capacity(44 + entries.len());
     table.extend_from_slice(b"PCMP");
-    #[expect(clippy::cast_possible_truncation, reason = "some 500 bytes with the largest number of vCPUs")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "some 500 bytes with the largest number of vCPUs"
+    )]
     table.extend_from_slice(&(44 + entries.len() as u16).to_le_bytes());
     table.extend_from_slice(&[4, 0]); // specification 1.4; checksum
     table.extend_from_slice(b"CHITIN  MICROVM     ");

@@ -46,8 +46,9 @@ pub fn write_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
     let pd = pdpt + PAGE_BYTES;
     write(&[pdpt | PAGE_PRESENT_WRITABLE], PAGE_TABLES)?;
     write(&[pd | PAGE_PRESENT_WRITABLE], GuestAddress(pdpt))?;
-    let pages: Vec<u64> =
-        (0..512).map(|page| (page * LARGE_PAGE_BYTES) | PAGE_PRESENT_WRITABLE | PAGE_LARGE).collect();
+    let pages: Vec<u64> = (0..512)
+        .map(|page| (page * LARGE_PAGE_BYTES) | PAGE_PRESENT_WRITABLE | PAGE_LARGE)
+        .collect();
     write(&pages, GuestAddress(pd))
 }
 
@@ -73,8 +74,11 @@ pub fn enter_long_mode(sregs: &mut kvm_sregs) {
     sregs.tr = kvm_segment { limit: 0xffff, type_: 0xb, present: 1, ..Default::default() };
     #[expect(clippy::cast_possible_truncation, reason = "31")]
     {
-        sregs.gdt =
-            kvm_dtable { base: GDT.0, limit: (size_of_val(&GDT_ENTRIES) - 1) as u16, ..Default::default() };
+        sregs.gdt = kvm_dtable {
+            base: GDT.0,
+            limit: (size_of_val(&GDT_ENTRIES) - 1) as u16,
+            ..Default::default()
+        };
     }
     sregs.idt = kvm_dtable::default();
     sregs.cr3 = PAGE_TABLES.0;
@@ -85,7 +89,13 @@ pub fn enter_long_mode(sregs: &mut kvm_sregs) {
 
 /// General registers at the entry point: interrupts off, `RSI` at the boot parameters, a stack in the page below them.
 pub fn entry_registers(entry: GuestAddress) -> kvm_regs {
-    kvm_regs { rip: entry.0, rsi: BOOT_PARAMS.0, rsp: BOOT_PARAMS.0, rflags: 2, ..Default::default() }
+    kvm_regs {
+        rip: entry.0,
+        rsi: BOOT_PARAMS.0,
+        rsp: BOOT_PARAMS.0,
+        rflags: 2,
+        ..Default::default()
+    }
 }
 
 /// Model-specific registers that firmware would have set: string instructions are fast, memory is cached.

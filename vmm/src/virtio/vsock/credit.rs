@@ -115,7 +115,8 @@ mod tests {
         credit.send(60);
         assert_eq!(credit.window(), 40);
         let near = u32::MAX - 10;
-        let mut credit = Credit { received: near, forwarded: near, told: near, ..Default::default() };
+        let mut credit =
+            Credit { received: near, forwarded: near, told: near, ..Default::default() };
         for _ in 0..3 {
             credit.receive(BUFFER_BYTES).unwrap();
             assert_eq!(credit.receive(1), Err(Overrun));

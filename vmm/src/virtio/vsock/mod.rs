@@ -84,7 +84,8 @@ impl VirtioDevice for Vsock {
     }
     fn activate(&mut self, activation: Activation) -> Box<dyn QueueHandler> {
         let channel = self.channel.get().cloned();
-        let mut muxer = Muxer::new(channel, self.template, Arc::clone(&self.spent), activation.faults);
+        let mut muxer =
+            Muxer::new(channel, self.template, Arc::clone(&self.spent), activation.faults);
         if let Some(request) = activation.request {
             muxer.grant(request);
         }

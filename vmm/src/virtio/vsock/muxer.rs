@@ -24,8 +24,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::credit::{BUFFER_BYTES, Credit};
 use super::packet::{
-    Address, HEADER_BYTES, HEADER_LEN, Header, MAX_PAYLOAD_BYTES, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE,
-    SHUTDOWN_SEND, TYPE_STREAM,
+    Address, HEADER_BYTES, HEADER_LEN, Header, MAX_PAYLOAD_BYTES, Op, SHUTDOWN_BOTH,
+    SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
 use super::{CHANNEL_PORT, EMPTY, GUEST_CID, HOST_CID};
 use crate::state::machine::ConnectionRequest;
@@ -89,7 +89,11 @@ impl Muxer {
         faults: Arc<FaultCounter>,
     ) -> Self {
         Self {
-            link: if spent.load(Ordering::Relaxed) || channel.is_none() { Link::Closed } else { Link::Idle },
+            link: if spent.load(Ordering::Relaxed) || channel.is_none() {
+                Link::Closed
+            } else {
+                Link::Idle
+            },
             channel,
             spent,
             faults,
@@ -124,10 +128,12 @@ impl Muxer {
     /// # Errors
     /// What is going on.
     pub fn save(&self) -> Result<ConnectionRequest, NotQuiescent> {
-        if !matches!(self.link, Link::Closed) || self.channel.is_some() || !self.backlog.is_empty() {
+        if !matches!(self.link, Link::Closed) || self.channel.is_some() || !self.backlog.is_empty()
+        {
             return Err(NotQuiescent("the guest has not closed its connection"));
         }
-        let request = self.waiting.ok_or(NotQuiescent("the guest has not asked for a new connection"))?;
+        let request =
+            self.waiting.ok_or(NotQuiescent("the guest has not asked for a new connection"))?;
         if !self.answers.is_empty() {
             return Err(NotQuiescent("the guest has not taken the answers to what it sent"));
         }
@@ -159,7 +165,9 @@ impl Muxer {
         if ready.hung_up {
             match &self.link {
                 // With our sending half shut, a host that only ends its own looks the same: reading tells.
-                Link::Open(open) if open.applied_shutdown & SHUTDOWN_SEND != 0 => self.readable = true,
+                Link::Open(open) if open.applied_shutdown & SHUTDOWN_SEND != 0 => {
+                    self.readable = true
+                }
                 _ => self.host_is_gone(),
             }
         }
@@ -195,7 +203,11 @@ impl Muxer {
     ///
     /// # Errors
     /// Never: a packet that breaks a rule is dropped or answered, and the queue lives on.
-    pub fn on_packet(&mut self, _queue: u16, chain: &mut Chain<'_>) -> Result<Completion, GuestFault> {
+    pub fn on_packet(
+        &mut self,
+        _queue: u16,
+        chain: &mut Chain<'_>,
+    ) -> Result<Completion, GuestFault> {
         if self.answers.len() >= MAX_ANSWERS {
             self.stalled = true;
             return Ok(Completion::Stop);
@@ -233,7 +245,11 @@ impl Muxer {
         if self.waiting.is_some_and(|request| request.port == header.source.port) {
             // It does not wait any longer, or is confused: either way the request is gone.
             self.waiting = None;
-            return if op == Op::Reset { Ok(()) } else { Err("on a connection that was not granted") };
+            return if op == Op::Reset {
+                Ok(())
+            } else {
+                Err("on a connection that was not granted")
+            };
         }
         let Link::Open(connection) = &mut self.link else { return Err("without a connection") };
         if connection.guest != header.source || header.destination.port != CHANNEL_PORT {
@@ -335,7 +351,9 @@ impl Muxer {
     pub fn has_output(&self) -> bool {
         !self.answers.is_empty()
             || match &self.link {
-                Link::Open(connection) => connection.credit.owes_update() || connection.wants(self.readable),
+                Link::Open(connection) => {
+                    connection.credit.owes_update() || connection.wants(self.readable)
+                }
                 _ => false,
             }
     }
@@ -344,7 +362,11 @@ impl Muxer {
     ///
     /// # Errors
     /// The buffer has no room for any packet.
-    pub fn next_packet(&mut self, queue: u16, chain: &mut Chain<'_>) -> Result<Completion, GuestFault> {
+    pub fn next_packet(
+        &mut self,
+        queue: u16,
+        chain: &mut Chain<'_>,
+    ) -> Result<Completion, GuestFault> {
         let bytes = chain.writable.len();
         let short = GuestFault::Short { queue, head: chain.head, bytes };
         // Room for a header alone would be used up without ever carrying the payload that waits.
@@ -356,7 +378,8 @@ impl Muxer {
         }
         let Link::Open(connection) = &mut self.link else { return Ok(Completion::Stop) };
         if connection.wants(self.readable) {
-            let room = u32::try_from((bytes - HEADER_BYTES).min(MAX_PAYLOAD_BYTES)).unwrap_or(u32::MAX);
+            let room =
+                u32::try_from((bytes - HEADER_BYTES).min(MAX_PAYLOAD_BYTES)).unwrap_or(u32::MAX);
             let window = connection.credit.window().min(room);
             if window == 0 {
                 connection.asked_for_credit = true;
@@ -382,7 +405,9 @@ impl Muxer {
                     place.put(&data.to_bytes()).ok_or(short)?;
                     return Ok(Completion::Done { len: count.saturating_add(HEADER_LEN) });
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(Completion::Stop),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    return Ok(Completion::Stop);
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(_) => {
                     self.host_is_gone();

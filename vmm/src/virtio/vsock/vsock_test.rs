@@ -566,7 +566,8 @@ fn request_from(port: u32) -> Header {
     Header { source: Address { cid: GUEST_CID, port }, ..header(Op::Request) }
 }
 
-const REQUEST: ConnectionRequest = ConnectionRequest { port: PORT + 1, buf_alloc: WINDOW, fwd_cnt: 0 };
+const REQUEST: ConnectionRequest =
+    ConnectionRequest { port: PORT + 1, buf_alloc: WINDOW, fwd_cnt: 0 };
 
 #[test]
 fn a_template_is_saved_with_its_second_connection_waiting() {
@@ -597,7 +598,10 @@ fn what_is_going_on_is_not_saved() {
     guest.send(request_from(PORT + 1));
     assert!(quiescent(&guest));
     guest.transmit.add(&[(TRANSMIT_AT, 44, 0)]);
-    assert_eq!(guest.handler.save(), Err(NotQuiescent("the guest has packets that were not taken")));
+    assert_eq!(
+        guest.handler.save(),
+        Err(NotQuiescent("the guest has packets that were not taken"))
+    );
     // An answer that was not taken.
     let (mut guest, _host) = frozen();
     guest.send(request_from(PORT + 1));
