@@ -13,18 +13,17 @@ pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod memory;
-pub mod monitor;
 pub mod probe;
 pub mod ramoops;
 pub mod seccomp;
 pub mod spec;
 pub mod state;
-pub mod vcpu;
 pub mod virtio;
+pub mod vm;
 
 pub use control::{EndReason, Event, Message, Request, TemplateEvent};
-pub use monitor::{End, Ended, Monitor, MonitorBuilder, MonitorError, Parts, Stopper};
 pub use spec::{SpecError, VmSpec};
+pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Parts, Stopper};
 
 /// An error and its causes as one line, for people.
 pub fn one_line(error: &dyn std::error::Error) -> String {

@@ -16,7 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::x86_64::registers;
 use crate::kvm::{self, Vm};
 use crate::memory;
-use crate::vcpu;
+use crate::vm::vcpu;
 
 /// How often the guest counts down.
 const COUNTDOWN: u32 = 10_000;

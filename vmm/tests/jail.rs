@@ -399,7 +399,7 @@ fn what_this_host_can_do_is_found_out_by_trying() {
     assert_eq!(survey.jail.unwrap().uid.is_some(), is_root());
 }
 
-/// Has a guest ask for what no thread may do (`vmm/src/monitor/trial.rs`); what is said of it.
+/// Has a guest ask for what no thread may do (`vmm/src/vm/seccomp_test_port.rs`); what is said of it.
 fn tried(letter: u8, jail: bool) -> Option<String> {
     // mov edx, 0x7e0; mov al, letter; out dx, al; and sleep.
     let code = [&[0xba, 0xe0, 0x07, 0, 0, 0xb0, letter, 0xee], &SLEEP[..]].concat();

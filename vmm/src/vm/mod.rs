@@ -14,11 +14,12 @@
 //! request.
 
 mod builder;
-mod desk;
 mod error;
-mod save;
-#[cfg(debug_assertions)]
-mod trial;
+mod event_loop;
+#[cfg(feature = "seccomp-tests")]
+mod seccomp_test_port;
+mod snapshot;
+pub mod vcpu;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -36,9 +37,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use builder::{Memory, Transport};
 pub use builder::{MonitorBuilder, Parts};
-use desk::{Desk, Outcome, Request, Subscriber, Turn, Watch};
 pub use error::MonitorError;
 use error::host;
+use event_loop::{Desk, Outcome, Request, Subscriber, Turn, Watch};
+use vcpu::{Gate, Pace, RunningVcpu, Vcpu};
 
 use crate::arch::x86_64::layout;
 use crate::control::{Command, Control, EndReason, Message, TemplateEvent};
@@ -49,7 +51,6 @@ use crate::seccomp::rules::Thread;
 use crate::seccomp::{self, Filters};
 use crate::spec::VmSpec;
 use crate::state::{MachineState, StateError};
-use crate::vcpu::{self, Gate, Pace, RunningVcpu, Vcpu};
 use crate::virtio::mmio::Shared;
 use crate::virtio::vsock::ChannelSlot;
 
@@ -297,7 +298,7 @@ impl Monitor {
                 (delivered.map(|()| end), None)
             }
             Ok(Turn::Command(command)) => {
-                let subject = save::Subject {
+                let subject = snapshot::Subject {
                     spec: &spec,
                     kvm: kvm.as_ref(),
                     vm: &vm,

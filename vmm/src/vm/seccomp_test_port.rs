@@ -1,8 +1,8 @@
-//! Only in builds for debugging, for the tests of filters: a port at which a guest has its monitor do what it must not.
+//! For the tests of filters, under the feature `seccomp-tests`: a port at which a guest has its monitor do what it must not.
 
 use std::ptr;
 
-use super::desk::{Mailbox, Request};
+use super::event_loop::{Mailbox, Request};
 use crate::bus::BusDevice;
 
 /// Where no PC has anything.

@@ -16,11 +16,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::{End, Notice};
 use crate::arch::x86_64::saved::Timekeeping;
 use crate::bus::Bus;
 use crate::control::EndReason;
 use crate::kvm::save::resume;
-use crate::monitor::{End, Notice};
 use crate::one_line;
 use crate::seccomp::Filters;
 use crate::seccomp::rules::Thread;

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::sync::PoisonError;
 
 use super::builder::{Memory, Transport};
-use super::desk::Desk;
+use super::event_loop::Desk;
+use super::vcpu::Vcpu;
 use super::{MonitorError, Notice, Restored};
 use crate::control::{Command, EndReason, TemplateEvent};
 use crate::kvm::{Vm, save};
@@ -12,7 +13,6 @@ use crate::memory::{file, working_set};
 use crate::spec::VmSpec;
 use crate::state::machine::{DeviceState, PageRun, WorkingSet};
 use crate::state::{self, Header, Key, MachineState, StateError};
-use crate::vcpu::Vcpu;
 use crate::virtio::NotQuiescent;
 
 /// A guest whose vCPUs have left it for good.

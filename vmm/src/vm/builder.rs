@@ -12,8 +12,9 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::{GuestAddress, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::desk::{Mailbox, Request};
 use super::error::host;
+use super::event_loop::{Mailbox, Request};
+use super::vcpu::{Machine, Vcpu};
 use super::{Monitor, MonitorError, Notice, Restored, Stopper, event_fd};
 use crate::arch::x86_64::cpuid::Processor;
 use crate::arch::x86_64::saved::Timekeeping;
@@ -28,7 +29,6 @@ use crate::memory::{self, GuestRam, PAGE_BYTES, file};
 use crate::spec::{SpecError, VmSpec};
 use crate::state::machine::WorkingSet;
 use crate::state::{self, MachineState, StateError};
-use crate::vcpu::{Machine, Vcpu};
 use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, Shared, Window};
 use crate::virtio::pmem::Pmem;
@@ -140,11 +140,16 @@ impl MonitorBuilder {
         let mut devices = Devices::new(&vm, &ram)?;
         devices.add(Box::new(Vsock::new(Arc::clone(&slot), spec.template)))?;
         devices.add(Box::new(Pmem::new(image_address, image.size() as u64)))?;
-        #[cfg(debug_assertions)]
+        #[cfg(feature = "seccomp-tests")]
         {
             let (requests, event) = (devices.sender.clone(), Arc::clone(&devices.mailbox));
-            let trial = super::trial::Trial(Mailbox { device: usize::MAX, requests, event });
-            devices.machine.ports.insert(super::trial::PORT, 1, Arc::new(Mutex::new(trial)));
+            let trial =
+                super::seccomp_test_port::Trial(Mailbox { device: usize::MAX, requests, event });
+            devices.machine.ports.insert(
+                super::seccomp_test_port::PORT,
+                1,
+                Arc::new(Mutex::new(trial)),
+            );
         }
         let Devices { mut machine, windows, shared, transports, requests, mailbox, .. } = devices;
         if spec.console {

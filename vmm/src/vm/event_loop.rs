@@ -34,7 +34,7 @@ pub(super) enum Request {
         device: usize,
         done: SyncSender<()>,
     },
-    #[cfg(debug_assertions)]
+    #[cfg(feature = "seccomp-tests")]
     Trial(u8),
 }
 
@@ -195,8 +195,8 @@ impl Desk<'_> {
                 }
                 let _ = done.send(());
             }
-            #[cfg(debug_assertions)]
-            Request::Trial(letter) => super::trial::forbidden(letter),
+            #[cfg(feature = "seccomp-tests")]
+            Request::Trial(letter) => super::seccomp_test_port::forbidden(letter),
         }
     }
 
