@@ -3,8 +3,6 @@
 use std::error::Error as _;
 use std::io;
 
-use crate::bench::PeerError;
-
 /// Chitin itself failed; the workload may never have run.
 pub const CHITIN_FAILED: u8 = 125;
 
@@ -28,9 +26,6 @@ pub enum Failure {
         /// Why it failed.
         source: io::Error,
     },
-    /// Another monitor, which was to be measured too.
-    #[error(transparent)]
-    Peer(#[from] PeerError),
     /// What was asked for makes no sense.
     #[error("{0}")]
     Usage(String),

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod audit;
-mod bench;
 mod doctor;
 mod failure;
 mod jail;
@@ -41,9 +40,6 @@ enum Command {
     Doctor(doctor::Args),
     /// Attack sandboxes from inside, and say what held
     Audit(audit::Args),
-    /// Measure
-    #[command(subcommand)]
-    Bench(bench::Command),
 }
 
 fn main() {
@@ -86,7 +82,6 @@ fn execute(command: Command) -> Result<u8, Failure> {
             Command::Policy(command) => policy::run(command),
             Command::Doctor(args) => doctor::run(&args).await,
             Command::Audit(args) => audit::run(&args).await,
-            Command::Bench(command) => bench::run(command).await,
         }
     });
     runtime.shutdown_background();

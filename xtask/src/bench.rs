@@ -33,7 +33,7 @@ pub struct Args {
 const ASKING: &str = "'import socket; s = socket.create_connection((\"127.0.0.1\", 8000)); s.sendall(b\"print(1)\"); \
                       s.shutdown(1); s.recv(9)'";
 
-/// One benchmark: arguments of `chitin bench`.
+/// One benchmark: arguments of `chitin-bench`.
 struct Bench {
     /// Its table, and the beginning of the names of its figures.
     name: &'static str,
@@ -127,7 +127,7 @@ const BENCHES: [Bench; 10] = [
     },
 ];
 
-/// What is measured together with a peer: a name, and arguments of `chitin bench`. None of it is compared with committed figures,
+/// What is measured together with a peer: a name, and arguments of `chitin-bench`. None of it is compared with committed figures,
 /// because not everybody has the peer.
 const PEER_BENCHES: [(&str, &str); 6] = [
     ("peer-enter", "enter --runs 9"),
@@ -173,7 +173,7 @@ const ROOT_ROWS: [(&str, &str, &str, f64, usize); 6] = [
     ("copied, after Python again: KiB shared by all guests", "", "copied shared", KIB, 0),
 ];
 
-/// What `--json` of `chitin bench` says, as far as it is needed here.
+/// What `--json` of `chitin-bench` says, as far as it is needed here.
 #[derive(Deserialize)]
 struct Report {
     #[serde(default)]
@@ -288,7 +288,7 @@ type Table = fn(&Path) -> Result<String>;
 
 /// One bench on an emulated host of its own, which writes what it measures to a file of its name.
 fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm::Part {
-    let chitin = workspace::target().join("release/chitin");
+    let tool = workspace::target().join("release/chitin-bench");
     let serve = workspace::root().join("examples/warm-python.sh");
     let arguments = arguments
         .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
@@ -303,14 +303,14 @@ fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm
         peer.map(|peer| format!("--peer firecracker='{}'", peer.display())).unwrap_or_default();
     // In memory: what a copy reads of its template is not what is measured.
     let script = format!(
-        "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; exec '{}' bench {arguments} {beside} --json '{}' {} {command}",
-        chitin.display(),
+        "export CHITIN_TEMPLATES=/dev/shm/templates TMPDIR=/dev/shm; exec '{}' {arguments} {beside} --json '{}' {} {command}",
+        tool.display(),
         dir.join(name).with_extension("json").display(),
         if command.is_empty() { "" } else { "--" },
     );
     let mut options = vec!["--icount".to_owned()];
     // As its command, the program would be copied into memory; in a script it has to be named.
-    for program in [Some(chitin.as_path()), peer].into_iter().flatten() {
+    for program in [Some(tool.as_path()), peer].into_iter().flatten() {
         options.extend(["--preload".to_owned(), program.display().to_string()]);
     }
     microvm::Part { options, command: ["/bin/sh", "-c", &script].map(str::to_owned).into() }

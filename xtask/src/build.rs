@@ -16,8 +16,11 @@ pub fn run(_: &Args) -> Result<ExitCode> {
     kernel::run(&kernel::Args::default())?;
     rootfs::run(&rootfs::Args::default())?;
     succeed(
-        command("cargo", ["build", "--release", "--package", "chitin-cli"])
-            .current_dir(workspace::root()),
+        command(
+            "cargo",
+            ["build", "--release", "--package", "chitin-cli", "--package", "chitin-bench"],
+        )
+        .current_dir(workspace::root()),
     )?;
     monitor()?;
     Ok(ExitCode::SUCCESS)

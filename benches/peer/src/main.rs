@@ -11,7 +11,7 @@
 //!   'r' length                               ──▶   that many bytes
 //! ```
 //!
-//! A length is 32 bits, little-endian. `cli/src/bench/peer/guest.rs` is the other end.
+//! A length is 32 bits, little-endian. `benches/src/peer/guest.rs` is the other end.
 
 #![no_main]
 

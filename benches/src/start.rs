@@ -14,7 +14,7 @@ use crate::failure::Failure;
 
 const MILLISECOND: f64 = 1e6;
 
-/// Arguments of `chitin bench boot`.
+/// Arguments of `chitin-bench boot`.
 #[derive(clap::Args)]
 #[command(
     after_help = "Times are milliseconds since the monitor's process was started. `spread` is (max - min) / median. One boot more than asked
@@ -23,9 +23,9 @@ for comes first and is not counted.
 With a peer, its `agent` is the first byte of its guest's init.
 
 Examples:
-  chitin bench boot --runs 20 --plot boot.svg
-  chitin bench boot --peer firecracker=./firecracker
-  cargo xtask nested --icount -- target/release/chitin bench boot --runs 5    # deterministic clock"
+  chitin-bench boot --runs 20 --plot boot.svg
+  chitin-bench boot --peer firecracker=./firecracker
+  cargo xtask nested --icount -- target/release/chitin-bench boot --runs 5    # deterministic clock"
 )]
 pub struct BootArgs {
     /// How many boots
@@ -49,18 +49,18 @@ pub struct BootArgs {
     workload: Workload,
 }
 
-/// Arguments of `chitin bench restore`.
+/// Arguments of `chitin-bench restore`.
 #[derive(clap::Args)]
 #[command(
-    after_help = "The template is built for it and removed afterwards, unless one is named. Times are as for `bench boot`, but that with --pool
+    after_help = "The template is built for it and removed afterwards, unless one is named. Times are as for `chitin-bench boot`, but that with --pool
 they count from when the pool was asked.
 
 Examples:
-  chitin bench restore --runs 20
-  chitin bench restore --pool
-  chitin bench restore --warm-up 'python3 -c \"import json, ssl\"' -- python3 -c 'print(1)'
-  chitin bench restore --template py
-  chitin bench restore --pool --warm-up \"$(cat examples/warm-python.sh)\" --ask '8000=print(1)'"
+  chitin-bench restore --runs 20
+  chitin-bench restore --pool
+  chitin-bench restore --warm-up 'python3 -c \"import json, ssl\"' -- python3 -c 'print(1)'
+  chitin-bench restore --template py
+  chitin-bench restore --pool --warm-up \"$(cat examples/warm-python.sh)\" --ask '8000=print(1)'"
 )]
 pub struct RestoreArgs {
     /// How many copies, one after the other

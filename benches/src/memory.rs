@@ -14,15 +14,15 @@ use super::stats::{self, Row};
 use super::{Beside, Guest, Output, Report, Temporary, Workload, plot};
 use crate::failure::Failure;
 
-/// Arguments of `chitin bench memory`.
+/// Arguments of `chitin-bench memory`.
 #[derive(clap::Args)]
 #[command(
     after_help = "KiB of each monitor, after the first command in its sandbox, while all of them live. `guest` is the guest's memory that nobody
 shares; `shared` what it uses of kernel, root image and template, once for all of them; `monitor` all else.
 
 Examples:
-  chitin bench memory --sandboxes 8
-  chitin bench memory -- python3 -c 'print(1)'"
+  chitin-bench memory --sandboxes 8
+  chitin-bench memory -- python3 -c 'print(1)'"
 )]
 pub struct Args {
     /// How many sandboxes at once, booted and copied each

@@ -157,7 +157,8 @@ async fn measure(
         .map_err(|source| Failure::Io { what: "create a directory".into(), source })?;
     let report = scratch.path().join("report.json");
     let program = std::env::current_exe()
-        .map_err(|source| Failure::Io { what: "find this program".into(), source })?;
+        .map_err(|source| Failure::Io { what: "find this program".into(), source })?
+        .with_file_name("chitin");
     let ours = || {
         let mut command = Command::new(&program);
         command.args(["run", "--tier", tier.name(), "--memory", &guest.memory.to_string()]);

@@ -26,7 +26,7 @@ use crate::failure::Failure;
 /// A monitor that has not entered its guest by then will not.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Arguments of `chitin bench enter`.
+/// Arguments of `chitin-bench enter`.
 #[derive(clap::Args)]
 #[command(
     after_help = "Milliseconds from starting the monitor's process to the first byte that its guest, a kernel with other first
@@ -34,7 +34,7 @@ instructions, writes to the serial port. Works also on a KVM that only emulates.
 Firecracker's jail is another program, and not measured.
 
 Examples:
-  chitin bench enter --runs 50 --peer firecracker=./firecracker"
+  chitin-bench enter --runs 50 --peer firecracker=./firecracker"
 )]
 pub struct Args {
     /// How many starts

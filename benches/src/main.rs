@@ -1,35 +1,48 @@
-//! `chitin bench`: how long things take, by phase, and what they take of the host.
+//! `chitin-bench`: how long things take, by phase, and what they take of the host.
 
 mod egress;
 mod enter;
 mod exec;
+mod failure;
+mod jail;
 mod memory;
 mod peer;
 mod plot;
+mod report;
 mod start;
 mod stats;
 mod throughput;
+mod tier_runs;
 mod tiers;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::process::exit;
 use std::time::Instant;
 
 use chitin::{Builder, ECHO, Exit, Sandbox, Templates, Warming};
+use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::failure::{CHITIN_FAILED, Failure};
 use crate::jail::NoJail;
 use crate::report::write_json;
 
-pub use peer::PeerError;
 use peer::{Described, Peer};
+
+/// Measures sandboxes, in turns with other monitors where asked.
+#[derive(Parser)]
+#[command(name = "chitin-bench", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
 
 /// What to measure.
 #[derive(clap::Subcommand)]
-pub enum Command {
+enum Command {
     /// A monitor's start: from starting its process to its guest's first instruction, which needs no guest that works
     Enter(enter::Args),
     /// Cold boots: from starting the monitor to the end of a small command
@@ -46,7 +59,32 @@ pub enum Command {
     Egress(egress::Args),
 }
 
-pub async fn run(command: Command) -> Result<u8, Failure> {
+fn main() {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        exit(if error.use_stderr() { CHITIN_FAILED.into() } else { 0 })
+    });
+    exit(match execute(cli.command) {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            failure.print();
+            CHITIN_FAILED.into()
+        }
+    });
+}
+
+fn execute(command: Command) -> Result<u8, Failure> {
+    // One thread does: all the work is moving bytes.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Failure::Io { what: "start the runtime".into(), source })?;
+    let code = runtime.block_on(run(command));
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Enter(args) => enter::run(args).await,
         Command::Boot(args) => start::boot(args).await,

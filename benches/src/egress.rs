@@ -63,15 +63,15 @@ for i in range(count + 1):
         print(ended - began, 0)
 ";
 
-/// Arguments of `chitin bench egress`.
+/// Arguments of `chitin-bench egress`.
 #[derive(clap::Args)]
 #[command(
     after_help = "A request is a connection, a TLS handshake, and an answer of 1 KiB or of SIZE; the client is the same Python program in all three
 places, the server a thread of this process. `egress` passes TLS on, `proxy` takes it apart to replace a placeholder.
 
 Examples:
-  chitin bench egress --size 100
-  chitin bench egress --tier nanoclaw --runs 200"
+  chitin-bench egress --size 100
+  chitin-bench egress --tier nanoclaw --runs 200"
 )]
 pub struct Args {
     /// How many small requests, one after the other

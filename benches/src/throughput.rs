@@ -13,14 +13,14 @@ use crate::failure::Failure;
 
 const MIB: u64 = 1 << 20;
 
-/// Arguments of `chitin bench throughput`.
+/// Arguments of `chitin-bench throughput`.
 #[derive(clap::Args)]
 #[command(
     after_help = "MiB per second, from the first byte to the end of the command: `in` is what `cat >/dev/null` reads, `out` what
 `head -c SIZE /dev/zero` writes.
 
 Examples:
-  chitin bench throughput --size 256"
+  chitin-bench throughput --size 256"
 )]
 pub struct Args {
     /// How often, in each direction

@@ -8,11 +8,13 @@ use tokio::io::AsyncReadExt;
 
 use super::peer::{self, PeerArgs};
 use super::stats::{self, Row};
-use super::{Beside, Guest, Output, Report, Workload, nanoseconds, plot, progress, since, tiers};
+use super::{
+    Beside, Guest, Output, Report, Workload, nanoseconds, plot, progress, since, tier_runs,
+};
 use crate::failure::Failure;
 use crate::tiers::Tiers;
 
-/// Arguments of `chitin bench exec`.
+/// Arguments of `chitin-bench exec`.
 #[derive(clap::Args)]
 #[command(
     after_help = "Times are milliseconds since the command was asked for. A few commands come first and are not counted.
@@ -22,9 +24,9 @@ the same command in the same container without Chitin: `runsc run`, `docker run`
 are named and left out.
 
 Examples:
-  chitin bench exec --runs 100
-  chitin bench exec --tier all --runs 20 --json exec.json
-  chitin bench exec -- python3 -c 'print(1)'"
+  chitin-bench exec --runs 100
+  chitin-bench exec --tier all --runs 20 --json exec.json
+  chitin-bench exec -- python3 -c 'print(1)'"
 )]
 pub struct Args {
     /// Whole runs on this tier instead: ironclaw, nanoclaw, nemoclaw, or all that this host has
@@ -75,7 +77,7 @@ struct Run {
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
     if let Some(tiers) = args.tier {
-        return tiers::run(tiers, args.runs, &args.guest, &args.workload, &args.output).await;
+        return tier_runs::run(tiers, args.runs, &args.guest, &args.workload, &args.output).await;
     }
     let peer = args.peer.peer(1, args.guest.memory)?;
     let sandbox = args.guest.builder().start().await?;

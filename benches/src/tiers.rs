@@ -1,0 +1,35 @@
+//! The tiers that a benchmark measures.
+
+use std::str::FromStr;
+
+use chitin::Runtime;
+
+/// The value of `--tier` where several can be meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tiers {
+    /// This one, and it has to be there.
+    One(Runtime),
+    /// Each that this host has.
+    All,
+}
+
+impl Tiers {
+    /// Them, the strongest first.
+    pub fn list(self) -> Vec<Runtime> {
+        match self {
+            Tiers::One(tier) => vec![tier],
+            Tiers::All => Runtime::ALL.to_vec(),
+        }
+    }
+}
+
+impl FromStr for Tiers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Tiers, String> {
+        match text {
+            "all" => Ok(Tiers::All),
+            _ => text.parse().map(Tiers::One).map_err(|error: String| format!("{error}, nor all")),
+        }
+    }
+}
