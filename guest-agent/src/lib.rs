@@ -9,29 +9,24 @@
 //!   test          --stdio --build-root    fd 0 and 1     made here        end all processes, exit
 //! ```
 //!
-//! One thread, one epoll loop ([`agent`]): channel ⇄ `Connection` ⇄ pumps ⇄ pipes of processes and copy jobs.
+//! One thread, one epoll loop ([`event_loop`]): channel ⇄ `Connection` ⇄ pumps ⇄ pipes of processes and copy jobs.
 //! Nothing in the loop blocks. Copies run in threads of their own, because file systems do block.
 //!
 //! The host is trusted (it could end the sandbox anyway), yet its input is checked like any other; the workload
 //! is hostile. A breach of the protocol ends the sandbox, any other failure ends one request.
 
-mod agent;
 mod cgroup;
-mod channel;
-mod copies;
-mod counted;
+mod copy_jobs;
 mod egress;
-mod end;
-mod filter;
-mod landlock;
-mod launch;
+mod event_loop;
+mod identity;
+mod io;
 mod lockdown;
-mod pump;
-mod reseed;
-mod root;
+mod processes;
+mod root_fs;
 mod secrets;
-mod splice;
-mod syscalls;
+mod shutdown;
+mod syscall;
 
 use std::fmt::Display;
 
@@ -88,7 +83,7 @@ pub fn run(arguments: &[&[u8]]) -> i32 {
             return 2;
         }
     };
-    let end = agent::Agent::new(mode, started_ns).and_then(|mut agent| {
+    let end = event_loop::Agent::new(mode, started_ns).and_then(|mut agent| {
         let end = agent.serve();
         agent.finish(init);
         end
@@ -101,7 +96,7 @@ pub fn run(arguments: &[&[u8]]) -> i32 {
         }
     };
     if machine {
-        end::reset_machine();
+        shutdown::reset_machine();
     }
     code
 }

@@ -10,8 +10,7 @@
 //! dial again. So the worst that a workload can do to all of it is to be without it. Sockets are watched edge-triggered, like
 //! those of pumps.
 
-pub mod dns;
-mod link;
+mod dns;
 mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,9 +25,8 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrAny, SocketFlags, SocketType, ipproto, sockopt,
 };
 
-use crate::{failure, root};
-use dns::{Found, MAX_QUERY};
-pub use link::{Link, refused};
+use crate::{failure, root_fs};
+use dns::message::{self, Found, MAX_QUERY};
 use names::Names;
 
 /// Where `/etc/resolv.conf` of every root image points.
@@ -99,7 +97,7 @@ impl Egress {
             return refused("allow more than 256 endpoints", Errno::TOOBIG);
         }
         // A container's runtime has done it, and may not let us: then what follows works, or says what does not.
-        let _ = root::raise_loopback();
+        let _ = root_fs::raise_loopback();
         self.names.allow(endpoints);
         let watch = |socket: &OwnedFd, name| {
             let name = EventData::new_u64(name);
@@ -224,7 +222,7 @@ impl Open {
                         return false;
                     }
                 };
-            if let Some(reply) = dns::answer(&scratch[..count.min(MAX_QUERY)], &mut *find) {
+            if let Some(reply) = message::answer(&scratch[..count.min(MAX_QUERY)], &mut *find) {
                 // A full buffer of the asker's is the asker's loss.
                 let _ = rustix::net::sendto(&self.questions, &reply, SendFlags::NOSIGNAL, &from);
             }
@@ -298,7 +296,7 @@ impl TcpClient {
                 return None;
             }
             let Some(query) = rest.get(..length) else { break };
-            let reply = dns::answer(query, &mut *find)?;
+            let reply = message::answer(query, &mut *find)?;
             let mut framed = u16::try_from(reply.len()).ok()?.to_be_bytes().to_vec();
             framed.extend(reply);
             // It fits an empty buffer; who leaves answers unread asks in vain.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use chitin_protocol::Endpoint;
 
-use super::dns::Found;
+use super::dns::message::Found;
 
 /// 127.64.0.0/10: addresses of the loopback interface that nothing else uses.
 const FIRST: u32 = u32::from_be_bytes([127, 64, 0, 0]);

@@ -7,7 +7,7 @@ use super::{Field, Policy, SyscallFilter, Verdict};
 use crate::SecretSource;
 use crate::credential::Delivery;
 
-/// What the workload of any policy can read and write; the agent makes it so (`guest-agent/src/root.rs`).
+/// What the workload of any policy can read and write; the agent makes it so (`guest-agent/src/root_fs.rs`).
 const SYSTEM: &str = "the system (/usr, /bin, /sbin, /lib, /lib64, /etc, /opt, /proc, /sys, /dev)";
 const SCRATCH: &str = "/work, /tmp, /var/tmp and /dev/shm";
 

@@ -2,7 +2,7 @@
 //! end the event loop pumps.
 //!
 //! The workload may run meanwhile and rearrange what is copied: `chitin-tree` follows no link and never looks a
-//! path up twice. In a microVM the thread's root is the agent's view of the root file system ([`crate::root`]), in
+//! path up twice. In a microVM the thread's root is the agent's view of the root file system ([`crate::root_fs`]), in
 //! which nothing is mounted: a path cannot lead into `/proc` even if a check here were wrong.
 
 use std::collections::BTreeMap;

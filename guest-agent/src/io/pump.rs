@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId};
 use rustix::io::Errno;
 
-use crate::egress::Link;
-use crate::splice::{Splicer, WORTH_SPLICING};
+use super::socket_pump::Link;
+use super::splicer::{Splicer, WORTH_SPLICING};
 
 /// Frames that are spliced after a large one.
 const FRAMES_TO_SPLICE: u8 = 4;

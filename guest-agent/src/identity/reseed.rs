@@ -10,7 +10,7 @@ use rustix::time::{ClockId, Timespec};
 use zeroize::Zeroize;
 
 use crate::failure;
-use crate::lockdown::check;
+use crate::syscall::check_result;
 
 /// `_IOW('R', 0x03, int[2])` and `_IO('R', 0x07)` of the kernel's `linux/random.h`.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -61,13 +61,14 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Errno> {
     entropy.bytes[..bytes.len()].copy_from_slice(bytes);
     let random = rustix::fs::open("/dev/random", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     // SAFETY: the kernel reads the two lengths and as many bytes as the second says, all of them in `entropy`.
-    let added =
-        check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &raw const entropy) });
+    let added = check_result(unsafe {
+        libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &raw const entropy)
+    });
     entropy.bytes.zeroize();
     added?;
     // Without it the new entropy would wait for the generator's next turn, and until then all copies draw the same.
     // SAFETY: takes no argument.
-    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _, 0) })
+    check_result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _, 0) })
 }
 
 /// What is read as the boot id. The kernel makes that once and never again, so that a file of ours lies over it.

@@ -11,7 +11,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::failure;
-use crate::lockdown::check_long;
+use crate::syscall::check_result;
 
 const EXECUTE: u64 = 1;
 const WRITE_FILE: u64 = 1 << 1;
@@ -79,7 +79,7 @@ impl Ruleset {
     /// In the child: takes the rules. A system call only. Needs `no_new_privs`.
     pub fn restrict(&self) -> Result<(), Errno> {
         // SAFETY: takes a descriptor and no memory.
-        check_long(unsafe {
+        check_result(unsafe {
             libc::syscall(libc::SYS_landlock_restrict_self, self.0.as_raw_fd(), 0)
         })
     }
@@ -94,7 +94,7 @@ fn version() -> Result<usize, Errno> {
     let version = unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u64>(), 0_usize, VERSION)
     };
-    check_long(version)?;
+    check_result(version)?;
     usize::try_from(version).map_err(|_| Errno::NOSYS)
 }
 
@@ -104,7 +104,7 @@ fn create(handled: u64) -> Result<OwnedFd, Errno> {
     let fd = unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, &raw const handled, size_of::<u64>(), 0)
     };
-    check_long(fd)?;
+    check_result(fd)?;
     let fd = i32::try_from(fd).map_err(|_| Errno::BADF)?;
     // SAFETY: the descriptor is new and nobody else's. It closes on exec by itself.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -127,7 +127,7 @@ fn allow(ruleset: &OwnedFd, path: &[u8], rights: u64) -> Result<(), Errno> {
     let allowed_access = if kind == FileType::Directory { rights } else { rights & OF_FILES };
     let rule = PathBeneath { allowed_access, parent_fd: file.as_raw_fd() };
     // SAFETY: the kernel reads a rule at the pointer, which outlives the call.
-    check_long(unsafe {
+    check_result(unsafe {
         libc::syscall(
             libc::SYS_landlock_add_rule,
             ruleset.as_raw_fd(),

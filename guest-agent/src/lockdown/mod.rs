@@ -3,6 +3,9 @@
 //! What runs in the child, the fork of a process that may have other threads, allocates nothing and makes system
 //! calls only.
 
+mod landlock;
+mod seccomp;
+
 use std::collections::BTreeMap;
 
 use chitin_protocol::{Confine, Failure, SystemCalls};
@@ -15,9 +18,10 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use crate::filter::Filter;
-use crate::landlock::Ruleset;
+use crate::syscall::check_result;
 use crate::{Context, SystemError};
+use landlock::Ruleset;
+use seccomp::default_deny::Filter;
 
 /// The one capability a workload keeps, so that it can serve port 80 as an ordinary user.
 const KEPT: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
@@ -117,8 +121,8 @@ impl Lockdown {
         // Raw system calls: the C library's would have to reach all threads, which a forked child does not have.
         // SAFETY: these calls change the credentials of this thread, the only one of the child, and no memory.
         unsafe {
-            check_long(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
-            check_long(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+            check_result(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
+            check_result(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
         }
         let kept = KEPT & self.permitted;
         let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
@@ -208,17 +212,4 @@ fn compile(
 ) -> Result<BpfProgram, seccompiler::BackendError> {
     let refuse = SeccompAction::Errno(errno.cast_unsigned());
     SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
-}
-
-/// Turns the result of a C library call into one of ours.
-pub fn check(result: libc::c_int) -> Result<(), Errno> {
-    check_long(result.into())
-}
-
-/// The same for `syscall(2)`.
-pub fn check_long(result: libc::c_long) -> Result<(), Errno> {
-    if result >= 0 {
-        return Ok(());
-    }
-    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
 }

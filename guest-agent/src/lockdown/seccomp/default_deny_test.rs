@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::syscalls::{CHECKED, Group};
+use crate::lockdown::seccomp::allowlist::{CHECKED, Group};
 
 /// What the kernel would do: runs the program over a `seccomp_data`, and counts its instructions.
 fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> (u32, usize) {

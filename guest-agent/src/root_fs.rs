@@ -27,8 +27,9 @@ use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::lockdown::check;
-use crate::{Context, SystemError, channel};
+use crate::io::channel;
+use crate::syscall::check_result;
+use crate::{Context, SystemError};
 
 /// The image's empty directories that the root is assembled in; neither is visible afterwards.
 const SCRATCH: &str = "/mnt";
@@ -221,7 +222,7 @@ pub fn raise_loopback() -> Result<(), Errno> {
     request.ifr_name[1] = b'o'.cast_signed();
     request.ifr_ifru.ifru_flags = INTERFACE_UP;
     // SAFETY: SIOCSIFFLAGS reads an `ifreq`, which outlives the call.
-    check(unsafe {
+    check_result(unsafe {
         libc::ioctl(
             std::os::fd::AsRawFd::as_raw_fd(&socket),
             libc::SIOCSIFFLAGS as _,

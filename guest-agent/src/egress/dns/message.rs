@@ -147,5 +147,5 @@ fn number(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 #[cfg(test)]
-#[path = "dns_test.rs"]
+#[path = "message_test.rs"]
 mod tests;

@@ -20,9 +20,12 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitId, WaitIdOptions};
 use zeroize::Zeroizing;
 
-use crate::lockdown::{self, Lockdown, check, check_long};
+use crate::cgroup::pids_v1;
+use crate::failure;
+use crate::io::channel;
+use crate::lockdown::{self, Lockdown};
 use crate::secrets::Secrets;
-use crate::{channel, counted, failure};
+use crate::syscall::check_result;
 
 /// What the child does, in this order. The number goes through the status pipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -335,7 +338,7 @@ impl Plan<'_> {
     fn prepare(&self) -> Result<(), (Step, Errno)> {
         let at = |step| move |errno| (step, errno);
         if let Some(directory) = self.joined {
-            counted::join(directory).map_err(at(Step::Limits))?;
+            pids_v1::join(directory).map_err(at(Step::Limits))?;
         }
         rustix::process::setsid().map_err(at(Step::Session))?;
         for (number, stream) in (0..).zip(self.streams) {
@@ -382,7 +385,7 @@ impl Plan<'_> {
             let result = unsafe {
                 libc::execve(program.as_ptr(), self.arguments.as_ptr(), self.environment.as_ptr())
             };
-            match check(result) {
+            match check_result(result) {
                 Err(Errno::NOENT) if exists(program) => return (Step::Interpreter, Errno::NOENT),
                 Err(Errno::NOENT | Errno::NOTDIR) | Ok(()) => {}
                 // It may be there in a later directory; if not, this is what the user should know.
@@ -413,7 +416,7 @@ fn close_on_exec(first: i32, last: i32) -> Result<(), Errno> {
             libc::CLOSE_RANGE_CLOEXEC,
         )
     };
-    match check_long(result) {
+    match check_result(result) {
         // Before Linux 5.11, and in gVisor.
         Err(Errno::NOSYS | Errno::INVAL) => Ok(()),
         other => other,

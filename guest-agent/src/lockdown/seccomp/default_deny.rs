@@ -6,8 +6,8 @@
 
 use rustix::io::Errno;
 
-use crate::lockdown::check_long;
-use crate::syscalls::{ALLOWED, LAST};
+use super::allowlist::{ALLOWED, LAST};
+use crate::syscall::check_result;
 
 /// Operation codes of classic BPF (`linux/bpf_common.h`): what this filter needs of them.
 const LOAD: u16 = 0x20;
@@ -125,7 +125,7 @@ impl Filter {
             filter: self.0.as_ptr().cast_mut(),
         };
         // SAFETY: the kernel reads `len` instructions at `filter`, which outlive the call.
-        check_long(unsafe {
+        check_result(unsafe {
             libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
         })
     }
@@ -186,5 +186,5 @@ fn search(ranges: &[(u32, Action)], code: &mut Vec<Instruction>) {
 }
 
 #[cfg(test)]
-#[path = "filter_test.rs"]
+#[path = "default_deny_test.rs"]
 mod tests;

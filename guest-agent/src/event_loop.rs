@@ -25,17 +25,19 @@ use rustix::net::Shutdown;
 use rustix::pipe::PipeFlags;
 
 use crate::cgroup::Cgroup;
-use crate::channel::{CONNECT_TIMEOUT, Channel, Socket};
-use crate::copies::Copies;
-use crate::counted::Counted;
-use crate::egress::{self, Dialled, Egress, Link};
-use crate::launch::{self, Child, Streams};
-use crate::lockdown::{Lockdown, check};
-use crate::pump::{Buffers, Inflow, Outflow, Pump, Step};
-use crate::reseed::{self, BootId};
+use crate::cgroup::pids_v1::Counted;
+use crate::copy_jobs::Copies;
+use crate::egress::{self, Dialled, Egress};
+use crate::identity::reseed::{self, BootId};
+use crate::io::channel::{CONNECT_TIMEOUT, Channel, Socket};
+use crate::io::pump::{Buffers, Inflow, Outflow, Pump, Step};
+use crate::io::socket_pump::{Link, refused};
+use crate::io::splicer::Splicer;
+use crate::lockdown::Lockdown;
+use crate::processes::launch::{self, Child, Streams};
 use crate::secrets::Secrets;
-use crate::splice::Splicer;
-use crate::{Context, Mode, SystemError, boottime_ns, copies, end, failure, root};
+use crate::syscall::check_result;
+use crate::{Context, Mode, SystemError, boottime_ns, copy_jobs, failure, root_fs, shutdown};
 
 /// Processes of the host's at once; what they start themselves is the cgroup's matter. Each has three of the
 /// connection's 256 streams.
@@ -117,14 +119,14 @@ pub struct Agent {
 impl Agent {
     /// Sets the sandbox up and says hello. `started_ns` is when this program began (`CLOCK_BOOTTIME`).
     pub fn new(mode: Mode, started_ns: u64) -> Result<Agent, Error> {
-        root::fill_standard_descriptors()?;
+        root_fs::fill_standard_descriptors()?;
         // The connection is being made while the file systems are.
         let (channel, spare) = if mode.stdio {
             (Channel::stdio()?, None)
         } else {
             (Socket::open()?.connect()?, Some(Socket::open()?))
         };
-        let view = if mode.build_root { Some(root::build(!mode.stdio)?) } else { None };
+        let view = if mode.build_root { Some(root_fs::build(!mode.stdio)?) } else { None };
         let signals = claim_signals(mode)?;
         if !mode.stdio {
             channel.connected(Some(CONNECT_TIMEOUT))?;
@@ -134,13 +136,13 @@ impl Agent {
         // What follows is done while the host is being told. What it asks for meanwhile waits in the channel.
         protect_self();
         if !mode.stdio {
-            root::set_kernel_parameters()?;
+            root_fs::set_kernel_parameters()?;
         }
         let lockdown = Lockdown::begin()?;
         let (mut root, mut cgroup, mut scratch_disk) = (None, None, None);
-        if let Some(root::View { root: writable, cgroup: hierarchy, scratch }) = view {
+        if let Some(root_fs::View { root: writable, cgroup: hierarchy, scratch }) = view {
             (root, scratch_disk) = (Some(writable), Some(scratch));
-            root::complete()?;
+            root_fs::complete()?;
             cgroup = match Cgroup::create(&hierarchy) {
                 // Outside a machine of its own the hierarchy is somebody else's.
                 Err(error) if mode.stdio => {
@@ -222,7 +224,7 @@ impl Agent {
     /// Leaves nothing behind where the end of this process does not see to that.
     pub fn finish(mut self, init: bool) {
         if !init {
-            end::kill_descendants();
+            shutdown::kill_descendants();
         }
         self.secrets = Secrets::default();
         // All else ends with the process, and somebody waits for that: under gVisor each descriptor and mapping that is given
@@ -402,11 +404,11 @@ impl Agent {
             }
             ToGuest::Put { request, path, stream } => {
                 self.connection.accept(stream, Direction::Receive)?;
-                self.copy(request, copies::Direction::In, &path, stream)?;
+                self.copy(request, copy_jobs::Direction::In, &path, stream)?;
             }
             ToGuest::Get { request, path, stream } => {
                 self.connection.accept(stream, Direction::Send)?;
-                self.copy(request, copies::Direction::Out, &path, stream)?;
+                self.copy(request, copy_jobs::Direction::Out, &path, stream)?;
             }
             ToGuest::Freeze { request } => {
                 let result = self.freeze();
@@ -439,7 +441,7 @@ impl Agent {
                     .and_then(|socket| Link::connecting(socket, request, port));
                 if let Err(errno) = link.and_then(|link| self.link(stream, link)) {
                     self.connection.reset(stream);
-                    self.send(&ToHost::Done { request, result: Err(egress::refused(port, errno)) });
+                    self.send(&ToHost::Done { request, result: Err(refused(port, errno)) });
                 }
             }
         }
@@ -467,7 +469,7 @@ impl Agent {
         };
         limited.map_err(|errno| failure("limit the number of processes", b"", errno))?;
         match (confine.max_disk, &self.scratch_disk) {
-            (Some(bytes), Some(disk)) => root::limit_disk(disk, bytes).map_err(|errno| {
+            (Some(bytes), Some(disk)) => root_fs::limit_disk(disk, bytes).map_err(|errno| {
                 failure(&format!("limit what can be written to {bytes} bytes"), b"", errno)
             })?,
             (Some(_), None) => {
@@ -587,7 +589,7 @@ impl Agent {
     fn copy(
         &mut self,
         request: u32,
-        direction: copies::Direction,
+        direction: copy_jobs::Direction,
         path: &[u8],
         stream: StreamId,
     ) -> Result<(), Error> {
@@ -595,7 +597,12 @@ impl Agent {
             return Err(Fault::Unexpected { what: "two requests of one name" })?;
         }
         if let Err(failure) = self.try_copy(request, direction, path, stream) {
-            self.end_copy(copies::Finished { request, direction, stream, outcome: Err(failure) });
+            self.end_copy(copy_jobs::Finished {
+                request,
+                direction,
+                stream,
+                outcome: Err(failure),
+            });
         }
         Ok(())
     }
@@ -603,37 +610,37 @@ impl Agent {
     fn try_copy(
         &mut self,
         request: u32,
-        direction: copies::Direction,
+        direction: copy_jobs::Direction,
         path: &[u8],
         stream: StreamId,
     ) -> Result<(), Failure> {
         let refused = |errno| failure("create a pipe to copy", path, errno);
         let (output, input) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(refused)?;
         match direction {
-            copies::Direction::In => {
+            copy_jobs::Direction::In => {
                 self.pump_in(stream, input).map_err(refused)?;
                 self.copies.start(request, direction, path, stream, output)
             }
-            copies::Direction::Out => {
+            copy_jobs::Direction::Out => {
                 self.pump_out(stream, output).map_err(refused)?;
                 self.copies.start(request, direction, path, stream, input)
             }
         }
     }
 
-    fn end_copy(&mut self, copy: copies::Finished) {
+    fn end_copy(&mut self, copy: copy_jobs::Finished) {
         self.pumps.remove(&copy.stream);
         // What was copied in takes memory that is not the workload's yet.
-        if let (copies::Direction::In, Some(cgroup)) = (copy.direction, &self.cgroup)
+        if let (copy_jobs::Direction::In, Some(cgroup)) = (copy.direction, &self.cgroup)
             && let Err(error) = cgroup.set_memory_limit()
         {
             crate::log(error);
         }
         match copy.direction {
             // What the host has sent behind the tree is ignored, and so is its end.
-            copies::Direction::In if copy.outcome.is_ok() => {}
-            copies::Direction::In => self.connection.reset(copy.stream),
-            copies::Direction::Out => self.connection.end(copy.stream),
+            copy_jobs::Direction::In if copy.outcome.is_ok() => {}
+            copy_jobs::Direction::In => self.connection.reset(copy.stream),
+            copy_jobs::Direction::Out => self.connection.end(copy.stream),
         }
         self.send(&ToHost::Done { request: copy.request, result: copy.outcome });
     }
@@ -737,7 +744,7 @@ impl Agent {
         let Some(process) = self.processes.iter().find(running) else { return };
         let pid = process.child.pid.as_raw_pid();
         // SAFETY: sending a signal touches no memory. The pid is that of an unreaped child, hence still its own.
-        let sent = unsafe { check(libc::kill(-pid, signal.into())) };
+        let sent = unsafe { check_result(libc::kill(-pid, signal.into())) };
         if sent == Err(Errno::SRCH) {
             // It has not come to opening its session yet.
             // SAFETY: as above.
@@ -869,11 +876,11 @@ fn claim_signals(mode: Mode) -> Result<OwnedFd, SystemError> {
             libc::sigaddset(&raw mut set, libc::SIGINT);
         }
         let blocked = libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
-        check(blocked).context("block", "signals")?;
+        check_result(blocked).context("block", "signals")?;
         // A pipe without readers is an error of that pipe, not the end of PID 1.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
         let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
-        check(fd).context("open", "a signalfd")?;
+        check_result(fd).context("open", "a signalfd")?;
         Ok(OwnedFd::from_raw_fd(fd))
     }
 }

@@ -68,7 +68,7 @@ impl Socket {
         // SAFETY: `address` is a `sockaddr_vm` of the length given, and outlives the call.
         let result =
             unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) };
-        match crate::lockdown::check(result) {
+        match crate::syscall::check_result(result) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(Channel { input: socket, output: None }),
             Err(errno) => Err(errno).context("connect to", object),
         }
@@ -87,7 +87,7 @@ impl Socket {
                 TIMEVAL_LEN,
             )
         };
-        crate::lockdown::check(result).context("lift the time limit of", "a vsock socket")
+        crate::syscall::check_result(result).context("lift the time limit of", "a vsock socket")
     }
 }
 

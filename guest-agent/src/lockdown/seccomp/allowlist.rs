@@ -105,7 +105,7 @@ mod libc {
     pub use ::libc::*;
 }
 
-/// What depends on an argument, in `filter.rs`, and why.
+/// What depends on an argument, in `default_deny.rs`, and why.
 #[cfg(test)]
 pub const CHECKED: &[(&str, &str)] = &[
     (

@@ -15,8 +15,8 @@ use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId, ToHost};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, sockopt};
 
+use super::pump::Step;
 use crate::failure;
-use crate::pump::Step;
 
 /// A connection that is being made for the host.
 struct Connecting {

@@ -1,5 +1,7 @@
 //! The cgroup that bounds the workload as a whole, so that it can exhaust itself and not the agent.
 
+pub mod pids_v1;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 

@@ -1,0 +1,3 @@
+//! The resolver of the sandbox.
+
+pub mod message;

@@ -1,0 +1,3 @@
+//! The identity of a restored sandbox.
+
+pub mod reseed;

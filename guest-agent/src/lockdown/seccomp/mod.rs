@@ -1,0 +1,4 @@
+//! The seccomp filters.
+
+pub mod allowlist;
+pub mod default_deny;

@@ -1,0 +1,3 @@
+//! The processes of the workload.
+
+pub mod launch;
