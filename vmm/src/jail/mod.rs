@@ -15,9 +15,9 @@
 //! before; nothing is created, so there is no name that somebody could put something else under.
 
 mod cgroup;
-mod inmate;
-mod keeper;
-mod survey;
+mod child;
+mod probe;
+mod supervisor;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -27,9 +27,9 @@ use serde::{Deserialize, Serialize};
 
 use self::cgroup::Group;
 use crate::spec::VmSpec;
-pub use inmate::{Inmate, Needs};
-pub use keeper::{Fate, Keeper};
-pub use survey::{Survey, survey};
+pub use child::{Inmate, Needs};
+pub use probe::{Survey, survey};
+pub use supervisor::{Fate, Keeper};
 
 /// Users and groups of monitors that root has started start here; the keeper's process id is added, so that no two monitors
 /// have the same. Nobody else has these: systemd's containers end right below, and process ids below 2²².
@@ -186,7 +186,7 @@ fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
 /// # Errors
 /// The kernel refuses a limit of zero, which none does.
 pub fn forbid_dumps() -> io::Result<()> {
-    inmate::limit(libc::RLIMIT_CORE, 0)?;
+    child::limit(libc::RLIMIT_CORE, 0)?;
     prctl(libc::PR_SET_DUMPABLE, 0)
 }
 

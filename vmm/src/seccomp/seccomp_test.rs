@@ -140,7 +140,7 @@ fn lists_are_short_and_say_why() {
         numbers.dedup();
         assert_eq!(numbers.len(), calls(thread).count(), "one twice");
         for rule in calls(thread) {
-            assert_eq!(names::name(usize::try_from(rule.call).unwrap()), Some(rule.name));
+            assert_eq!(syscall_names::name(usize::try_from(rule.call).unwrap()), Some(rule.name));
             assert!(rule.why.len() > 5, "{}", rule.name);
         }
         for ioctl in ioctls(thread) {
@@ -160,8 +160,9 @@ fn nothing_that_opens_connects_starts_or_executes_is_allowed() {
     for (filters, thread) in all() {
         let program = filters.program(thread);
         for name in never.split_whitespace() {
-            let number = (0..NUMBERS)
-                .find(|number| names::name(usize::try_from(*number).unwrap()) == Some(name));
+            let number = (0..NUMBERS).find(|number| {
+                syscall_names::name(usize::try_from(*number).unwrap()) == Some(name)
+            });
             let number = number.unwrap_or_else(|| panic!("{name} has no number"));
             let (verdict, _) = execute(&program, &data(number, X86_64, [0; 6]));
             assert_eq!(verdict, libc::SECCOMP_RET_TRAP, "{thread:?} {name}");

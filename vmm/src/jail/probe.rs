@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::inmate::Needs;
+use super::child::Needs;
 use super::{Jail, Side, divide};
 use crate::one_line;
 use crate::spec::VmSpec;

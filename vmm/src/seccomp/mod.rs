@@ -5,8 +5,8 @@
 //! can keep the handler from speaking, and the call from being told; it cannot get the call made.
 
 mod assemble;
-mod names;
 pub mod rules;
+mod syscall_names;
 
 use std::cell::Cell;
 use std::io;
@@ -151,7 +151,7 @@ extern "C" fn on_refusal(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     let mut line = Line { bytes: [0; 128], length: 0 };
     line.push(NAME.get());
     line.push(" thread made the system call ");
-    line.push(names::name(number).unwrap_or("without a name"));
+    line.push(syscall_names::name(number).unwrap_or("without a name"));
     line.push(", number ");
     line.push_number(number);
     line.push("\n");
