@@ -75,7 +75,7 @@ impl Inmate {
         limits(needs).map_err(step("set limits"))?;
         forbid_dumps().map_err(step("become undumpable"))?;
         drop_capabilities().map_err(step("drop all capabilities"))?;
-        seccomp::prepare(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
+        seccomp::prepare_process(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
         // Open to the end: what is wrong is said there.
         std::mem::forget(self.mouth);
         Ok(Jail { uid, ..self.found })

@@ -1,246 +1,290 @@
-//! What each thread may still ask of the kernel once the guest runs, and why.
+//! The system calls that each thread may make once the guest runs, each with its reason.
 //!
-//! Found by running every test of ours with a filter that names what it refuses, and by reading what the C library and the
-//! standard library may do beside that. There is no call here that opens, creates, connects, starts or changes the rights of
-//! anything.
+//! The list was found by running every test with a filter that names the call it refuses, and by
+//! reading what the C library and the standard library may call in addition. No listed call opens,
+//! creates, connects, starts or executes anything, or changes the rights of anything.
 
 use kvm_bindings as kvm;
 use libc::c_long;
 
-use self::Check::{Any, OneOf, Without};
-use self::When::{Always, Console, Prepared, Restored, Saved};
+use self::ArgCheck::{Any, BitsClear, OneOf};
+use self::Scope::{All, Console, Prepared, Restored, Snapshotted};
 
-/// One of the two kinds of threads.
+/// The role of a thread in a monitor, which decides what it may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Thread {
-    /// Runs the guest: the one that a hostile guest talks to directly.
+pub enum ThreadRole {
+    /// Runs the guest; a hostile guest talks to this thread directly.
     Vcpu,
-    /// Serves its devices.
+    /// Runs the event loop that serves the guest's devices.
     Vmm,
 }
 
-/// When a rule holds.
+/// The guests that a rule applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
-    /// For every guest.
-    Always,
-    /// For one with a console.
+pub enum Scope {
+    /// Every guest.
+    All,
+    /// A guest with a console.
     Console,
-    /// For one that goes on from a template.
+    /// A guest that is restored from a template.
     Restored,
-    /// For one that waits for its channel.
+    /// A guest that is prepared before its channel is known.
     Prepared,
-    /// For one that is made into a template, or recorded.
-    Saved,
+    /// A guest that is saved as a template, or recorded.
+    Snapshotted,
 }
 
-/// What arguments must be. They are compared in their lower halves, which is all that the kernel looks at where they are
-/// numbers; pointers are never checked.
+/// A condition on one argument of a call.
+///
+/// Only the lower half of the argument is compared, which is all that the kernel reads where the
+/// argument is a 32-bit number. Pointers are never checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Check {
-    /// Anything.
+pub enum ArgCheck {
+    /// Allows any arguments.
     Any,
-    /// The argument with this number (from 0) has none of these bits.
-    Without(u8, u32),
-    /// The argument with this number is one of these.
+    /// Requires that the argument at this index (from 0) has none of these bits.
+    BitsClear(u8, u32),
+    /// Requires that the argument at this index (from 0) is one of these values.
     OneOf(u8, &'static [u32]),
 }
 
-/// A system call that is allowed.
+/// An allowed system call.
 #[derive(Debug)]
-pub struct Rule {
-    /// Its number.
-    pub call: c_long,
-    /// Its name.
+pub struct SyscallRule {
+    /// The number of the system call.
+    pub number: c_long,
+    /// The name of the system call.
     pub name: &'static str,
-    /// What it must look like.
-    pub check: Check,
-    /// For which guests.
-    pub when: When,
-    /// Why.
-    pub why: &'static str,
+    /// The condition on its arguments.
+    pub check: ArgCheck,
+    /// The guests that the rule applies to.
+    pub scope: Scope,
+    /// The reason for the rule.
+    pub reason: &'static str,
 }
 
-/// A request of ioctl that is allowed; with others ioctl is not.
+/// An allowed ioctl request; ioctl with any other request is refused.
 #[derive(Debug)]
-pub struct Ioctl {
-    /// Its number.
-    pub number: u32,
-    /// Its name.
+pub struct IoctlRule {
+    /// The number of the request.
+    pub request: u32,
+    /// The name of the request.
     pub name: &'static str,
-    /// For which guests.
-    pub when: When,
-    /// Why.
-    pub why: &'static str,
+    /// The guests that the rule applies to.
+    pub scope: Scope,
+    /// The reason for the rule.
+    pub reason: &'static str,
 }
 
-const fn rule(
-    call: c_long,
+const fn syscall(
+    number: c_long,
     name: &'static str,
-    check: Check,
-    when: When,
-    why: &'static str,
-) -> Rule {
-    Rule { call, name, check, when, why }
+    check: ArgCheck,
+    scope: Scope,
+    reason: &'static str,
+) -> SyscallRule {
+    SyscallRule { number, name, check, scope, reason }
 }
 
-const fn ioctl(number: u32, name: &'static str, when: When, why: &'static str) -> Ioctl {
-    Ioctl { number, name, when, why }
+const fn ioctl(request: u32, name: &'static str, scope: Scope, reason: &'static str) -> IoctlRule {
+    IoctlRule { request, name, scope, reason }
 }
 
-/// Memory that can be executed: never. What a guest might write into this process stays data.
-const NO_EXEC: Check = Without(2, PROT_EXEC);
+/// Refuses executable memory: what a guest may write into this process stays data.
+const NO_EXEC: ArgCheck = BitsClear(2, PROT_EXEC);
 const PROT_EXEC: u32 = 4;
 
-/// What each thread needs to have memory: the allocator of the C library, with one arena.
-const MEMORY: [Rule; 4] = [
-    rule(libc::SYS_brk, "brk", Any, Always, "the allocator's heap grows and shrinks"),
-    rule(libc::SYS_mmap, "mmap", NO_EXEC, Always, "large allocations, when the heap cannot grow"),
-    rule(libc::SYS_munmap, "munmap", Any, Always, "the same, given back"),
-    rule(
-        libc::SYS_madvise,
-        "madvise",
+/// Calls of the C library's allocator, which every thread uses with one shared arena.
+///
+/// Only further arenas call `mprotect`, to grow; `M_ARENA_MAX` forbids those.
+const MEMORY: [SyscallRule; 3] = [
+    syscall(libc::SYS_brk, "brk", Any, All, "the allocator's heap grows and shrinks"),
+    syscall(
+        libc::SYS_mmap,
+        "mmap",
+        NO_EXEC,
+        All,
+        "allocations of 128 KiB and more, or of any size if the heap cannot grow",
+    ),
+    syscall(
+        libc::SYS_munmap,
+        "munmap",
         Any,
-        Always,
-        "the stack of a thread that ends is given back",
+        All,
+        "frees such allocations, and the signal stack of a thread that ends",
     ),
 ];
 
-/// What each thread needs to wait for another.
-const WAITING: [Rule; 5] = [
-    rule(libc::SYS_futex, "futex", Any, Always, "locks and channels between threads"),
-    rule(
+/// Calls that any thread makes to synchronize with others, and when it ends.
+const THREADS: [SyscallRule; 7] = [
+    syscall(libc::SYS_futex, "futex", Any, All, "locks and channels between threads"),
+    syscall(
         libc::SYS_sched_yield,
         "sched_yield",
         Any,
-        Always,
-        "a channel's end that is about to be ready",
+        All,
+        "a channel whose other thread is about to finish its operation",
     ),
-    rule(
+    syscall(
         libc::SYS_clock_gettime,
         "clock_gettime",
         Any,
-        Always,
+        All,
         "time, on hosts whose clock cannot be read without the kernel",
     ),
-    rule(libc::SYS_rt_sigreturn, "rt_sigreturn", Any, Always, "the end of a signal's handler"),
-    rule(
+    syscall(libc::SYS_rt_sigreturn, "rt_sigreturn", Any, All, "return from a signal handler"),
+    syscall(
         libc::SYS_rt_sigprocmask,
         "rt_sigprocmask",
         Any,
-        Always,
-        "a thread that ends, or sends a signal, holds others back",
+        All,
+        "a thread that ends or sends a signal blocks other signals meanwhile",
+    ),
+    syscall(
+        libc::SYS_sigaltstack,
+        "sigaltstack",
+        Any,
+        All,
+        "the standard library disables the signal stack of a thread that ends",
+    ),
+    syscall(
+        libc::SYS_madvise,
+        "madvise",
+        Any,
+        All,
+        "the C library returns the stack of a thread that ends to the kernel",
     ),
 ];
 
-/// The vCPU's own.
-const VCPU: [Rule; 4] = [
-    rule(
+/// Calls of a vCPU's thread only.
+const VCPU: [SyscallRule; 4] = [
+    syscall(
         libc::SYS_write,
         "write",
         Any,
-        Always,
-        "eventfds: interrupts, and what the VMM thread is to do; the console; last words",
+        All,
+        "eventfds: interrupts and requests to the VMM thread; the console; the report of a refusal",
     ),
-    rule(
+    syscall(
         libc::SYS_close,
         "close",
         Any,
-        Always,
-        "a device that the driver resets has had descriptors",
+        All,
+        "a reset of a device by its driver closes the device's descriptors",
     ),
-    rule(libc::SYS_exit, "exit", Any, Always, "the thread ends when the guest does"),
-    rule(
+    syscall(libc::SYS_exit, "exit", Any, All, "the thread ends when the guest does"),
+    syscall(
         libc::SYS_poll,
         "poll",
         Any,
         Console,
-        "whether standard error takes more: a guest does not wait for a terminal",
+        "asks whether standard error accepts output: a guest does not wait for a terminal",
     ),
 ];
 
-/// The VMM thread's own.
-const VMM: [Rule; 21] = [
-    rule(libc::SYS_epoll_wait, "epoll_wait", Any, Always, "the loop"),
-    rule(libc::SYS_epoll_ctl, "epoll_ctl", Any, Always, "a device that is started or reset"),
-    rule(libc::SYS_read, "read", Any, Always, "the channel; the key of a template"),
-    rule(libc::SYS_readv, "readv", Any, Always, "the channel, into guest memory"),
-    rule(
+/// Calls of the VMM thread only.
+const VMM: [SyscallRule; 23] = [
+    syscall(libc::SYS_epoll_wait, "epoll_wait", Any, All, "the event loop"),
+    syscall(libc::SYS_epoll_ctl, "epoll_ctl", Any, All, "a device is activated or reset"),
+    syscall(libc::SYS_read, "read", Any, All, "the channel; the key of a template"),
+    syscall(libc::SYS_readv, "readv", Any, All, "the channel, into guest memory"),
+    syscall(
         libc::SYS_write,
         "write",
         Any,
-        Always,
-        "the channel, eventfds, a standalone monitor's events, last words",
+        All,
+        "the channel, eventfds, the events of a standalone monitor, the report of a refusal",
     ),
-    rule(libc::SYS_writev, "writev", Any, Always, "the channel, from guest memory"),
-    rule(
+    syscall(libc::SYS_writev, "writev", Any, All, "the channel, from guest memory"),
+    syscall(
         libc::SYS_shutdown,
         "shutdown",
         Any,
-        Always,
-        "a guest ends one direction of its connection",
+        All,
+        "the guest closes one direction of its connection",
     ),
-    rule(libc::SYS_recvfrom, "recvfrom", Any, Always, "the control socket: how long a request is"),
-    rule(
+    syscall(
+        libc::SYS_recvfrom,
+        "recvfrom",
+        Any,
+        All,
+        "the control socket: the length of the next request",
+    ),
+    syscall(
         libc::SYS_recvmsg,
         "recvmsg",
         Any,
-        Always,
+        All,
         "the control socket: a request and its descriptors",
     ),
-    rule(
+    syscall(
         libc::SYS_sendto,
         "sendto",
-        Without(5, u32::MAX),
-        Always,
-        "the control socket: events, to nobody by name",
+        BitsClear(5, u32::MAX),
+        All,
+        "the control socket: events, without a destination address",
     ),
-    rule(
+    syscall(
         libc::SYS_getsockopt,
         "getsockopt",
         OneOf(2, &[SO_DOMAIN, SO_TYPE]),
         Prepared,
-        "whether what came as the channel is one",
+        "checks that the descriptor sent as the channel is a Unix stream socket",
     ),
-    rule(libc::SYS_close, "close", Any, Always, "the end of everything that is open"),
-    rule(libc::SYS_getpid, "getpid", Any, Always, "to send a signal to a thread of ours"),
-    rule(libc::SYS_gettid, "gettid", Any, Always, "to end by a signal, after a panic"),
-    rule(
+    syscall(libc::SYS_close, "close", Any, All, "closes what is open when the guest has ended"),
+    syscall(libc::SYS_getpid, "getpid", Any, All, "sends a signal to a thread of this process"),
+    syscall(libc::SYS_gettid, "gettid", Any, All, "ends the process by a signal after a panic"),
+    syscall(
         libc::SYS_tgkill,
         "tgkill",
         OneOf(2, &[KICK, SIGABRT]),
-        Always,
-        "to get a vCPU out of the guest; to end after a panic",
+        All,
+        "interrupts a vCPU that runs the guest; ends the process after a panic",
     ),
-    rule(libc::SYS_clock_nanosleep, "clock_nanosleep", Any, Always, "between two kicks of a vCPU"),
-    rule(
+    syscall(
+        libc::SYS_clock_nanosleep,
+        "clock_nanosleep",
+        Any,
+        All,
+        "waits between two signals to a vCPU",
+    ),
+    syscall(
         libc::SYS_restart_syscall,
         "restart_syscall",
         Any,
-        Always,
-        "a wait goes on after the process was stopped for a while",
+        All,
+        "a wait continues after the process was stopped for a while",
     ),
-    rule(libc::SYS_mremap, "mremap", Any, Always, "a large buffer grows: the log, a state"),
-    rule(libc::SYS_exit_group, "exit_group", Any, Always, "the end"),
-    rule(libc::SYS_poll, "poll", Any, Console, "the last line of the console"),
-    rule(libc::SYS_pread64, "pread64", Any, Saved, "which pages a recorded guest has used"),
+    syscall(libc::SYS_mremap, "mremap", Any, All, "a large buffer grows: the kernel log, a state"),
+    syscall(libc::SYS_exit_group, "exit_group", Any, All, "the process ends"),
+    syscall(libc::SYS_poll, "poll", Any, Console, "the last line of the console"),
+    syscall(
+        libc::SYS_pread64,
+        "pread64",
+        Any,
+        Snapshotted,
+        "reads which pages a recorded guest has used",
+    ),
+    syscall(
+        libc::SYS_ftruncate,
+        "ftruncate",
+        Any,
+        Snapshotted,
+        "sets the length of the memory file",
+    ),
+    syscall(libc::SYS_pwrite64, "pwrite64", Any, Snapshotted, "writes pages to the memory file"),
 ];
 
-/// The VMM thread's, while it writes a template.
-const SAVING: [Rule; 2] = [
-    rule(libc::SYS_ftruncate, "ftruncate", Any, Saved, "the memory file gets its length"),
-    rule(libc::SYS_pwrite64, "pwrite64", Any, Saved, "the memory file gets its pages"),
-];
-
-/// `SIGRTMIN` of the C library, which has kept two for itself.
+/// `SIGRTMIN` of the C library, which reserves two signals for itself.
 const KICK: u32 = 34;
 const SIGABRT: u32 = 6;
 
 const SO_TYPE: u32 = 3;
 const SO_DOMAIN: u32 = 39;
 
-const fn io(direction: u32, number: u32, bytes: usize) -> u32 {
-    // `_IOC` of Linux. No structure of KVM's has more than the 14 bits there are.
+/// Computes the number of a request of KVM's, as `_IOC` of Linux does.
+const fn kvm_request(direction: u32, number: u32, bytes: usize) -> u32 {
+    // No structure of KVM's exceeds the 14 bits that a request has for the size.
     assert!(bytes < 1 << 14);
     #[expect(clippy::cast_possible_truncation, reason = "checked above")]
     let bytes = bytes as u32;
@@ -252,84 +296,101 @@ const WRITE: u32 = 1;
 const READ: u32 = 2;
 const BOTH: u32 = READ | WRITE;
 
-/// The vCPU's requests.
-const VCPU_IOCTLS: [Ioctl; 3] = [
-    ioctl(io(NONE, 0x80, 0), "KVM_RUN", Always, "into the guest"),
+/// Requests of a vCPU's thread.
+const VCPU_IOCTLS: [IoctlRule; 3] = [
+    ioctl(kvm_request(NONE, 0x80, 0), "KVM_RUN", All, "enters the guest"),
     ioctl(
         SET_MSRS,
         "KVM_SET_MSRS",
         Restored,
-        "the time stamp counter goes on, just before the guest does",
+        "sets the time stamp counter just before the guest continues",
     ),
-    ioctl(io(NONE, 0xad, 0), "KVM_KVMCLOCK_CTRL", Restored, "the guest is told that it was paused"),
-];
-
-const SET_MSRS: u32 = io(WRITE, 0x89, size_of::<kvm::kvm_msrs>());
-
-const STATE: &str = "the state of a vCPU is read, and tried out on a spare one";
-const CHIPS: &str = "the state of clock and interrupt controllers is read";
-const SPARE: &str = "a spare VM, to find out which registers are worth saving";
-
-/// The VMM thread's requests. None, unless the guest waits for its channel, or is saved.
-const VMM_IOCTLS: [Ioctl; 25] = [
-    ioctl(0x5421, "FIONBIO", Prepared, "the channel does not block"),
     ioctl(
-        io(WRITE, 0x7b, size_of::<kvm::kvm_clock_data>()),
-        "KVM_SET_CLOCK",
-        Prepared,
-        "the guest's clock goes on when the guest does",
+        kvm_request(NONE, 0xad, 0),
+        "KVM_KVMCLOCK_CTRL",
+        Restored,
+        "tells the guest that it was paused",
     ),
-    ioctl(io(NONE, 0x01, 0), "KVM_CREATE_VM", Saved, SPARE),
-    ioctl(io(BOTH, 0x02, size_of::<kvm::kvm_msr_list>()), "KVM_GET_MSR_INDEX_LIST", Saved, SPARE),
-    ioctl(io(NONE, 0x03, 0), "KVM_CHECK_EXTENSION", Saved, SPARE),
-    ioctl(io(NONE, 0x04, 0), "KVM_GET_VCPU_MMAP_SIZE", Saved, SPARE),
-    ioctl(io(BOTH, 0x05, size_of::<kvm::kvm_cpuid2>()), "KVM_GET_SUPPORTED_CPUID", Saved, SPARE),
-    ioctl(io(NONE, 0x41, 0), "KVM_CREATE_VCPU", Saved, SPARE),
-    ioctl(io(NONE, 0x47, 0), "KVM_SET_TSS_ADDR", Saved, SPARE),
-    ioctl(io(NONE, 0x60, 0), "KVM_CREATE_IRQCHIP", Saved, SPARE),
-    ioctl(io(WRITE, 0x90, size_of::<kvm::kvm_cpuid2>()), "KVM_SET_CPUID2", Saved, SPARE),
-    ioctl(SET_MSRS, "KVM_SET_MSRS", Saved, STATE),
-    ioctl(io(BOTH, 0x88, size_of::<kvm::kvm_msrs>()), "KVM_GET_MSRS", Saved, STATE),
-    ioctl(io(READ, 0x98, size_of::<kvm::kvm_mp_state>()), "KVM_GET_MP_STATE", Saved, STATE),
-    ioctl(io(READ, 0x81, size_of::<kvm::kvm_regs>()), "KVM_GET_REGS", Saved, STATE),
-    ioctl(io(READ, 0x83, size_of::<kvm::kvm_sregs>()), "KVM_GET_SREGS", Saved, STATE),
-    ioctl(io(READ, 0xa4, size_of::<kvm::kvm_xsave>()), "KVM_GET_XSAVE", Saved, STATE),
-    ioctl(io(READ, 0xa6, size_of::<kvm::kvm_xcrs>()), "KVM_GET_XCRS", Saved, STATE),
-    ioctl(io(READ, 0x8c, size_of::<kvm::kvm_fpu>()), "KVM_GET_FPU", Saved, STATE),
-    ioctl(io(READ, 0xa1, size_of::<kvm::kvm_debugregs>()), "KVM_GET_DEBUGREGS", Saved, STATE),
-    ioctl(io(READ, 0x8e, size_of::<kvm::kvm_lapic_state>()), "KVM_GET_LAPIC", Saved, STATE),
-    ioctl(io(NONE, 0xa3, 0), "KVM_GET_TSC_KHZ", Saved, STATE),
-    ioctl(io(READ, 0x9f, size_of::<kvm::kvm_vcpu_events>()), "KVM_GET_VCPU_EVENTS", Saved, STATE),
-    ioctl(io(READ, 0x7c, size_of::<kvm::kvm_clock_data>()), "KVM_GET_CLOCK", Saved, CHIPS),
-    ioctl(io(BOTH, 0x62, size_of::<kvm::kvm_irqchip>()), "KVM_GET_IRQCHIP", Saved, CHIPS),
 ];
 
-/// What only builds for debugging ask: whether a descriptor is open, before it is closed.
-const DEBUG: &[Rule] = if cfg!(debug_assertions) {
-    &[rule(
+const SET_MSRS: u32 = kvm_request(WRITE, 0x89, size_of::<kvm::kvm_msrs>());
+
+const VCPU_STATE: &str = "reads the state of a vCPU and tries it on a spare one";
+const CHIP_STATE: &str = "reads the state of the clock and the interrupt controllers";
+const SPARE_VM: &str = "makes a spare VM, which shows which registers have to be saved";
+
+const READ_REGS: u32 = kvm_request(READ, 0x81, size_of::<kvm::kvm_regs>());
+const READ_SREGS: u32 = kvm_request(READ, 0x83, size_of::<kvm::kvm_sregs>());
+const READ_MSRS: u32 = kvm_request(BOTH, 0x88, size_of::<kvm::kvm_msrs>());
+const READ_FPU: u32 = kvm_request(READ, 0x8c, size_of::<kvm::kvm_fpu>());
+const READ_LAPIC: u32 = kvm_request(READ, 0x8e, size_of::<kvm::kvm_lapic_state>());
+const READ_MP_STATE: u32 = kvm_request(READ, 0x98, size_of::<kvm::kvm_mp_state>());
+const READ_EVENTS: u32 = kvm_request(READ, 0x9f, size_of::<kvm::kvm_vcpu_events>());
+const READ_DEBUGREGS: u32 = kvm_request(READ, 0xa1, size_of::<kvm::kvm_debugregs>());
+const READ_XSAVE: u32 = kvm_request(READ, 0xa4, size_of::<kvm::kvm_xsave>());
+const READ_XCRS: u32 = kvm_request(READ, 0xa6, size_of::<kvm::kvm_xcrs>());
+const READ_CLOCK: u32 = kvm_request(READ, 0x7c, size_of::<kvm::kvm_clock_data>());
+const READ_IRQCHIP: u32 = kvm_request(BOTH, 0x62, size_of::<kvm::kvm_irqchip>());
+const SET_CLOCK: u32 = kvm_request(WRITE, 0x7b, size_of::<kvm::kvm_clock_data>());
+const SET_CPUID: u32 = kvm_request(WRITE, 0x90, size_of::<kvm::kvm_cpuid2>());
+const SUPPORTED_CPUID: u32 = kvm_request(BOTH, 0x05, size_of::<kvm::kvm_cpuid2>());
+const MSR_INDEX_LIST: u32 = kvm_request(BOTH, 0x02, size_of::<kvm::kvm_msr_list>());
+
+/// Requests of the VMM thread: none, unless the guest waits for its channel or is saved.
+const VMM_IOCTLS: [IoctlRule; 25] = [
+    ioctl(0x5421, "FIONBIO", Prepared, "makes the channel non-blocking"),
+    ioctl(SET_CLOCK, "KVM_SET_CLOCK", Prepared, "sets the guest's clock when the guest continues"),
+    ioctl(kvm_request(NONE, 0x01, 0), "KVM_CREATE_VM", Snapshotted, SPARE_VM),
+    ioctl(MSR_INDEX_LIST, "KVM_GET_MSR_INDEX_LIST", Snapshotted, SPARE_VM),
+    ioctl(kvm_request(NONE, 0x03, 0), "KVM_CHECK_EXTENSION", Snapshotted, SPARE_VM),
+    ioctl(kvm_request(NONE, 0x04, 0), "KVM_GET_VCPU_MMAP_SIZE", Snapshotted, SPARE_VM),
+    ioctl(SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID", Snapshotted, SPARE_VM),
+    ioctl(kvm_request(NONE, 0x41, 0), "KVM_CREATE_VCPU", Snapshotted, SPARE_VM),
+    ioctl(kvm_request(NONE, 0x47, 0), "KVM_SET_TSS_ADDR", Snapshotted, SPARE_VM),
+    ioctl(kvm_request(NONE, 0x60, 0), "KVM_CREATE_IRQCHIP", Snapshotted, SPARE_VM),
+    ioctl(SET_CPUID, "KVM_SET_CPUID2", Snapshotted, SPARE_VM),
+    ioctl(SET_MSRS, "KVM_SET_MSRS", Snapshotted, VCPU_STATE),
+    ioctl(READ_MSRS, "KVM_GET_MSRS", Snapshotted, VCPU_STATE),
+    ioctl(READ_MP_STATE, "KVM_GET_MP_STATE", Snapshotted, VCPU_STATE),
+    ioctl(READ_REGS, "KVM_GET_REGS", Snapshotted, VCPU_STATE),
+    ioctl(READ_SREGS, "KVM_GET_SREGS", Snapshotted, VCPU_STATE),
+    ioctl(READ_XSAVE, "KVM_GET_XSAVE", Snapshotted, VCPU_STATE),
+    ioctl(READ_XCRS, "KVM_GET_XCRS", Snapshotted, VCPU_STATE),
+    ioctl(READ_FPU, "KVM_GET_FPU", Snapshotted, VCPU_STATE),
+    ioctl(READ_DEBUGREGS, "KVM_GET_DEBUGREGS", Snapshotted, VCPU_STATE),
+    ioctl(READ_LAPIC, "KVM_GET_LAPIC", Snapshotted, VCPU_STATE),
+    ioctl(kvm_request(NONE, 0xa3, 0), "KVM_GET_TSC_KHZ", Snapshotted, VCPU_STATE),
+    ioctl(READ_EVENTS, "KVM_GET_VCPU_EVENTS", Snapshotted, VCPU_STATE),
+    ioctl(READ_CLOCK, "KVM_GET_CLOCK", Snapshotted, CHIP_STATE),
+    ioctl(READ_IRQCHIP, "KVM_GET_IRQCHIP", Snapshotted, CHIP_STATE),
+];
+
+/// Calls that only builds with debug assertions make.
+const DEBUG: &[SyscallRule] = if cfg!(debug_assertions) {
+    &[syscall(
         libc::SYS_fcntl,
         "fcntl",
         OneOf(1, &[1]),
-        Always,
-        "F_GETFD: builds for debugging check what they close",
+        All,
+        "F_GETFD: debug builds check that a descriptor is open before they close it",
     )]
 } else {
     &[]
 };
 
-/// The system calls of a thread, but for ioctl.
-pub fn calls(thread: Thread) -> impl Iterator<Item = &'static Rule> {
-    let (own, saving): (&[Rule], &[Rule]) = match thread {
-        Thread::Vcpu => (&VCPU, &[]),
-        Thread::Vmm => (&VMM, &SAVING),
+/// Returns the system calls of a thread except ioctl, each once.
+pub fn syscall_rules(role: ThreadRole) -> impl Iterator<Item = &'static SyscallRule> {
+    let own: &[SyscallRule] = match role {
+        ThreadRole::Vcpu => &VCPU,
+        ThreadRole::Vmm => &VMM,
     };
-    own.iter().chain(saving).chain(&WAITING).chain(&MEMORY).chain(DEBUG)
+    own.iter().chain(&THREADS).chain(&MEMORY).chain(DEBUG)
 }
 
-/// The requests of a thread, the most frequent first.
-pub fn ioctls(thread: Thread) -> &'static [Ioctl] {
-    match thread {
-        Thread::Vcpu => &VCPU_IOCTLS,
-        Thread::Vmm => &VMM_IOCTLS,
+/// Returns the ioctl requests of a thread.
+pub fn ioctl_rules(role: ThreadRole) -> &'static [IoctlRule] {
+    match role {
+        ThreadRole::Vcpu => &VCPU_IOCTLS,
+        ThreadRole::Vmm => &VMM_IOCTLS,
     }
 }

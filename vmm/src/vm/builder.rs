@@ -74,7 +74,7 @@ impl MonitorBuilder {
     }
 
     /// Filters the system calls of every vCPU's thread and, for good, of the thread that calls [`Monitor::run`]: for a program
-    /// that has nothing else to do, and has called [`seccomp::prepare`](crate::seccomp::prepare).
+    /// that has nothing else to do, and has called [`seccomp::prepare_process`](crate::seccomp::prepare_process).
     pub fn filters(mut self, filters: bool) -> Self {
         self.filters = filters;
         self

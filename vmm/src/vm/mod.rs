@@ -47,7 +47,7 @@ use crate::control::{Command, Control, EndReason, Message, TemplateEvent};
 use crate::kvm::Vm;
 use crate::memory::working_set::Recorder;
 use crate::ramoops;
-use crate::seccomp::rules::Thread;
+use crate::seccomp::rules::ThreadRole;
 use crate::seccomp::{self, Filters};
 use crate::spec::VmSpec;
 use crate::state::{MachineState, StateError};
@@ -247,13 +247,13 @@ impl Monitor {
             Ok::<_, MonitorError>(())
         };
         let gate = Arc::new(Gate::default());
-        let filters = filters.then(|| Filters::of(&spec));
+        let filters = filters.then(|| Filters::for_spec(&spec));
         let filter = |vcpus: usize| {
             let Some(filters) = filters else { return Ok(()) };
             // The only one runs no guest before it has its filter on; of several, each must.
             gate.await_arrivals(if vcpus > 1 { vcpus } else { 0 });
-            seccomp::no_more_threads(vcpus + 1).map_err(host("limit the number of threads"))?;
-            filters.install(Thread::Vmm).map_err(host("filter system calls"))
+            seccomp::limit_threads(vcpus + 1).map_err(host("limit the number of threads"))?;
+            filters.install_filter(ThreadRole::Vmm).map_err(host("filter system calls"))
         };
         // From here on the guest may do what it wants: whatever is not needed to serve it has been done.
         let enter = |desk: &mut Desk<'_>| {

@@ -23,7 +23,7 @@ use crate::control::EndReason;
 use crate::kvm::save::resume;
 use crate::one_line;
 use crate::seccomp::Filters;
-use crate::seccomp::rules::Thread;
+use crate::seccomp::rules::ThreadRole;
 
 /// How often a vCPU that was told to stop is reminded.
 const KICK_INTERVAL: Duration = Duration::from_micros(100);
@@ -163,7 +163,8 @@ impl Vcpu {
         let builder =
             std::thread::Builder::new().name(format!("vcpu{}", self.index)).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
-            let filtered = filters.map_or(Ok(()), |filters| filters.install(Thread::Vcpu));
+            let filtered =
+                filters.map_or(Ok(()), |filters| filters.install_filter(ThreadRole::Vcpu));
             // At its first run KVM starts a thread of its own, at the latest. It comes back at once, and says that it was
             // interrupted; whatever else is wrong is found when the guest is to run.
             self.fd.set_kvm_immediate_exit(1);
