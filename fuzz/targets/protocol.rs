@@ -14,10 +14,10 @@ fn drive<R: Role>(data: &[u8]) {
     let mut next = first;
     let mut own = None;
     while !choices.is_empty() {
-        let space = connection.space();
+        let space = connection.input_buffer();
         let bytes = choices.bytes(piece.min(space.len()));
         space[..bytes.len()].copy_from_slice(bytes);
-        connection.filled(bytes.len());
+        connection.commit_input(bytes.len());
         loop {
             let mut consumed = None;
             match connection.next_event() {
@@ -27,33 +27,33 @@ fn drive<R: Role>(data: &[u8]) {
                     // Which streams a message names is the layer above's to know; here it names a new one each time.
                     let direction = [Direction::Send, Direction::Receive, Direction::Both]
                         [usize::from(habits) % 3];
-                    if connection.accept(next, direction).is_err() {
+                    if connection.accept_stream(next, direction).is_err() {
                         return;
                     }
                     next += 2;
-                    own = connection.open(direction).or(own);
+                    own = connection.open_stream(direction).or(own);
                 }
                 Ok(Some(Event::Data { stream, bytes })) => consumed = Some((stream, bytes.len())),
-                Ok(Some(Event::Established { .. })) => own = connection.open(Direction::Both),
+                Ok(Some(Event::Established { .. })) => own = connection.open_stream(Direction::Both),
                 Ok(Some(_)) => {}
             }
             if let Some((stream, count)) = consumed.filter(|_| habits & 4 != 0) {
-                connection.consumed(stream, count);
+                connection.return_credit(stream, count);
             }
         }
         if let Some(own) = own {
-            let sent = connection.send(own, b"payload");
+            let sent = connection.send_data(own, b"payload");
             assert!(sent <= 7);
             if habits & 8 != 0 {
-                connection.end(own);
+                connection.end_stream(own);
             }
             if habits & 16 != 0 {
-                connection.reset(own);
+                connection.reset_stream(own);
             }
         }
         if habits & 32 != 0 {
-            let count = connection.output().len();
-            connection.wrote(count);
+            let count = connection.pending_output().len();
+            connection.consume_output(count);
         }
     }
 }

@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use chitin_protocol::{
     Confine, Connection, Direction, Event, Exit, Failure, Fault, Guest, MAX_DATA, Reseed, Start,
-    StartError, StreamId, ToGuest, ToHost, Usage,
+    StartError, StreamId, ToGuest, ToHost, Unexpected, Usage,
 };
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -265,10 +265,10 @@ impl Agent {
     fn turn(&mut self) -> Result<Option<bool>, Error> {
         let mut moved = false;
         if self.readable {
-            match rustix::io::read(self.channel.input(), self.connection.space()) {
+            match rustix::io::read(self.channel.input(), self.connection.input_buffer()) {
                 Ok(0) => return Ok(None),
                 Ok(count) => {
-                    self.connection.filled(count);
+                    self.connection.commit_input(count);
                     moved = true;
                     self.take_events()?;
                 }
@@ -296,9 +296,9 @@ impl Agent {
             let outcome = match &mut self.buffers.splicer {
                 // Before all that was queued since.
                 Some(splicer) if !splicer.is_empty() => splicer.send(channel),
-                _ if self.connection.output().is_empty() => break,
-                _ => rustix::io::write(channel, self.connection.output())
-                    .inspect(|count| self.connection.wrote(*count)),
+                _ if self.connection.pending_output().is_empty() => break,
+                _ => rustix::io::write(channel, self.connection.pending_output())
+                    .inspect(|count| self.connection.consume_output(*count)),
             };
             match outcome {
                 Ok(_) => moved = true,
@@ -317,7 +317,7 @@ impl Agent {
     }
 
     fn is_all_written(&self) -> bool {
-        self.connection.output().is_empty()
+        self.connection.pending_output().is_empty()
             && self.buffers.splicer.as_ref().is_none_or(Splicer::is_empty)
     }
 
@@ -363,7 +363,7 @@ impl Agent {
                         // Its pump is gone and its reset on the way.
                         _ => bytes.len(),
                     };
-                    self.connection.consumed(stream, left);
+                    self.connection.return_credit(stream, left);
                 }
                 Event::End { stream } => match self.pumps.get_mut(&stream) {
                     Some(Pump::In(inflow)) => inflow.end(),
@@ -381,14 +381,14 @@ impl Agent {
     fn take_message(&mut self, message: ToGuest) -> Result<(), Error> {
         match (self.stage, &message) {
             (Stage::Running, ToGuest::Reseed(_)) => {
-                return Err(Fault::Unexpected { what: "a reseed without a freeze" })?;
+                return Err(Fault::Unexpected(Unexpected::ReseedWithoutFreeze))?;
             }
             (Stage::Running, _) | (Stage::Restored, ToGuest::Reseed(_)) => {}
             (Stage::Freezing, _) => {
-                return Err(Fault::Unexpected { what: "a message behind a freeze" })?;
+                return Err(Fault::Unexpected(Unexpected::MessageAfterFreeze))?;
             }
             (Stage::Restored, _) => {
-                return Err(Fault::Unexpected { what: "a message before a reseed" })?;
+                return Err(Fault::Unexpected(Unexpected::MessageBeforeReseed))?;
             }
         }
         match message {
@@ -403,11 +403,11 @@ impl Agent {
                 self.send(&ToHost::Done { request, result });
             }
             ToGuest::Put { request, path, stream } => {
-                self.connection.accept(stream, Direction::Receive)?;
+                self.connection.accept_stream(stream, Direction::Receive)?;
                 self.copy(request, copy_jobs::Direction::In, &path, stream)?;
             }
             ToGuest::Get { request, path, stream } => {
-                self.connection.accept(stream, Direction::Send)?;
+                self.connection.accept_stream(stream, Direction::Send)?;
                 self.copy(request, copy_jobs::Direction::Out, &path, stream)?;
             }
             ToGuest::Freeze { request } => {
@@ -436,11 +436,11 @@ impl Agent {
                 self.send(&ToHost::Done { request, result });
             }
             ToGuest::Connect { request, port, stream } => {
-                self.connection.accept(stream, Direction::Both)?;
+                self.connection.accept_stream(stream, Direction::Both)?;
                 let link = egress::connect(port)
                     .and_then(|socket| Link::connecting(socket, request, port));
                 if let Err(errno) = link.and_then(|link| self.link(stream, link)) {
-                    self.connection.reset(stream);
+                    self.connection.reset_stream(stream);
                     self.send(&ToHost::Done { request, result: Err(refused(port, errno)) });
                 }
             }
@@ -503,26 +503,26 @@ impl Agent {
             self.send(&message);
         }
         // A host that does not read must not be told more and more: a workload may connect as fast as it can.
-        while self.connection.can_open()
-            && self.connection.output().len() < DIAL_BACKLOG
+        while self.connection.can_open_stream()
+            && self.connection.pending_output().len() < DIAL_BACKLOG
             && let Some(Dialled { socket, host, port }) = self.egress.accept()
         {
             moved = true;
             // One that fails here is dropped, which its other side notices.
             if let Ok(link) = Link::new(socket)
-                && let Some(stream) = self.connection.open(Direction::Both)
+                && let Some(stream) = self.connection.open_stream(Direction::Both)
             {
                 self.send(&ToHost::Dial { host, port, stream });
                 if let Err(errno) = self.link(stream, link) {
                     crate::log(format_args!("cannot watch a connection: {errno}"));
-                    self.connection.reset(stream);
+                    self.connection.reset_stream(stream);
                 }
             }
         }
         moved
-            || (self.connection.can_open()
+            || (self.connection.can_open_stream()
                 && self.egress.is_knocked()
-                && self.connection.output().is_empty())
+                && self.connection.pending_output().is_empty())
     }
 
     fn freeze(&mut self) -> Result<(), Failure> {
@@ -568,7 +568,7 @@ impl Agent {
     /// is a copy.
     fn reconnect(&mut self) -> Result<(), Error> {
         let Some(spare) = self.spare.take() else {
-            return Err(Fault::Unexpected { what: "a second freeze" })?;
+            return Err(Fault::Unexpected(Unexpected::SecondFreeze))?;
         };
         // What belongs to the old channel: its streams, and the names the host had given.
         self.pumps.clear();
@@ -594,7 +594,7 @@ impl Agent {
         stream: StreamId,
     ) -> Result<(), Error> {
         if self.copies.contains(request) {
-            return Err(Fault::Unexpected { what: "two requests of one name" })?;
+            return Err(Fault::Unexpected(Unexpected::RequestIdInUse(request)))?;
         }
         if let Err(failure) = self.try_copy(request, direction, path, stream) {
             self.end_copy(copy_jobs::Finished {
@@ -639,31 +639,31 @@ impl Agent {
         match copy.direction {
             // What the host has sent behind the tree is ignored, and so is its end.
             copy_jobs::Direction::In if copy.outcome.is_ok() => {}
-            copy_jobs::Direction::In => self.connection.reset(copy.stream),
-            copy_jobs::Direction::Out => self.connection.end(copy.stream),
+            copy_jobs::Direction::In => self.connection.reset_stream(copy.stream),
+            copy_jobs::Direction::Out => self.connection.end_stream(copy.stream),
         }
         self.send(&ToHost::Done { request: copy.request, result: copy.outcome });
     }
 
     fn start(&mut self, start: &Start) -> Result<(), Error> {
         if self.processes.iter().any(|process| process.name == start.process) {
-            return Err(Fault::Unexpected { what: "two processes of one name" })?;
+            return Err(Fault::Unexpected(Unexpected::ProcessIdInUse(start.process)))?;
         }
         let mut streams = vec![(start.stdout, Direction::Send), (start.stderr, Direction::Send)];
         streams.extend(start.stdin.map(|stream| (stream, Direction::Receive)));
         // Ids only grow, and a host may open the three in any order.
         streams.sort_by_key(|(stream, _)| *stream);
         for (stream, direction) in streams {
-            self.connection.accept(stream, direction)?;
+            self.connection.accept_stream(stream, direction)?;
         }
         if let Err((error, failure)) = self.try_start(start) {
             for stream in start.stdin.into_iter().chain([start.stdout, start.stderr]) {
                 self.pumps.remove(&stream);
             }
-            self.connection.end(start.stdout);
-            self.connection.end(start.stderr);
+            self.connection.end_stream(start.stdout);
+            self.connection.end_stream(start.stderr);
             if let Some(stdin) = start.stdin {
-                self.connection.reset(stdin);
+                self.connection.reset_stream(stdin);
             }
             let exit = Exit::NotStarted { error, failure };
             self.send(&ToHost::Exited { process: start.process, exit, usage: Usage::default() });
@@ -796,7 +796,7 @@ impl Agent {
             }
             if let Some(stdin) = process.stdin {
                 self.pumps.remove(&stdin);
-                self.connection.reset(stdin);
+                self.connection.reset_stream(stdin);
             }
         }
     }
@@ -833,8 +833,8 @@ fn hello(channel: &Channel, started_ns: u64) -> Connection<Guest> {
     if let Err(error) = connection.send_message(&ready) {
         crate::log(error);
     }
-    if let Ok(count) = rustix::io::write(channel.output(), connection.output()) {
-        connection.wrote(count);
+    if let Ok(count) = rustix::io::write(channel.output(), connection.pending_output()) {
+        connection.consume_output(count);
     }
     connection
 }

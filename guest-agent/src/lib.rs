@@ -140,9 +140,9 @@ const MAX_FAILURE: usize = 512;
 /// A failure for the host. `object` may be any bytes.
 fn failure(operation: &str, object: &[u8], errno: Errno) -> Failure {
     let object = String::from_utf8_lossy(&object[..object.len().min(MAX_FAILURE)]);
-    let what =
+    let operation =
         if object.is_empty() { operation.to_owned() } else { format!("{operation} {object}") };
-    Failure { what, errno: errno.raw_os_error() }
+    Failure { operation, errno: errno.raw_os_error() }
 }
 
 #[cfg(test)]
@@ -162,6 +162,6 @@ mod tests {
     #[test]
     fn a_failure_is_short_whatever_it_is_about() {
         let failure = failure("enter", &[0xff; 100_000], Errno::NOENT);
-        assert!(failure.what.len() < 4 * MAX_FAILURE, "{}", failure.what.len());
+        assert!(failure.operation.len() < 4 * MAX_FAILURE, "{}", failure.operation.len());
     }
 }

@@ -6,12 +6,14 @@ mod support;
 
 use std::io::Write;
 
-use chitin_protocol::{Connection, Direction, Exit, Host, MAX_STREAMS, ToGuest, WINDOW};
+use chitin_protocol::{
+    Connection, Direction, Exit, Fault, Host, MAX_STREAMS, ToGuest, Unexpected, VERSION, WINDOW,
+};
 use support::{AGENT, Agent};
 
 /// What a well-behaved host says first.
 fn hello() -> Vec<u8> {
-    Connection::<Host>::new().output().to_vec()
+    Connection::<Host>::new().pending_output().to_vec()
 }
 
 fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -30,28 +32,48 @@ fn a_breach_ends_the_agent_and_is_logged() {
         header[0] = 2;
         [header.as_slice(), &[0; 4]].concat()
     };
-    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
-        ("noise", b"GET / HTTP/1.1\r\n\r\n".to_vec(), "before its hello"),
-        ("another protocol", frame(1, 0, b"SSH-2.0-"), "malformed"),
-        ("version 0", frame(1, 0, b"CHTN\0\0\0\0"), "version 0"),
-        ("a hello twice", bad(&hello()), "twice"),
-        ("an unknown kind", bad(&frame(9, 2, b"")), "kind 0x09"),
-        ("an oversized control frame", bad(&oversized), "16777215 bytes"),
-        ("an undecodable message", bad(&frame(2, 0, &[0xff; 30])), "undecodable"),
-        ("a Start cut short", bad(&frame(2, 0, &[0, 1, 1])), "undecodable"),
-        ("data for a stream never opened", bad(&frame(3, 2, b"x")), "never opened"),
-        ("credit for a stream never opened", bad(&frame(4, 8, &[0; 4])), "never opened"),
-        ("a message for the host", bad(&frame(2, 0, &[200])), "undecodable"),
+    let cases: Vec<(&str, Vec<u8>, Fault)> = vec![
+        ("noise", b"GET / HTTP/1.1\r\n\r\n".to_vec(), Fault::MissingHello { kind: b'G' }),
+        ("another protocol", frame(1, 0, b"SSH-2.0-"), Fault::InvalidHello),
+        (
+            "version 0",
+            frame(1, 0, b"CHTN\0\0\0\0"),
+            Fault::UnsupportedVersion { theirs: 0, ours: VERSION },
+        ),
+        ("a hello twice", bad(&hello()), Fault::DuplicateHello),
+        ("an unknown kind", bad(&frame(9, 2, b"")), Fault::UnknownKind { kind: 9 }),
+        (
+            "an oversized control frame",
+            bad(&oversized),
+            Fault::InvalidLength { kind: 2, len: 0xff_ffff },
+        ),
+        (
+            "an undecodable message",
+            bad(&frame(2, 0, &[0xff; 30])),
+            Fault::InvalidMessage { len: 30 },
+        ),
+        ("a Start cut short", bad(&frame(2, 0, &[0, 1, 1])), Fault::InvalidMessage { len: 3 }),
+        (
+            "data for a stream never opened",
+            bad(&frame(3, 2, b"x")),
+            Fault::UnknownStream { kind: 3, stream: 2 },
+        ),
+        (
+            "credit for a stream never opened",
+            bad(&frame(4, 8, &[0; 4])),
+            Fault::UnknownStream { kind: 4, stream: 8 },
+        ),
+        ("a message for the host", bad(&frame(2, 0, &[200])), Fault::InvalidMessage { len: 1 }),
     ];
-    for (name, bytes, words) in cases {
+    for (name, bytes, fault) in cases {
         let mut agent = Agent::spawn();
         agent.socket.write_all(&bytes).unwrap();
         // Its own hello would be a second one.
-        let length = agent.connection.output().len();
-        agent.connection.wrote(length);
+        let length = agent.connection.pending_output().len();
+        agent.connection.consume_output(length);
         let (code, log) = agent.until_ended();
         assert_eq!(code, Some(1), "{name}: {log}");
-        assert!(log.contains("broke the protocol") && log.contains(words), "{name}: {log}");
+        assert!(log.contains(&fault.to_string()), "{name}: {log}");
         assert_eq!(log.lines().count(), 1, "{name}: {log}");
     }
 }
@@ -74,25 +96,28 @@ fn a_breach_takes_the_processes_with_it() {
 fn streams_and_names_are_not_used_twice() {
     let mut agent = Agent::up();
     let start = agent.plain(&["sleep", "50"]);
+    let fault = Fault::from(Unexpected::ProcessIdInUse(start.process));
     let again = start.clone();
     agent.start(start);
     agent.start(again);
     let (code, log) = agent.until_ended();
     assert_eq!(code, Some(1));
-    assert!(log.contains("two processes of one name"), "{log}");
+    assert!(log.contains(&fault.to_string()), "{log}");
 
     let mut agent = Agent::up();
     let mut start = agent.plain(&["true"]);
     start.stderr = start.stdout;
+    let fault = Fault::InvalidStreamId { stream: start.stdout };
     agent.start(start);
-    assert!(agent.until_ended().1.contains("an id it may not use"));
+    assert!(agent.until_ended().1.contains(&fault.to_string()));
 
     let mut agent = Agent::up();
     let mut start = agent.plain(&["true"]);
     // Odd ids are the guest's.
     start.stdout = 3;
     agent.start(start);
-    assert!(agent.until_ended().1.contains("an id it may not use"));
+    let fault = Fault::InvalidStreamId { stream: 3 };
+    assert!(agent.until_ended().1.contains(&fault.to_string()));
 }
 
 #[test]
@@ -118,7 +143,7 @@ fn ten_thousand_streams_one_after_the_other() {
     // Each takes the whole way of a request: opened, refused, closed.
     for _ in 0..10_000 {
         let request = agent.request();
-        let stream = agent.connection.open(Direction::Receive).unwrap();
+        let stream = agent.connection.open_stream(Direction::Receive).unwrap();
         let get = ToGuest::Get { request, path: b"/proc/1".to_vec(), stream };
         agent.connection.send_message(&get).unwrap();
         if request.is_multiple_of(100) {
@@ -136,7 +161,7 @@ fn copies_beyond_the_limit_are_refused() {
     let mut agent = Agent::up();
     let mut requests = Vec::new();
     // Their threads wait for trees that do not come.
-    while let Some(stream) = agent.connection.open(Direction::Send) {
+    while let Some(stream) = agent.connection.open_stream(Direction::Send) {
         let request = agent.request();
         requests.push((request, stream));
         let put = ToGuest::Put { request, path: b"/tmp/never".to_vec(), stream };
@@ -150,7 +175,7 @@ fn copies_beyond_the_limit_are_refused() {
     let running = agent.run(&["true"]);
     assert_eq!(agent.exit(running), Exit::Code(0));
     for (_, stream) in requests {
-        agent.connection.end(stream);
+        agent.connection.end_stream(stream);
     }
     agent.until(|agent| agent.done.len() == MAX_STREAMS);
 }
@@ -160,9 +185,9 @@ fn a_host_that_never_reads_is_no_reason_to_grow() {
     let mut agent = Agent::up();
     let running: Vec<_> = (0..20).map(|_| agent.run(&["cat", "/dev/zero"])).collect();
     // Said, and from here on nothing is read.
-    while !agent.connection.output().is_empty() {
-        let count = agent.socket.write(agent.connection.output()).unwrap();
-        agent.connection.wrote(count);
+    while !agent.connection.pending_output().is_empty() {
+        let count = agent.socket.write(agent.connection.pending_output()).unwrap();
+        agent.connection.consume_output(count);
     }
     std::thread::sleep(std::time::Duration::from_millis(500));
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.child.id())).unwrap();

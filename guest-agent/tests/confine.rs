@@ -46,7 +46,7 @@ fn a_rule_for_what_is_not_there_is_an_error() {
     let rules = vec![FileRule { path: b"/nowhere".to_vec(), writable: false }];
     let plan = Confine { files: Some(rules), ..nothing(&mut agent) };
     let failure = confine(&mut agent, plan).unwrap_err();
-    assert_eq!((failure.what.as_str(), failure.errno), ("allow files in /nowhere", 2));
+    assert_eq!((failure.operation.as_str(), failure.errno), ("allow files in /nowhere", 2));
 }
 
 #[test]

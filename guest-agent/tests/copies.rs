@@ -19,22 +19,22 @@ fn put(agent: &mut Agent, source: &Path, target: &str) -> Result<(), Failure> {
 }
 
 fn put_bytes(agent: &mut Agent, tree: &[u8], target: &[u8]) -> Result<(), Failure> {
-    let stream = agent.connection.open(Direction::Send).unwrap();
+    let stream = agent.connection.open_stream(Direction::Send).unwrap();
     let request = agent.request();
     let put = ToGuest::Put { request, path: target.to_vec(), stream };
     agent.connection.send_message(&put).unwrap();
     let mut rest = tree;
     while !rest.is_empty() && agent.connection.is_sending(stream) {
-        rest = &rest[agent.connection.send(stream, rest)..];
+        rest = &rest[agent.connection.send_data(stream, rest)..];
         assert!(agent.turn());
     }
-    agent.connection.end(stream);
+    agent.connection.end_stream(stream);
     agent.until(|agent| agent.done.contains_key(&request));
     agent.done.remove(&request).unwrap()
 }
 
 fn get(agent: &mut Agent, source: &str) -> (Vec<u8>, Result<(), Failure>) {
-    let stream = agent.connection.open(Direction::Receive).unwrap();
+    let stream = agent.connection.open_stream(Direction::Receive).unwrap();
     let request = agent.request();
     let get = ToGuest::Get { request, path: source.as_bytes().to_vec(), stream };
     agent.connection.send_message(&get).unwrap();
@@ -88,14 +88,14 @@ fn paths_that_may_not_be_copied_are_refused_with_a_reason() {
     let through = link.join("file");
     for path in ["relative", "/tmp/../etc", "/proc/self/environ", "/sys/x", "/dev/null", ""] {
         let failure = put(&mut agent, &file, path).unwrap_err();
-        assert!(failure.what.contains(path), "{failure}");
+        assert!(failure.operation.contains(path), "{failure}");
         let (tree, result) = get(&mut agent, path);
         assert!(tree.is_empty());
-        assert!(result.unwrap_err().what.contains(path));
+        assert!(result.unwrap_err().operation.contains(path));
     }
     let through = through.to_str().unwrap();
-    assert!(put(&mut agent, &file, through).unwrap_err().what.contains("symbolic link"));
-    assert!(get(&mut agent, through).1.unwrap_err().what.contains("symbolic link"));
+    assert!(put(&mut agent, &file, through).unwrap_err().operation.contains("symbolic link"));
+    assert!(get(&mut agent, through).1.unwrap_err().operation.contains("symbolic link"));
     put_bytes(&mut agent, b"\x01", b"/tmp/a\0b").unwrap_err();
     let (_, result) = get(&mut agent, "/no/such/file");
     assert_eq!(result.unwrap_err().errno, 2);
@@ -135,21 +135,21 @@ fn a_host_may_break_a_copy_off() {
     std::fs::write(outside.path().join("file"), vec![1; 4_000_000]).unwrap();
     let mut agent = Agent::up();
 
-    let stream = agent.connection.open(Direction::Receive).unwrap();
+    let stream = agent.connection.open_stream(Direction::Receive).unwrap();
     let request = agent.request();
     let path = outside.path().as_os_str().as_bytes().to_vec();
     agent.withhold.push(stream);
     agent.connection.send_message(&ToGuest::Get { request, path, stream }).unwrap();
     agent.until(|agent| agent.output.contains_key(&stream));
-    agent.connection.reset(stream);
+    agent.connection.reset_stream(stream);
     agent.until(|agent| agent.done.contains_key(&request));
     assert!(agent.done[&request].is_err());
 
-    let stream = agent.connection.open(Direction::Send).unwrap();
+    let stream = agent.connection.open_stream(Direction::Send).unwrap();
     let request = agent.request();
     let path = outside.path().join("other").as_os_str().as_bytes().to_vec();
     agent.connection.send_message(&ToGuest::Put { request, path, stream }).unwrap();
-    agent.connection.reset(stream);
+    agent.connection.reset_stream(stream);
     agent.until(|agent| agent.done.contains_key(&request));
     assert!(agent.done[&request].is_err());
 }

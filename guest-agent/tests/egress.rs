@@ -162,7 +162,7 @@ s.close()
 ";
     let running = python(&mut agent, script);
     let (_, _, stream) = dialled(&mut agent);
-    agent.connection.reset(stream);
+    agent.connection.reset_stream(stream);
     let (_, _, stream) = dialled(&mut agent);
     assert_eq!(agent.output(running), "ConnectionResetError 104\n");
     agent.until(|agent| agent.reset.contains(&stream));
@@ -192,8 +192,8 @@ print(sum(len(c.recv(10)) for c in s))
     while served < MAX_DIALS + 20 {
         let (_, _, stream) = dialled(&mut agent);
         agent.until(|agent| agent.ended.contains(&stream));
-        assert_eq!(agent.connection.send(stream, b"y"), 1);
-        agent.connection.end(stream);
+        assert_eq!(agent.connection.send_data(stream, b"y"), 1);
+        agent.connection.end_stream(stream);
         served += 1;
     }
     assert_eq!(agent.output(running), format!("{0}\n{0}\n", MAX_DIALS + 20));
@@ -240,19 +240,19 @@ sys.stdin.read()
     let mut sent = 0;
     // Until the window and both sockets are full.
     for _ in 0..2000 {
-        sent += agent.connection.send(first, &[0; 65536]);
+        sent += agent.connection.send_data(first, &[0; 65536]);
         agent.turn();
-        if agent.connection.sendable(first) == 0
+        if agent.connection.send_capacity(first) == 0
             && sent > 300_000
-            && agent.connection.output().is_empty()
+            && agent.connection.pending_output().is_empty()
         {
             break;
         }
     }
     assert!(sent < 4 << 20, "{sent} bytes");
-    agent.connection.send(second, b"hello");
+    agent.connection.send_data(second, b"hello");
     agent.until(|agent| agent.output.contains_key(&running.stdout));
-    agent.connection.end(running.stdin.unwrap());
+    agent.connection.end_stream(running.stdin.unwrap());
     assert_eq!(agent.output(running), "hello\n");
 }
 
@@ -285,7 +285,7 @@ s = socket.socket(); s.bind(('0.0.0.0', 8443)); s.listen(); print('up', flush=Tr
     agent.until(|agent| agent.output.contains_key(&running.stdout));
     let failure = open(&mut agent, &["a.test:8443"]).unwrap_err();
     assert_eq!(failure.to_string(), "listen on 0.0.0.0:8443: Address already in use (os error 98)");
-    agent.connection.end(running.stdin.unwrap());
+    agent.connection.end_stream(running.stdin.unwrap());
     assert_eq!(agent.output(running), "up\n");
     // Nothing of the failed attempt is left.
     open(&mut agent, &["a.test:8443"]).unwrap();
@@ -293,7 +293,7 @@ s = socket.socket(); s.bind(('0.0.0.0', 8443)); s.listen(); print('up', flush=Tr
 
 fn connect(agent: &mut Agent, port: u16) -> (StreamId, Result<(), Failure>) {
     let request = agent.request();
-    let stream = agent.connection.open(Direction::Both).unwrap();
+    let stream = agent.connection.open_stream(Direction::Both).unwrap();
     agent.connection.send_message(&ToGuest::Connect { request, port, stream }).unwrap();
     agent.until(|agent| agent.done.contains_key(&request));
     (stream, agent.done.remove(&request).unwrap())

@@ -222,7 +222,7 @@ fn a_credential_is_replaced_and_taken_back_where_it_was_inherited() {
     let running = agent.shell(script);
     let next = |agent: &mut Agent| {
         let stdin = running.stdin.unwrap();
-        assert_eq!(agent.connection.send(stdin, b"\n"), 1);
+        assert_eq!(agent.connection.send_data(stdin, b"\n"), 1);
         agent.until(|agent| {
             agent.output.get(&running.stdout).is_some_and(|text| text.ends_with(b"\n"))
         });

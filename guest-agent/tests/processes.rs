@@ -175,7 +175,7 @@ fn a_host_that_stops_reading_stops_the_writer_and_nothing_else() {
 
     // The last of its output is still in the pipe, so its end is told when that has been taken, or refused.
     agent.signal(running, 9);
-    agent.connection.reset(running.stdout);
+    agent.connection.reset_stream(running.stdout);
     agent.until(|agent| agent.exits.contains_key(&running.name));
     assert_eq!(agent.exits[&running.name], Exit::Signal(9));
 
@@ -186,7 +186,7 @@ fn a_host_that_stops_reading_stops_the_writer_and_nothing_else() {
     });
     agent.signal(running, 15);
     agent.withhold.clear();
-    agent.connection.consumed(running.stdout, window);
+    agent.connection.return_credit(running.stdout, window);
     assert_eq!(agent.exit(running), Exit::Signal(15));
 }
 
@@ -195,7 +195,7 @@ fn refused_output_is_a_broken_pipe() {
     let mut agent = Agent::up();
     let running = agent.run(&["cat", "/dev/zero"]);
     agent.until(|agent| agent.output.contains_key(&running.stdout));
-    agent.connection.reset(running.stdout);
+    agent.connection.reset_stream(running.stdout);
     agent.until(|agent| agent.exits.contains_key(&running.name));
     assert_eq!(agent.exits[&running.name], Exit::Signal(13));
 }
@@ -214,7 +214,7 @@ fn input_that_nobody_reads_is_refused() {
     let running = agent.shell("head -c 10 >/dev/null");
     let stdin = running.stdin.unwrap();
     while agent.connection.is_sending(stdin) {
-        agent.connection.send(stdin, &[0; 65536]);
+        agent.connection.send_data(stdin, &[0; 65536]);
         assert!(agent.turn());
     }
     assert_eq!(agent.exit(running), Exit::Code(0));
@@ -227,7 +227,7 @@ fn input_that_waits_is_bounded_by_the_window() {
     let stdin = running.stdin.unwrap();
     let mut sent = 0;
     for _ in 0..8 {
-        sent += agent.connection.send(stdin, &[0; 65536]);
+        sent += agent.connection.send_data(stdin, &[0; 65536]);
         assert!(agent.turn());
     }
     // What the pipe took has been granted again; the rest has not.
@@ -298,7 +298,7 @@ fn more_processes_than_the_limit_are_refused_and_later_ones_are_not() {
     assert_eq!(error, StartError::Other);
     assert!(text.contains("64"), "{text}");
     for running in running {
-        agent.connection.end(running.stdin.unwrap());
+        agent.connection.end_stream(running.stdin.unwrap());
         assert_eq!(agent.exit(running), Exit::Code(0));
     }
     let later = agent.run(&["true"]);

@@ -105,12 +105,12 @@ fn copies_reach_any_path_and_lead_nowhere_else() {
     let mut tree = Vec::new();
     chitin_tree::send(file.path(), &mut tree, &chitin_tree::SendOptions::host()).unwrap();
     let put = |agent: &mut Agent, path: &str| {
-        let stream = agent.connection.open(Direction::Send).unwrap();
+        let stream = agent.connection.open_stream(Direction::Send).unwrap();
         let request = agent.request();
         let put = ToGuest::Put { request, path: path.into(), stream };
         agent.connection.send_message(&put).unwrap();
-        agent.connection.send(stream, &tree);
-        agent.connection.end(stream);
+        agent.connection.send_data(stream, &tree);
+        agent.connection.end_stream(stream);
         agent.until(|agent| agent.done.contains_key(&request));
         agent.done.remove(&request).unwrap()
     };

@@ -8,9 +8,9 @@
 //!   open ──data*──▶ end sent / end read ──▶ closed         reset, from either side, closes both halves
 //! ```
 //!
-//! Bytes from the peer go in at [`Connection::space`]/[`Connection::filled`] and come out as [`Event`]s; bytes
-//! for the peer wait in [`Connection::output`]. Control messages name the streams they open, and the layer
-//! above opens them ([`Connection::accept`]) while it handles the message, so the multiplexer needs no frame
+//! Bytes from the peer go in at [`Connection::input_buffer`]/[`Connection::commit_input`] and come out as [`Event`]s; bytes
+//! for the peer wait in [`Connection::pending_output`]. Control messages name the streams they open, and the layer
+//! above opens them ([`Connection::accept_stream`]) while it handles the message, so the multiplexer needs no frame
 //! for it and a data frame can never overtake its stream.
 
 use std::collections::BTreeMap;
@@ -77,7 +77,7 @@ pub enum Event<'a, M> {
     },
     /// A control message. Open the streams it names before asking for the next event.
     Message(M),
-    /// Bytes of a stream. Give them back as credit with [`Connection::consumed`] once they have left this side.
+    /// Bytes of a stream. Give them back as credit with [`Connection::return_credit`] once they have left this side.
     Data {
         /// The stream.
         stream: StreamId,
@@ -155,7 +155,7 @@ impl<R: Role> Default for Connection<R> {
 }
 
 impl<R: Role> Connection<R> {
-    /// A new connection, its own hello waiting in [`output`](Self::output).
+    /// A new connection, its own hello waiting in [`pending_output`](Self::pending_output).
     pub fn new() -> Self {
         let mut connection = Connection {
             established: false,
@@ -180,8 +180,8 @@ impl<R: Role> Connection<R> {
 
     // ---- input
 
-    /// Room for bytes from the peer; never empty. Say with [`filled`](Self::filled) how many came.
-    pub fn space(&mut self) -> &mut [u8] {
+    /// Room for bytes from the peer; never empty. Say with [`commit_input`](Self::commit_input) how many came.
+    pub fn input_buffer(&mut self) -> &mut [u8] {
         if self.parsed == self.received {
             self.parsed = 0;
             self.received = 0;
@@ -207,8 +207,8 @@ impl<R: Role> Connection<R> {
         &mut self.input[self.received..]
     }
 
-    /// The first `count` bytes of [`space`](Self::space) are from the peer.
-    pub fn filled(&mut self, count: usize) {
+    /// The first `count` bytes of [`input_buffer`](Self::input_buffer) are from the peer.
+    pub fn commit_input(&mut self, count: usize) {
         self.received = self.input.len().min(self.received + count);
     }
 
@@ -230,14 +230,14 @@ impl<R: Role> Connection<R> {
     pub fn next_event(&mut self) -> Result<Option<Event<'_, R::Receive>>, Fault> {
         loop {
             if self.output.len() - self.sent > OUTPUT_LIMIT {
-                return Err(Fault::Backlog { len: self.output.len() - self.sent });
+                return Err(Fault::UnreadBacklog { len: self.output.len() - self.sent });
             }
             // A bad kind in place of a hello is the more useful thing to report.
             if !self.established
                 && let Some(&kind) = self.input[self.parsed..self.received].first()
                 && kind != Kind::Hello as u8
             {
-                return Err(Fault::NoHello { kind });
+                return Err(Fault::MissingHello { kind });
             }
             let Some(header) = self.peek()? else { return Ok(None) };
             let start = self.parsed + HEADER_LEN;
@@ -256,7 +256,7 @@ impl<R: Role> Connection<R> {
                     let payload = &mut self.input[start..end];
                     let message = match postcard::take_from_bytes(payload) {
                         Ok((message, [])) => message,
-                        _ => return Err(Fault::BadMessage { len: header.len as usize }),
+                        _ => return Err(Fault::InvalidMessage { len: header.len as usize }),
                     };
                     // It may have carried a secret.
                     payload.zeroize();
@@ -291,17 +291,17 @@ impl<R: Role> Connection<R> {
 
     fn read_hello(&mut self, start: usize) -> Result<u32, Fault> {
         if self.established {
-            return Err(Fault::HelloTwice);
+            return Err(Fault::DuplicateHello);
         }
         let (magic, version) = self.input[start..start + HELLO_LEN].split_at(4);
         if magic != MAGIC {
-            return Err(Fault::BadHello);
+            return Err(Fault::InvalidHello);
         }
         let mut bytes = [0; 4];
         bytes.copy_from_slice(version);
         let theirs = u32::from_le_bytes(bytes);
         if theirs == 0 {
-            return Err(Fault::Version { theirs, ours: VERSION });
+            return Err(Fault::UnsupportedVersion { theirs, ours: VERSION });
         }
         self.established = true;
         Ok(theirs.min(VERSION))
@@ -363,7 +363,7 @@ impl<R: Role> Connection<R> {
 
     /// Opens a stream of this side's own, to be named in the control message sent next. `None` when there are as many
     /// as there may be: [`MAX_STREAMS`] of the host's, [`MAX_DIALS`] of the agent's.
-    pub fn open(&mut self, direction: Direction) -> Option<StreamId> {
+    pub fn open_stream(&mut self, direction: Direction) -> Option<StreamId> {
         if !self.has_room(R::OPENS_ODD) {
             return None;
         }
@@ -374,10 +374,10 @@ impl<R: Role> Connection<R> {
     }
 
     /// Opens a stream that a control message of the peer named.
-    pub fn accept(&mut self, id: StreamId, direction: Direction) -> Result<(), Fault> {
+    pub fn accept_stream(&mut self, id: StreamId, direction: Direction) -> Result<(), Fault> {
         let theirs = (id % 2 == 1) != R::OPENS_ODD;
         if !theirs || id <= self.last_peer {
-            return Err(Fault::BadStreamId { stream: id });
+            return Err(Fault::InvalidStreamId { stream: id });
         }
         if !self.has_room(!R::OPENS_ODD) {
             return Err(Fault::TooManyStreams);
@@ -387,8 +387,8 @@ impl<R: Role> Connection<R> {
         Ok(())
     }
 
-    /// Whether [`open`](Self::open) would open one.
-    pub fn can_open(&self) -> bool {
+    /// Whether [`open_stream`](Self::open_stream) would open one.
+    pub fn can_open_stream(&self) -> bool {
         self.has_room(R::OPENS_ODD)
     }
 
@@ -406,8 +406,8 @@ impl<R: Role> Connection<R> {
         self.streams.insert(id, Stream { send, receive });
     }
 
-    /// How many bytes [`send`](Self::send) would take now. 0 also for a stream that is closed.
-    pub fn sendable(&self, id: StreamId) -> usize {
+    /// How many bytes [`send_data`](Self::send_data) would take now. 0 also for a stream that is closed.
+    pub fn send_capacity(&self, id: StreamId) -> usize {
         let room = OUTPUT_HIGH_WATER.saturating_sub(self.output.len() - self.sent + HEADER_LEN);
         let credit = self.streams.get(&id).and_then(|stream| stream.send).unwrap_or(0);
         room.min(credit as usize)
@@ -419,10 +419,10 @@ impl<R: Role> Connection<R> {
     }
 
     /// Queues as much of `bytes` as credit and buffers allow, and says how much that was.
-    pub fn send(&mut self, id: StreamId, bytes: &[u8]) -> usize {
+    pub fn send_data(&mut self, id: StreamId, bytes: &[u8]) -> usize {
         let mut taken = 0;
         while taken < bytes.len() {
-            let count = self.sendable(id).min(bytes.len() - taken).min(MAX_DATA);
+            let count = self.send_capacity(id).min(bytes.len() - taken).min(MAX_DATA);
             if count == 0 {
                 break;
             }
@@ -434,15 +434,17 @@ impl<R: Role> Connection<R> {
     }
 
     /// The header of a data frame that the caller sends itself, and its payload of `count` bytes behind it, before all that is
-    /// queued from now on: when [`output`](Self::output) is empty. `count` is at most [`sendable`](Self::sendable) and [`MAX_DATA`].
-    pub fn data_header(&mut self, id: StreamId, count: usize) -> [u8; HEADER_LEN] {
-        debug_assert!(self.output().is_empty() && count <= self.sendable(id).min(MAX_DATA));
+    /// queued from now on: when [`pending_output`](Self::pending_output) is empty. `count` is at most [`send_capacity`](Self::send_capacity) and [`MAX_DATA`].
+    pub fn begin_data_frame(&mut self, id: StreamId, count: usize) -> [u8; HEADER_LEN] {
+        debug_assert!(
+            self.pending_output().is_empty() && count <= self.send_capacity(id).min(MAX_DATA)
+        );
         self.spend(id, count);
         Header { kind: Kind::Data, len: u32::try_from(count).unwrap_or(u32::MAX), stream: id }
             .encode()
     }
 
-    /// Takes off the credit of a stream what is sent on it: what [`sendable`](Self::sendable) allows, which fits u32.
+    /// Takes off the credit of a stream what is sent on it: what [`send_capacity`](Self::send_capacity) allows, which fits u32.
     fn spend(&mut self, id: StreamId, count: usize) {
         if let Some(credit) = self.streams.get_mut(&id).and_then(|stream| stream.send.as_mut()) {
             *credit = credit.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
@@ -450,7 +452,7 @@ impl<R: Role> Connection<R> {
     }
 
     /// Ends this side's half of the stream. Harmless if it has ended.
-    pub fn end(&mut self, id: StreamId) {
+    pub fn end_stream(&mut self, id: StreamId) {
         let ended = self.streams.get_mut(&id).and_then(|stream| stream.send.take());
         if ended.is_some() {
             self.push(Kind::End, id, &[]);
@@ -459,14 +461,14 @@ impl<R: Role> Connection<R> {
     }
 
     /// Drops the stream in both directions. Harmless if it is closed.
-    pub fn reset(&mut self, id: StreamId) {
+    pub fn reset_stream(&mut self, id: StreamId) {
         if self.streams.remove(&id).is_some() {
             self.push(Kind::Reset, id, &[]);
         }
     }
 
     /// `count` bytes received on the stream have left this side: the peer may send as many more.
-    pub fn consumed(&mut self, id: StreamId, count: usize) {
+    pub fn return_credit(&mut self, id: StreamId, count: usize) {
         let Some(window) = self.streams.get_mut(&id).and_then(|stream| stream.receive.as_mut())
         else {
             return;
@@ -503,13 +505,13 @@ impl<R: Role> Connection<R> {
         Ok(())
     }
 
-    /// Bytes for the peer. Say with [`wrote`](Self::wrote) how many have been written.
-    pub fn output(&self) -> &[u8] {
+    /// Bytes for the peer. Say with [`consume_output`](Self::consume_output) how many have been written.
+    pub fn pending_output(&self) -> &[u8] {
         &self.output[self.sent..]
     }
 
-    /// The first `count` bytes of [`output`](Self::output) have been written.
-    pub fn wrote(&mut self, count: usize) {
+    /// The first `count` bytes of [`pending_output`](Self::pending_output) have been written.
+    pub fn consume_output(&mut self, count: usize) {
         let end = self.output.len().min(self.sent + count);
         if self.sent < self.control_end {
             self.output[self.sent..end.min(self.control_end)].zeroize();

@@ -3,21 +3,21 @@ use crate::{Delivery, MAX_CONTROL, Secret, SecretBytes};
 
 /// Moves everything `from` has to say to `to`.
 fn carry<A: Role, B: Role>(from: &mut Connection<A>, to: &mut Connection<B>) {
-    while !from.output().is_empty() {
-        let space = to.space();
-        let count = space.len().min(from.output().len());
-        space[..count].copy_from_slice(&from.output()[..count]);
-        to.filled(count);
-        from.wrote(count);
+    while !from.pending_output().is_empty() {
+        let space = to.input_buffer();
+        let count = space.len().min(from.pending_output().len());
+        space[..count].copy_from_slice(&from.pending_output()[..count]);
+        to.commit_input(count);
+        from.consume_output(count);
     }
 }
 
 fn feed<R: Role>(connection: &mut Connection<R>, mut bytes: &[u8]) {
     while !bytes.is_empty() {
-        let space = connection.space();
+        let space = connection.input_buffer();
         let count = space.len().min(bytes.len());
         space[..count].copy_from_slice(&bytes[..count]);
-        connection.filled(count);
+        connection.commit_input(count);
         bytes = &bytes[count..];
     }
 }
@@ -46,15 +46,15 @@ fn hello(version: u32) -> Vec<u8> {
 #[test]
 fn there_is_always_room_and_little_of_it_before_more_is_needed() {
     let (_, mut guest) = established();
-    assert_eq!(guest.space().len(), FEW_MESSAGES);
+    assert_eq!(guest.input_buffer().len(), FEW_MESSAGES);
     // Short frames, none of which is asked for.
     let signal = raw(3, 0, &[0; 3]);
     for _ in 0..2 * WHOLE_FRAME / signal.len() {
-        let space = guest.space();
+        let space = guest.input_buffer();
         let count = signal.len().min(space.len());
         assert!(count > 0);
         space[..count].copy_from_slice(&signal[..count]);
-        guest.filled(count);
+        guest.commit_input(count);
         if guest.received >= WHOLE_FRAME {
             return;
         }
@@ -68,7 +68,7 @@ fn the_lower_version_wins_and_none_is_a_fault() {
         (1, Ok(1)),
         (1 << 31, Ok(VERSION)),
         (u32::MAX, Ok(VERSION)),
-        (0, Err(Fault::Version { theirs: 0, ours: VERSION })),
+        (0, Err(Fault::UnsupportedVersion { theirs: 0, ours: VERSION })),
     ] {
         let mut host = Connection::<Host>::new();
         feed(&mut host, &hello(theirs));
@@ -81,27 +81,27 @@ fn the_lower_version_wins_and_none_is_a_fault() {
 fn only_a_hello_may_come_first_and_only_once() {
     let mut host = Connection::<Host>::new();
     feed(&mut host, b"GET / HTTP/1.1\r\n");
-    assert_eq!(host.next_event(), Err(Fault::NoHello { kind: b'G' }));
+    assert_eq!(host.next_event(), Err(Fault::MissingHello { kind: b'G' }));
 
     let mut host = Connection::<Host>::new();
     feed(&mut host, &raw(1, 0, b"SSH-2.0-"));
-    assert_eq!(host.next_event(), Err(Fault::BadHello));
+    assert_eq!(host.next_event(), Err(Fault::InvalidHello));
 
     let (mut host, _) = established();
     feed(&mut host, &hello(1));
-    assert_eq!(host.next_event(), Err(Fault::HelloTwice));
+    assert_eq!(host.next_event(), Err(Fault::DuplicateHello));
 }
 
 #[test]
 fn messages_and_data_arrive_in_order_however_they_are_cut() {
     let (mut host, mut guest) = established();
-    let stream = host.open(Direction::Send).unwrap();
+    let stream = host.open_stream(Direction::Send).unwrap();
     let put = ToGuest::Put { request: 7, path: b"/work/a".to_vec(), stream };
     host.send_message(&put).unwrap();
-    assert_eq!(host.send(stream, b"one"), 3);
-    host.end(stream);
-    let wire = host.output().to_vec();
-    host.wrote(wire.len());
+    assert_eq!(host.send_data(stream, b"one"), 3);
+    host.end_stream(stream);
+    let wire = host.pending_output().to_vec();
+    host.consume_output(wire.len());
 
     let mut seen = Vec::new();
     for byte in wire {
@@ -125,7 +125,7 @@ fn messages_and_data_arrive_in_order_however_they_are_cut() {
             None => false,
         };
         if accept {
-            guest.accept(stream, Direction::Receive).unwrap();
+            guest.accept_stream(stream, Direction::Receive).unwrap();
         }
     }
     assert_eq!(seen, ["put", "data", "end"]);
@@ -135,12 +135,12 @@ fn messages_and_data_arrive_in_order_however_they_are_cut() {
 #[test]
 fn a_sender_stops_at_the_window_and_goes_on_with_credit() {
     let (mut host, mut guest) = established();
-    let stream = host.open(Direction::Send).unwrap();
-    guest.accept(stream, Direction::Receive).unwrap();
+    let stream = host.open_stream(Direction::Send).unwrap();
+    guest.accept_stream(stream, Direction::Receive).unwrap();
     let block = vec![7; MAX_DATA];
     let (mut sent, mut received) = (0, 0);
     loop {
-        let taken = host.send(stream, &block);
+        let taken = host.send_data(stream, &block);
         sent += taken;
         carry(&mut host, &mut guest);
         while let Some(event) = guest.next_event().unwrap() {
@@ -153,10 +153,10 @@ fn a_sender_stops_at_the_window_and_goes_on_with_credit() {
     }
     assert_eq!((sent, received), (WINDOW as usize, WINDOW as usize));
 
-    guest.consumed(stream, received);
+    guest.return_credit(stream, received);
     carry(&mut guest, &mut host);
     assert_eq!(host.next_event(), Ok(Some(Event::Credit { stream })));
-    assert_eq!(host.sendable(stream), WINDOW as usize);
+    assert_eq!(host.send_capacity(stream), WINDOW as usize);
 }
 
 #[test]
@@ -164,26 +164,26 @@ fn output_is_bounded_while_the_peer_does_not_read() {
     let (mut host, _) = established();
     let block = vec![7; MAX_DATA];
     for _ in 0..20 {
-        let stream = host.open(Direction::Send).unwrap();
-        host.send(stream, &block);
+        let stream = host.open_stream(Direction::Send).unwrap();
+        host.send_data(stream, &block);
     }
-    assert!(host.output().len() <= OUTPUT_HIGH_WATER);
+    assert!(host.pending_output().len() <= OUTPUT_HIGH_WATER);
 }
 
 #[test]
 fn a_peer_that_collects_answers_unread_is_cut_off() {
     let (_, mut guest) = established();
     let answer = ToHost::Done { request: 0, result: Ok(()) };
-    while guest.output().len() <= OUTPUT_LIMIT {
+    while guest.pending_output().len() <= OUTPUT_LIMIT {
         guest.send_message(&answer).unwrap();
     }
-    assert!(matches!(guest.next_event(), Err(Fault::Backlog { .. })));
+    assert!(matches!(guest.next_event(), Err(Fault::UnreadBacklog { .. })));
 }
 
 #[test]
 fn more_than_the_window_is_a_fault() {
     let (mut host, _) = established();
-    let stream = host.open(Direction::Receive).unwrap();
+    let stream = host.open_stream(Direction::Receive).unwrap();
     for _ in 0..WINDOW as usize / MAX_DATA {
         feed(&mut host, &raw(3, stream, &vec![0; MAX_DATA]));
         assert!(matches!(host.next_event(), Ok(Some(Event::Data { .. }))));
@@ -195,12 +195,12 @@ fn more_than_the_window_is_a_fault() {
 #[test]
 fn credit_nobody_owes_is_a_fault() {
     let (mut host, _) = established();
-    let stream = host.open(Direction::Send).unwrap();
+    let stream = host.open_stream(Direction::Send).unwrap();
     feed(&mut host, &raw(4, stream, &1u32.to_le_bytes()));
     assert_eq!(host.next_event(), Err(Fault::CreditOverflow { stream, credit: 1 }));
     let (mut host, _) = established();
-    let stream = host.open(Direction::Send).unwrap();
-    host.send(stream, b"x");
+    let stream = host.open_stream(Direction::Send).unwrap();
+    host.send_data(stream, b"x");
     feed(&mut host, &raw(4, stream, &u32::MAX.to_le_bytes()));
     assert_eq!(host.next_event(), Err(Fault::CreditOverflow { stream, credit: u32::MAX }));
 }
@@ -214,8 +214,8 @@ fn frames_for_streams_never_opened_are_faults_and_late_ones_are_not() {
             assert_eq!(host.next_event(), Err(Fault::UnknownStream { kind, stream }));
         }
         let (mut host, _) = established();
-        let stream = host.open(Direction::Both).unwrap();
-        host.reset(stream);
+        let stream = host.open_stream(Direction::Both).unwrap();
+        host.reset_stream(stream);
         feed(&mut host, &raw(kind, stream, payload));
         assert_eq!(host.next_event(), Ok(None));
     }
@@ -224,12 +224,12 @@ fn frames_for_streams_never_opened_are_faults_and_late_ones_are_not() {
 #[test]
 fn data_on_an_ended_or_missing_half_is_a_fault() {
     let (mut host, _) = established();
-    let stream = host.open(Direction::Send).unwrap();
+    let stream = host.open_stream(Direction::Send).unwrap();
     feed(&mut host, &raw(3, stream, b"x"));
     assert_eq!(host.next_event(), Err(Fault::DataAfterEnd { stream }));
 
     let (mut host, _) = established();
-    let stream = host.open(Direction::Both).unwrap();
+    let stream = host.open_stream(Direction::Both).unwrap();
     feed(&mut host, &raw(5, stream, b""));
     assert_eq!(host.next_event(), Ok(Some(Event::End { stream })));
     feed(&mut host, &raw(5, stream, b""));
@@ -239,25 +239,28 @@ fn data_on_an_ended_or_missing_half_is_a_fault() {
 #[test]
 fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
     let (mut host, mut guest) = established();
-    assert_eq!(host.accept(2, Direction::Both), Err(Fault::BadStreamId { stream: 2 }));
-    assert_eq!(guest.accept(3, Direction::Both), Err(Fault::BadStreamId { stream: 3 }));
-    guest.accept(8, Direction::Both).unwrap();
-    assert_eq!(guest.accept(8, Direction::Both), Err(Fault::BadStreamId { stream: 8 }));
-    assert_eq!(guest.accept(6, Direction::Both), Err(Fault::BadStreamId { stream: 6 }));
+    assert_eq!(host.accept_stream(2, Direction::Both), Err(Fault::InvalidStreamId { stream: 2 }));
+    assert_eq!(guest.accept_stream(3, Direction::Both), Err(Fault::InvalidStreamId { stream: 3 }));
+    guest.accept_stream(8, Direction::Both).unwrap();
+    assert_eq!(guest.accept_stream(8, Direction::Both), Err(Fault::InvalidStreamId { stream: 8 }));
+    assert_eq!(guest.accept_stream(6, Direction::Both), Err(Fault::InvalidStreamId { stream: 6 }));
     for n in 1..MAX_STREAMS as u32 {
-        guest.accept(8 + 2 * n, Direction::Both).unwrap();
+        guest.accept_stream(8 + 2 * n, Direction::Both).unwrap();
     }
-    assert_eq!(guest.accept(100_000, Direction::Both), Err(Fault::TooManyStreams));
+    assert_eq!(guest.accept_stream(100_000, Direction::Both), Err(Fault::TooManyStreams));
     // The other side's are counted on their own.
     for n in 1..=MAX_DIALS as u32 {
-        assert_eq!(guest.open(Direction::Both), Some(1 + 2 * n));
-        host.accept(1 + 2 * n, Direction::Both).unwrap();
+        assert_eq!(guest.open_stream(Direction::Both), Some(1 + 2 * n));
+        host.accept_stream(1 + 2 * n, Direction::Both).unwrap();
     }
-    assert!(!guest.can_open() && guest.open(Direction::Both).is_none());
-    assert_eq!(host.accept(1001, Direction::Both), Err(Fault::TooManyStreams));
-    guest.reset(3);
-    assert!(guest.can_open());
-    assert_eq!((host.open(Direction::Both), host.open(Direction::Both)), (Some(2), Some(4)));
+    assert!(!guest.can_open_stream() && guest.open_stream(Direction::Both).is_none());
+    assert_eq!(host.accept_stream(1001, Direction::Both), Err(Fault::TooManyStreams));
+    guest.reset_stream(3);
+    assert!(guest.can_open_stream());
+    assert_eq!(
+        (host.open_stream(Direction::Both), host.open_stream(Direction::Both)),
+        (Some(2), Some(4))
+    );
 }
 
 #[test]
@@ -267,22 +270,22 @@ fn undecodable_messages_are_faults() {
     {
         let (mut host, _) = established();
         feed(&mut host, &raw(2, 0, payload));
-        assert_eq!(host.next_event(), Err(Fault::BadMessage { len: payload.len() }));
+        assert_eq!(host.next_event(), Err(Fault::InvalidMessage { len: payload.len() }));
     }
     let mut trailing = postcard::to_allocvec(&ToHost::Done { request: 1, result: Ok(()) }).unwrap();
     trailing.push(0);
     let (mut host, _) = established();
     feed(&mut host, &raw(2, 0, &trailing));
-    assert!(matches!(host.next_event(), Err(Fault::BadMessage { .. })));
+    assert!(matches!(host.next_event(), Err(Fault::InvalidMessage { .. })));
 }
 
 #[test]
 fn the_largest_messages_pass_and_larger_ones_are_refused_before_they_are_queued() {
     let (mut host, mut guest) = established();
     let put = |len| ToGuest::Get { request: 1, path: vec![b'a'; len], stream: 2 };
-    let queued = host.output().len();
+    let queued = host.pending_output().len();
     assert_eq!(host.send_message(&put(MAX_CONTROL)), Err(TooLarge { len: MAX_CONTROL + 6 }));
-    assert_eq!(host.output().len(), queued);
+    assert_eq!(host.pending_output().len(), queued);
     host.send_message(&put(MAX_CONTROL - 6)).unwrap();
     carry(&mut host, &mut guest);
     assert_eq!(guest.next_event(), Ok(Some(Event::Message(put(MAX_CONTROL - 6)))));
@@ -319,13 +322,13 @@ fn debug_output_never_shows_a_secret() {
 #[test]
 fn a_frame_that_the_caller_sends_itself_is_one_like_any_other() {
     let (mut host, mut guest) = established();
-    let stream = host.open(Direction::Receive).unwrap();
-    guest.accept(stream, Direction::Send).unwrap();
-    let header = guest.data_header(stream, 3);
-    assert!(guest.output().is_empty());
+    let stream = host.open_stream(Direction::Receive).unwrap();
+    guest.accept_stream(stream, Direction::Send).unwrap();
+    let header = guest.begin_data_frame(stream, 3);
+    assert!(guest.pending_output().is_empty());
     feed(&mut host, &[&header[..], b"abc"].concat());
     assert_eq!(host.next_event(), Ok(Some(Event::Data { stream, bytes: b"abc" })));
-    guest.send(stream, b"def");
+    guest.send_data(stream, b"def");
     carry(&mut guest, &mut host);
     assert_eq!(host.next_event(), Ok(Some(Event::Data { stream, bytes: b"def" })));
     assert_eq!(guest.streams[&stream].send, Some(WINDOW - 6));

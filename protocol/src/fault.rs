@@ -1,106 +1,108 @@
-use crate::StreamId;
+use crate::{ProcessId, RequestId, StreamId};
 
-/// A breach of the protocol by the peer. There is no way back: the connection, and the sandbox with it, ends.
+/// A violation of the protocol by the peer.
+///
+/// A fault cannot be recovered from: it ends the connection, and the sandbox with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "fields of variants whose text explains them")]
 pub enum Fault {
     /// The first frame was not a hello.
     #[error("the peer sent a frame of kind {kind:#04x} before its hello")]
-    NoHello {
-        /// The kind byte that came instead.
+    MissingHello {
+        /// The kind byte of that frame.
         kind: u8,
     },
-    /// A second hello.
+    /// The peer sent a second hello.
     #[error("the peer sent its hello twice")]
-    HelloTwice,
-    /// The hello is not ours at all: another protocol, or noise.
+    DuplicateHello,
+    /// The hello does not begin with the magic bytes: the peer speaks another protocol.
     #[error("the peer's hello is malformed; is the program at the other end a chitin agent?")]
-    BadHello,
-    /// A version this side cannot speak.
+    InvalidHello,
+    /// The peer offers a version that this side does not support.
     #[error(
-        "the peer speaks protocol version {theirs}, this side {ours}: use a root image of this release"
+        "the peer offers protocol version {theirs}, this side {ours}: use a root image of this \
+         release"
     )]
-    Version {
-        /// What the peer offered.
-        theirs: u32,
-        /// What this side offers.
-        ours: u32,
-    },
-    /// A kind byte no version defines.
+    UnsupportedVersion { theirs: u32, ours: u32 },
+    /// A kind byte that no version of the protocol defines.
     #[error("unknown frame kind {kind:#04x}")]
-    UnknownKind {
-        /// The kind byte.
-        kind: u8,
-    },
-    /// A payload length this kind cannot have.
-    #[error("a frame of kind {kind:#04x} announced {len} bytes")]
-    BadLength {
-        /// The kind byte.
-        kind: u8,
-        /// The announced length in bytes.
-        len: u32,
-    },
-    /// A control frame that does not decode to a message of this direction, or has bytes left over.
+    UnknownKind { kind: u8 },
+    /// A payload length, in bytes, outside the range of the frame's kind.
+    #[error("a frame of kind {kind:#04x} announced an invalid length of {len} bytes")]
+    InvalidLength { kind: u8, len: u32 },
+    /// A control frame that does not decode to a message of this direction, or has trailing bytes.
     #[error("undecodable control message of {len} bytes")]
-    BadMessage {
-        /// Length of the payload in bytes.
+    InvalidMessage {
+        /// The length of the payload in bytes.
         len: usize,
     },
-    /// A frame on a stream nobody opened, or a control frame that names one.
+    /// A frame on a stream that was never opened, or a control frame that names a stream.
     #[error("a frame of kind {kind:#04x} on stream {stream}, which was never opened")]
-    UnknownStream {
-        /// The kind byte.
-        kind: u8,
-        /// The stream it named.
-        stream: StreamId,
-    },
-    /// An id that is not the peer's to open, or was used before.
+    UnknownStream { kind: u8, stream: StreamId },
+    /// A stream id that belongs to the other side, or that was used before.
     #[error("the peer opened stream {stream}, an id it may not use")]
-    BadStreamId {
-        /// The id.
-        stream: StreamId,
-    },
-    /// More than [`crate::MAX_STREAMS`] of the host's at once, or [`crate::MAX_DIALS`] of the agent's.
+    InvalidStreamId { stream: StreamId },
+    /// More than [`crate::MAX_STREAMS`] open streams of the host, or [`crate::MAX_DIALS`] of the
+    /// agent.
     #[error(
-        "more streams at once than the {} of a host or the {} of an agent",
+        "too many open streams: at most {} of the host and {} of the agent",
         crate::MAX_STREAMS,
         crate::MAX_DIALS
     )]
     TooManyStreams,
-    /// Data on a half the peer had ended, or that never existed.
+    /// Data or an end on a half that the peer has ended, or that does not exist.
     #[error("data on stream {stream} after its end")]
-    DataAfterEnd {
-        /// The stream.
-        stream: StreamId,
-    },
-    /// More data than this side granted.
-    #[error("{len} bytes on stream {stream} with {window} bytes of window left")]
-    WindowExceeded {
-        /// The stream.
-        stream: StreamId,
-        /// Length of the data in bytes.
-        len: u32,
-        /// What was left of the window in bytes.
-        window: u32,
-    },
-    /// Credit beyond [`crate::WINDOW`].
+    DataAfterEnd { stream: StreamId },
+    /// More data than the window of the stream allows.
+    #[error("{len} bytes on stream {stream}, which has {window} bytes of window left")]
+    WindowExceeded { stream: StreamId, len: u32, window: u32 },
+    /// Credit that raises the window above [`crate::WINDOW`].
     #[error("{credit} bytes of credit on stream {stream} overflow its window")]
-    CreditOverflow {
-        /// The stream.
-        stream: StreamId,
-        /// The granted bytes.
-        credit: u32,
-    },
-    /// The peer makes this side answer and does not read the answers.
-    #[error("the peer left {len} bytes of answers unread")]
-    Backlog {
-        /// Bytes waiting to be written.
+    CreditOverflow { stream: StreamId, credit: u32 },
+    /// The peer causes answers and does not read them.
+    #[error("the peer left {len} bytes of output unread")]
+    UnreadBacklog {
+        /// The number of bytes that wait to be written.
         len: usize,
     },
-    /// A control message that makes no sense in this state, found by the layer above.
-    #[error("unexpected message: {what}")]
-    Unexpected {
-        /// What was wrong with it.
-        what: &'static str,
-    },
+    /// A message that is not allowed in this state. The layer above reports it.
+    #[error("unexpected message: {0}")]
+    Unexpected(#[from] Unexpected),
+}
+
+/// The reason why a well-formed control message is a [`Fault`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unexpected {
+    /// The agent sent a second [`Ready`](crate::ToHost::Ready).
+    #[error("the agent reported ready twice")]
+    DuplicateReady,
+    /// [`Exited`](crate::ToHost::Exited) for a process that is not running.
+    #[error("the exit of process {0}, which is not running")]
+    UnknownProcess(ProcessId),
+    /// [`Done`](crate::ToHost::Done) for a request that is not pending.
+    #[error("an answer to request {0}, which is not pending")]
+    UnknownRequest(RequestId),
+    /// A message about egress from an agent that was not sent [`Egress`](crate::ToGuest::Egress).
+    #[error("egress is not enabled")]
+    EgressNotEnabled,
+    /// A [`Start`](crate::Start) with the id of a process that is still running.
+    #[error("process id {0} is in use")]
+    ProcessIdInUse(ProcessId),
+    /// A copy with the id of a copy that is still running.
+    #[error("request id {0} is in use")]
+    RequestIdInUse(RequestId),
+    /// A message that follows [`Freeze`](crate::ToGuest::Freeze) on the same channel.
+    #[error("a message after a freeze")]
+    MessageAfterFreeze,
+    /// A second [`Freeze`](crate::ToGuest::Freeze): an agent can be frozen once.
+    #[error("a second freeze")]
+    SecondFreeze,
+    /// A [`Reseed`](crate::Reseed) without a preceding [`Freeze`](crate::ToGuest::Freeze).
+    #[error("a reseed without a freeze")]
+    ReseedWithoutFreeze,
+    /// Any other message where only a [`Reseed`](crate::Reseed) is allowed.
+    #[error("a message before the reseed")]
+    MessageBeforeReseed,
 }

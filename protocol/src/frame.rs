@@ -70,7 +70,7 @@ impl Header {
             _ => return Err(Fault::UnknownKind { kind }),
         };
         if !lengths.contains(&(len as usize)) {
-            return Err(Fault::BadLength { kind, len });
+            return Err(Fault::InvalidLength { kind, len });
         }
         let connection_wide = matches!(known, Kind::Hello | Kind::Control);
         if connection_wide != (stream == 0) {
@@ -108,7 +108,7 @@ mod tests {
             bytes[..4].copy_from_slice(&((len as u32) << 8).to_le_bytes());
             bytes[0] = kind;
             bytes[4..].copy_from_slice(&stream.to_le_bytes());
-            assert_eq!(Header::decode(bytes), Err(Fault::BadLength { kind, len: len as u32 }));
+            assert_eq!(Header::decode(bytes), Err(Fault::InvalidLength { kind, len: len as u32 }));
         }
     }
 

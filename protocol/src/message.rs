@@ -1,207 +1,241 @@
-//! Control messages, one enum a direction, so that a message going the wrong way cannot be expressed.
+//! Control messages: one enum for each direction, so that a message in the wrong direction cannot be
+//! expressed.
 //!
-//! The encoding is postcard's: enum variants by position, integers as varints, sequences with a length.
-//! Positions are wire surface: add at the end, never reorder. `tests/wire.rs` freezes them.
+//! The encoding is postcard's: enum variants by position, integers as varints, sequences with a
+//! length. Positions are part of the wire format: add variants and fields at the end, never reorder.
+//! `tests/wire.rs` freezes them.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
-use crate::StreamId;
+use crate::{ProcessId, RequestId, StreamId};
 
-/// Largest secret in bytes: the value with its message fits a control frame, and a memfd of it one 64 KiB pipe.
+/// The maximum size of a secret in bytes.
+///
+/// Its message then fits a control frame, and its memfd fits one 64 KiB pipe.
 pub const MAX_SECRET: usize = 64 * 1024;
 
-/// The least entropy of a [`Reseed`] in bytes: the size of the kernel generator's key.
+/// The minimum entropy of a [`Reseed`] in bytes: the key size of the kernel's random generator.
 pub const MIN_ENTROPY: usize = 32;
 
-/// The most endpoints of one sandbox: each distinct port costs the agent a listener, each name a comparison per lookup.
+/// The maximum number of endpoints of one sandbox.
+///
+/// Each distinct port costs the agent a listener, and each name a comparison per DNS query.
 pub const MAX_ENDPOINTS: usize = 256;
 
-/// Host → guest.
+/// A message from the host to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToGuest {
-    /// Start a process. Answered by [`ToHost::Exited`] with the same `process`, sooner or later.
+    /// Starts a process. The agent answers with [`ToHost::Exited`] and the same `process` when the
+    /// process ends, or when it cannot be started.
     Start(Start),
-    /// Send a signal to a process and all its descendants that kept its process group. Unknown ids are ignored: the process may just have ended.
+    /// Sends a signal to a process and to all its descendants in the same process group.
+    ///
+    /// Unknown ids are ignored, because the process may have ended while the message was on its way.
     Signal {
-        /// The process, as named in its `Start`.
-        process: u32,
-        /// Linux signal number.
+        /// The id given in [`Start`].
+        process: ProcessId,
+        /// The Linux signal number.
         signal: u8,
     },
-    /// Hand over a credential, in place of a former one of its name. Answered by [`ToHost::Done`]; every later `Start` has it,
-    /// and processes that inherited the former one in memory find this one in its place.
+    /// Delivers a credential, and replaces an earlier one of the same name.
+    ///
+    /// Every later [`Start`] receives it. Processes that inherited the earlier value in memory see
+    /// the new value in its place. Answered by [`ToHost::Done`].
     Secret(Secret),
-    /// Create `path` from the tree the host sends on `stream`. Answered by [`ToHost::Done`].
+    /// Creates `path` from the tree that the host sends on `stream`. Answered by [`ToHost::Done`].
     Put {
-        /// Names the answer.
-        request: u32,
-        /// Absolute path in the sandbox that the root of the tree becomes.
+        /// The id of this request.
+        request: RequestId,
+        /// The absolute path in the sandbox that becomes the root of the tree.
         path: Vec<u8>,
-        /// Carries the tree, host → guest.
+        /// Carries the tree from host to guest.
         stream: StreamId,
     },
-    /// Send what is at `path` as a tree on `stream`. Answered by [`ToHost::Done`] after the stream has ended.
+    /// Requests the file or directory at `path` as a tree on `stream`. Answered by [`ToHost::Done`]
+    /// after the stream has ended.
     Get {
-        /// Names the answer.
-        request: u32,
-        /// Absolute path in the sandbox.
+        /// The id of this request.
+        request: RequestId,
+        /// The absolute path in the sandbox.
         path: Vec<u8>,
-        /// Carries the tree, guest → host.
+        /// Carries the tree from guest to host.
         stream: StreamId,
     },
-    /// Make the sandbox ready to be saved as a template. The agent freezes every process, answers with
-    /// [`ToHost::Done`], closes the channel and connects again; the state that is saved is the one in which that
-    /// connection is not answered yet. Refused while the sandbox holds credentials, or has held any, or copies are under way.
+    /// Prepares the sandbox to be saved as a template.
+    ///
+    /// The agent freezes every process, answers with [`ToHost::Done`], closes the channel and
+    /// connects again. The host saves the sandbox before it accepts that connection. The agent
+    /// refuses while the sandbox holds credentials, or has ever held one, or while copies are
+    /// running.
     Freeze {
-        /// Names the answer.
-        request: u32,
+        /// The id of this request.
+        request: RequestId,
     },
-    /// Become a sandbox of one's own: the first message on a channel opened after [`ToGuest::Freeze`], and allowed only
-    /// there. Frozen processes run on only after it has been obeyed. Answered by [`ToHost::Done`].
+    /// Gives a restored copy its own identity, entropy and time.
+    ///
+    /// This is the first message on a channel that was opened after [`ToGuest::Freeze`], and allowed
+    /// only there. Frozen processes continue only after it has been handled. Answered by
+    /// [`ToHost::Done`].
     Reseed(Reseed),
-    /// Hold every process that is started from now on to this, for good. Answered by [`ToHost::Done`]. Refused a second time,
-    /// while processes run, and where any part of it cannot be done.
+    /// Restricts every process that is started from now on, permanently.
+    ///
+    /// The agent refuses a second restriction, a restriction while processes run, and one of which
+    /// any part cannot be enforced. Answered by [`ToHost::Done`].
     Confine(Confine),
-    /// Make these endpoints reachable: answer their names, take connections to them. Answered by [`ToHost::Done`], once it
-    /// is so. Refused while it is so already; a freeze ends it.
+    /// Makes endpoints reachable: the agent answers DNS queries for their names and accepts
+    /// connections to them.
+    ///
+    /// Answered by [`ToHost::Done`] once both are in place. Refused while egress is enabled. A
+    /// freeze disables it.
     Egress {
-        /// Names the answer.
-        request: u32,
-        /// What may be dialled, at most [`MAX_ENDPOINTS`]. The host checks each dial again.
+        /// The id of this request.
+        request: RequestId,
+        /// The reachable endpoints, at most [`MAX_ENDPOINTS`]. The host checks every dial again.
         endpoints: Vec<Endpoint>,
     },
-    /// Connect `stream` with the server that listens on this port of the sandbox's loopback address. Answered by
-    /// [`ToHost::Done`]; on failure the stream is reset as well.
+    /// Connects `stream` with the server that listens on a port of the sandbox's loopback address.
+    ///
+    /// Answered by [`ToHost::Done`]. On failure, the stream is reset as well.
     Connect {
-        /// Names the answer.
-        request: u32,
-        /// TCP port of 127.0.0.1.
+        /// The id of this request.
+        request: RequestId,
+        /// The TCP port on 127.0.0.1.
         port: u16,
-        /// Carries the connection, both ways.
+        /// Carries the connection in both directions.
         stream: StreamId,
     },
-    /// Take a credential back. Answered by [`ToHost::Done`], also if there is none of that name: no later `Start` has it, and
-    /// what was delivered in memory is overwritten and emptied, also where it was inherited. A [`ToGuest::Secret`] of its
-    /// name gives it anew.
+    /// Revokes a credential.
+    ///
+    /// No later [`Start`] receives it. A credential that was delivered in memory is overwritten and
+    /// truncated, also in processes that inherited it. A later [`ToGuest::Secret`] of the same name
+    /// delivers it again. Answered by [`ToHost::Done`], also if no credential has that name.
     Revoke {
-        /// Names the answer.
-        request: u32,
-        /// As in [`Secret`].
+        /// The id of this request.
+        request: RequestId,
+        /// The name given in [`Secret`].
         name: String,
     },
 }
 
-/// What a policy leaves of a process's rights, beyond what no process has.
+/// The restrictions of a policy, in addition to those that apply to every process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confine {
-    /// Names the answer.
-    pub request: u32,
-    /// Which system calls there are.
+    /// The id of this request.
+    pub request: RequestId,
+    /// The allowed system calls.
     pub system_calls: SystemCalls,
-    /// What may be opened beside the system and the scratch directories; `None`: everything.
+    /// The paths that may be opened in addition to the system and the scratch directories.
+    /// `None` allows all.
     pub files: Option<Vec<FileRule>>,
-    /// Processes and threads at once, where the agent has a cgroup, of a microVM or of gVisor; `None`: the agent's own limit.
+    /// The maximum number of processes and threads, if the agent has a cgroup, which it has in a
+    /// microVM and on gVisor. `None` keeps the agent's own limit.
     pub max_tasks: Option<u32>,
-    /// Bytes that may be written, where the agent has made the file system; `None`: its own limit.
+    /// The maximum number of bytes written, if the agent created the file system. `None` keeps the
+    /// agent's own limit.
     pub max_disk: Option<u64>,
 }
 
-/// A choice of system calls. `docs/policy.md` has the lists.
+/// A set of system calls. `docs/policy.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SystemCalls {
-    /// All but those that no workload needs.
+    /// All system calls, except those that no workload needs.
     DefaultAllow,
-    /// Those that workloads need, and no others.
+    /// Only the system calls that workloads need.
     DefaultDeny,
 }
 
-/// A file, or a directory and all below it, that may be opened.
+/// A file, or a directory and everything below it, that may be opened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRule {
-    /// Absolute path in the sandbox. It exists.
+    /// The absolute path in the sandbox. It must exist.
     pub path: Vec<u8>,
-    /// Whether it may also be written.
+    /// True if it may be opened for writing too.
     pub writable: bool,
 }
 
-/// What makes one restored sandbox differ from the next.
+/// The values that distinguish one restored sandbox from another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reseed {
-    /// Names the answer.
-    pub request: u32,
+    /// The id of this request.
+    pub request: RequestId,
     /// At least [`MIN_ENTROPY`] bytes from the host's generator, for the guest kernel's.
     pub entropy: SecretBytes,
-    /// The time, nanoseconds since 1970 UTC.
+    /// The current time in nanoseconds since 1970-01-01 UTC.
     pub unix_ns: u64,
-    /// Who this sandbox is: random, unique. Its host name and boot id are made of it.
+    /// A random, unique id of this sandbox. The agent derives host name and boot id from it.
     pub instance: [u8; 16],
 }
 
-/// Guest → host.
+/// A message from the guest to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToHost {
-    /// The first message: the agent is up. Both times are `CLOCK_BOOTTIME` of the guest in nanoseconds.
+    /// Reports that the agent is ready. This is its first message. Both times are `CLOCK_BOOTTIME`
+    /// of the guest in nanoseconds.
     Ready {
-        /// When the agent's first instruction ran.
+        /// The time of the agent's first instruction.
         started_ns: u64,
-        /// When this message was made.
+        /// The time at which this message was created.
         ready_ns: u64,
     },
-    /// A process has ended. What it wrote last may still be on its way: stdout and stderr have ends of their own, so
-    /// that a host that does not read them learns of this all the same.
+    /// Reports that a process has ended.
+    ///
+    /// The last output may still be on its way. Standard output and standard error end separately,
+    /// so that a host which does not read them receives this message all the same.
     Exited {
-        /// The process, as named in its `Start`.
-        process: u32,
-        /// How it ended.
+        /// The id given in [`Start`].
+        process: ProcessId,
+        /// The exit status.
         exit: Exit,
-        /// What it and its waited-for children used.
+        /// The resources used by the process and the children it waited for.
         usage: Usage,
     },
-    /// Answer to a request.
+    /// Answers a request.
     Done {
-        /// The request's name.
-        request: u32,
-        /// `Err` says what failed and on what.
+        /// The id of the request.
+        request: RequestId,
+        /// The operation that failed and its object, or nothing.
         result: Result<(), Failure>,
     },
-    /// A process has connected to an endpoint: connect `stream` with it. There is no answer: the stream carries what the
-    /// endpoint says, and is reset if it cannot be had. Nothing but the endpoint is to be believed of it.
+    /// Requests a connection from `stream` to an endpoint that a process has connected to.
+    ///
+    /// This message has no answer: the host connects the stream, or resets it if the endpoint is
+    /// denied or unreachable. The host trusts nothing in this message beyond the choice of endpoint.
     Dial {
         /// A name in lower case, without a final dot.
         host: String,
-        /// TCP port.
+        /// The TCP port.
         port: u16,
-        /// Carries the connection, both ways.
+        /// Carries the connection in both directions.
         stream: StreamId,
     },
-    /// A process has asked for a name that may not be dialled, for the first time.
+    /// Reports the first DNS query for a name that may not be dialled.
     Denied {
-        /// The name in lower case, without a final dot. Untrusted text.
+        /// The name in lower case, without a final dot. This is untrusted text.
         host: String,
     },
 }
 
-/// What may be dialled.
+/// An endpoint that a process may connect to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// A name in lower case, without a final dot.
     pub host: String,
-    /// Whether every name below it is meant, and not it.
+    /// True if the endpoint is every name below `host`, and not `host` itself.
     pub wildcard: bool,
-    /// TCP port.
+    /// The TCP port.
     pub port: u16,
 }
 
 impl Endpoint {
-    /// Whether a name, in lower case and without a final dot, is meant by it.
-    pub fn names(&self, host: &str) -> bool {
+    /// Returns true if `host`, in lower case and without a final dot, is a name of this endpoint.
+    pub fn matches_host(&self, host: &str) -> bool {
         match self.wildcard {
             false => host == self.host,
             true => {
-                // Not the domain itself, nor another one that ends alike.
+                // Neither the domain itself nor an unrelated name with the same ending matches.
                 host.strip_suffix(&self.host)
                     .is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
             }
@@ -212,111 +246,113 @@ impl Endpoint {
 /// A process to start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
-    /// The host's name for it; not a pid. Names are not reused.
-    pub process: u32,
-    /// Program and arguments; the program is looked up in the `PATH` of `env` if it has no slash.
+    /// The id of the process on this channel.
+    pub process: ProcessId,
+    /// The program and its arguments. A program without a slash is looked up in the `PATH` of `env`.
     pub argv: Vec<Vec<u8>>,
-    /// The whole environment, secrets excepted: nothing is inherited from the agent.
+    /// The whole environment except the secrets. The process inherits nothing from the agent.
     pub env: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Working directory.
+    /// The working directory.
     pub cwd: Vec<u8>,
-    /// User id.
+    /// The user id.
     pub uid: u32,
-    /// Group id; there are no supplementary groups.
+    /// The group id. The process has no supplementary groups.
     pub gid: u32,
-    /// Carries standard input, host → guest. `/dev/null` if absent.
+    /// Carries standard input from host to guest. `None` means `/dev/null`.
     pub stdin: Option<StreamId>,
-    /// Carries standard output, guest → host.
+    /// Carries standard output from guest to host.
     pub stdout: StreamId,
-    /// Carries standard error, guest → host.
+    /// Carries standard error from guest to host.
     pub stderr: StreamId,
 }
 
-/// How a process ended.
+/// The exit status of a process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exit {
-    /// It exited with a code.
+    /// The process exited with this code.
     Code(u8),
-    /// A signal ended it.
+    /// The process was terminated by this signal.
     Signal(u8),
-    /// It never ran.
+    /// The process was not started.
     NotStarted {
-        /// Why, as a class.
+        /// The class of the error.
         error: StartError,
-        /// Why, in words: what failed and on what.
+        /// The operation that failed and its object.
         failure: Failure,
     },
 }
 
-/// Why a process could not be started.
+/// The class of an error that prevented a process from starting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StartError {
-    /// There is no such program (a shell's 127).
+    /// The program does not exist (127 in a shell).
     NotFound,
-    /// It is there and cannot be executed (a shell's 126).
+    /// The program exists and cannot be executed (126 in a shell).
     NotExecutable,
-    /// Anything else: working directory, memory, a limit.
+    /// Any other cause: the working directory, memory, a limit.
     Other,
 }
 
-/// What a process used, from `wait4(2)`.
+/// The resources that a process used, from `wait4(2)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// CPU time in user mode, microseconds.
+    /// The CPU time in user mode, in microseconds.
     pub user_us: u64,
-    /// CPU time in the kernel, microseconds.
+    /// The CPU time in the kernel, in microseconds.
     pub system_us: u64,
-    /// Largest resident set, KiB, as its kernel counts it: Linux in steps of 32 pages, and without what a microVM maps of its image, so
-    /// that a small program may have 0.
+    /// The maximum resident set size in KiB, as the guest's kernel counts it.
+    ///
+    /// Linux counts in steps of 32 pages and without the pages that a microVM maps from its root
+    /// image, so that a small program may report 0.
     pub max_rss_kib: u64,
 }
 
-/// Something failed inside the sandbox.
+/// A failed operation inside the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{what}: {}", std::io::Error::from_raw_os_error(*errno))]
+#[error("{operation}: {}", std::io::Error::from_raw_os_error(*errno))]
 pub struct Failure {
-    /// Operation and object, e.g. `create /work/data`.
-    pub what: String,
-    /// Linux errno.
+    /// The operation and its object, for example `create /work/data`.
+    pub operation: String,
+    /// The Linux error number.
     pub errno: i32,
 }
 
-/// A credential on its way into the sandbox.
+/// A credential to deliver into the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secret {
-    /// Names the answer.
-    pub request: u32,
-    /// An environment variable's name: `[A-Za-z_][A-Za-z0-9_]*`, at most 128 bytes.
+    /// The id of this request.
+    pub request: RequestId,
+    /// The name of an environment variable: `[A-Za-z_][A-Za-z0-9_]*`, at most 128 bytes.
     pub name: String,
     /// The value, at most [`MAX_SECRET`] bytes.
     pub value: SecretBytes,
-    /// How the workload gets it.
+    /// The form in which the workload receives it.
     pub delivery: Delivery,
 }
 
-/// How a workload gets a credential that enters the sandbox.
+/// The form in which a workload receives a credential that enters the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Delivery {
-    /// A memfd that the workload cannot write, inherited; `NAME_FILE=/proc/self/fd/N` says which.
+    /// An inherited memfd that the workload cannot write. `NAME_FILE=/proc/self/fd/N` names it.
     Memory,
     /// The environment variable `NAME`.
     Env,
 }
 
-/// Bytes that are wiped when dropped and never printed.
+/// Bytes that are zeroed when dropped and never printed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SecretBytes(Vec<u8>);
 
 impl SecretBytes {
-    /// Takes the bytes over. Give it the only copy.
+    /// Takes ownership of the bytes. The caller must not keep another copy.
     pub fn new(bytes: Vec<u8>) -> SecretBytes {
         SecretBytes(bytes)
     }
 
-    /// The value itself. Every caller is a place where it can leak.
+    /// Returns the value. Every caller is a place where it can leak.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }

@@ -52,7 +52,7 @@ fn the_wire_surface_is_frozen() {
         (ToGuest::Connect { request: 9, port: 80, stream: 12 }, "0909 50 0c"),
         (ToGuest::Revoke { request: 10, name: "T".into() }, "0a0a 0154"),
     ];
-    let failure = Failure { what: "open /a".into(), errno: 2 };
+    let failure = Failure { operation: "open /a".into(), errno: 2 };
     let not_started = Exit::NotStarted { error: StartError::NotFound, failure: failure.clone() };
     let usage = Usage { user_us: 1, system_us: 2, max_rss_kib: 3 };
     let to_host = [
@@ -88,7 +88,10 @@ fn the_wire_surface_is_frozen() {
 #[test]
 fn a_wildcard_names_what_is_below_it() {
     let endpoint = |wildcard| Endpoint { host: "example.com".into(), wildcard, port: 443 };
-    assert!(endpoint(false).names("example.com") && !endpoint(false).names("a.example.com"));
+    assert!(
+        endpoint(false).matches_host("example.com")
+            && !endpoint(false).matches_host("a.example.com")
+    );
     for (host, named) in [
         ("a.example.com", true),
         ("a.b.example.com", true),
@@ -98,6 +101,6 @@ fn a_wildcard_names_what_is_below_it() {
         ("a.example.com.", false),
         ("a.example.co", false),
     ] {
-        assert_eq!(endpoint(true).names(host), named, "{host}");
+        assert_eq!(endpoint(true).matches_host(host), named, "{host}");
     }
 }

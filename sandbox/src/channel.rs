@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker};
 
 use chitin_protocol::{
     Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost,
-    TooLarge, Usage,
+    TooLarge, Unexpected, Usage,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -217,7 +217,7 @@ impl Channel {
 
     fn open(&self, direction: Direction) -> Option<StreamId> {
         let mut state = self.shared.lock();
-        let id = state.connection.open(direction)?;
+        let id = state.connection.open_stream(direction)?;
         state.streams.insert(id, Stream::default());
         Some(id)
     }
@@ -300,7 +300,7 @@ async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
         listens = listens && write_out(shared, incoming.get_ref()).is_ok();
         let blocked = match shared.lock() {
             state if state.closed => return Ok(Closed::Local),
-            state => listens && !state.connection.output().is_empty(),
+            state => listens && !state.connection.pending_output().is_empty(),
         };
         if !blocked {
             outgoing = None;
@@ -339,10 +339,10 @@ fn watch(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStrea
 fn write_out(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
     let mut state = shared.lock();
     let mut wrote = false;
-    while !state.connection.output().is_empty() {
-        match socket.write(state.connection.output()) {
+    while !state.connection.pending_output().is_empty() {
+        match socket.write(state.connection.pending_output()) {
             Ok(count) => {
-                state.connection.wrote(count);
+                state.connection.consume_output(count);
                 wrote = true;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -364,7 +364,7 @@ fn write_out(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
 /// Reads once; false when there was no more.
 fn read_in(shared: &Shared, mut socket: &UnixStream) -> Result<bool, Closed> {
     let mut state = shared.lock();
-    let space = state.connection.space();
+    let space = state.connection.input_buffer();
     let room = space.len();
     let count = match socket.read(space) {
         Ok(0) => return Err(Closed::Eof),
@@ -373,7 +373,7 @@ fn read_in(shared: &Shared, mut socket: &UnixStream) -> Result<bool, Closed> {
         Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
         Err(error) => return Err(Closed::Io(error.kind())),
     };
-    state.connection.filled(count);
+    state.connection.commit_input(count);
     while state.handle_event(shared).map_err(Closed::Fault)? {}
     // That it has ended is an event of its own.
     Ok(count == room)
@@ -421,7 +421,7 @@ impl State {
         match message {
             ToHost::Ready { started_ns, ready_ns } => {
                 if self.seen.ready.is_some() {
-                    return Err(Fault::Unexpected { what: "ready twice" });
+                    return Err(Fault::Unexpected(Unexpected::DuplicateReady));
                 }
                 self.seen.ready = Some(now_ns());
                 self.seen.agent_took = ready_ns.saturating_sub(started_ns);
@@ -429,7 +429,7 @@ impl State {
             }
             ToHost::Exited { process, exit, usage } => {
                 let Some(sender) = self.processes.remove(&process) else {
-                    return Err(Fault::Unexpected { what: "the end of a process nobody started" });
+                    return Err(Fault::Unexpected(Unexpected::UnknownProcess(process)));
                 };
                 self.seen.exited = Some(now_ns());
                 // Whoever started it may have stopped caring.
@@ -437,16 +437,16 @@ impl State {
             }
             ToHost::Done { request, result } => {
                 let Some(sender) = self.requests.remove(&request) else {
-                    return Err(Fault::Unexpected { what: "an answer nobody asked for" });
+                    return Err(Fault::Unexpected(Unexpected::UnknownRequest(request)));
                 };
                 let _ = sender.send(result);
             }
             ToHost::Dial { host, port, stream } => {
-                self.connection.accept(stream, Direction::Both)?;
+                self.connection.accept_stream(stream, Direction::Both)?;
                 self.streams.insert(stream, Stream::default());
                 if !self.knock(Knock::Dial { host: bounded(host), port, stream })? {
                     self.streams.remove(&stream);
-                    self.connection.reset(stream);
+                    self.connection.reset_stream(stream);
                 }
             }
             ToHost::Denied { host } => {
@@ -459,7 +459,7 @@ impl State {
     /// Tells the broker. `false`: it has too much to do already.
     fn knock(&mut self, knock: Knock) -> Result<bool, Fault> {
         let Some(knocks) = &self.knocks else {
-            return Err(Fault::Unexpected { what: "egress that was not opened" });
+            return Err(Fault::Unexpected(Unexpected::EgressNotEnabled));
         };
         let told = knocks.try_send(knock).is_ok();
         self.missed += u64::from(!told);
@@ -512,8 +512,8 @@ impl AsyncRead for StreamReader {
             stream.inbox.drain(..count);
             taken += count;
         }
-        state.connection.consumed(self.id, taken);
-        if !state.connection.output().is_empty() {
+        state.connection.return_credit(self.id, taken);
+        if !state.connection.pending_output().is_empty() {
             self.channel.shared.driver.notify_one();
         }
         Poll::Ready(Ok(()))
@@ -524,7 +524,7 @@ impl Drop for StreamReader {
     fn drop(&mut self) {
         let mut state = self.channel.shared.lock();
         state.streams.remove(&self.id);
-        state.connection.reset(self.id);
+        state.connection.reset_stream(self.id);
         drop(state);
         self.channel.shared.driver.notify_one();
     }
@@ -544,12 +544,12 @@ impl StreamWriter {
 
     /// Tells the other side that what was sent is not to be used: an end that is not an end of file.
     pub(crate) fn abort(&self) {
-        self.channel.shared.lock().connection.reset(self.id);
+        self.channel.shared.lock().connection.reset_stream(self.id);
         self.channel.shared.driver.notify_one();
     }
 
     fn end(&self) {
-        self.channel.shared.lock().connection.end(self.id);
+        self.channel.shared.lock().connection.end_stream(self.id);
         self.channel.shared.driver.notify_one();
     }
 }
@@ -565,7 +565,7 @@ impl AsyncWrite for StreamWriter {
         if state.closed || !state.connection.is_sending(self.id) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        let count = state.connection.send(self.id, bytes);
+        let count = state.connection.send_data(self.id, bytes);
         if count == 0 && !bytes.is_empty() {
             if let Some(stream) = state.streams.get_mut(&self.id) {
                 stream.writer = Some(cx.waker().clone());

@@ -21,9 +21,9 @@ impl Agent {
     }
 
     fn flush(&mut self) {
-        while !self.connection.output().is_empty() {
-            match self.socket.write(self.connection.output()) {
-                Ok(count) => self.connection.wrote(count),
+        while !self.connection.pending_output().is_empty() {
+            match self.socket.write(self.connection.pending_output()) {
+                Ok(count) => self.connection.consume_output(count),
                 Err(_) => return,
             }
         }
@@ -43,14 +43,14 @@ impl Agent {
                     Some(Event::End { .. }) => return None,
                     Some(_) => continue,
                 };
-                self.connection.consumed(stream, count);
+                self.connection.return_credit(stream, count);
             }
             self.flush();
-            let count = self.socket.read(self.connection.space()).unwrap();
+            let count = self.socket.read(self.connection.input_buffer()).unwrap();
             if count == 0 {
                 return None;
             }
-            self.connection.filled(count);
+            self.connection.commit_input(count);
         }
     }
 }
@@ -102,25 +102,25 @@ async fn a_process_echoes_more_than_any_buffer_holds() {
         agent.send(&ToHost::Ready { started_ns: 5, ready_ns: 12 });
         let Some(ToGuest::Start(start)) = agent.message(&mut vec![]) else { panic!("no start") };
         let stdin = start.stdin.unwrap();
-        agent.connection.accept(stdin, Direction::Receive).unwrap();
-        agent.connection.accept(start.stdout, Direction::Send).unwrap();
-        agent.connection.accept(start.stderr, Direction::Send).unwrap();
+        agent.connection.accept_stream(stdin, Direction::Receive).unwrap();
+        agent.connection.accept_stream(start.stdout, Direction::Send).unwrap();
+        agent.connection.accept_stream(start.stderr, Direction::Send).unwrap();
         let mut data = vec![];
         assert_eq!(agent.message(&mut data), None);
         let mut rest = data.as_slice();
         while !rest.is_empty() {
-            let sent = agent.connection.send(start.stdout, rest);
+            let sent = agent.connection.send_data(start.stdout, rest);
             rest = &rest[sent..];
             agent.flush();
             if sent == 0 {
                 // Out of credit: whatever comes next is more of it.
-                let count = agent.socket.read(agent.connection.space()).unwrap();
-                agent.connection.filled(count);
+                let count = agent.socket.read(agent.connection.input_buffer()).unwrap();
+                agent.connection.commit_input(count);
                 while agent.connection.next_event().unwrap().is_some() {}
             }
         }
-        agent.connection.end(start.stdout);
-        agent.connection.end(start.stderr);
+        agent.connection.end_stream(start.stdout);
+        agent.connection.end_stream(start.stderr);
         agent.send(&ToHost::Exited { process: start.process, exit: Exit::Code(3), usage: usage() });
         agent.message(&mut vec![]);
     };
@@ -189,7 +189,7 @@ async fn a_lying_agent_ends_its_own_sandbox() {
         assert!(matches!(why, Closed::Fault(Fault::Unexpected { .. })), "{why:?}");
     }
     let noise = |mut agent: Agent| agent.socket.write_all(b"HTTP/1.1 400 Bad Request\r\n").unwrap();
-    assert_eq!(closed_by(noise).await, Closed::Fault(Fault::NoHello { kind: b'H' }));
+    assert_eq!(closed_by(noise).await, Closed::Fault(Fault::MissingHello { kind: b'H' }));
 }
 
 #[tokio::test]

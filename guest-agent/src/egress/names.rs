@@ -40,7 +40,7 @@ impl Names {
 
     /// Looks a name up, and gives it an address if it has none.
     pub fn find(&mut self, name: &str) -> Found {
-        if !self.endpoints.iter().any(|endpoint| endpoint.names(name)) {
+        if !self.endpoints.iter().any(|endpoint| endpoint.matches_host(name)) {
             return Found::Nothing;
         }
         let number = match self.numbers.get(name) {
@@ -74,7 +74,7 @@ impl Names {
         };
         self.endpoints
             .iter()
-            .any(|endpoint| endpoint.port == port && endpoint.names(name))
+            .any(|endpoint| endpoint.port == port && endpoint.matches_host(name))
             .then_some(name)
     }
 }

@@ -65,10 +65,10 @@ impl Outflow {
         buffers: &mut Buffers,
     ) -> Step {
         let left = self.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
-        let room = connection.sendable(stream).min(MAX_DATA);
+        let room = connection.send_capacity(stream).min(MAX_DATA);
         // An end needs no credit, so it is looked for even if nothing could be sent.
         if left == 0 {
-            connection.end(stream);
+            connection.end_stream(stream);
             return Step::Finished;
         }
         if !self.ready || room == 0 {
@@ -76,7 +76,7 @@ impl Outflow {
         }
         match self.take(connection, stream, room.min(left), buffers) {
             Ok(0) => {
-                connection.end(stream);
+                connection.end_stream(stream);
                 Step::Finished
             }
             Ok(count) => {
@@ -95,7 +95,7 @@ impl Outflow {
             }
             // A pipe that has less than it said was read by somebody else: that is the workload's affair.
             Err(_) => {
-                connection.end(stream);
+                connection.end_stream(stream);
                 Step::Finished
             }
         }
@@ -113,13 +113,14 @@ impl Outflow {
         if let Some(splicer) = &mut buffers.splicer
             && self.to_splice > 0
             && splicer.is_empty()
-            && connection.output().is_empty()
+            && connection.pending_output().is_empty()
             && splicer.open()
         {
-            return splicer.take(&self.pipe, most, |count| connection.data_header(stream, count));
+            return splicer
+                .take(&self.pipe, most, |count| connection.begin_data_frame(stream, count));
         }
         let count = rustix::io::read(&self.pipe, &mut buffers.scratch[..most])?;
-        connection.send(stream, &buffers.scratch[..count]);
+        connection.send_data(stream, &buffers.scratch[..count]);
         Ok(count)
     }
 }
@@ -170,9 +171,9 @@ impl Inflow {
             self.waiting.drain(..count);
             moved += count;
         }
-        connection.consumed(stream, moved);
+        connection.return_credit(stream, moved);
         if self.broken {
-            connection.reset(stream);
+            connection.reset_stream(stream);
             return Step::Finished;
         }
         if self.ended && self.waiting.is_empty() {

@@ -110,7 +110,7 @@ impl Link {
         while self.writable && !self.waiting.is_empty() && !self.broken {
             let count = self.put(None);
             self.waiting.drain(..count);
-            connection.consumed(stream, count);
+            connection.return_credit(stream, count);
             moved |= count > 0;
         }
         if self.ended && self.waiting.is_empty() && !self.shut && !self.broken {
@@ -118,16 +118,16 @@ impl Link {
             self.broken |= rustix::net::shutdown(&self.socket, Shutdown::Write).is_err();
             moved = true;
         }
-        let room = connection.sendable(stream).min(MAX_DATA);
+        let room = connection.send_capacity(stream).min(MAX_DATA);
         // What is broken off has an end to be read, once the error was.
         if self.readable && !self.read && !self.broken && room > 0 {
             match rustix::io::read(&self.socket, &mut scratch[..room]) {
                 Ok(0) => {
                     self.read = true;
-                    connection.end(stream);
+                    connection.end_stream(stream);
                 }
                 Ok(count) => {
-                    connection.send(stream, &scratch[..count]);
+                    connection.send_data(stream, &scratch[..count]);
                 }
                 Err(Errno::AGAIN) => self.readable = false,
                 Err(Errno::INTR) => {}
@@ -136,7 +136,7 @@ impl Link {
             moved |= self.readable;
         }
         if self.broken {
-            connection.reset(stream);
+            connection.reset_stream(stream);
             return Step::Finished;
         }
         if self.read && self.shut {
@@ -163,7 +163,7 @@ impl Link {
             self.readable = true;
             return None;
         }
-        connection.reset(stream);
+        connection.reset_stream(stream);
         Some(Step::Finished)
     }
 
@@ -211,8 +211,8 @@ mod tests {
         near.set_nonblocking(true).unwrap();
         let (mut far, _) = listener.accept().unwrap();
         let (mut guest, mut host) = (Connection::<Guest>::new(), Connection::<Host>::new());
-        let stream = host.open(Direction::Both).unwrap();
-        guest.accept(stream, Direction::Both).unwrap();
+        let stream = host.open_stream(Direction::Both).unwrap();
+        guest.accept_stream(stream, Direction::Both).unwrap();
         let mut link = Link::new(near.into()).unwrap();
         link.end();
         assert_eq!(link.step(&mut guest, stream, &mut [0; MAX_DATA]), Step::Moved);
@@ -222,9 +222,9 @@ mod tests {
 
     /// What has arrived at the host, and whether it ended well.
     fn arrived(guest: &mut Connection<Guest>, host: &mut Connection<Host>) -> (Vec<u8>, bool) {
-        let sent = guest.output().to_vec();
-        host.space()[..sent.len()].copy_from_slice(&sent);
-        host.filled(sent.len());
+        let sent = guest.pending_output().to_vec();
+        host.input_buffer()[..sent.len()].copy_from_slice(&sent);
+        host.commit_input(sent.len());
         let (mut bytes, mut ended) = (Vec::new(), false);
         while let Some(event) = host.next_event().unwrap() {
             match event {

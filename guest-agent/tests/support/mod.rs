@@ -129,21 +129,21 @@ impl Agent {
     /// Sends what is to be sent and takes what is there, once. `false` when the channel was closed.
     pub fn turn(&mut self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
-        while !self.connection.output().is_empty() {
-            match self.socket.write(self.connection.output()) {
-                Ok(count) => self.connection.wrote(count),
+        while !self.connection.pending_output().is_empty() {
+            match self.socket.write(self.connection.pending_output()) {
+                Ok(count) => self.connection.consume_output(count),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => return false,
             }
         }
         // With something left to send, waiting for both would need a poll: look again soon instead.
-        let waiting = !self.connection.output().is_empty();
+        let waiting = !self.connection.pending_output().is_empty();
         self.socket.set_nonblocking(false).unwrap();
         let patience = if waiting { Duration::from_millis(1) } else { Duration::from_millis(200) };
         self.socket.set_read_timeout(Some(patience)).unwrap();
-        match self.socket.read(self.connection.space()) {
+        match self.socket.read(self.connection.input_buffer()) {
             Ok(0) => return false,
-            Ok(count) => self.connection.filled(count),
+            Ok(count) => self.connection.commit_input(count),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 return true;
             }
@@ -166,7 +166,7 @@ impl Agent {
                     assert!(self.done.insert(request, result).is_none());
                 }
                 Some(Event::Message(ToHost::Dial { host, port, stream })) => {
-                    self.connection.accept(stream, Direction::Both).unwrap();
+                    self.connection.accept_stream(stream, Direction::Both).unwrap();
                     self.dials.push((host, port, stream));
                 }
                 Some(Event::Message(ToHost::Denied { host })) => self.denied.push(host),
@@ -180,7 +180,7 @@ impl Agent {
             if let Some((stream, count)) =
                 credit.filter(|(stream, _)| !self.withhold.contains(stream))
             {
-                self.connection.consumed(stream, count);
+                self.connection.return_credit(stream, count);
             }
         }
     }
@@ -232,9 +232,9 @@ impl Agent {
             cwd: b"/".to_vec(),
             uid,
             gid,
-            stdin: Some(self.connection.open(Direction::Send).unwrap()),
-            stdout: self.connection.open(Direction::Receive).unwrap(),
-            stderr: self.connection.open(Direction::Receive).unwrap(),
+            stdin: Some(self.connection.open_stream(Direction::Send).unwrap()),
+            stdout: self.connection.open_stream(Direction::Receive).unwrap(),
+            stderr: self.connection.open_stream(Direction::Receive).unwrap(),
         }
     }
 
@@ -278,10 +278,10 @@ impl Agent {
     /// Sends all of `bytes` and the end, while taking what comes.
     pub fn feed(&mut self, stream: StreamId, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            bytes = &bytes[self.connection.send(stream, bytes)..];
+            bytes = &bytes[self.connection.send_data(stream, bytes)..];
             assert!(self.turn(), "the agent ended: {}", self.stderr());
         }
-        self.connection.end(stream);
+        self.connection.end_stream(stream);
     }
 
     pub fn signal(&mut self, running: Running, signal: u8) {

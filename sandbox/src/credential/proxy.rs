@@ -368,7 +368,7 @@ impl Credential {
     }
 
     pub fn is_for(&self, host: &str, port: u16) -> bool {
-        self.hosts.iter().any(|endpoint| endpoint.port == port && endpoint.names(host))
+        self.hosts.iter().any(|endpoint| endpoint.port == port && endpoint.matches_host(host))
     }
 }
 

@@ -21,23 +21,23 @@ struct Agent {
 
 impl Agent {
     fn dial(&mut self, host: &str, port: u16) -> StreamId {
-        let stream = self.connection.open(Direction::Both).unwrap();
+        let stream = self.connection.open_stream(Direction::Both).unwrap();
         self.connection.send_message(&ToHost::Dial { host: host.into(), port, stream }).unwrap();
         stream
     }
 
     fn flush(&mut self) {
-        while !self.connection.output().is_empty() {
-            let count = self.socket.write(self.connection.output()).unwrap();
-            self.connection.wrote(count);
+        while !self.connection.pending_output().is_empty() {
+            let count = self.socket.write(self.connection.pending_output()).unwrap();
+            self.connection.consume_output(count);
         }
     }
 
     fn turn(&mut self) {
         self.flush();
-        let count = self.socket.read(self.connection.space()).unwrap();
+        let count = self.socket.read(self.connection.input_buffer()).unwrap();
         assert!(count > 0, "the host has closed the channel");
-        self.connection.filled(count);
+        self.connection.commit_input(count);
         loop {
             let (stream, count) = match self.connection.next_event().unwrap() {
                 None => return,
@@ -55,19 +55,19 @@ impl Agent {
                 }
                 Some(_) => continue,
             };
-            self.connection.consumed(stream, count);
+            self.connection.return_credit(stream, count);
         }
     }
 
     /// Sends all of it, and the end.
     fn send(&mut self, stream: StreamId, mut bytes: &[u8]) {
         while !bytes.is_empty() && !self.reset.contains(&stream) {
-            bytes = &bytes[self.connection.send(stream, bytes)..];
+            bytes = &bytes[self.connection.send_data(stream, bytes)..];
             if !bytes.is_empty() {
                 self.turn();
             }
         }
-        self.connection.end(stream);
+        self.connection.end_stream(stream);
     }
 
     /// What came on the stream, once it has ended; `None` if it was reset.
@@ -394,15 +394,15 @@ async fn an_endpoint_that_resets_or_is_reset_is_told_from_one_that_ends() {
     let names = Names::of(&[("a.test", &[&["127.0.0.1"]])]);
     let ((), lines) = against(allowing(&[format!("a.test:{port}")]), names, move |agent| {
         let stream = agent.dial("a.test", port);
-        agent.connection.send(stream, b"x");
+        agent.connection.send_data(stream, b"x");
         assert_eq!(agent.received(stream), None);
         let stream = agent.dial("a.test", port);
-        agent.connection.send(stream, b"x");
+        agent.connection.send_data(stream, b"x");
         while !agent.data.contains_key(&stream) {
             agent.turn();
         }
         // The workload dies.
-        agent.connection.reset(stream);
+        agent.connection.reset_stream(stream);
         let stream = agent.dial("other.test", port);
         assert_eq!(agent.received(stream), None);
     })
@@ -500,7 +500,7 @@ async fn a_flood_of_dials_costs_little_and_hides_nothing_that_was_connected() {
             for number in 0..5000 {
                 let stream =
                     agent.dial(if number % 2 == 0 { "a.test" } else { "evil.example" }, port);
-                agent.connection.reset(stream);
+                agent.connection.reset_stream(stream);
                 agent.flush();
             }
             // What is left of it is dealt with, and then there is room again.
@@ -536,16 +536,14 @@ async fn refused_names_are_written_down_and_dials_without_egress_are_a_breach() 
     let (ours, theirs) = UnixStream::pair().unwrap();
     let channel = Channel::new(ours.into_std().unwrap());
     let mut connection = Connection::<Guest>::new();
-    let stream = connection.open(Direction::Both).unwrap();
+    let stream = connection.open_stream(Direction::Both).unwrap();
     connection.send_message(&ToHost::Dial { host: "a.test".into(), port: 443, stream }).unwrap();
     let mut theirs = theirs;
-    theirs.write_all(connection.output()).await.unwrap();
+    theirs.write_all(connection.pending_output()).await.unwrap();
     let why = channel.closed().await;
     assert_eq!(
         why,
-        crate::channel::Closed::Fault(chitin_protocol::Fault::Unexpected {
-            what: "egress that was not opened"
-        })
+        crate::channel::Closed::Fault(chitin_protocol::Unexpected::EgressNotEnabled.into())
     );
 }
 

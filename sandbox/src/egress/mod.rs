@@ -461,7 +461,11 @@ impl Broker {
 
     async fn dial(&self, host: &str, port: u16) -> Result<Dialled, Refusal> {
         check_name(host)?;
-        if !self.endpoints.iter().any(|endpoint| endpoint.port == port && endpoint.names(host)) {
+        if !self
+            .endpoints
+            .iter()
+            .any(|endpoint| endpoint.port == port && endpoint.matches_host(host))
+        {
             return Err(Refusal::Policy);
         }
         let permit = self.admit()?;
