@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-use super::file::{Access, Runtime};
+use chitin_spec::{Delivery, SecretSource, TierKind};
+
+use super::file::Access;
 use super::{Field, Policy, SyscallFilter, Verdict};
-use crate::SecretSource;
-use crate::credential::Delivery;
 
 /// What the workload of any policy can read and write; the agent makes it so (`guest-agent/src/root_fs.rs`).
 const SYSTEM: &str = "the system (/usr, /bin, /sbin, /lib, /lib64, /etc, /opt, /proc, /sys, /dev)";
@@ -54,11 +54,11 @@ fn sentences(policy: &Policy, out: &mut String) -> std::fmt::Result {
 
 fn tier(policy: &Policy, out: &mut String) -> std::fmt::Result {
     let wall = match policy.runtime {
-        Runtime::Ironclaw => "in a microVM with a kernel of its own (ironclaw)",
-        Runtime::Nanoclaw => {
+        TierKind::Ironclaw => "in a microVM with a kernel of its own (ironclaw)",
+        TierKind::Nanoclaw => {
             "under gVisor or, where runsc is absent, in a hardened container (nanoclaw)"
         }
-        Runtime::Nemoclaw => "in a hardened container of the Docker daemon (nemoclaw)",
+        TierKind::Nemoclaw => "in a hardened container of the Docker daemon (nemoclaw)",
     };
     write!(out, "Isolation: it runs {wall}")?;
     if policy.fallback.is_empty() {
@@ -67,7 +67,7 @@ fn tier(policy: &Policy, out: &mut String) -> std::fmt::Result {
         write!(
             out,
             ", or where that cannot be had, as {}",
-            listed(&policy.fallback, Runtime::to_string)
+            listed(&policy.fallback, TierKind::to_string)
         )?;
     }
     match &policy.image {
@@ -153,7 +153,7 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
         writeln!(
             out,
             "  {what} from {}, each as a file in memory that it finds by the variable NAME_FILE.",
-            source.place()
+            source.location()
         )?;
     }
     Ok(())
@@ -175,7 +175,7 @@ fn resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
 
 /// Which field is kept by what on the tiers that may be used, and which refuse the policy.
 fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
-    for tier in Runtime::ALL {
+    for tier in TierKind::ALL {
         let wanted = if tier == policy.runtime {
             ""
         } else if policy.fallback.contains(&tier) {

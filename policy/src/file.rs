@@ -2,29 +2,24 @@
 //! here, what it says beside others in [`super::resolve`].
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use chitin_spec::{
+    Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, ParseSecretError, SecretSource, TierKind,
+    VaultSource, check_name, string_type,
+};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::profile::{Profile, SyscallFilter};
-use crate::SecretSource;
-use crate::secret::{ParseSecretError, check_name};
 
 /// Longest path, `PATH_MAX` of Linux.
 const MAX_PATH: usize = 4096;
 
 /// Longest label: it stands in a line of a report.
 const MAX_LABEL: usize = 128;
-
-/// Longest host name (RFC 1035, 2.3.4, without the final dot).
-pub(crate) const MAX_HOST: usize = 253;
-
-/// How much of a wrong endpoint is repeated.
-const MAX_SHOWN: usize = 80;
 
 /// The most entries of one list: what each costs (a Landlock rule, a memfd, an address) stays small.
 pub const MAX_ENTRIES: usize = 64;
@@ -37,10 +32,10 @@ pub struct PolicyFile {
     /// What this policy is for; it stands in the report and changes nothing.
     pub plugin: Option<Label>,
     /// How the sandbox is isolated. Without it `ironclaw`. Never replaced by something weaker that `fallback` does not list.
-    pub runtime: Option<Runtime>,
+    pub runtime: Option<TierKind>,
     /// What else will do, in this order, where `runtime` cannot be had.
     #[schemars(length(max = 2))]
-    pub fallback: Option<Vec<Runtime>>,
+    pub fallback: Option<Vec<TierKind>>,
     /// A root image on the host, an absolute path; without it the one that was built.
     pub image: Option<PlainPath>,
     /// How hard the sandbox is made.
@@ -52,49 +47,6 @@ pub struct PolicyFile {
     /// Credentials it is handed.
     #[schemars(length(max = MAX_ENTRIES))]
     pub secrets: Option<Vec<SecretRule>>,
-}
-
-/// A way to isolate a sandbox, the strongest first.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Runtime {
-    /// A microVM with a kernel of its own.
-    Ironclaw,
-    /// gVisor, or a hardened container where runsc is absent.
-    Nanoclaw,
-    /// A hardened container of a Docker daemon.
-    Nemoclaw,
-}
-
-impl Runtime {
-    /// All of them, the strongest first.
-    pub const ALL: [Runtime; 3] = [Runtime::Ironclaw, Runtime::Nanoclaw, Runtime::Nemoclaw];
-
-    /// Its name in files and options.
-    pub fn name(self) -> &'static str {
-        match self {
-            Runtime::Ironclaw => "ironclaw",
-            Runtime::Nanoclaw => "nanoclaw",
-            Runtime::Nemoclaw => "nemoclaw",
-        }
-    }
-}
-
-impl FromStr for Runtime {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Runtime, String> {
-        let found = Runtime::ALL.into_iter().find(|tier| tier.name() == text);
-        found.ok_or_else(|| format!("it is none of {}", Runtime::ALL.map(Runtime::name).join(", ")))
-    }
-}
-
-impl fmt::Display for Runtime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
 }
 
 /// How hard the sandbox is made.
@@ -161,9 +113,9 @@ pub struct Network {
 #[serde(deny_unknown_fields)]
 pub struct Resources {
     /// Virtual CPUs.
-    pub vcpus: Option<Bounded<1, 8>>,
+    pub vcpus: Option<Bounded<1, MAX_VCPUS>>,
     /// Memory in MiB, files that the workload writes included.
-    pub memory_mib: Option<Bounded<64, 16384>>,
+    pub memory_mib: Option<Bounded<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
     /// The sandbox ends after so long, whatever it does: `90s`, `5m`, `1h 30m`.
     pub timeout: Option<Limit>,
     /// Processes and threads at once.
@@ -215,35 +167,11 @@ pub enum How {
 
 // ---- values that are checked as they are read ----
 
-/// A type that is read from a text by its `FromStr`, with a pattern for its schema.
-macro_rules! text {
-    ($type:ty, $name:literal, $pattern:literal) => {
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = <std::borrow::Cow<'_, str>>::deserialize(deserializer)?;
-                text.parse().map_err(serde::de::Error::custom)
-            }
-        }
-
-        impl JsonSchema for $type {
-            fn schema_name() -> std::borrow::Cow<'static, str> {
-                $name.into()
-            }
-
-            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-                schemars::json_schema!({ "type": "string", "pattern": $pattern })
-            }
-        }
-    };
-}
-
-text!(Label, "Label", r"^[^\u0000-\u001f]{1,128}$");
-text!(PlainPath, "PlainPath", r"^/[^/]+(/[^/]+)*$");
-text!(Endpoint, "Endpoint", r"^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?:[0-9]{1,5}$");
-text!(VaultSource, "VaultSource", r"^vault://[^/#]+/[^#]+(#.+)?$");
-text!(Source, "Source", r"^((env|exec):.+|file:/.+|vault://[^/#]+/[^#]+(#.+)?)$");
-text!(SecretName, "SecretName", r"^[A-Za-z_][A-Za-z0-9_]{0,127}$");
-text!(Limit, "Limit", r"^([0-9]+ ?[a-z]+ ?)+$");
+string_type!(Label, "Label", r"^[^\u0000-\u001f]{1,128}$");
+string_type!(PlainPath, "PlainPath", r"^/[^/]+(/[^/]+)*$");
+string_type!(Source, "Source", r"^((env|exec):.+|file:/.+|vault://[^/#]+/[^#]+(#.+)?)$");
+string_type!(SecretName, "SecretName", r"^[A-Za-z_][A-Za-z0-9_]{0,127}$");
+string_type!(Limit, "Limit", r"^([0-9]+ ?[a-z]+ ?)+$");
 
 /// A label for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -293,136 +221,6 @@ impl FromStr for PlainPath {
             return Err(format!("a path of more than {MAX_PATH} bytes"));
         }
         Ok(PlainPath(plain))
-    }
-}
-
-/// Something on the network: a name, or all below a name, and a port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
-    /// The name in lower case, without `*.`.
-    pub host: String,
-    /// Whether every name below it is meant, and not it.
-    pub wildcard: bool,
-    /// TCP port.
-    pub port: u16,
-}
-
-impl FromStr for Endpoint {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Endpoint, String> {
-        // What is wrong may be long, or full of what a terminal would obey.
-        let shown: String = text.chars().take(MAX_SHOWN).flat_map(char::escape_default).collect();
-        let more = if text.chars().nth(MAX_SHOWN).is_some() { "…" } else { "" };
-        let wrong = |why: &str| Err(format!("`{shown}{more}` is not HOST:PORT: {why}"));
-        let Some((host, port)) = text.rsplit_once(':') else { return wrong("there is no port") };
-        let port = match port.parse() {
-            Ok(0) | Err(_) => return wrong("the port is a number from 1 to 65535"),
-            Ok(port) => port,
-        };
-        let (host, wildcard) =
-            host.strip_prefix("*.").map_or((host, false), |domain| (domain, true));
-        if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() || is_numeric(host) {
-            return wrong("an address is nobody in particular, give a name");
-        }
-        // Names of other scripts have a form in letters and digits, which is what is looked up.
-        let host = match host.is_ascii() {
-            true => host.to_ascii_lowercase(),
-            false if host.len() > 4 * MAX_HOST => return wrong("a name has at most 253 bytes"),
-            false => match idna::domain_to_ascii(host) {
-                Ok(host) => host,
-                Err(_) => return wrong("no name can be written so"),
-            },
-        };
-        let label = |label: &str| {
-            (1..=63).contains(&label.len())
-                && label
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        };
-        if host.len() > MAX_HOST {
-            return wrong("a name has at most 253 bytes");
-        }
-        if !host.split('.').all(label) {
-            return wrong("names are letters, digits, `-` and dots; `*.` may stand in front");
-        }
-        if wildcard && !host.contains('.') {
-            return wrong("a whole top-level domain is nobody in particular");
-        }
-        Ok(Endpoint { host, wildcard, port })
-    }
-}
-
-/// Whether resolvers take a name for an address: its last label is a number.
-pub(crate) fn is_numeric(host: &str) -> bool {
-    let last = host.rsplit('.').next().unwrap_or(host);
-    let hex = last.strip_prefix("0x").or(last.strip_prefix("0X"));
-    !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit())
-        || hex.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
-}
-
-impl Endpoint {
-    /// Whether all that another means is meant by it.
-    pub(crate) fn covers(&self, other: &Endpoint) -> bool {
-        self == other
-            || self.wildcard
-                && self.port == other.port
-                && other.host.strip_suffix(&self.host).is_some_and(|rest| rest.ends_with('.'))
-    }
-}
-
-impl fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}:{}", if self.wildcard { "*." } else { "" }, self.host, self.port)
-    }
-}
-
-/// A place in a vault.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VaultSource {
-    /// The mount of the secrets engine.
-    pub mount: String,
-    /// The path in it.
-    pub path: String,
-    /// The field, if one is meant.
-    pub field: Option<String>,
-}
-
-impl FromStr for VaultSource {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<VaultSource, String> {
-        // What may be a pasted value is not repeated.
-        let wrong =
-            || "a credential source is vault://MOUNT/PATH or vault://MOUNT/PATH#FIELD".to_owned();
-        let rest = text.strip_prefix("vault://").ok_or_else(wrong)?;
-        let (rest, field) =
-            rest.split_once('#').map_or((rest, None), |(rest, field)| (rest, Some(field)));
-        let (mount, path) = rest.split_once('/').ok_or_else(wrong)?;
-        // What a URL would take for something else is in no name.
-        let plain =
-            |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
-        let name = |part: &str| !matches!(part, "" | "." | "..") && part.bytes().all(plain);
-        if !name(mount) || !path.split('/').all(name) || field == Some("") {
-            return Err(wrong());
-        }
-        Ok(VaultSource { mount: mount.into(), path: path.into(), field: field.map(str::to_owned) })
-    }
-}
-
-impl VaultSource {
-    /// Where it is, without the field.
-    pub(crate) fn place(&self) -> String {
-        format!("vault://{}/{}", self.mount, self.path)
-    }
-}
-
-impl fmt::Display for VaultSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.place())?;
-        self.field.as_ref().map_or(Ok(()), |field| write!(f, "#{field}"))
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Strict from end to end: what is not understood is an error with line and column, never ignored. No types here know how
 //! anything is enforced; [`tiers`] says by what on which tier.
+#![forbid(unsafe_code)]
 
 mod decode;
 mod explain;
@@ -22,22 +23,19 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chitin_protocol::{Confine, FileRule, SystemCalls};
+use chitin_spec::{Boundary, Endpoint, Limits, SecretSpec, TierKind, VaultSource};
 use schemars::transform::{Transform, transform_subschemas};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-pub use file::{Access, Endpoint, How, Runtime, Source, VaultSource};
-pub(crate) use file::{MAX_HOST, is_numeric};
-pub use profile::{Limits, PROFILES, Profile, ProfileSpec, SyscallFilter};
+pub use file::{Access, How, Source};
+pub use profile::{PROFILES, Profile, ProfileSpec, SyscallFilter};
 pub use tiers::{Field, Verdict};
 pub use yaml::Place;
 
 use file::PolicyFile;
 use yaml::{MAX_BYTES, Problem};
-
-use crate::SecretSpec;
-use crate::audit::Wall;
 
 /// What is wrong with a policy, or with what is asked for under it.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +56,7 @@ pub enum PolicyError {
         /// The file.
         origin: String,
         /// What was asked for.
-        tier: Runtime,
+        tier: TierKind,
     },
     /// The file is larger than any policy.
     #[error("the policy {} is larger than {} KiB: is it a policy?", path.display(), MAX_BYTES / 1024)]
@@ -90,7 +88,7 @@ pub enum PolicyError {
         /// The file.
         origin: String,
         /// The tier.
-        tier: Runtime,
+        tier: TierKind,
         /// The field.
         field: &'static str,
         /// Why.
@@ -163,9 +161,9 @@ pub struct Policy {
     /// Its profile.
     pub profile: Profile,
     /// How the sandbox is isolated.
-    pub runtime: Runtime,
+    pub runtime: TierKind,
     /// What else will do, in this order.
-    pub fallback: Vec<Runtime>,
+    pub fallback: Vec<TierKind>,
     /// Another root image than the one that was built.
     pub image: Option<PathBuf>,
     /// Whether the workload can read nothing but the system and [`files`](Policy::files).
@@ -245,7 +243,7 @@ impl Policy {
     ///
     /// # Errors
     /// [`PolicyError::Refused`] for the first field that it cannot.
-    pub fn check_tier(&self, tier: Runtime) -> Result<(), PolicyError> {
+    pub fn check_tier(&self, tier: TierKind) -> Result<(), PolicyError> {
         for field in Field::ALL {
             if let Verdict::Refused(why) = self.verdict(field, tier) {
                 let origin = self.origin.clone();
@@ -256,7 +254,7 @@ impl Policy {
     }
 
     /// The tiers that will do, in this order.
-    pub fn tiers(&self) -> impl Iterator<Item = Runtime> {
+    pub fn tiers(&self) -> impl Iterator<Item = TierKind> {
         std::iter::once(self.runtime).chain(self.fallback.iter().copied())
     }
 
@@ -264,19 +262,19 @@ impl Policy {
     ///
     /// # Errors
     /// Why `runtime` cannot, if none can.
-    pub fn tier(&self) -> Result<Runtime, PolicyError> {
+    pub fn tier(&self) -> Result<TierKind, PolicyError> {
         match self.tiers().find(|tier| self.check_tier(*tier).is_ok()) {
             Some(tier) => Ok(tier),
             None => self.check_tier(self.runtime).map(|()| self.runtime),
         }
     }
 
-    /// What the agent has to do about it behind a wall. Of a container, whoever made it bounds processes and disk; of gVisor's,
+    /// What the agent has to do about it behind a boundary. Of a container, whoever made it bounds processes and disk; of gVisor's,
     /// whose kernel counts for itself, the agent has the processes bounded.
-    pub(crate) fn confine(&self, request: u32, wall: Wall) -> Confine {
-        let counts = match wall {
-            Wall::Kvm | Wall::Gvisor => true,
-            Wall::Namespaces => false,
+    pub fn confine(&self, request: u32, boundary: Boundary) -> Confine {
+        let counts = match boundary {
+            Boundary::Kvm | Boundary::Gvisor => true,
+            Boundary::Namespaces => false,
         };
         let rule = |file: &SharedFile| FileRule {
             path: file.path.as_os_str().as_bytes().into(),
@@ -293,7 +291,7 @@ impl Policy {
             max_disk: self
                 .limits
                 .disk_mib
-                .filter(|_| wall == Wall::Kvm)
+                .filter(|_| boundary == Boundary::Kvm)
                 .map(|mib| u64::from(mib) << 20),
         }
     }
@@ -305,7 +303,7 @@ impl Policy {
 
     /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is
     /// none.
-    pub(crate) fn tighten(
+    pub fn tighten(
         &self,
         what: &'static str,
         asked: Option<u64>,
@@ -321,7 +319,7 @@ impl Policy {
     }
 
     /// The same for the time limit.
-    pub(crate) fn tighten_timeout(
+    pub fn tighten_timeout(
         &self,
         asked: Option<Duration>,
     ) -> Result<Option<Duration>, PolicyError> {

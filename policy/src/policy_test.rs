@@ -44,10 +44,10 @@ fn refused(text: &str, place: (usize, usize), words: &str) {
 #[test]
 fn the_first_shape() {
     let policy = parse(FIRST);
-    assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::Default));
+    assert_eq!((policy.runtime, policy.profile), (TierKind::Ironclaw, Profile::Default));
     let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
     assert_eq!(policy.credential_source, Some(source));
-    policy.check_tier(Runtime::Ironclaw).unwrap();
+    policy.check_tier(TierKind::Ironclaw).unwrap();
     assert!(policy.explain().contains("vault://openclaw/creds"));
 }
 
@@ -55,7 +55,7 @@ fn the_first_shape() {
 fn the_second_shape() {
     let policy = parse(SECOND);
     assert_eq!(policy.plugin.as_deref(), Some("web_scraper"));
-    assert_eq!((policy.runtime, policy.profile), (Runtime::Ironclaw, Profile::RestrictedNet));
+    assert_eq!((policy.runtime, policy.profile), (TierKind::Ironclaw, Profile::RestrictedNet));
     assert_eq!(policy.syscalls, SyscallFilter::DefaultDeny);
     let path = PathBuf::from("/shared/config.yaml");
     assert_eq!(
@@ -67,7 +67,7 @@ fn the_second_shape() {
         policy.egress,
         [Endpoint { host: "api.example.com".into(), wildcard: false, port: 443 }]
     );
-    policy.check_tier(Runtime::Ironclaw).unwrap();
+    policy.check_tier(TierKind::Ironclaw).unwrap();
     let reach = |endpoint: &str| policy.may_reach(&endpoint.parse().unwrap());
     assert!(reach("api.example.com:443"));
     for more in
@@ -110,7 +110,7 @@ secrets:
     );
     assert_eq!(
         (policy.runtime, policy.fallback.as_slice()),
-        (Runtime::Nanoclaw, &[Runtime::Nemoclaw, Runtime::Ironclaw][..])
+        (TierKind::Nanoclaw, &[TierKind::Nemoclaw, TierKind::Ironclaw][..])
     );
     assert_eq!(policy.image, Some("/srv/images/big.img".into()));
     assert_eq!(policy.files[0].access, Access::ReadWrite);
@@ -405,10 +405,16 @@ fn a_file_is_read_within_bounds() {
 
 #[test]
 fn the_first_tier_that_can_keep_it_is_taken() {
-    assert_eq!(parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Ironclaw);
-    let order: Vec<Runtime> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
-    assert_eq!(order, [Runtime::Nemoclaw, Runtime::Ironclaw]);
-    assert_eq!(parse("runtime: nanoclaw\nfallback: [nemoclaw]").tier().unwrap(), Runtime::Nanoclaw);
+    assert_eq!(
+        parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(),
+        TierKind::Ironclaw
+    );
+    let order: Vec<TierKind> = parse("runtime: nemoclaw\nfallback: [ironclaw]").tiers().collect();
+    assert_eq!(order, [TierKind::Nemoclaw, TierKind::Ironclaw]);
+    assert_eq!(
+        parse("runtime: nanoclaw\nfallback: [nemoclaw]").tier().unwrap(),
+        TierKind::Nanoclaw
+    );
 }
 
 #[test]
@@ -498,8 +504,8 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     };
     let kept = parse(&policy("hosts: ['api.example.com:443'], replaced_in: [body]"));
     let hosts = vec!["api.example.com:443".parse().unwrap()];
-    let reach = crate::Reach { hosts, query: false, body: true };
-    assert_eq!(kept.secrets[0].delivery, crate::Delivery::Proxy(reach));
+    let reach = chitin_spec::ProxyScope { hosts, query: false, body: true };
+    assert_eq!(kept.secrets[0].delivery, chitin_spec::Delivery::Proxy(reach));
     assert!(
         kept.explain()
             .contains("replaces in headers and the body of requests to api.example.com:443")

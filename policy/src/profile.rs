@@ -4,6 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use chitin_spec::Limits;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -49,21 +50,6 @@ pub struct ProfileSpec {
     pub env_secrets: bool,
     /// What the sandbox gets where the file does not say: more is a matter of saying so.
     pub resources: Limits,
-}
-
-/// How much of the machine a sandbox gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Virtual CPUs.
-    pub vcpus: u32,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-    /// Time until the sandbox is ended.
-    pub timeout: Option<Duration>,
-    /// Processes and threads at once.
-    pub pids: u32,
-    /// What can be written, in MiB; `None`: half of the memory.
-    pub disk_mib: Option<u32>,
 }
 
 /// Ample for a script and the tools it calls; a fork bomb is over at once.

@@ -2,14 +2,12 @@
 
 use std::path::Path;
 
-use super::file::{
-    Access, Endpoint, FileRule, How, MAX_ENTRIES, Part, PlainPath, PolicyFile, Runtime, SecretRule,
-};
-use super::profile::{Limits, Profile};
+use chitin_spec::{Delivery, Endpoint, Limits, ProxyScope, SecretSpec, TierKind};
+
+use super::file::{Access, FileRule, How, MAX_ENTRIES, Part, PlainPath, PolicyFile, SecretRule};
+use super::profile::Profile;
 use super::yaml::{Node, Problem};
 use super::{Policy, SharedFile};
-use crate::SecretSpec;
-use crate::credential::{Delivery, Reach};
 
 /// Where a workload may write; `/var/tmp` is `/tmp`.
 const SCRATCH: [&str; 4] = ["/work", "/tmp", "/var/tmp", "/dev/shm"];
@@ -20,11 +18,6 @@ const SHARED: [&str; 2] = ["/work", "/tmp"];
 /// The kernel's, where no files are.
 const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-// What the format promises is what the monitor takes.
-const _: () = assert!(chitin_vmm::spec::MAX_VCPUS == 8);
-const _: () =
-    assert!(chitin_vmm::spec::MIN_MEMORY_MIB == 64 && chitin_vmm::spec::MAX_MEMORY_MIB == 16384);
-
 /// Makes a policy of a file.
 pub fn resolve(
     file: PolicyFile,
@@ -32,7 +25,7 @@ pub fn resolve(
     origin: &str,
     digest: String,
 ) -> Result<Policy, Problem> {
-    let runtime = file.runtime.unwrap_or(Runtime::Ironclaw);
+    let runtime = file.runtime.unwrap_or(TierKind::Ironclaw);
     let fallback = file.fallback.unwrap_or_default();
     for (index, tier) in fallback.iter().enumerate() {
         if *tier == runtime || fallback[..index].contains(tier) {
@@ -231,7 +224,7 @@ fn secrets(
                     bounded(hosts.len(), root, &["secrets", &index, "hosts"])?;
                     let parts = rule.replaced_in.unwrap_or_default();
                     let (query, body) = (parts.contains(&Part::Query), parts.contains(&Part::Body));
-                    Delivery::Proxy(Reach { hosts, query, body })
+                    Delivery::Proxy(ProxyScope { hosts, query, body })
                 }
             },
         };

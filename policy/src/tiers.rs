@@ -1,7 +1,8 @@
 //! Who keeps which field on which tier. Each field is kept or refused on each tier; the match has no wildcard, so a new field
 //! or tier is a decision here.
 
-use super::file::Runtime;
+use chitin_spec::TierKind;
+
 use super::{Policy, SyscallFilter};
 
 /// A field of the file that somebody has to keep.
@@ -84,10 +85,10 @@ impl Field {
 
 impl Policy {
     /// What becomes of a field of this policy on a tier, its profile's part included.
-    pub fn verdict(&self, field: Field, tier: Runtime) -> Verdict {
+    pub fn verdict(&self, field: Field, tier: TierKind) -> Verdict {
         match tier {
-            Runtime::Ironclaw => Verdict::Kept(self.microvm(field)),
-            Runtime::Nanoclaw | Runtime::Nemoclaw => Verdict::Kept(self.container(field)),
+            TierKind::Ironclaw => Verdict::Kept(self.microvm(field)),
+            TierKind::Nanoclaw | TierKind::Nemoclaw => Verdict::Kept(self.container(field)),
         }
     }
 
