@@ -9,17 +9,14 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use chitin_spec::{DeliveryKind, MAX_HOST};
 use serde::Serialize;
 
-use super::bucket::Bucket;
-use crate::credential::Way;
+use crate::bucket::Bucket;
 
 /// Lines that a sandbox can cause in a second, and at once. What is over is counted in the next line: a sandbox must not be
 /// able to fill the host's disk.
 const LINES: (f64, f64) = (100.0, 1000.0);
-
-/// Longest name that is repeated.
-const MAX_HOST: usize = 253;
 
 /// What came of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -73,8 +70,8 @@ struct Delivered<'a> {
     delivery: &'static str,
 }
 
-fn delivered(verdict: &'static str, name: &str, way: Way) -> io::Result<Vec<u8>> {
-    let line = Delivered { time: now(), verdict, credentials: [name], delivery: way.word() };
+fn delivered(verdict: &'static str, name: &str, way: DeliveryKind) -> io::Result<Vec<u8>> {
+    let line = Delivered { time: now(), verdict, credentials: [name], delivery: way.name() };
     let mut text = serde_json::to_vec(&line)?;
     text.push(b'\n');
     Ok(text)
@@ -123,7 +120,7 @@ impl Line<'_> {
 
 /// Where lines go.
 #[derive(Debug, Default)]
-pub(crate) struct Audit {
+pub struct AuditLog {
     state: Option<Mutex<State>>,
 }
 
@@ -136,45 +133,45 @@ struct State {
     broken: bool,
 }
 
-impl Audit {
+impl AuditLog {
     /// Lines are added to this file, which only its owner can read if it is a new one.
-    pub fn open(path: Option<&Path>) -> io::Result<Audit> {
-        let Some(path) = path else { return Ok(Audit::default()) };
+    pub fn open(path: Option<&Path>) -> io::Result<AuditLog> {
+        let Some(path) = path else { return Ok(AuditLog::default()) };
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
         let bucket = Bucket::new(LINES.0, LINES.1);
-        Ok(Audit { state: Some(Mutex::new(State { file, bucket, omitted: 0, broken: false })) })
+        Ok(AuditLog { state: Some(Mutex::new(State { file, bucket, omitted: 0, broken: false })) })
     }
 
     /// Whether what is attempted now can be written down. What cannot is not to be done.
-    pub fn works(&self) -> bool {
+    pub(crate) fn works(&self) -> bool {
         self.state
             .as_ref()
             .is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
     }
 
     /// So many lines were left out before they came here.
-    pub fn omit(&self, count: u64) {
+    pub(crate) fn omit(&self, count: u64) {
         if let Some(state) = &self.state {
             state.lock().unwrap_or_else(PoisonError::into_inner).omitted += count;
         }
     }
 
     /// A credential is about to be delivered in this way. What cannot be written down is not to be done.
-    pub fn deliver(&self, name: &str, way: Way) -> io::Result<()> {
+    pub fn record_delivery(&self, name: &str, way: DeliveryKind) -> io::Result<()> {
         let Some(state) = &self.state else { return Ok(()) };
         let text = delivered("delivered", name, way)?;
         state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
     }
 
     /// A credential that was delivered in this way was taken back.
-    pub fn revoke(&self, name: &str, way: Way) {
+    pub fn record_revocation(&self, name: &str, way: DeliveryKind) {
         let Some(state) = &self.state else { return };
         let text = delivered("revoked", name, way).unwrap_or_default();
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         state.broken |= state.file.write_all(&text).is_err();
     }
 
-    pub fn write(&self, mut line: Line<'_>) {
+    pub(crate) fn write(&self, mut line: Line<'_>) {
         let Some(state) = &self.state else { return };
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         // What was connected is always written: connections are few.
@@ -198,7 +195,7 @@ mod tests {
     fn a_line_is_short_json_whatever_the_name_is() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit");
-        let audit = Audit::open(Some(&path)).unwrap();
+        let audit = AuditLog::open(Some(&path)).unwrap();
         let name = format!("a\0\n\"{}", "ä".repeat(40_000));
         audit.write(Line::new(&name, Some(443), Verdict::Refused, Some("no".into())));
         let text = std::fs::read_to_string(&path).unwrap();
@@ -215,7 +212,7 @@ mod tests {
     fn a_flood_of_lines_is_counted_and_not_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit");
-        let audit = Audit::open(Some(&path)).unwrap();
+        let audit = AuditLog::open(Some(&path)).unwrap();
         for _ in 0..5000 {
             audit.write(Line::new("a", None, Verdict::Refused, None));
         }
@@ -234,14 +231,14 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_noticed() {
-        let audit = Audit::open(Some(Path::new("/dev/full"))).unwrap();
+        let audit = AuditLog::open(Some(Path::new("/dev/full"))).unwrap();
         assert!(audit.works());
         audit.write(Line::new("a", None, Verdict::Refused, None));
         assert!(!audit.works());
-        assert!(Audit::default().works());
+        assert!(AuditLog::default().works());
         assert!(
-            audit.deliver("A", Way::Memory).is_err()
-                && Audit::default().deliver("A", Way::Memory).is_ok()
+            audit.record_delivery("A", DeliveryKind::Memory).is_err()
+                && AuditLog::default().record_delivery("A", DeliveryKind::Memory).is_ok()
         );
     }
 }

@@ -5,8 +5,8 @@ use std::time::SystemTime;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::vault::{Fields, Wiped};
-use crate::secret::SecretValue;
+use crate::secret_value::SecretValue;
+use crate::vault::{Fields, Wiped};
 
 /// As SDKs, Vault's AWS engine and credentials files spell it.
 const ID: [&str; 3] = ["AccessKeyId", "access_key", "aws_access_key_id"];
@@ -74,7 +74,7 @@ impl Keys {
             // Writing to memory does not fail.
             let _ = serde_json::to_writer(&mut *document, value);
         }
-        let document = SecretValue::hold(document, false).map_err(KeysError::Hold)?;
+        let document = SecretValue::new(document, false).map_err(KeysError::Hold)?;
         Ok(Keys { document, until })
     }
 

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use chitin_spec::{SecretSource, SecretSpec};
 use hmac::{Hmac, Mac};
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
@@ -29,18 +30,17 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::Vault;
-use super::keeper::{Current, Reader};
 use super::keys::Keys;
-use super::placeholder::{base64, from_base64};
-use crate::SecretSpec;
-use crate::secret::{SecretSource, SecretValue};
+use crate::proxy::placeholder::{base64, from_base64};
+use crate::secret_value::SecretValue;
+use crate::source::fetch_value;
+use crate::vault::{Current, LeaseReader, VaultReader};
 
 /// What the workload connects to.
 const HOST_NAME: &str = "localhost";
 
 /// Where AWS's own helper serves credentials to a machine's programs.
-pub(crate) const PORT: u16 = 9911;
+pub const PORT: u16 = 9911;
 
 /// A request is a few hundred bytes on a connection that never leaves this machine.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
@@ -80,20 +80,20 @@ const META_TOKEN: &str = "x-aws-ec2-metadata-token";
 const META_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 
 /// Keys as they were read last.
-struct Held {
+struct CachedKeys {
     keys: Keys,
     read: Instant,
     /// Until when they are good, and for how long that was when they were read.
     good: Option<(SystemTime, Duration)>,
 }
 
-impl Held {
+impl CachedKeys {
     /// `lease`: until when the source vouches for them.
-    fn new(keys: Keys, lease: Option<Instant>) -> Held {
+    fn new(keys: Keys, lease: Option<Instant>) -> CachedKeys {
         let until = [keys.until, lease.map(wall)].into_iter().flatten().min();
         let good =
             until.map(|until| (until, until.duration_since(SystemTime::now()).unwrap_or_default()));
-        Held { keys, read: Instant::now(), good }
+        CachedKeys { keys, read: Instant::now(), good }
     }
 
     /// Whether three quarters of their time are over, or nobody knows.
@@ -111,11 +111,11 @@ fn wall(moment: Instant) -> SystemTime {
 }
 
 /// The endpoint of one sandbox.
-pub(crate) struct Endpoint {
+pub struct AwsCredentialServer {
     spec: SecretSpec,
     /// What reads a vault's secret again.
-    reader: Option<Reader>,
-    held: Mutex<Held>,
+    reader: Option<LeaseReader>,
+    held: Mutex<CachedKeys>,
     revoked: AtomicBool,
     /// A container's, for the workload's environment.
     token: SecretValue,
@@ -123,15 +123,15 @@ pub(crate) struct Endpoint {
     key: Zeroizing<[u8; RANDOM]>,
 }
 
-impl fmt::Debug for Endpoint {
+impl fmt::Debug for AwsCredentialServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Endpoint").field("name", &self.spec.name).finish_non_exhaustive()
+        f.debug_struct("AwsCredentialServer").field("name", &self.spec.name).finish_non_exhaustive()
     }
 }
 
 /// What became of a request, for the audit. What has got nobody anything, and was no attempt to, is `None`.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Fetched {
+pub(crate) enum Outcome {
     /// Keys were given; `trouble`: newer ones could not be had.
     Given { trouble: Option<String> },
     /// It was not for whoever asked.
@@ -140,15 +140,15 @@ pub(crate) enum Fetched {
     Failed(String),
 }
 
-impl Endpoint {
+impl AwsCredentialServer {
     /// An endpoint for these keys, which were just read; `lease`: until when the vault vouches for them.
-    pub fn new(
+    pub(crate) fn new(
         spec: SecretSpec,
         keys: Keys,
         lease: Option<Instant>,
-        reader: Option<Reader>,
+        reader: Option<LeaseReader>,
         mut random: impl FnMut(&mut [u8]) -> std::io::Result<()>,
-    ) -> Result<Endpoint, String> {
+    ) -> Result<AwsCredentialServer, String> {
         let mut made = || {
             let mut bytes = Zeroizing::new([0; RANDOM]);
             random(&mut *bytes)
@@ -156,9 +156,9 @@ impl Endpoint {
                 .map(|()| bytes)
         };
         let (key, token) = (made()?, made()?);
-        let token = SecretValue::hold(Zeroizing::new(base64(&*token, true)), false)?;
-        let held = Mutex::new(Held::new(keys, lease));
-        Ok(Endpoint { spec, reader, held, revoked: AtomicBool::new(false), token, key })
+        let token = SecretValue::new(Zeroizing::new(base64(&*token, true)), false)?;
+        let held = Mutex::new(CachedKeys::new(keys, lease));
+        Ok(AwsCredentialServer { spec, reader, held, revoked: AtomicBool::new(false), token, key })
     }
 
     /// The name of the credential.
@@ -172,17 +172,17 @@ impl Endpoint {
     }
 
     /// Where the agent is to accept for it.
-    pub fn wire() -> chitin_protocol::Endpoint {
+    pub(crate) fn wire() -> chitin_protocol::Endpoint {
         chitin_protocol::Endpoint { host: HOST_NAME.into(), wildcard: false, port: PORT }
     }
 
     /// Whether an environment variable is one by which SDKs find it.
-    pub fn is_variable(name: &str) -> bool {
+    pub(crate) fn is_variable(name: &str) -> bool {
         VARIABLES.contains(&name)
     }
 
     /// What SDKs look for in their environment.
-    pub fn environment(&self) -> [(&'static str, Zeroizing<Vec<u8>>); 4] {
+    pub(crate) fn environment(&self) -> [(&'static str, Zeroizing<Vec<u8>>); 4] {
         let place = format!("http://127.0.0.1:{PORT}");
         let container = format!("{place}{}", self.path());
         [
@@ -203,7 +203,7 @@ impl Endpoint {
     }
 
     /// Answers the one request of a connection.
-    pub async fn serve<S>(self: &Arc<Endpoint>, stream: S) -> Option<Fetched>
+    pub(crate) async fn serve<S>(self: &Arc<AwsCredentialServer>, stream: S) -> Option<Outcome>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -239,11 +239,11 @@ impl Endpoint {
     }
 
     async fn answer(
-        self: &Arc<Endpoint>,
+        self: &Arc<AwsCredentialServer>,
         request: &Request<Incoming>,
-    ) -> (Response<Full<Bytes>>, Option<Fetched>) {
+    ) -> (Response<Full<Bytes>>, Option<Outcome>) {
         let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
-        let refused = |status, why| (text(status, why), Some(Fetched::Refused(why)));
+        let refused = |status, why| (text(status, why), Some(Outcome::Refused(why)));
         if self.revoked.load(Ordering::Relaxed) {
             return refused(StatusCode::FORBIDDEN, "the credential was revoked");
         }
@@ -293,7 +293,7 @@ impl Endpoint {
         (text(StatusCode::NOT_FOUND, "there is nothing here"), None)
     }
 
-    async fn give(self: &Arc<Endpoint>) -> (Response<Full<Bytes>>, Option<Fetched>) {
+    async fn give(self: &Arc<AwsCredentialServer>) -> (Response<Full<Bytes>>, Option<Outcome>) {
         // In a task of its own: who gives up waiting must not make a source's answer be thrown away each time.
         let this = self.clone();
         let given = tokio::spawn(async move { this.document().await }).await;
@@ -301,25 +301,25 @@ impl Endpoint {
             // It may have been revoked meanwhile.
             _ if self.revoked.load(Ordering::Relaxed) => {
                 let why = "the credential was revoked";
-                (text(StatusCode::FORBIDDEN, why), Some(Fetched::Refused(why)))
+                (text(StatusCode::FORBIDDEN, why), Some(Outcome::Refused(why)))
             }
             Ok((document, trouble)) => {
                 let mut response = Response::new(Full::new(Bytes::from_owner(document)));
                 response
                     .headers_mut()
                     .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-                (response, Some(Fetched::Given { trouble }))
+                (response, Some(Outcome::Given { trouble }))
             }
             Err(why) => {
                 // Why is for who runs the sandbox, not for what runs in it.
                 let what = "the source of the credential has none that is good";
-                (text(StatusCode::SERVICE_UNAVAILABLE, what), Some(Fetched::Failed(why)))
+                (text(StatusCode::SERVICE_UNAVAILABLE, what), Some(Outcome::Failed(why)))
             }
         }
     }
 
     /// The keys as they are now, and why they are not newer if they should be.
-    pub(super) async fn document(&self) -> Result<(Zeroizing<Vec<u8>>, Option<String>), String> {
+    pub(crate) async fn document(&self) -> Result<(Zeroizing<Vec<u8>>, Option<String>), String> {
         let mut held = self.held.lock().await;
         let trouble = match held.read.elapsed() < PAUSE {
             true => None,
@@ -337,7 +337,7 @@ impl Endpoint {
     }
 
     /// Reads the source again if there may be something new.
-    async fn refresh(&self, held: &mut Held) -> Result<(), String> {
+    async fn refresh(&self, held: &mut CachedKeys) -> Result<(), String> {
         let old = held.is_old();
         if let (SecretSource::Vault(source), Some(reader)) = (&self.spec.source, &self.reader) {
             let said = |error: &dyn fmt::Display| error.to_string();
@@ -361,7 +361,7 @@ impl Endpoint {
                             )
                         }
                     };
-                    *held = Held::new(keys.map_err(|error| said(&error))?, lease);
+                    *held = CachedKeys::new(keys.map_err(|error| said(&error))?, lease);
                 }
             }
             return Ok(());
@@ -373,11 +373,12 @@ impl Endpoint {
             SecretSource::Exec(_) | SecretSource::Vault(_) => old,
         };
         if again {
-            let value =
-                self.spec.fetch(&mut Vault::default()).await.map_err(|error| error.to_string())?;
+            let value = fetch_value(&self.spec, &mut VaultReader::default())
+                .await
+                .map_err(|error| error.to_string())?;
             let keys =
                 Keys::from_json(value.to_bytes().expose()).map_err(|error| error.to_string())?;
-            *held = Held::new(keys, None);
+            *held = CachedKeys::new(keys, None);
         }
         Ok(())
     }
@@ -444,5 +445,5 @@ fn text(status: StatusCode, what: &str) -> Response<Full<Bytes>> {
 }
 
 #[cfg(test)]
-#[path = "endpoint_test.rs"]
+#[path = "server_test.rs"]
 mod tests;

@@ -10,9 +10,9 @@ fn json(until: &str) -> String {
     format!(r#"{{"AccessKeyId":"ASIA1","SecretAccessKey":"{CANARY}","SessionToken":"t"{until}}}"#)
 }
 
-fn endpoint(source: &str, keys: &str) -> Arc<Endpoint> {
+fn endpoint(source: &str, keys: &str) -> Arc<AwsCredentialServer> {
     let spec = SecretSpec {
-        delivery: super::super::Delivery::Endpoint,
+        delivery: chitin_spec::Delivery::Endpoint,
         ..format!("AWS={source}").parse().unwrap()
     };
     let keys = Keys::from_json(keys.as_bytes()).unwrap();
@@ -22,15 +22,18 @@ fn endpoint(source: &str, keys: &str) -> Arc<Endpoint> {
         bytes.fill(count);
         Ok(())
     };
-    Arc::new(Endpoint::new(spec, keys, None, None, random).unwrap())
+    Arc::new(AwsCredentialServer::new(spec, keys, None, None, random).unwrap())
 }
 
-fn token(endpoint: &Endpoint) -> String {
+fn token(endpoint: &AwsCredentialServer) -> String {
     String::from_utf8(endpoint.token.to_bytes().expose().to_vec()).unwrap()
 }
 
 /// Sends a request, its head's lines, and gives status, body and what the audit is told.
-async fn ask(endpoint: &Arc<Endpoint>, lines: &[&str]) -> (u16, String, Option<Fetched>) {
+async fn ask(
+    endpoint: &Arc<AwsCredentialServer>,
+    lines: &[&str],
+) -> (u16, String, Option<Outcome>) {
     let (ours, mut theirs) = tokio::io::duplex(64 * 1024);
     let mut head = lines.join("\r\n");
     if !head.contains("Host:") {
@@ -54,7 +57,7 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
     let endpoint = endpoint("env:AWS_KEYS", &json(""));
     let right = format!("Authorization: {}", token(&endpoint));
     let (status, body, outcome) = ask(&endpoint, &[CONTAINER, &right]).await;
-    assert_eq!((status, outcome), (200, Some(Fetched::Given { trouble: None })));
+    assert_eq!((status, outcome), (200, Some(Outcome::Given { trouble: None })));
     let body: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&body["SecretAccessKey"], &body["Token"]), (&CANARY.into(), &"t".into()));
     let until = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap()).unwrap();
@@ -69,7 +72,7 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
         let (status, body, outcome) = ask(&endpoint, lines).await;
         assert_eq!(
             (status, outcome),
-            (401, Some(Fetched::Refused("the authorization token is not right")))
+            (401, Some(Outcome::Refused("the authorization token is not right")))
         );
         assert!(!body.contains("canary"), "{body}");
     }
@@ -83,7 +86,7 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
         let (status, _, outcome) = ask(&endpoint, &[CONTAINER, &right, &host]).await;
         assert_eq!(
             (status, outcome),
-            (403, Some(Fetched::Refused("the request was for another host")))
+            (403, Some(Outcome::Refused("the request was for another host")))
         );
     }
     let (status, ..) = ask(&endpoint, &[CONTAINER, &right, "X-Forwarded-For: 1.1.1.1"]).await;
@@ -92,7 +95,7 @@ async fn a_container_s_credentials_are_for_who_has_the_token() {
     endpoint.revoke();
     let (status, body, outcome) = ask(&endpoint, &[CONTAINER, &right]).await;
     assert_eq!((status, body.as_str()), (403, "the credential was revoked"));
-    assert_eq!(outcome, Some(Fetched::Refused("the credential was revoked")));
+    assert_eq!(outcome, Some(Outcome::Refused("the credential was revoked")));
 }
 
 #[tokio::test]
@@ -119,7 +122,7 @@ async fn metadata_is_version_2_and_no_other() {
     let (status, body, outcome) = ask(&endpoint, &[role, &right]).await;
     assert_eq!((status, body.as_str(), outcome), (200, "AWS", None));
     let (status, body, outcome) = ask(&endpoint, &[keys, &right]).await;
-    assert_eq!((status, outcome), (200, Some(Fetched::Given { trouble: None })));
+    assert_eq!((status, outcome), (200, Some(Outcome::Given { trouble: None })));
     let body: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert_eq!((&body["Code"], &body["AccessKeyId"]), (&"Success".into(), &"ASIA1".into()));
     for path in [
@@ -145,7 +148,7 @@ async fn metadata_is_version_2_and_no_other() {
         let lines: Vec<&str> = [keys].into_iter().chain(head).collect();
         let (status, body, outcome) = ask(&endpoint, &lines).await;
         assert!(status == 401 && !body.contains("canary"), "{head:?}: {status} {body}");
-        assert!(matches!(outcome, Some(Fetched::Refused(_))), "{outcome:?}");
+        assert!(matches!(outcome, Some(Outcome::Refused(_))), "{outcome:?}");
     }
     // One that is over: the same key would have made it.
     let end = (seconds() - 1).to_be_bytes();
@@ -193,7 +196,7 @@ async fn keys_whose_time_is_over_are_not_given() {
     );
     assert_eq!(
         outcome,
-        Some(Fetched::Failed("secret AWS: `exit 3` failed: exit status: 3".into()))
+        Some(Outcome::Failed("secret AWS: `exit 3` failed: exit status: 3".into()))
     );
 }
 

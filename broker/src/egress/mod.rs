@@ -11,36 +11,33 @@
 //! so that a name cannot change its mind in between.
 
 mod address;
-mod audit;
-mod bucket;
-mod forward;
 mod resolve;
 mod splice;
 
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chitin_protocol::{MAX_DIALS, MAX_ENDPOINTS};
+use chitin_spec::{DeliveryKind, EgressLimits, Endpoint, MAX_HOST, is_numeric};
 use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::channel::{Channel, Knock, Tunnel};
-use crate::credential::{Account, Answered, Endpoint as Keys, Proxy, Way};
-use crate::policy::Endpoint;
+use crate::audit_log::{AuditLog, Line, Verdict};
+use crate::aws::{AwsCredentialServer, Outcome};
+use crate::bucket::Bucket;
+use crate::proxy::{Account, Proxy};
 use address::{Range, range};
-pub(crate) use audit::Audit;
-use audit::{Line, Verdict};
-use bucket::Bucket;
-pub use forward::Forward;
 use resolve::{Resolve, System};
-use splice::{Allowance, Broken, Counts, splice};
+pub use splice::{Allowance, Broken, Counts, splice};
 
 /// How long a name may take to resolve: the two attempts of the C library's resolver.
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
@@ -54,40 +51,53 @@ const MAX_ADDRESSES: usize = 4;
 /// What is on its way between a sandbox and its proxy, each way: a window's worth.
 const PROXY_BUFFER: usize = 64 * 1024;
 
-/// How much egress a sandbox has. What is over is refused or reset, and written down.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EgressLimits {
-    /// Connections at once, at most 128, which is also the agent's limit.
-    pub connections: usize,
-    /// Connections a second, so that a sandbox cannot be used to flood an endpoint with them; four seconds' worth may come
-    /// at once.
-    pub dials_per_second: u32,
-    /// Bytes of one connection, both ways together.
-    pub connection_bytes: Option<u64>,
-    /// Bytes of all connections of the sandbox.
-    pub total_bytes: Option<u64>,
-    /// Bytes a second of all connections of the sandbox.
-    pub bytes_per_second: Option<NonZeroU64>,
+/// What a workload tries to reach. All of it is the guest's word.
+#[derive(Debug)]
+pub enum DialRequest<T> {
+    /// A connection.
+    Dial {
+        /// A name.
+        host: String,
+        /// TCP port.
+        port: u16,
+        /// The sandbox's end of the connection. Dropping it before it was shut down resets it.
+        tunnel: T,
+    },
+    /// A name that the agent has refused.
+    Denied {
+        /// The name.
+        host: String,
+    },
 }
 
-impl Default for EgressLimits {
-    fn default() -> EgressLimits {
-        EgressLimits {
-            connections: MAX_DIALS,
-            dials_per_second: 50,
-            connection_bytes: None,
-            total_bytes: None,
-            bytes_per_second: None,
-        }
-    }
+/// Resolves when a sandbox has ended.
+pub type Ended = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The requests of one sandbox, by whatever way they come.
+pub trait DialSource: Send + 'static {
+    /// A connection of the sandbox.
+    type Tunnel: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next request; `None` when there will be no more. Safe to cancel.
+    fn next_request(&mut self) -> impl Future<Output = Option<DialRequest<Self::Tunnel>>> + Send;
+
+    /// How many requests were turned away before they came here, since this was last asked.
+    fn take_missed(&mut self) -> u64;
+
+    /// Resolves when the sandbox has ended, and nothing goes through its tunnels any more.
+    fn ended(&self) -> Ended;
 }
 
 /// What a sandbox may connect to. Nothing, as it begins.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Spec {
+pub struct EgressSpec {
+    /// The names and ports.
     pub endpoints: Vec<Endpoint>,
+    /// Whether names may resolve to loopback and private addresses.
     pub allow_private: bool,
+    /// The file that attempts are written to.
     pub audit: Option<PathBuf>,
+    /// How much of it there is.
     pub limits: EgressLimits,
     /// The first thing that was asked for and makes no sense.
     pub wrong: Option<String>,
@@ -118,7 +128,7 @@ pub enum EgressError {
     },
 }
 
-impl Spec {
+impl EgressSpec {
     /// Adds endpoints: of a command line, of a policy.
     pub fn allow(&mut self, endpoints: impl IntoIterator<Item = Endpoint>) {
         for endpoint in endpoints {
@@ -150,19 +160,19 @@ impl Spec {
     }
 
     /// Opens the file that attempts and deliveries are written to, if there is to be one.
-    pub fn open_audit(&self) -> Result<Audit, EgressError> {
-        Audit::open(self.audit.as_deref()).map_err(|source| self.unwritten(source))
+    pub fn open_audit(&self) -> Result<AuditLog, EgressError> {
+        AuditLog::open(self.audit.as_deref()).map_err(|source| self.unwritten(source))
     }
 
     /// Writes down how each of these is delivered, before it is.
-    pub fn deliver<'a>(
+    pub fn record_deliveries<'a>(
         &self,
-        audit: &Audit,
-        deliveries: impl IntoIterator<Item = (&'a str, Way)>,
+        audit: &AuditLog,
+        deliveries: impl IntoIterator<Item = (&'a str, DeliveryKind)>,
     ) -> Result<(), EgressError> {
         let mut deliveries = deliveries.into_iter();
         deliveries
-            .try_for_each(|(name, how)| audit.deliver(name, how))
+            .try_for_each(|(name, how)| audit.record_delivery(name, how))
             .map_err(|source| self.unwritten(source))
     }
 
@@ -178,13 +188,13 @@ fn wire(endpoint: &Endpoint) -> chitin_protocol::Endpoint {
 
 /// Dials for one sandbox.
 #[derive(Debug)]
-pub(crate) struct Broker {
+pub struct Broker {
     endpoints: Vec<chitin_protocol::Endpoint>,
     allow_private: bool,
-    audit: Arc<Audit>,
+    audit: Arc<AuditLog>,
     proxy: Option<Arc<Proxy>>,
     /// Answers at an endpoint that leads nowhere.
-    keys: Option<Arc<Keys>>,
+    aws_server: Option<Arc<AwsCredentialServer>>,
     resolver: Box<dyn Resolve>,
     connections: Arc<Semaphore>,
     dials: Mutex<Bucket>,
@@ -249,22 +259,23 @@ impl Refusal {
 }
 
 impl Broker {
+    /// A broker for what a sandbox may connect to.
     pub fn new(
-        spec: &Spec,
-        audit: Arc<Audit>,
+        spec: &EgressSpec,
+        audit: Arc<AuditLog>,
         proxy: Option<Arc<Proxy>>,
-        keys: Option<Arc<Keys>>,
+        aws_server: Option<Arc<AwsCredentialServer>>,
     ) -> Broker {
-        Broker { proxy, keys, ..Broker::with(spec, audit, Box::new(System::default())) }
+        Broker { proxy, aws_server, ..Broker::with(spec, audit, Box::new(System::default())) }
     }
 
     /// What the agent is to accept for.
     pub fn wire(&self) -> Vec<chitin_protocol::Endpoint> {
-        let keys = self.keys.as_ref().map(|_| Keys::wire());
+        let keys = self.aws_server.as_ref().map(|_| AwsCredentialServer::wire());
         self.endpoints.iter().cloned().chain(keys).collect()
     }
 
-    fn with(spec: &Spec, audit: Arc<Audit>, resolver: Box<dyn Resolve>) -> Broker {
+    fn with(spec: &EgressSpec, audit: Arc<AuditLog>, resolver: Box<dyn Resolve>) -> Broker {
         let limits = &spec.limits;
         let rate = f64::from(limits.dials_per_second.max(1));
         #[expect(clippy::cast_precision_loss, reason = "a byte more or less")]
@@ -275,7 +286,7 @@ impl Broker {
             allow_private: spec.allow_private,
             audit,
             proxy: None,
-            keys: None,
+            aws_server: None,
             resolver,
             connections: Arc::new(Semaphore::new(limits.connections.min(MAX_DIALS))),
             dials: Mutex::new(Bucket::new(rate, 4.0 * rate)),
@@ -283,58 +294,61 @@ impl Broker {
         }
     }
 
-    /// Serves a channel until it has closed and every attempt is written down.
-    pub async fn serve(self: Arc<Broker>, channel: Channel, mut knocks: mpsc::Receiver<Knock>) {
+    /// Serves a sandbox until it has ended and every attempt is written down.
+    pub async fn serve<S: DialSource>(self: Arc<Broker>, mut source: S) {
         let mut attempts = JoinSet::new();
         loop {
             tokio::select! {
-                knock = knocks.recv() => match knock {
+                request = source.next_request() => match request {
                     None => break,
-                    Some(Knock::Denied { host }) => {
+                    Some(DialRequest::Denied { host }) => {
                         let reason = Some(Refusal::Policy.to_string());
                         self.audit.write(Line::new(&host, None, Verdict::Refused, reason));
                     }
-                    Some(Knock::Dial { host, port, stream }) => {
-                        let tunnel = channel.adopt(stream);
-                        match self.keys.clone().filter(|_| Keys::is_at(&host, port)) {
-                            Some(keys) => {
-                                attempts.spawn(self.clone().give(channel.clone(), tunnel, keys, host, port));
+                    Some(DialRequest::Dial { host, port, tunnel }) => {
+                        let (broker, ended) = (self.clone(), source.ended());
+                        let at_aws = |_: &Arc<_>| AwsCredentialServer::is_at(&host, port);
+                        match self.aws_server.clone().filter(at_aws) {
+                            Some(server) => {
+                                attempts.spawn(broker.give(ended, tunnel, server, host, port));
                             }
                             None => {
-                                attempts.spawn(self.clone().attempt(channel.clone(), tunnel, host, port));
+                                attempts.spawn(broker.attempt(ended, tunnel, host, port));
                             }
                         }
                     }
                 },
                 Some(_) = attempts.join_next() => {}
             }
-            self.audit.omit(channel.missed());
+            self.audit.omit(source.take_missed());
         }
         while attempts.join_next().await.is_some() {}
     }
 
     /// One connection to the endpoint of a credential: a line in the audit if it asked for that.
-    async fn give(
+    async fn give<T>(
         self: Arc<Broker>,
-        channel: Channel,
-        tunnel: Tunnel,
-        keys: Arc<Keys>,
+        ended: Ended,
+        tunnel: T,
+        keys: Arc<AwsCredentialServer>,
         host: String,
         port: u16,
-    ) {
+    ) where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let began = Instant::now();
         let mut line = Line::new(&host, Some(port), Verdict::Allowed, None);
         match self.admit() {
             Ok(_permit) => {
                 let answered = tokio::select! {
                     answered = keys.serve(tunnel) => answered,
-                    _ = channel.closed() => None,
+                    () = ended => None,
                 };
                 (line.verdict, line.reason) = match answered {
                     None => return,
-                    Some(Answered::Given { trouble }) => (Verdict::Allowed, trouble),
-                    Some(Answered::Refused(why)) => (Verdict::Refused, Some(why.into())),
-                    Some(Answered::Failed(why)) => (Verdict::Failed, Some(why)),
+                    Some(Outcome::Given { trouble }) => (Verdict::Allowed, trouble),
+                    Some(Outcome::Refused(why)) => (Verdict::Refused, Some(why.into())),
+                    Some(Outcome::Failed(why)) => (Verdict::Failed, Some(why)),
                 };
                 if line.verdict == Verdict::Allowed {
                     line.credentials.push(keys.name().into());
@@ -351,13 +365,16 @@ impl Broker {
     }
 
     /// One attempt, from the Dial to its line in the audit.
-    async fn attempt(self: Arc<Broker>, channel: Channel, tunnel: Tunnel, host: String, port: u16) {
+    async fn attempt<T>(self: Arc<Broker>, mut ended: Ended, tunnel: T, host: String, port: u16)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let began = Instant::now();
         let mut line = Line::new(&host, Some(port), Verdict::Allowed, None);
         let counts = Counts::default();
         let dialled = tokio::select! {
             dialled = self.dial(&host, port) => dialled,
-            _ = channel.closed() => Err(Refusal::Ended),
+            () = &mut ended => Err(Refusal::Ended),
         };
         match dialled {
             Ok(Dialled { mut stream, address, permit }) => {
@@ -367,7 +384,7 @@ impl Broker {
                     Some(proxy) if proxy.is_for(&host, port) => {
                         tokio::select! {
                             outcome = self.take_apart(proxy, tunnel, stream, &host, port, &counts, &account) => outcome,
-                            _ = channel.closed() => Err(Broken::Sandbox.to_string()),
+                            () = &mut ended => Err(Broken::Sandbox.to_string()),
                         }
                     }
                     proxy => {
@@ -382,7 +399,7 @@ impl Broker {
                         };
                         let outcome = tokio::select! {
                             outcome = splicing => outcome,
-                            _ = channel.closed() => Err(Broken::Sandbox),
+                            () = &mut ended => Err(Broken::Sandbox),
                         };
                         if outcome.is_err() {
                             // The other side is to know that it has not heard everything.
@@ -410,16 +427,19 @@ impl Broker {
 
     /// Joins both sides with TLS taken apart between them.
     #[expect(clippy::too_many_arguments, reason = "one connection, seen from both sides")]
-    async fn take_apart(
+    async fn take_apart<T>(
         &self,
         proxy: &Arc<Proxy>,
-        tunnel: Tunnel,
+        tunnel: T,
         stream: TcpStream,
         host: &str,
         port: u16,
         counts: &Counts,
         account: &Arc<Account>,
-    ) -> Result<(), String> {
+    ) -> Result<(), String>
+    where
+        T: AsyncRead + AsyncWrite,
+    {
         // Limits and counts are of what the sandbox sends and gets, so they lie between it and the proxy.
         let (near, far) = tokio::io::duplex(PROXY_BUFFER);
         let proxying = proxy.clone().run(far, stream, host, port, account);
@@ -513,11 +533,11 @@ fn check_name(host: &str) -> Result<(), Refusal> {
         (1..=63).contains(&label.len())
             && label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_'))
     };
-    if host.len() > crate::policy::MAX_HOST || !host.split('.').all(label) {
+    if host.len() > MAX_HOST || !host.split('.').all(label) {
         return Err(Refusal::Name);
     }
     // Resolvers take 127.1, 0x7f000001 and 2130706433 for addresses.
-    if crate::policy::is_numeric(host) { Err(Refusal::Literal) } else { Ok(()) }
+    if is_numeric(host) { Err(Refusal::Literal) } else { Ok(()) }
 }
 
 /// Connects to the first address that answers.

@@ -6,14 +6,14 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::bucket::Bucket;
+use crate::bucket::Bucket;
 
 /// Bytes held on their way, each way: enough to keep a window busy, little for hundreds of connections.
 const CHUNK: usize = 32 * 1024;
 
 /// What may pass.
 #[derive(Debug, Default)]
-pub(crate) struct Allowance {
+pub struct Allowance {
     /// Of one connection, both ways together.
     per_connection: Option<u64>,
     /// Of all that share it.
@@ -24,7 +24,11 @@ pub(crate) struct Allowance {
 }
 
 impl Allowance {
-    pub fn new(per_connection: Option<u64>, total: Option<u64>, rate: Option<Bucket>) -> Allowance {
+    pub(crate) fn new(
+        per_connection: Option<u64>,
+        total: Option<u64>,
+        rate: Option<Bucket>,
+    ) -> Allowance {
         Allowance { per_connection, total, rate: rate.map(Mutex::new), used: AtomicU64::new(0) }
     }
 
@@ -36,7 +40,7 @@ impl Allowance {
 
 /// What has passed on a connection.
 #[derive(Debug, Default)]
-pub(crate) struct Counts {
+pub struct Counts {
     /// From the sandbox.
     pub sent: AtomicU64,
     /// To the sandbox.
@@ -47,7 +51,7 @@ pub(crate) struct Counts {
 
 /// Why a connection did not end of itself.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Broken {
+pub enum Broken {
     /// The sandbox's side is gone.
     #[error("the sandbox broke it off")]
     Sandbox,
@@ -63,7 +67,7 @@ pub(crate) enum Broken {
 }
 
 /// Moves bytes until both sides have ended, or one breaks off.
-pub(crate) async fn splice<S, E>(
+pub async fn splice<S, E>(
     sandbox: S,
     endpoint: E,
     allowance: &Allowance,

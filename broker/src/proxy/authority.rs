@@ -15,7 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::ResolvesServerCert;
 use rustls::sign::CertifiedKey;
 
-use super::tls;
+use crate::tls;
 
 /// How long certificates are good for: the longest that clients take (398 days), for sandboxes that run long.
 const VALID: Duration = Duration::from_secs(397 * 24 * 3600);
@@ -45,7 +45,7 @@ impl fmt::Debug for Authority {
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
 #[error("make a certificate: {0}")]
-pub(crate) struct AuthorityError(String);
+pub struct AuthorityError(String);
 
 impl From<rcgen::Error> for AuthorityError {
     fn from(error: rcgen::Error) -> AuthorityError {

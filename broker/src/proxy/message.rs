@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use zeroize::Zeroizing;
 
 use super::placeholder::{Scrubber, Watch, base64, from_base64, percent_encoded};
-use super::proxy::{Account, Credential, Proxy};
+use super::{Account, Credential, Proxy};
 
 /// The largest body that a placeholder is replaced in: it is held whole, for its length is told before it.
 pub(super) const MAX_BODY: usize = 1024 * 1024;

@@ -9,6 +9,11 @@
 //! Whatever the sandbox sends is hostile: SNI, the request's host and what the policy allowed have to be one name; a
 //! placeholder in any other place than those it is for stops the request before the endpoint sees it.
 
+mod authority;
+mod message;
+pub(crate) mod placeholder;
+mod selftest;
+
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fmt;
@@ -17,6 +22,7 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use chitin_spec::{Endpoint, ProxyScope};
 use hyper::client::conn::{http1 as client1, http2 as client2};
 use hyper::server::conn::{http1 as server1, http2 as server2};
 use hyper::service::service_fn;
@@ -28,11 +34,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector};
 
-use super::authority::{Authority, AuthorityError};
-use super::message::{Place, Watched};
-use super::placeholder::{Needles, Placeholders, placeholder};
-use crate::policy::Endpoint;
-use crate::secret::SecretValue;
+use authority::Authority;
+pub use authority::AuthorityError;
+use message::{Place, Watched};
+use placeholder::{Needles, Placeholders, placeholder};
+
+use crate::secret_value::SecretValue;
 
 /// How long a TLS handshake may take, on either side.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -49,18 +56,7 @@ const MAX_HEADERS: usize = 64 * 1024;
 /// Requests at once on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 100;
 
-/// Where a credential is for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reach {
-    /// The hosts that get it, over TLS at these ports.
-    pub hosts: Vec<Endpoint>,
-    /// Whether its placeholder is also replaced in the query of a URL, which servers write to their logs.
-    pub query: bool,
-    /// Whether its placeholder is also replaced in bodies of up to 1 MiB.
-    pub body: bool,
-}
-
-pub(super) struct Credential {
+pub(crate) struct Credential {
     pub name: String,
     pub hosts: Vec<chitin_protocol::Endpoint>,
     pub query: bool,
@@ -80,26 +76,39 @@ struct Values {
 
 /// Why there is no proxy for a credential.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SetupError {
+pub enum SetupError {
     #[error("secret {name}: {why}")]
-    Value { name: String, why: String },
+    /// Its value cannot be delivered so.
+    Value {
+        /// Its name.
+        name: String,
+        /// In words.
+        why: String,
+    },
+    /// There is no certificate for it.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     #[error(
         "secret {name}: the self-test of its proxy failed, so it would not have been what it is for: {why}"
     )]
-    SelfTest { name: String, why: String },
+    /// Its placeholder was not replaced.
+    SelfTest {
+        /// Its name.
+        name: String,
+        /// In words.
+        why: String,
+    },
 }
 
 /// All credentials of a sandbox that are delivered so.
-pub(crate) struct Proxy {
-    pub(super) credentials: Vec<Credential>,
-    pub(super) placeholders: Placeholders,
+pub struct Proxy {
+    pub(crate) credentials: Vec<Credential>,
+    pub(crate) placeholders: Placeholders,
     needles: RwLock<Needles>,
-    pub(super) authority: Authority,
+    pub(crate) authority: Authority,
     endpoint: Arc<ClientConfig>,
     /// For bodies that are held whole.
-    pub(super) held: Arc<Semaphore>,
+    pub(crate) held: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Proxy {
@@ -136,7 +145,7 @@ pub(crate) struct Account {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Tally {
+pub(crate) struct Tally {
     pub requests: u64,
     pub delivered: BTreeSet<String>,
     blocked: Vec<String>,
@@ -147,11 +156,11 @@ pub(super) struct Tally {
 const MAX_BLOCKED: usize = 16;
 
 impl Account {
-    pub(super) fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
+    pub(crate) fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn block(&self, why: String) {
+    pub(crate) fn block(&self, why: String) {
         let mut tally = self.tally();
         if tally.blocked.len() < MAX_BLOCKED {
             tally.blocked.push(why);
@@ -179,8 +188,8 @@ impl Account {
 
 impl Proxy {
     /// A proxy for these: name, where it is for, value.
-    pub fn new(
-        values: Vec<(String, Reach, SecretValue)>,
+    pub(crate) fn new(
+        values: Vec<(String, ProxyScope, SecretValue)>,
         endpoint: ClientConfig,
         mut random: impl FnMut(&mut [u8]) -> std::io::Result<()>,
     ) -> Result<Proxy, SetupError> {
@@ -198,7 +207,7 @@ impl Proxy {
             let hosts = reach.hosts.iter().map(|Endpoint { host, wildcard, port }| {
                 chitin_protocol::Endpoint { host: host.clone(), wildcard: *wildcard, port: *port }
             });
-            let (hosts, Reach { query, body, .. }) = (hosts.collect(), reach);
+            let (hosts, ProxyScope { query, body, .. }) = (hosts.collect(), reach);
             credentials.push(Credential { name, hosts, query, body, placeholder, values });
         }
         let hosts = credentials.iter().flat_map(|credential: &Credential| &credential.hosts);
@@ -216,7 +225,7 @@ impl Proxy {
     }
 
     /// What must not come back.
-    pub(super) fn needles(&self) -> RwLockReadGuard<'_, Needles> {
+    pub(crate) fn needles(&self) -> RwLockReadGuard<'_, Needles> {
         self.needles.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -257,24 +266,24 @@ impl Proxy {
     }
 
     /// Names with what the workload has instead of their values.
-    pub fn placeholders(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub(crate) fn placeholders(&self) -> impl Iterator<Item = (&str, &str)> {
         self.credentials
             .iter()
             .map(|credential| (credential.name.as_str(), credential.placeholder.as_str()))
     }
 
     /// Whether anything is delivered to this endpoint, whose TLS is taken apart then.
-    pub fn is_for(&self, host: &str, port: u16) -> bool {
+    pub(crate) fn is_for(&self, host: &str, port: u16) -> bool {
         self.credentials.iter().any(|credential| credential.is_for(host, port))
     }
 
     /// Looks for placeholders in what goes out to a host that none is for.
-    pub fn watched<S>(self: &Arc<Proxy>, inner: S, account: &Arc<Account>) -> Watched<S> {
+    pub(crate) fn watched<S>(self: &Arc<Proxy>, inner: S, account: &Arc<Account>) -> Watched<S> {
         Watched::new(inner, self.clone(), account.clone())
     }
 
     /// Speaks for the endpoint to the sandbox, and for the sandbox to the endpoint, until either is done.
-    pub async fn run<S, E>(
+    pub(crate) async fn run<S, E>(
         self: Arc<Proxy>,
         sandbox: S,
         endpoint: E,
@@ -290,7 +299,7 @@ impl Proxy {
         self.run_with(tls, sandbox, endpoint, host, port, account).await
     }
 
-    pub(super) async fn run_with<S, E>(
+    pub(crate) async fn run_with<S, E>(
         self: Arc<Proxy>,
         tls: Arc<ClientConfig>,
         sandbox: S,

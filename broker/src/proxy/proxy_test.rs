@@ -8,11 +8,11 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use zeroize::Zeroizing;
 
-use super::super::message::MAX_BODY;
-use super::super::placeholder::{base64, percent_encoded};
-use super::super::selftest::Sender;
-use super::super::tls;
+use super::message::MAX_BODY;
+use super::placeholder::{base64, percent_encoded};
+use super::selftest::Sender;
 use super::*;
+use crate::tls;
 
 const VALUE: &str = "canary-3f9/a1+\"c07e";
 const OTHER: &str = "canary-of-another-1";
@@ -21,12 +21,12 @@ fn endpoint(text: &str) -> Endpoint {
     text.parse().unwrap()
 }
 
-fn reach(hosts: &[&str], query: bool, body: bool) -> Reach {
-    Reach { hosts: hosts.iter().map(|host| endpoint(host)).collect(), query, body }
+fn reach(hosts: &[&str], query: bool, body: bool) -> ProxyScope {
+    ProxyScope { hosts: hosts.iter().map(|host| endpoint(host)).collect(), query, body }
 }
 
-fn proxy(values: Vec<(&str, Reach, &str)>) -> Result<Proxy, SetupError> {
-    let hold = |value: &str| SecretValue::hold(Zeroizing::new(value.into()), false).unwrap();
+fn proxy(values: Vec<(&str, ProxyScope, &str)>) -> Result<Proxy, SetupError> {
+    let hold = |value: &str| SecretValue::new(Zeroizing::new(value.into()), false).unwrap();
     let values = values
         .into_iter()
         .map(|(name, reach, value)| (name.to_owned(), reach, hold(value)))
@@ -262,7 +262,7 @@ async fn a_value_is_replaced_and_taken_back_while_a_connection_lasts() {
         setup.ask("/", &[("x-api-key", &token)], "").await;
         assert_eq!(setup.last().header("x-api-key"), VALUE);
 
-        let hold = |value: &str| SecretValue::hold(Zeroizing::new(value.into()), false).unwrap();
+        let hold = |value: &str| SecretValue::new(Zeroizing::new(value.into()), false).unwrap();
         assert!(proxy.replace("TOKEN", hold("short")).unwrap_err().contains("less than 8 bytes"));
         proxy.replace("TOKEN", hold(OTHER)).unwrap();
         let (status, headers, body) =

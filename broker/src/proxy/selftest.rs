@@ -19,9 +19,9 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::authority::Authority;
-use super::proxy::{Account, Credential, Proxy, SetupError};
-use super::tls;
-use crate::secret::SecretValue;
+use super::{Account, Credential, Proxy, SetupError};
+use crate::secret_value::SecretValue;
+use crate::tls;
 
 /// More than the answers of our own endpoint have.
 const MAX_ANSWER: usize = 1024 * 1024;

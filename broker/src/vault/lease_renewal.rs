@@ -15,13 +15,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use chitin_spec::VaultSource;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::vault::{Fields, Lease, Read, Session, VaultError};
-use crate::policy::VaultSource;
-use crate::returning::Returning;
+use super::{Fields, Lease, Read, Session, VaultError};
 
 /// How long giving everything back may take. What is not given back by then ends with its term.
 const REVOKE_LIMIT: Duration = Duration::from_secs(10);
@@ -48,7 +49,7 @@ pub(crate) struct Issued {
 }
 
 /// What has become of a secret that credentials were made of.
-pub(crate) struct Change {
+pub struct Change {
     /// Where it was read.
     pub what: String,
     /// What was issued in its place; `None`: it is over, and there is nothing in its place.
@@ -62,30 +63,33 @@ impl fmt::Debug for Change {
 }
 
 /// Changes, as they come.
-pub(crate) type Changes = mpsc::UnboundedReceiver<Change>;
+pub type Changes = mpsc::UnboundedReceiver<Change>;
 
 /// A task that renews and revokes. Dropping it has it revoke in the background.
-pub(crate) struct Keeper {
+pub struct LeaseRenewer {
     /// Taken when it is to stop.
-    stop: Option<oneshot::Sender<Returning>>,
+    stop: Option<oneshot::Sender<TaskTrackerToken>>,
     asks: mpsc::Sender<Ask>,
     changes: Option<Changes>,
     task: JoinHandle<Vec<String>>,
+    /// Counts the revoking as a clean-up.
+    cleanup: TaskTracker,
 }
 
-impl fmt::Debug for Keeper {
+impl fmt::Debug for LeaseRenewer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Keeper").finish_non_exhaustive()
+        f.debug_struct("LeaseRenewer").finish_non_exhaustive()
     }
 }
 
-impl Keeper {
+impl LeaseRenewer {
     /// Begins. What was read at the places of `followed` is issued anew when it cannot be renewed, and told of.
-    pub fn start(
+    pub(crate) fn start(
         session: Session,
         issued: Vec<Issued>,
         followed: BTreeMap<String, VaultSource>,
-    ) -> Keeper {
+        cleanup: &TaskTracker,
+    ) -> LeaseRenewer {
         let (stop, stopped) = oneshot::channel();
         // Whoever asks waits for the answer.
         let (asks, asked) = mpsc::channel(1);
@@ -95,7 +99,7 @@ impl Keeper {
             let term = Term::new(issued.lease);
             (issued, Some(term))
         };
-        let keeping = Keeping {
+        let keeping = RenewalTask {
             token: session.lease.map(Term::new),
             session,
             leases: issued.into_iter().map(with_term).collect(),
@@ -104,21 +108,27 @@ impl Keeper {
             troubles: Vec::new(),
         };
         let task = tokio::spawn(keeping.run(stopped, asked));
-        Keeper { stop: Some(stop), asks, changes: Some(changes), task }
+        LeaseRenewer {
+            stop: Some(stop),
+            asks,
+            changes: Some(changes),
+            task,
+            cleanup: cleanup.clone(),
+        }
     }
 
     /// For who needs a secret for longer than it is good.
-    pub fn reader(&self) -> Reader {
-        Reader { asks: self.asks.clone() }
+    pub(crate) fn reader(&self) -> LeaseReader {
+        LeaseReader { asks: self.asks.clone() }
     }
 
     /// For who has handed credentials over. To be taken once.
-    pub fn changes(&mut self) -> Option<Changes> {
+    pub(crate) fn changes(&mut self) -> Option<Changes> {
         self.changes.take()
     }
 
     /// Gives everything back. What went wrong, then or before, a line each.
-    pub async fn end(mut self) -> Vec<String> {
+    pub async fn revoke_all(mut self) -> Vec<String> {
         self.stop();
         (&mut self.task).await.unwrap_or_default()
     }
@@ -126,12 +136,12 @@ impl Keeper {
     fn stop(&mut self) {
         if let Some(stop) = self.stop.take() {
             // It is there as long as the task is.
-            let _ = stop.send(Returning::begin());
+            let _ = stop.send(self.cleanup.token());
         }
     }
 }
 
-impl Drop for Keeper {
+impl Drop for LeaseRenewer {
     fn drop(&mut self) {
         self.stop();
     }
@@ -153,13 +163,13 @@ pub(crate) enum Current {
     Read(Fields, Option<Instant>),
 }
 
-/// Reads secrets again through the session of a [`Keeper`].
+/// Reads secrets again through the session of a [`LeaseRenewer`].
 #[derive(Debug, Clone)]
-pub(crate) struct Reader {
+pub(crate) struct LeaseReader {
     asks: mpsc::Sender<Ask>,
 }
 
-impl Reader {
+impl LeaseReader {
     /// A secret that was read before; `again`: also if it has no term, so that nobody knows whether it is still that one.
     pub async fn current(&self, source: &VaultSource, again: bool) -> Result<Current, VaultError> {
         let (reply, answer) = oneshot::channel();
@@ -250,8 +260,8 @@ fn when(lease: &Lease) -> Instant {
     lease.until - lease.ttl / 3
 }
 
-/// The task of a [`Keeper`].
-struct Keeping {
+/// The task of a [`LeaseRenewer`].
+struct RenewalTask {
     session: Session,
     token: Option<Term>,
     leases: Vec<(Issued, Option<Term>)>,
@@ -260,10 +270,10 @@ struct Keeping {
     troubles: Vec<String>,
 }
 
-impl Keeping {
+impl RenewalTask {
     async fn run(
         mut self,
-        mut stopped: oneshot::Receiver<Returning>,
+        mut stopped: oneshot::Receiver<TaskTrackerToken>,
         mut asks: mpsc::Receiver<Ask>,
     ) -> Vec<String> {
         let _returning = loop {
@@ -412,7 +422,7 @@ impl Keeping {
 
     /// A secret as it is now: read again when three quarters of its term are over and it has not been renewed.
     async fn current(&mut self, source: &VaultSource, again: bool) -> Result<Current, VaultError> {
-        let what = source.place();
+        let what = source.location();
         let now = Instant::now();
         let last = self.leases.iter().rev().find(|(issued, _)| issued.what == what);
         match last.and_then(|(_, term)| term.as_ref()) {
@@ -432,7 +442,7 @@ impl Keeping {
         source: &VaultSource,
     ) -> Result<(Fields, Option<Instant>), VaultError> {
         let Read { fields, lease } = self.session.read(source).await?;
-        let what = source.place();
+        let what = source.location();
         // What is over needs no giving back, and what has a successor no renewing.
         for (_, term) in self.leases.iter_mut().filter(|(issued, _)| issued.what == what) {
             if let Some(term) = term {

@@ -2,18 +2,27 @@
 //!
 //! ```text
 //!   VAULT_TOKEN ────────────────┐
-//!   VAULT_ROLE_ID + SECRET_ID ──┴─▶ Session ──read──▶ fields ──▶ Keeper: renew … log in again, read again … ──▶ revoke
+//!   VAULT_ROLE_ID + SECRET_ID ──┴─▶ Session ──read──▶ fields ──▶ LeaseRenewer: renew … log in again, read again … ──▶ revoke
 //! ```
 //!
 //! The requests are those of `vaultrs`; answers are read here, because a server that speaks only part of the protocol leaves
 //! fields out that the client library insists on, and because a body with a secret in it is to be wiped. What a server says in
 //! words is not repeated: it may quote what it was sent.
 
+mod lease_renewal;
+mod reader;
+
+pub use lease_renewal::{Change, Changes, LeaseRenewer};
+pub(crate) use lease_renewal::{Current, LeaseReader};
+pub(crate) use reader::VaultReader;
+pub use reader::select_field;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chitin_spec::{SecretId, VaultConfig, VaultLogin, VaultSource};
 use rustify::clients::reqwest::Client as HttpClient;
 use rustify::endpoint::Endpoint;
 use rustify::enums::{RequestMethod, RequestType, ResponseType};
@@ -29,8 +38,7 @@ use vaultrs::api::kv1::requests::GetSecretRequest;
 use vaultrs::api::kv2::requests::ReadSecretRequest;
 use zeroize::{Zeroize, Zeroizing};
 
-use super::tls;
-use crate::policy::VaultSource;
+use crate::tls;
 
 /// How long the vault may take for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -38,61 +46,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Fields of one secret: each becomes a credential, of which the agent keeps 64.
 pub(crate) const MAX_FIELDS: usize = 64;
 
-/// What a vault is and how to log in to it.
-#[derive(Clone)]
-pub struct VaultConfig {
-    /// `http://…` or `https://…`.
-    pub address: String,
-    /// Who we are to it.
-    pub login: VaultLogin,
-    /// The namespace everything is in, if it has any.
-    pub namespace: Option<String>,
-    /// A file of PEM certificates to trust instead of the system's.
-    pub ca: Option<PathBuf>,
-}
-
-/// Who we are to a vault.
-#[derive(Clone)]
-pub enum VaultLogin {
-    /// A token that somebody else has got. It is neither renewed nor revoked.
-    Token(Zeroizing<String>),
-    /// A role. The token that it gets is renewed, and revoked at the end.
-    AppRole {
-        /// Where the auth method is mounted, usually `approle`.
-        mount: String,
-        /// Which role.
-        role_id: Zeroizing<String>,
-        /// What proves it.
-        secret_id: SecretId,
-    },
-}
-
-/// What proves that we may take a role.
-#[derive(Clone)]
-pub enum SecretId {
-    /// The secret id itself.
-    Plain(Zeroizing<String>),
-    /// A token that wraps it, good for one login.
-    Wrapped(Zeroizing<String>),
-}
-
-impl fmt::Debug for VaultConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let login = match &self.login {
-            VaultLogin::Token(_) => "token",
-            VaultLogin::AppRole { .. } => "AppRole",
-        };
-        f.debug_struct("VaultConfig")
-            .field("address", &self.address)
-            .field("login", &login)
-            .field("namespace", &self.namespace)
-            .finish_non_exhaustive()
-    }
-}
-
 /// What goes wrong with a vault, one class each. No message holds anything that is secret, nor what the server said.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum VaultError {
+#[expect(missing_docs, reason = "each variant's message says what it is")]
+pub enum VaultError {
     #[error("VAULT_ADDR is not set: give the vault's address, https://HOST:8200")]
     NoAddress,
     #[error("VAULT_ADDR is no http:// or https:// address")]
@@ -147,36 +104,34 @@ pub(crate) enum VaultError {
     NoLonger,
 }
 
-impl VaultConfig {
-    /// As the environment says: `VAULT_ADDR`, `VAULT_NAMESPACE`, `VAULT_CACERT`; `VAULT_TOKEN`, or `VAULT_ROLE_ID` with
-    /// `VAULT_SECRET_ID` or `VAULT_WRAPPED_SECRET_ID`, and `VAULT_APPROLE_MOUNT` if it is not `approle`.
-    pub(crate) fn from_env() -> Result<VaultConfig, VaultError> {
-        VaultConfig::from(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
-    }
+/// As the environment says: `VAULT_ADDR`, `VAULT_NAMESPACE`, `VAULT_CACERT`; `VAULT_TOKEN`, or `VAULT_ROLE_ID` with
+/// `VAULT_SECRET_ID` or `VAULT_WRAPPED_SECRET_ID`, and `VAULT_APPROLE_MOUNT` if it is not `approle`.
+pub(crate) fn config_from_env() -> Result<VaultConfig, VaultError> {
+    config_from(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+}
 
-    fn from(variable: impl Fn(&str) -> Option<String>) -> Result<VaultConfig, VaultError> {
-        let address = variable("VAULT_ADDR").ok_or(VaultError::NoAddress)?;
-        let skip = variable("VAULT_SKIP_VERIFY").unwrap_or_default().to_ascii_lowercase();
-        if !matches!(skip.as_str(), "" | "0" | "f" | "false") {
-            return Err(VaultError::Unverified);
-        }
-        let secret = |name| variable(name).map(Zeroizing::new);
-        let login = if let Some(token) = secret("VAULT_TOKEN") {
-            VaultLogin::Token(token)
-        } else {
-            let secret_id = secret("VAULT_SECRET_ID")
-                .map(SecretId::Plain)
-                .or_else(|| secret("VAULT_WRAPPED_SECRET_ID").map(SecretId::Wrapped));
-            let (Some(role_id), Some(secret_id)) = (secret("VAULT_ROLE_ID"), secret_id) else {
-                return Err(VaultError::NoLogin);
-            };
-            let mount = variable("VAULT_APPROLE_MOUNT").unwrap_or_else(|| "approle".into());
-            VaultLogin::AppRole { mount, role_id, secret_id }
-        };
-        let (namespace, ca) =
-            (variable("VAULT_NAMESPACE"), variable("VAULT_CACERT").map(PathBuf::from));
-        Ok(VaultConfig { address, login, namespace, ca })
+fn config_from(variable: impl Fn(&str) -> Option<String>) -> Result<VaultConfig, VaultError> {
+    let address = variable("VAULT_ADDR").ok_or(VaultError::NoAddress)?;
+    let skip = variable("VAULT_SKIP_VERIFY").unwrap_or_default().to_ascii_lowercase();
+    if !matches!(skip.as_str(), "" | "0" | "f" | "false") {
+        return Err(VaultError::Unverified);
     }
+    let secret = |name| variable(name).map(Zeroizing::new);
+    let login = if let Some(token) = secret("VAULT_TOKEN") {
+        VaultLogin::Token(token)
+    } else {
+        let secret_id = secret("VAULT_SECRET_ID")
+            .map(SecretId::Plain)
+            .or_else(|| secret("VAULT_WRAPPED_SECRET_ID").map(SecretId::Wrapped));
+        let (Some(role_id), Some(secret_id)) = (secret("VAULT_ROLE_ID"), secret_id) else {
+            return Err(VaultError::NoLogin);
+        };
+        let mount = variable("VAULT_APPROLE_MOUNT").unwrap_or_else(|| "approle".into());
+        VaultLogin::AppRole { mount, role_id, secret_id }
+    };
+    let (namespace, ca) =
+        (variable("VAULT_NAMESPACE"), variable("VAULT_CACERT").map(PathBuf::from));
+    Ok(VaultConfig { address, login, namespace, ca })
 }
 
 /// How long something is good for.
@@ -199,7 +154,7 @@ impl Lease {
 }
 
 /// Fields with their values. A value that is no text, number or truth value is `None`.
-pub(crate) type Fields = Vec<(String, Option<Zeroizing<Vec<u8>>>)>;
+pub type Fields = Vec<(String, Option<Zeroizing<Vec<u8>>>)>;
 
 /// A secret that was read.
 pub(crate) struct Read {
@@ -237,7 +192,7 @@ impl Drop for Auth {
 /// A value whose texts are wiped when it is dropped.
 #[derive(Deserialize, Default)]
 #[serde(transparent)]
-pub(super) struct Wiped(pub(super) Value);
+pub(crate) struct Wiped(pub(crate) Value);
 
 impl Drop for Wiped {
     fn drop(&mut self) {
@@ -431,7 +386,7 @@ impl Session {
 
     /// Reads a secret. Of an engine that makes credentials, each reading makes one.
     pub async fn read(&self, source: &VaultSource) -> Result<Read, VaultError> {
-        let what = source.place();
+        let what = source.location();
         let failed = || VaultError::Answer { what: what.clone() };
         let mut answer = if self.is_versioned(source).await? {
             let request =

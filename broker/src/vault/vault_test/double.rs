@@ -7,7 +7,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::credential::keeper::{Issued, Keeper};
+use crate::vault::lease_renewal::{Issued, LeaseRenewer};
 
 /// A double of a server: answers what it is told to, over real HTTP.
 pub(super) struct Double {
@@ -109,7 +109,7 @@ async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer(
         ["A=vault://db/creds/app#p", "B=vault://db/creds/app"].map(|text| text.parse().unwrap());
     let began = Instant::now();
     let mut fetched = fetch(&secrets, &spec).await.unwrap();
-    assert_eq!(fetched.bound.len(), 2);
+    assert_eq!(fetched.rotating.len(), 2);
     let (mut changes, place) = (fetched.changes.take().unwrap(), "vault://db/creds/app");
     assert_eq!(next(&mut changes, place, "p").await.unwrap(), "password-2");
     assert_eq!(next(&mut changes, place, "p").await.unwrap(), "password-3");
@@ -117,7 +117,7 @@ async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer(
     // Two thirds of two terms, and the whole third, during which it was tried again.
     let lasted = began.elapsed();
     assert!((Duration::from_millis(6900)..Duration::from_secs(9)).contains(&lasted), "{lasted:?}");
-    let troubles = fetched.keeper.take().unwrap().end().await;
+    let troubles = fetched.lease_renewer.take().unwrap().revoke_all().await;
     assert_eq!(troubles.len(), 2, "{troubles:?}");
     assert!(
         troubles[0].contains("which is good for 0 s more: the vault refuses vault://db/creds/app"),
@@ -135,13 +135,18 @@ async fn what_ends_before_the_sandbox_and_cannot_be_renewed_is_said() {
         let session = Session::begin(&double.config()).await.unwrap();
         let (id, lease) = session.read(&source).await.unwrap().lease.unwrap();
         // Nobody follows it: so are keys that an endpoint reads again when it is asked for them.
-        Keeper::start(session, vec![Issued { what: source.place(), id, lease }], BTreeMap::new())
+        LeaseRenewer::start(
+            session,
+            vec![Issued { what: source.location(), id, lease }],
+            BTreeMap::new(),
+            &tracker(),
+        )
     };
-    assert_eq!(keep().await.end().await, Vec::<String>::new());
+    assert_eq!(keep().await.revoke_all().await, Vec::<String>::new());
     let late = keep().await;
     tokio::time::sleep(Duration::from_millis(2200)).await;
     let over = "vault://db/creds/app was good until 1 s before the end, and could not be renewed";
-    assert_eq!(late.end().await, [over]);
+    assert_eq!(late.revoke_all().await, [over]);
     // It is nobody's to renew.
     assert_eq!(double.count(|line| line.ends_with("leases/renew")), 0);
 }
@@ -151,17 +156,20 @@ async fn who_gives_up_waiting_leaves_nothing_issued() {
     let double = Double::issuing(Duration::ZERO, 60).await;
     let spec = from(double.config());
     let count = || double.count(|line| line.ends_with("leases/revoke"));
+    let cleanup = tracker();
     // While something else is fetched.
     let secrets =
         ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
-    let fetching = tokio::time::timeout(Duration::from_secs(1), fetch(&secrets, &spec)).await;
+    let fetching =
+        tokio::time::timeout(Duration::from_secs(1), fetch_credentials(&secrets, &spec, &cleanup))
+            .await;
     assert!(fetching.is_err());
     let limit = Duration::from_secs(5);
-    tokio::time::timeout(limit, crate::given_back()).await.expect("in time");
+    tokio::time::timeout(limit, cleanup.wait()).await.expect("in time");
     assert_eq!(count(), 1);
     // After all was fetched.
-    drop(fetch(&secrets[..1], &spec).await.unwrap());
-    tokio::time::timeout(limit, crate::given_back()).await.expect("in time");
+    drop(fetch_credentials(&secrets[..1], &spec, &cleanup).await.unwrap());
+    tokio::time::timeout(limit, cleanup.wait()).await.expect("in time");
     assert_eq!(count(), 2);
 }
 
@@ -169,13 +177,19 @@ async fn who_gives_up_waiting_leaves_nothing_issued() {
 async fn what_is_issued_while_whoever_asked_goes_is_given_back() {
     // All stand still, so that whoever asked goes before it has read the answer.
     let double = Double::issuing(Duration::from_millis(500), 60).await;
+    let cleanup = tracker();
     let spec = from(double.config());
     let secrets =
         ["P=vault://db/creds/app#p", "Q=exec:exec sleep 60"].map(|text| text.parse().unwrap());
     assert!(
-        tokio::time::timeout(Duration::from_millis(200), fetch(&secrets, &spec)).await.is_err()
+        tokio::time::timeout(
+            Duration::from_millis(200),
+            fetch_credentials(&secrets, &spec, &cleanup)
+        )
+        .await
+        .is_err()
     );
-    tokio::time::timeout(Duration::from_secs(5), crate::given_back()).await.expect("in time");
+    tokio::time::timeout(Duration::from_secs(5), cleanup.wait()).await.expect("in time");
     assert_eq!(double.count(|line| line.ends_with("leases/revoke")), 1);
 }
 
@@ -248,12 +262,12 @@ async fn keys_of_an_engine_are_followed_by_others_before_they_are_over() {
     .await;
     let spec = from(double.config());
     let secret: SecretSpec = "AWS=vault://aws/creds/deploy".parse().unwrap();
-    let secret = SecretSpec { delivery: crate::Delivery::Endpoint, ..secret };
+    let secret = SecretSpec { delivery: chitin_spec::Delivery::Endpoint, ..secret };
     let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
     let names: Vec<&str> = fetched.values.iter().map(|value| value.name.as_str()).collect();
     assert!(names.iter().all(|name| name.starts_with("AWS_")) && names.len() == 4, "{names:?}");
     assert!(exposed(&fetched).iter().all(|(_, value)| !value.contains(CANARY)));
-    let endpoint = fetched.endpoint.clone().unwrap();
+    let endpoint = fetched.aws_server.clone().unwrap();
     let id = async || {
         let (document, trouble) = endpoint.document().await.unwrap();
         assert_eq!(trouble, None);
@@ -267,7 +281,7 @@ async fn keys_of_an_engine_are_followed_by_others_before_they_are_over() {
     tokio::time::sleep(Duration::from_millis(1700)).await;
     assert_eq!(id().await, "ASIA2");
     assert_eq!(*made.lock().unwrap(), 2);
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
     // The first are not over yet, and given back as well.
     assert_eq!(double.count(|line| line.ends_with("leases/revoke")), 2);
     // Then there is nobody to ask any more: what there is goes on until it is over.

@@ -5,28 +5,42 @@ mod double;
 mod real;
 mod server;
 
-use super::super::keeper::{Change, Changes};
-use super::super::{Fetched, Spec, fetch};
+use chitin_spec::SecretSpec;
+use tokio_util::task::TaskTracker;
+
 use super::*;
-use crate::SecretSpec;
+use crate::Error;
+use crate::credentials::{CredentialSpec, CredentialValue, FetchedCredentials, fetch_credentials};
 
 const CANARY: &str = "canary-52b1d9e0f7";
 
+/// Counts clean-ups, and can be waited for.
+fn tracker() -> TaskTracker {
+    let tracker = TaskTracker::new();
+    tracker.close();
+    tracker
+}
+
+/// Fetches, where nobody asks whether what was issued is given back.
+async fn fetch(secrets: &[SecretSpec], spec: &CredentialSpec) -> Result<FetchedCredentials, Error> {
+    fetch_credentials(secrets, spec, &tracker()).await
+}
+
 /// What is fetched from this vault.
-fn from(config: VaultConfig) -> Spec {
-    Spec { vault: Some(config), ..Spec::default() }
+fn from(config: VaultConfig) -> CredentialSpec {
+    CredentialSpec { vault: Some(config), ..CredentialSpec::default() }
 }
 
 /// Names and values of what was fetched.
-fn exposed(fetched: &Fetched) -> Vec<(String, String)> {
-    let text = |value: &super::super::Value| {
+fn exposed(fetched: &FetchedCredentials) -> Vec<(String, String)> {
+    let text = |value: &CredentialValue| {
         String::from_utf8(value.value.to_bytes().expose().to_vec()).unwrap()
     };
     fetched.values.iter().map(|value| (value.name.clone(), text(value))).collect()
 }
 
 /// The one line that says why it is not to be had.
-async fn refusal(secrets: &[SecretSpec], spec: &Spec) -> String {
+async fn refusal(secrets: &[SecretSpec], spec: &CredentialSpec) -> String {
     let error = fetch(secrets, spec).await.expect_err("is refused").to_string();
     assert!(!error.contains(CANARY) && error.lines().count() == 1, "{error}");
     error
@@ -47,7 +61,7 @@ fn the_environment_says_which_vault_and_who_we_are() {
     let from = |pairs: &[(&str, &str)]| {
         let pairs: Vec<(String, String)> =
             pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
-        VaultConfig::from(move |name| {
+        config_from(move |name| {
             pairs.iter().find(|(other, _)| other == name).map(|(_, value)| value.clone())
         })
     };

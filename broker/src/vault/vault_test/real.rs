@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::double::Double;
 use super::server::{Kind, Server};
 use super::*;
-use crate::credential::keeper::{Current, Keeper};
+use crate::vault::lease_renewal::{Current, LeaseRenewer};
 
 macro_rules! asked {
     (both: $($both:ident),+; openbao: $($alone:ident),+) => {
@@ -49,7 +49,7 @@ async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end(kind: Kind) {
     let fetched = fetch(&secrets, &spec).await.unwrap();
     let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     assert_eq!(exposed(&fetched), [pair("TOKEN", CANARY), pair("PORT", "8080")]);
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
 
     // The same by hand, to see the token before and after.
     let mut session = Session::begin(&config).await.unwrap();
@@ -62,7 +62,7 @@ async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end(kind: Kind) {
 
 async fn each_field_of_a_credential_source_is_a_credential(kind: Kind) {
     let server = kind.start().await;
-    let mut spec = Spec { source: Some(server.source("plain")), ..from(server.root()) };
+    let mut spec = CredentialSpec { source: Some(server.source("plain")), ..from(server.root()) };
     // One that is asked for by name stays what it was asked to be.
     let own = ["user=exec:echo me".parse().unwrap()];
     let mut found = exposed(&fetch(&own, &spec).await.unwrap());
@@ -122,7 +122,7 @@ async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(k
     assert_eq!(kept.lease.unwrap().ttl, Duration::from_secs(3));
     let login = VaultLogin::Token(Zeroizing::new(kept.middleware.token.clone()));
     let first = Session::begin(&VaultConfig { login, ..config }).await.unwrap();
-    let keeper = Keeper::start(kept, Vec::new(), BTreeMap::new());
+    let keeper = LeaseRenewer::start(kept, Vec::new(), BTreeMap::new(), &tracker());
     // By now it has been renewed twice, or there is a third one.
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(matches!(forgotten.read(&source).await, Err(VaultError::Denied { .. })));
@@ -133,7 +133,7 @@ async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(k
     let Current::Read(fields, _) = current else { panic!("it was read") };
     assert!(fields.iter().any(|(name, value)| name == "api_token"
         && value.as_ref().is_some_and(|value| value.as_slice() == CANARY.as_bytes())));
-    assert_eq!(keeper.end().await, Vec::<String>::new());
+    assert_eq!(keeper.revoke_all().await, Vec::<String>::new());
     assert!(reader.current(&source, true).await.is_err(), "it has ended");
     assert!(
         matches!(first.read(&source).await, Err(VaultError::Denied { .. })),
@@ -147,7 +147,7 @@ async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
     let spec = from(config);
     let secret = [server.secret("A", "creds#port")];
     let began = Instant::now();
-    let keeper = fetch(&secret, &spec).await.unwrap().keeper.unwrap();
+    let keeper = fetch(&secret, &spec).await.unwrap().lease_renewer.unwrap();
     server.admin("PUT", "sys/seal", json!({})).await;
     assert!(refusal(&secret, &spec).await.contains("is sealed"));
     server.unseal().await;
@@ -155,8 +155,9 @@ async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
     server.kill();
     // When it was to be renewed, and is not over.
     tokio::time::sleep_until(began + Duration::from_secs(5)).await;
-    let troubles =
-        tokio::time::timeout(Duration::from_secs(15), keeper.end()).await.expect("does not hang");
+    let troubles = tokio::time::timeout(Duration::from_secs(15), keeper.revoke_all())
+        .await
+        .expect("does not hang");
     let [renew, revoke] = &troubles[..] else { panic!("{troubles:?}") };
     assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
     assert!(
@@ -173,7 +174,7 @@ async fn a_policy_that_only_allows_a_path_allows_no_other(kind: Kind) {
     let spec = from(config.clone());
     let fetched = fetch(&[server.secret("A", "creds#api_token")], &spec).await.unwrap();
     assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
-    fetched.give_back().await;
+    fetched.revoke().await;
     let denied = |place: &str| {
         format!(
             "the vault refuses vault://{place}: the token has expired, or its policies do not allow this"
@@ -191,7 +192,7 @@ async fn a_policy_that_only_allows_a_path_allows_no_other(kind: Kind) {
         // The token is given back all the same.
         assert_eq!(server.tokens(&config).await, 0);
     }
-    let spec = Spec { source: Some(server.source("plain")), ..spec };
+    let spec = CredentialSpec { source: Some(server.source("plain")), ..spec };
     assert!(refusal(&[], &spec).await.ends_with(&denied(&format!("{}/plain", server.kv))));
 }
 
@@ -230,7 +231,7 @@ async fn a_wrapped_secret_id_is_good_for_one_sandbox(kind: Kind) {
     let spec = from(server.wrapped(&config).await);
     let fetched = fetch(&secret, &spec).await.unwrap();
     assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
     assert_eq!(server.tokens(&config).await, 0);
     assert_eq!(
         refusal(&secret, &spec).await,
@@ -248,7 +249,7 @@ async fn what_is_in_a_namespace_is_found_in_no_other(kind: Kind) {
     let fetched = fetch(&secret, &from(config.clone())).await.unwrap();
     assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
     assert_eq!(server.tokens(&config).await, 1);
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
     assert_eq!(server.tokens(&config).await, 0);
     // The role is not there, or the namespace is not.
     for (namespace, words) in [
@@ -283,12 +284,12 @@ impl Engine {
         Engine { broker, path: format!("{mount}/creds/app") }
     }
 
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         format!("vault://{}", self.path)
     }
 
     fn secret(&self, name: &str, field: &str) -> SecretSpec {
-        format!("{name}={}#{field}", self.place()).parse().unwrap()
+        format!("{name}={}#{field}", self.location()).parse().unwrap()
     }
 
     /// How many users were made, and how many of them are no more.
@@ -316,18 +317,18 @@ async fn what_an_engine_issues_is_renewed_and_given_back(kind: Kind) {
     tokio::time::sleep(Duration::from_secs(4)).await;
     // Read once for both, or there would be two, and renewed, or there would be none.
     assert_eq!(engine.users(), (1, 0));
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
 
     // With the token of a role, with one that somebody else got and that is not ours to revoke, and when something else fails.
     let engine = Engine::mount(&server, 600).await;
     let spec = from(server.role(&[&engine.path], json!({ "token_ttl": 600 })).await);
     let secret = engine.secret("P", "password");
     let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
     engine.sees((1, 1)).await;
     let spec = from(server.root());
     let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
-    assert_eq!(fetched.keeper.unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
     engine.sees((2, 2)).await;
     refusal(&[secret, "Q=env:CHITIN_NO_SUCH".parse().unwrap()], &spec).await;
     engine.sees((3, 3)).await;
@@ -343,14 +344,14 @@ async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_th
     let mut fetched =
         fetch(&[engine.secret("P", "password")], &from(config.clone())).await.unwrap();
     let mut changes = fetched.changes.take().unwrap();
-    let password = next(&mut changes, &engine.place(), "password").await.unwrap();
+    let password = next(&mut changes, &engine.location(), "password").await.unwrap();
     assert_ne!(exposed(&fetched), [("P".to_owned(), password)]);
     // After 2 s for 3 more, after 2 s more for 1, which is less than half.
     let lasted = began.elapsed();
     assert!((Duration::from_millis(3900)..Duration::from_secs(5)).contains(&lasted), "{lasted:?}");
     // The former is not over yet.
     assert_eq!((server.tokens(&config).await, engine.users()), (2, (2, 0)));
-    assert_eq!(fetched.keeper.take().unwrap().end().await, Vec::<String>::new());
+    assert_eq!(fetched.lease_renewer.take().unwrap().revoke_all().await, Vec::<String>::new());
     assert_eq!(server.tokens(&config).await, 0);
     engine.sees((2, 2)).await;
 }
@@ -362,13 +363,13 @@ async fn what_was_issued_to_a_token_is_over_with_it(kind: Kind) {
     let spec = from(server.role(&[&engine.path], terms).await);
     let mut fetched = fetch(&[engine.secret("P", "password")], &spec).await.unwrap();
     let mut changes = fetched.changes.take().unwrap();
-    assert_eq!(next(&mut changes, &engine.place(), "password").await, None);
+    assert_eq!(next(&mut changes, &engine.location(), "password").await, None);
     engine.sees((1, 1)).await;
-    let troubles = fetched.keeper.take().unwrap().end().await;
+    let troubles = fetched.lease_renewer.take().unwrap().revoke_all().await;
     let [renew, denied, over, token] = &troubles[..] else { panic!("{troubles:?}") };
     assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
     assert!(renew.contains("the vault refuses the login at auth/"), "{renew}");
-    let place = engine.place();
+    let place = engine.location();
     assert!(
         denied.starts_with(&format!("renew {place}, which is good for 0 s more: ")),
         "{denied}"
