@@ -1,40 +1,45 @@
 //! The same container without Chitin in it: a command instead of the agent, by the program that the tier is made of. What a
 //! benchmark measures beside a sandbox.
 
+use chitin_spec::TierKind;
 use tokio::process::Command;
+use tokio_util::task::TaskTracker;
 
-use super::nanoclaw::{self, Nanoclaw};
-use super::nemoclaw::Nemoclaw;
-use crate::policy::Runtime;
-use crate::sandbox::Plan;
-use crate::{Artifacts, Error};
+use crate::docker::DockerTier;
+use crate::oci::{self, OciTier};
+use crate::{Artifacts, Error, LaunchSpec};
 
 /// A command that runs in a container by itself.
 #[derive(Debug)]
-pub struct Bare(Kind);
+pub struct BaselineContainer(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Runtime(Box<nanoclaw::Bare>),
+    Runtime(Box<oci::Baseline>),
     Docker(Vec<String>),
 }
 
-impl Bare {
-    pub(crate) async fn of(
-        tier: Runtime,
+impl BaselineContainer {
+    /// One of that tier, with this command in it; none of a microVM.
+    ///
+    /// # Errors
+    /// The tier cannot be had here.
+    pub async fn create(
+        tier: TierKind,
         artifacts: &Artifacts,
-        plan: &Plan,
+        plan: &LaunchSpec,
         argv: &[String],
-    ) -> Result<Option<Bare>, Error> {
+        cleanup: &TaskTracker,
+    ) -> Result<Option<BaselineContainer>, Error> {
         Ok(match tier {
-            Runtime::Ironclaw => None,
-            Runtime::Nanoclaw => {
-                let bare = Nanoclaw::new(artifacts).bare(plan, argv).await?;
-                Some(Bare(Kind::Runtime(Box::new(bare))))
+            TierKind::Ironclaw => None,
+            TierKind::Nanoclaw => {
+                let bare = OciTier::new(artifacts, cleanup).baseline(plan, argv).await?;
+                Some(BaselineContainer(Kind::Runtime(Box::new(bare))))
             }
-            Runtime::Nemoclaw => {
-                Some(Bare(Kind::Docker(Nemoclaw::new(artifacts).bare(plan, argv).await?)))
-            }
+            TierKind::Nemoclaw => Some(BaselineContainer(Kind::Docker(
+                DockerTier::new(artifacts, cleanup).baseline(plan, argv).await?,
+            ))),
         })
     }
 

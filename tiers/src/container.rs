@@ -13,10 +13,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::Unavailable;
-use crate::sandbox::{Fixed, Plan};
-use crate::template::fill_random;
-use crate::{Artifacts, Error};
+use crate::{Artifacts, Error, LaunchSpec, ReadOnlyPath, Unavailable};
 
 /// What every container runs.
 pub(crate) const AGENT: [&str; 2] = ["/init", "--stdio"];
@@ -48,7 +45,7 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    pub fn of(plan: &Plan) -> Limits {
+    pub fn of(plan: &LaunchSpec) -> Limits {
         let memory = plan.spec.memory_bytes();
         // The agent is one, and its copying another.
         let tasks = plan.tasks.saturating_add(AGENT_TASKS);
@@ -148,7 +145,7 @@ impl RootArchive {
 impl RootArchive {
     /// Directories that are to be mounted, so that the agent can put these into a root that is read-only for it too: the
     /// topmost that the image does not have, or has empty. What the image has is hidden by none.
-    pub fn places(&self, wanted: &[Fixed]) -> Result<Vec<PathBuf>, Error> {
+    pub fn places(&self, wanted: &[ReadOnlyPath]) -> Result<Vec<PathBuf>, Error> {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
@@ -192,7 +189,7 @@ fn content(archive: File) -> io::Result<BTreeMap<PathBuf, Entry>> {
 
 fn place(
     content: &BTreeMap<PathBuf, Entry>,
-    Fixed { path, directory }: &Fixed,
+    ReadOnlyPath { path, directory }: &ReadOnlyPath,
 ) -> Result<PathBuf, Error> {
     let refused = |reason| Err(Error::Place { path: path.clone(), reason });
     let inner: PathBuf = path.components().skip(1).collect();
@@ -224,7 +221,8 @@ fn is_digest(text: &str) -> bool {
 /// A name that no other container has.
 pub(crate) fn new_name() -> Result<String, Error> {
     let mut random = [0; 8];
-    fill_random(&mut random).map_err(|source| Error::Host { what: "get random bytes", source })?;
+    getrandom::fill(&mut random)
+        .map_err(|error| Error::Host { what: "get random bytes", source: error.into() })?;
     Ok(format!("chitin-{:016x}", u64::from_ne_bytes(random)))
 }
 
@@ -351,9 +349,9 @@ mod tests {
         tar.into_inner().unwrap();
         let archive = RootArchive { path, digest: String::new() };
         let places = |wanted: &[(&str, bool)]| {
-            let wanted: Vec<Fixed> = wanted
+            let wanted: Vec<ReadOnlyPath> = wanted
                 .iter()
-                .map(|(path, directory)| Fixed { path: path.into(), directory: *directory })
+                .map(|(path, directory)| ReadOnlyPath { path: path.into(), directory: *directory })
                 .collect();
             archive.places(&wanted).map_err(|error| error.to_string())
         };

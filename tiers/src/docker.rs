@@ -25,23 +25,24 @@ use bollard::query_parameters::{
     StartContainerOptions, WaitContainerOptionsBuilder,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
+use chitin_spec::TierKind;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{OnceCell, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
+use tokio_util::task::TaskTracker;
 
-use super::container::{
+use crate::clock::now_ns;
+use crate::container::{
     AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT,
     new_name, place_bytes, scratch,
 };
-use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
-use crate::phases::now_ns;
-use crate::policy::Runtime;
-use crate::returning::Returning;
-use crate::sandbox::Plan;
-use crate::{Artifacts, Error, GuestEnd};
+use crate::{
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
+    Unavailable,
+};
 
 /// A daemon that lives answers in milliseconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -68,9 +69,10 @@ const REMEDY: &str = "start it (Debian: apt-get install docker.io), join the gro
 
 /// Containers of a daemon.
 #[derive(Debug)]
-pub(crate) struct Nemoclaw {
+pub(crate) struct DockerTier {
     artifacts: Artifacts,
     daemon: OnceCell<Daemon>,
+    cleanup: TaskTracker,
 }
 
 #[derive(Debug, Clone)]
@@ -81,9 +83,10 @@ struct Daemon {
     implementation: String,
 }
 
-impl Nemoclaw {
-    pub fn new(artifacts: &Artifacts) -> Nemoclaw {
-        Nemoclaw { artifacts: artifacts.clone(), daemon: OnceCell::new() }
+impl DockerTier {
+    pub fn new(artifacts: &Artifacts, cleanup: &TaskTracker) -> DockerTier {
+        let (artifacts, cleanup) = (artifacts.clone(), cleanup.clone());
+        DockerTier { artifacts, daemon: OnceCell::new(), cleanup }
     }
 
     async fn daemon(&self) -> Result<&Daemon, Unavailable> {
@@ -173,9 +176,9 @@ fn chain(error: &dyn std::error::Error) -> String {
     line
 }
 
-impl Tier for Nemoclaw {
-    fn kind(&self) -> Runtime {
-        Runtime::Nemoclaw
+impl Tier for DockerTier {
+    fn kind(&self) -> TierKind {
+        TierKind::Nemoclaw
     }
 
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
@@ -188,24 +191,24 @@ impl Tier for Nemoclaw {
         })
     }
 
-    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
             let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
-                missing: format!("{}: {unavailable}", Runtime::Nemoclaw),
+                missing: format!("{}: {unavailable}", TierKind::Nemoclaw),
             })?;
             let spawned = now_ns();
-            let (container, stream) = daemon.start(plan).await?;
+            let (container, stream) = daemon.start(plan, &self.cleanup).await?;
             Ok(Launched { instance: Box::new(container), stream, spawned })
         })
     }
 }
 
-impl Nemoclaw {
+impl DockerTier {
     /// The words of a `docker run` that makes the same container of a command instead of the agent, for measuring what Docker
     /// alone takes. The image is there as soon as one sandbox was started.
-    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Vec<String>, Error> {
+    pub async fn baseline(&self, plan: &LaunchSpec, argv: &[String]) -> Result<Vec<String>, Error> {
         let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
-            missing: format!("{}: {unavailable}", Runtime::Nemoclaw),
+            missing: format!("{}: {unavailable}", TierKind::Nemoclaw),
         })?;
         let body = daemon.body(Limits::of(plan), &[]);
         let host = body.host_config.unwrap_or_default();
@@ -246,11 +249,15 @@ impl Daemon {
     }
 
     /// Starts one. The daemon makes what it was asked for, also if whoever asked does not wait for it any more: then that is
-    /// removed in the background, which [`given_back`](crate::given_back) waits for.
-    async fn start(&self, plan: &Plan) -> Result<(Container, StdStream), Error> {
+    /// removed in the background, which the tier's clean-up tracker counts.
+    async fn start(
+        &self,
+        plan: &LaunchSpec,
+        cleanup: &TaskTracker,
+    ) -> Result<(Container, StdStream), Error> {
         let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
         let (sender, receiver) = oneshot::channel();
-        let (daemon, returning) = (self.clone(), Returning::begin());
+        let (daemon, returning) = (self.clone(), cleanup.token());
         tokio::spawn(async move {
             let started = daemon.create(body).await;
             if let Err(Ok((mut container, _))) = sender.send(started) {

@@ -6,53 +6,52 @@
 //!   launch ──▶ Launched: stream and Instance ──ended──▶ why
 //!                                            └──stop──▶ nothing of it is left
 //! ```
+#![forbid(unsafe_code)]
+
+mod artifacts;
+mod baseline;
+pub mod clock;
+mod container;
+mod docker;
+mod error;
+mod launch;
+pub mod microvm;
+mod oci;
+mod select;
 
 use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::time::Duration;
 
+use chitin_spec::TierKind;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::Runtime;
-use crate::sandbox::{BOOT_LIMIT, Plan};
-use crate::{Artifacts, Error};
-
-pub(crate) mod bare;
-mod container;
-pub(crate) mod ironclaw;
-mod nanoclaw;
-mod nemoclaw;
-pub(crate) mod select;
+pub use artifacts::Artifacts;
+pub use baseline::BaselineContainer;
+pub use error::{Error, GuestEnd};
+pub use launch::{BOOT_LIMIT, LaunchSpec, ReadOnlyPath};
+pub use select::{RejectedTier, SelectedTier, select_tier, tier_of};
 
 /// What a tier answers when it is done with it.
-pub(crate) type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A way to isolate a sandbox.
-pub(crate) trait Tier: Send + Sync {
+pub trait Tier: Send + Sync {
     /// Which one it is.
-    fn kind(&self) -> Runtime;
+    fn kind(&self) -> TierKind;
 
     /// Finds out, by trying and within seconds, whether it can be had here. May be called at any time.
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>>;
 
     /// Starts a sandbox. That the agent answers is for the caller to see; that nothing is left where this fails, or is
     /// dropped half-way, is the tier's.
-    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>>;
-}
-
-/// The tier of that kind, made of these files.
-pub(crate) fn of(kind: Runtime, artifacts: &Artifacts) -> Box<dyn Tier> {
-    match kind {
-        Runtime::Ironclaw => Box::new(ironclaw::Ironclaw(artifacts.clone())),
-        Runtime::Nanoclaw => Box::new(nanoclaw::Nanoclaw::new(artifacts)),
-        Runtime::Nemoclaw => Box::new(nemoclaw::Nemoclaw::new(artifacts)),
-    }
+    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>>;
 }
 
 /// A sandbox that was started. It ends when the stream is closed, whoever closes it and however; dropping it does so at the
 /// latest.
-pub(crate) trait Instance: fmt::Debug + Send {
+pub trait Instance: fmt::Debug + Send {
     /// The agent has answered: what was there for the start only can go.
     fn answered(&mut self) {}
 
@@ -68,14 +67,15 @@ pub(crate) trait Instance: fmt::Debug + Send {
     fn stop(&mut self) -> Pending<'_, Result<(), Error>>;
 
     /// The monitor of a microVM, which can do more: templates, copies.
-    fn monitor(&mut self) -> Option<&mut ironclaw::Monitor> {
+    fn monitor(&mut self) -> Option<&mut microvm::Monitor> {
         None
     }
 }
 
 /// What comes of a launch.
 #[derive(Debug)]
-pub(crate) struct Launched {
+pub struct Launched {
+    /// Ends it, and says why it ended.
     pub instance: Box<dyn Instance>,
     /// To the agent.
     pub stream: UnixStream,

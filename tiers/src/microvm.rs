@@ -5,6 +5,10 @@
 //! closes, which happens also when this process is killed. The process started here is the keeper of a jail, unless that is
 //! turned off: the guest runs in a child of it.
 
+mod host_checks;
+
+pub use host_checks::{Check, check_host};
+
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -14,6 +18,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chitin_spec::TierKind;
 use chitin_vmm::control::{Message, Request, TemplateEvent};
 use chitin_vmm::jail::Jail;
 use chitin_vmm::{EndReason, Event, VmSpec};
@@ -25,12 +30,11 @@ use tokio::net::UnixDatagram;
 use tokio::process::Child;
 use tokio::sync::watch;
 
-use super::select::Chosen;
-use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
-use crate::phases::now_ns;
-use crate::policy::Runtime;
-use crate::sandbox::Plan;
-use crate::{Artifacts, Error, GuestEnd, doctor};
+use crate::clock::now_ns;
+use crate::{
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
+    Unavailable,
+};
 
 /// The largest packet taken from a monitor: its last one carries 32 KiB of log, each byte at most six in JSON.
 const MAX_EVENT: usize = 256 * 1024;
@@ -42,27 +46,25 @@ const MAX_FDS: usize = 4;
 const CLEAR_LIMIT: Duration = Duration::from_secs(20);
 /// MicroVMs of these files.
 #[derive(Debug, Clone)]
-pub(crate) struct Ironclaw(pub Artifacts);
+pub struct MicrovmTier(pub Artifacts);
 
-/// As it is where nobody asked for anything else.
-pub(crate) fn chosen() -> Chosen {
+/// What microVMs are made of.
+pub fn capabilities() -> Capabilities {
     let version = env!("CARGO_PKG_VERSION").into();
-    let capabilities =
-        Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() };
-    Chosen { tier: Runtime::Ironclaw, capabilities, passed_over: Vec::new() }
+    Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() }
 }
 
-impl Tier for Ironclaw {
-    fn kind(&self) -> Runtime {
-        Runtime::Ironclaw
+impl Tier for MicrovmTier {
+    fn kind(&self) -> TierKind {
+        TierKind::Ironclaw
     }
 
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
         Box::pin(async {
-            let (checks, _) = doctor::microvm(&self.0).await;
+            let (checks, _) = check_host(&self.0).await;
             let missing: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
             if missing.is_empty() {
-                return Ok(chosen().capabilities);
+                return Ok(capabilities());
             }
             let reasons: Vec<_> =
                 missing.iter().map(|check| format!("{}: {}", check.name, check.detail)).collect();
@@ -71,7 +73,7 @@ impl Tier for Ironclaw {
         })
     }
 
-    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
             let (monitor, stream) = launch(&self.0, &plan.spec, plan.files.as_ref())?;
             Ok(Launched { spawned: monitor.spawned, instance: Box::new(monitor), stream })
@@ -104,7 +106,8 @@ impl Instance for Monitor {
 
 /// What a monitor has reported.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Reported {
+pub struct Reported {
+    /// When the guest was entered, `CLOCK_MONOTONIC` nanoseconds.
     pub entered: Option<u64>,
     /// The guest waits for its channel.
     pub prepared: bool,
@@ -112,12 +115,13 @@ pub(crate) struct Reported {
     pub jail: Option<Jail>,
     /// The guest waits to be saved.
     pub frozen: bool,
+    /// How it ended, if it has.
     pub end: Option<End>,
 }
 
 /// How a monitor ended.
 #[derive(Debug, Clone)]
-pub(crate) enum End {
+pub enum End {
     /// It never started the guest.
     Failed(String),
     /// The guest had been running.
@@ -128,15 +132,18 @@ pub(crate) enum End {
 
 /// The files of a saved guest.
 #[derive(Debug)]
-pub(crate) struct Files {
+pub struct Files {
+    /// Its memory.
     pub memory: File,
+    /// What its devices and vCPUs were.
     pub state: File,
+    /// What both are sealed with.
     pub key: File,
 }
 
 /// A running monitor. Dropping it ends it.
 #[derive(Debug)]
-pub(crate) struct Monitor {
+pub struct Monitor {
     /// The monitor, or its keeper.
     child: Child,
     /// Whether it is a keeper.
@@ -144,6 +151,7 @@ pub(crate) struct Monitor {
     /// Closing this end is what stops the monitor.
     control: Option<Arc<UnixDatagram>>,
     listener: Option<tokio::task::JoinHandle<()>>,
+    /// What it has reported so far.
     pub reported: watch::Receiver<Reported>,
     /// When the process was started, `CLOCK_MONOTONIC` nanoseconds.
     pub spawned: u64,
@@ -151,7 +159,7 @@ pub(crate) struct Monitor {
 
 /// Starts a monitor, with the files of the guest if it is to be restored; the stream is the channel to the agent that
 /// will answer on it.
-pub(crate) fn launch(
+pub fn launch(
     artifacts: &Artifacts,
     spec: &VmSpec,
     files: Option<&Files>,
@@ -162,7 +170,7 @@ pub(crate) fn launch(
 }
 
 /// Starts a monitor that makes everything ready and then waits for [`Monitor::go`].
-pub(crate) fn prepare(
+pub fn prepare(
     artifacts: &Artifacts,
     spec: &VmSpec,
     files: Option<&Files>,

@@ -24,21 +24,24 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use chitin_spec::TierKind;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::sync::OnceCell;
+use tokio_util::task::TaskTracker;
 
 use self::bundle::{Bundle, Content};
 use self::engine::Engine;
-use self::tree::Tree;
-use super::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
-use super::{Capabilities, Instance, Launched, Pending, Tier, Unavailable};
-use crate::phases::now_ns;
-use crate::policy::Runtime;
-use crate::returning::Returning;
-use crate::sandbox::Plan;
-use crate::{Artifacts, Error, GuestEnd};
+use crate::clock::now_ns;
+use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
+use crate::{
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
+    Unavailable,
+};
+
+/// Where bundles are, and what runtimes know of their containers.
+const RUN: &str = "/run/chitin";
 
 /// Tells the agent that it may bound the workload's processes itself.
 const OWN_KERNEL: &str = "--own-kernel";
@@ -57,9 +60,10 @@ const PANICKED: i32 = 2;
 
 /// Containers of an OCI runtime.
 #[derive(Debug)]
-pub(crate) struct Nanoclaw {
+pub(crate) struct OciTier {
     artifacts: Artifacts,
     ready: OnceCell<Ready>,
+    cleanup: TaskTracker,
 }
 
 /// What containers are made of.
@@ -71,9 +75,10 @@ struct Ready {
     root: PathBuf,
 }
 
-impl Nanoclaw {
-    pub fn new(artifacts: &Artifacts) -> Nanoclaw {
-        Nanoclaw { artifacts: artifacts.clone(), ready: OnceCell::new() }
+impl OciTier {
+    pub fn new(artifacts: &Artifacts, cleanup: &TaskTracker) -> OciTier {
+        let (artifacts, cleanup) = (artifacts.clone(), cleanup.clone());
+        OciTier { artifacts, ready: OnceCell::new(), cleanup }
     }
 
     async fn ready(&self) -> Result<&Ready, Unavailable> {
@@ -97,26 +102,26 @@ impl Nanoclaw {
                         "make room in /var/cache/chitin, or build it anew with `cargo xtask rootfs`"
                             .into(),
                 })?;
-                let engine = engine::that_works(&root).await?;
+                let engine = engine::that_works(&root, &self.cleanup).await?;
                 Ok(Ready { engine, archive, root })
             })
             .await
     }
 }
 
-impl Tier for Nanoclaw {
-    fn kind(&self) -> Runtime {
-        Runtime::Nanoclaw
+impl Tier for OciTier {
+    fn kind(&self) -> TierKind {
+        TierKind::Nanoclaw
     }
 
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
         Box::pin(async { self.ready().await.map(|ready| ready.engine.capabilities()) })
     }
 
-    fn launch<'a>(&'a self, plan: &'a Plan) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
             let Ready { engine, archive, root } = self.ready().await.map_err(|unavailable| {
-                Error::NoTier { missing: format!("{}: {unavailable}", Runtime::Nanoclaw) }
+                Error::NoTier { missing: format!("{}: {unavailable}", TierKind::Nanoclaw) }
             })?;
             bundle::sweep().await;
             let limits = Limits::of(plan);
@@ -130,7 +135,8 @@ impl Tier for Nanoclaw {
             }
             let places = archive.places(&plan.fixed)?;
             let spawned = now_ns();
-            let (container, stream) = Container::start(engine, root, limits, &places)?;
+            let (container, stream) =
+                Container::start(engine, root, limits, &places, &self.cleanup)?;
             Ok(Launched { instance: Box::new(container), stream, spawned })
         })
     }
@@ -138,25 +144,25 @@ impl Tier for Nanoclaw {
 
 /// A container of a command instead of the agent.
 #[derive(Debug)]
-pub(super) struct Bare {
+pub(crate) struct Baseline {
     engine: Engine,
     bundle: Bundle,
 }
 
-impl Nanoclaw {
+impl OciTier {
     /// For measuring what the runtime alone takes.
-    pub async fn bare(&self, plan: &Plan, argv: &[String]) -> Result<Bare, Error> {
+    pub async fn baseline(&self, plan: &LaunchSpec, argv: &[String]) -> Result<Baseline, Error> {
         let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| {
-            Error::NoTier { missing: format!("{}: {unavailable}", Runtime::Nanoclaw) }
+            Error::NoTier { missing: format!("{}: {unavailable}", TierKind::Nanoclaw) }
         })?;
         let content = Content { root, limits: Limits::of(plan), places: &[], argv };
         let bundle = Bundle::create(engine, &content)
             .map_err(|source| Error::Host { what: "write an OCI bundle in /run/chitin", source })?;
-        Ok(Bare { engine: engine.clone(), bundle })
+        Ok(Baseline { engine: engine.clone(), bundle })
     }
 }
 
-impl Bare {
+impl Baseline {
     pub fn command(&self) -> Command {
         let mut command = self.engine.command(&["run", "--bundle"]);
         command.arg(self.bundle.path()).arg(self.bundle.name());
@@ -177,6 +183,7 @@ struct Container {
     log: Log,
     reader: tokio::task::JoinHandle<()>,
     ended: Option<ExitStatus>,
+    cleanup: TaskTracker,
 }
 
 impl Container {
@@ -185,6 +192,7 @@ impl Container {
         root: &Path,
         limits: Limits,
         places: &[PathBuf],
+        cleanup: &TaskTracker,
     ) -> Result<(Container, UnixStream), Error> {
         let host = |what| move |source| Error::Host { what, source };
         let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
@@ -231,6 +239,7 @@ impl Container {
             log,
             reader,
             ended: None,
+            cleanup: cleanup.clone(),
         };
         Ok((container, ours))
     }
@@ -325,7 +334,7 @@ impl Drop for Container {
         }
         self.kill();
         let (engine, name) = (self.engine.clone(), self.name.clone());
-        let left = (self.bundle.take(), Returning::begin());
+        let left = (self.bundle.take(), self.cleanup.token());
         // Where nothing runs any more, the next start finds what is left.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {

@@ -9,14 +9,10 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
-use super::Tree;
 use super::engine::Engine;
-use crate::template::fill_random;
-use crate::tier::container::{
-    CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch,
-};
+use super::tree::Tree;
+use crate::container::{CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch};
 
-pub(super) const RUN: &str = "/run/chitin";
 const BUNDLES: &str = "/run/chitin/bundles";
 
 /// In a bundle, the file that names the process that runs it.
@@ -128,7 +124,7 @@ pub(crate) async fn sweep() {
 /// distribution hands out.
 fn user_range() -> io::Result<u64> {
     let mut random = [0; 2];
-    fill_random(&mut random)?;
+    getrandom::fill(&mut random)?;
     Ok(0x4000_0000 + u64::from(u16::from_ne_bytes(random) & 0x3fff) * USERS)
 }
 

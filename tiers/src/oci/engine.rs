@@ -13,11 +13,11 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::task::JoinHandle;
+use tokio_util::task::TaskTracker;
 
-use super::bundle::RUN;
-use super::{Container, succeeds};
-use crate::tier::container::Limits;
-use crate::tier::{Capabilities, Instance, Unavailable};
+use super::{Container, RUN, succeeds};
+use crate::container::Limits;
+use crate::{Capabilities, Error, Instance, Unavailable};
 
 /// All there are, the strongest first; of gVisor each way to intercept system calls, the one it recommends first.
 const ENGINES: [(&str, Option<&str>); 5] = [
@@ -207,7 +207,7 @@ fn find(name: &str) -> Option<PathBuf> {
 }
 
 /// The strongest that works.
-pub(crate) async fn that_works(root: &Path) -> Result<Engine, Unavailable> {
+pub(crate) async fn that_works(root: &Path, cleanup: &TaskTracker) -> Result<Engine, Unavailable> {
     let programs: Vec<String> = ENGINES.iter().map(|(name, _)| identity(name)).collect();
     if let Some(engine) = remembered(&programs) {
         return Ok(engine);
@@ -224,7 +224,7 @@ pub(crate) async fn that_works(root: &Path) -> Result<Engine, Unavailable> {
             continue;
         };
         let engine = Engine { program, ..engine };
-        match trials.outcome(&engine, root).await {
+        match trials.outcome(&engine, root, cleanup).await {
             Ok(version) => {
                 let found = Found { programs, engine: index, version, short_of };
                 // Not remembered, it is found out again.
@@ -262,7 +262,12 @@ struct Trials {
 
 impl Trials {
     /// Of the next platform of its program.
-    async fn outcome(&mut self, engine: &Engine, root: &Path) -> Result<String, String> {
+    async fn outcome(
+        &mut self,
+        engine: &Engine,
+        root: &Path,
+        cleanup: &TaskTracker,
+    ) -> Result<String, String> {
         if self.name != engine.name {
             self.name = engine.name;
             self.running.clear();
@@ -272,8 +277,10 @@ impl Trials {
             self.running = platforms
                 .map(|(_, platform)| {
                     let (engine, root) = (Engine { platform, ..engine.clone() }, root.to_owned());
-                    let version = version.clone();
-                    tokio::spawn(async move { try_out(&engine, &root).await.map(|()| version) })
+                    let (version, cleanup) = (version.clone(), cleanup.clone());
+                    tokio::spawn(async move {
+                        try_out(&engine, &root, &cleanup).await.map(|()| version)
+                    })
                 })
                 .collect();
         }
@@ -311,12 +318,10 @@ async fn version(engine: &Engine) -> Result<String, String> {
 }
 
 /// Runs a container that says hello.
-async fn try_out(engine: &Engine, root: &Path) -> Result<(), String> {
+async fn try_out(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Result<(), String> {
     let (mut container, stream) =
-        Container::start(engine, root, TRIAL, &[]).map_err(|error| match error {
-            crate::Error::Spawn { source, .. } | crate::Error::Host { source, .. } => {
-                source.to_string()
-            }
+        Container::start(engine, root, TRIAL, &[], cleanup).map_err(|error| match error {
+            Error::Spawn { source, .. } | Error::Host { source, .. } => source.to_string(),
             other => other.to_string(),
         })?;
     let mut stream = stream
@@ -330,7 +335,7 @@ async fn try_out(engine: &Engine, root: &Path) -> Result<(), String> {
             Ok(())
         }
         Ok(_) => Err(match container.ended().await {
-            crate::Error::Container { reason, .. } => reason,
+            Error::Container { reason, .. } => reason,
             other => other.to_string(),
         }),
         Err(_) => {

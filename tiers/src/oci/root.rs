@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::tier::container::RootArchive;
+use crate::container::RootArchive;
 
 /// Below it each user namespace has to find its root: it is open to all, and holds nothing that is not in every sandbox.
 const ROOTS: &str = "/var/cache/chitin/roots";
