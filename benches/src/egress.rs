@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Delivery, ECHO, EgressLimits, Exit, Reach, Runtime, Sandbox, SecretSource, SecretSpec,
+    Builder, Delivery, ECHO, EgressLimits, Exit, ProxyScope, Sandbox, SecretSource, SecretSpec,
+    TierKind,
 };
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -87,8 +88,8 @@ pub struct Args {
     large: u32,
 
     /// How to isolate the sandbox
-    #[arg(long, value_name = "T", default_value_t = Runtime::Ironclaw)]
-    tier: Runtime,
+    #[arg(long, value_name = "T", default_value_t = TierKind::Ironclaw)]
+    tier: TierKind,
 
     #[command(flatten)]
     guest: Guest,
@@ -138,7 +139,7 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
         || args.guest.builder().tier(args.tier).allow_private(true).egress_limits(limits.clone());
     let open = |builder: Builder| builder.allow(&endpoint).allow(&plain);
     let hosts = vec![endpoint.parse().map_err(Failure::Usage)?];
-    let delivery = Delivery::Proxy(Reach { hosts, query: false, body: false });
+    let delivery = Delivery::Proxy(ProxyScope { hosts, query: false, body: false });
     let secret = SecretSpec { name: VARIABLE.into(), source: SecretSource::File(path), delivery };
 
     let progress = progress(3, "places");

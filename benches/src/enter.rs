@@ -66,7 +66,7 @@ impl Figures {
 
 pub async fn run(args: Args) -> Result<u8, Failure> {
     let artifacts = Artifacts::locate();
-    artifacts.check()?;
+    artifacts.check().map_err(chitin::Error::from)?;
     let peer = args.peer.peer(1, args.guest.memory)?;
     let scratch = Scratch::new("enter")?;
     let dir = scratch.path();

@@ -4,7 +4,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Instant;
 
 use chitin::doctor::Availability;
-use chitin::{Artifacts, Bare, Capabilities, ECHO, Runtime, Sandbox};
+use chitin::{Artifacts, BaselineContainer, Capabilities, ECHO, Sandbox, TierKind};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
@@ -29,7 +29,7 @@ struct Report {
 /// One tier.
 #[derive(Serialize)]
 struct Measured {
-    tier: Runtime,
+    tier: TierKind,
     #[serde(flatten)]
     capabilities: Capabilities,
     /// The runs of Chitin.
@@ -146,7 +146,7 @@ pub async fn run(
 }
 
 async fn measure(
-    tier: Runtime,
+    tier: TierKind,
     capabilities: Capabilities,
     runs: u32,
     guest: &Guest,
@@ -168,7 +168,7 @@ async fn measure(
         command.arg("--report").arg(&report).arg("--").args(&argv);
         command
     };
-    let mut bare: Option<Bare> = None;
+    let mut bare: Option<BaselineContainer> = None;
     let (mut chitin, mut other) = (Vec::new(), Vec::new());
     let progress = progress(runs, tier.name());
     for run in 0..UNCOUNTED + runs {

@@ -2,23 +2,23 @@
 
 use std::str::FromStr;
 
-use chitin::Runtime;
+use chitin::TierKind;
 
 /// The value of `--tier` where several can be meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tiers {
     /// This one, and it has to be there.
-    One(Runtime),
+    One(TierKind),
     /// Each that this host has.
     All,
 }
 
 impl Tiers {
     /// Them, the strongest first.
-    pub fn list(self) -> Vec<Runtime> {
+    pub fn list(self) -> Vec<TierKind> {
         match self {
             Tiers::One(tier) => vec![tier],
-            Tiers::All => Runtime::ALL.to_vec(),
+            Tiers::All => TierKind::ALL.to_vec(),
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use chitin::audit::{self, Finding, PROPERTIES, Verdict, Wall};
+use chitin::audit::{self, Finding, PROPERTIES, Verdict};
 use chitin::doctor::Availability;
-use chitin::{Artifacts, Capabilities, Chosen, Runtime, Sandbox, Unavailable};
+use chitin::{Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, Unavailable};
 use serde::Serialize;
 
 use crate::failure::{CHITIN_FAILED, Failure, printable};
@@ -58,11 +58,11 @@ struct Report {
 /// What came of a tier.
 #[derive(Serialize)]
 struct Tier {
-    tier: Runtime,
+    tier: TierKind,
     /// What it is made of here; none if it was not attacked.
     #[serde(flatten)]
     capabilities: Option<Capabilities>,
-    wall: Option<Wall>,
+    wall: Option<Boundary>,
     /// Why this host does not have it.
     not_here: Option<Unavailable>,
     /// Why the audit of it could not be finished.
@@ -71,7 +71,7 @@ struct Tier {
 }
 
 impl Tier {
-    fn new(tier: Runtime) -> Tier {
+    fn new(tier: TierKind) -> Tier {
         Tier {
             tier,
             capabilities: None,
@@ -149,7 +149,7 @@ fn exit_code(tiers: &[Tier]) -> u8 {
 
 /// Attacks one tier, and shows each finding as it comes. Of several, one that cannot be had or fails does not keep the others
 /// from being attacked.
-async fn attack(args: &Args, kind: Runtime) -> Result<Tier, Failure> {
+async fn attack(args: &Args, kind: TierKind) -> Result<Tier, Failure> {
     let mut tier = Tier::new(kind);
     let all = args.tier == Tiers::All;
     if all {
@@ -160,11 +160,11 @@ async fn attack(args: &Args, kind: Runtime) -> Result<Tier, Failure> {
         }
     }
     let builder = Sandbox::builder().tier(kind).memory_mib(args.memory);
-    let done = |chosen: &Chosen, finding: Finding| {
+    let done = |chosen: &SelectedTier, finding: Finding| {
         if tier.capabilities.is_none() {
             introduce(chosen, all);
             tier.capabilities = Some(chosen.capabilities.clone());
-            tier.wall = Some(Wall::of(chosen));
+            tier.wall = Some(chosen.boundary());
         }
         show(&finding, all.then_some(kind), args.verbose);
         tier.findings.push(finding);
@@ -177,7 +177,7 @@ async fn attack(args: &Args, kind: Runtime) -> Result<Tier, Failure> {
 }
 
 /// Says what is attacked.
-fn introduce(chosen: &Chosen, all: bool) {
+fn introduce(chosen: &SelectedTier, all: bool) {
     announce(chosen);
     let Capabilities { implementation, version, .. } = &chosen.capabilities;
     let is = printable(&format!("{implementation} {version}"));
@@ -198,7 +198,7 @@ fn word(verdict: Verdict) -> &'static str {
 }
 
 /// Shows a finding, and of which tier, if there are several.
-fn show(finding: &Finding, tier: Option<Runtime>, verbose: bool) {
+fn show(finding: &Finding, tier: Option<TierKind>, verbose: bool) {
     let evidence = match (finding.verdict, verbose) {
         (Verdict::Held, false) => format!("{} attacks failed", finding.attacks.len()),
         (Verdict::Held, true) => String::new(),
@@ -256,7 +256,7 @@ fn table(tiers: &[Tier], out: &mut impl io::Write) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn tier(kind: Runtime, verdicts: &[Verdict]) -> Tier {
+    fn tier(kind: TierKind, verdicts: &[Verdict]) -> Tier {
         let findings = PROPERTIES.iter().zip(verdicts).map(|(property, verdict)| Finding {
             property: property.name,
             verdict: *verdict,
@@ -266,7 +266,7 @@ mod tests {
         Tier { findings: findings.collect(), ..Tier::new(kind) }
     }
 
-    fn missing(kind: Runtime) -> Tier {
+    fn missing(kind: TierKind) -> Tier {
         let unavailable = Unavailable { reason: "no daemon".into(), remedy: "start it".into() };
         Tier { not_here: Some(unavailable), ..Tier::new(kind) }
     }
@@ -283,11 +283,11 @@ mod tests {
 
     #[test]
     fn one_break_is_1_and_nothing_attacked_is_a_failure() {
-        let held = || tier(Runtime::Nanoclaw, &[Verdict::Held, Verdict::NotPromised]);
+        let held = || tier(TierKind::Nanoclaw, &[Verdict::Held, Verdict::NotPromised]);
         let failed = || Tier { failed: Some("why".into()), ..held() };
-        let broken = || tier(Runtime::Nemoclaw, &[Verdict::Held, Verdict::Broken]);
-        assert_eq!(exit_code(&[missing(Runtime::Ironclaw), held()]), 0);
-        assert_eq!(exit_code(&[missing(Runtime::Ironclaw)]), CHITIN_FAILED);
+        let broken = || tier(TierKind::Nemoclaw, &[Verdict::Held, Verdict::Broken]);
+        assert_eq!(exit_code(&[missing(TierKind::Ironclaw), held()]), 0);
+        assert_eq!(exit_code(&[missing(TierKind::Ironclaw)]), CHITIN_FAILED);
         assert_eq!(exit_code(&[held(), failed()]), CHITIN_FAILED);
         assert_eq!(exit_code(&[held(), failed(), broken()]), BROKEN);
     }
@@ -295,9 +295,9 @@ mod tests {
     #[test]
     fn every_tier_has_a_column_whatever_came_of_it() {
         let tiers = [
-            missing(Runtime::Ironclaw),
-            tier(Runtime::Nanoclaw, &[Verdict::Held; PROPERTIES.len()]),
-            tier(Runtime::Nemoclaw, &[Verdict::Broken]),
+            missing(TierKind::Ironclaw),
+            tier(TierKind::Nanoclaw, &[Verdict::Held; PROPERTIES.len()]),
+            tier(TierKind::Nemoclaw, &[Verdict::Broken]),
         ];
         let mut text = Vec::new();
         table(&tiers, &mut text).unwrap();

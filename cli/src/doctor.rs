@@ -1,5 +1,5 @@
 use chitin::doctor::Availability;
-use chitin::{Artifacts, Runtime};
+use chitin::{Artifacts, TierKind};
 
 use crate::failure::Failure;
 
@@ -37,7 +37,7 @@ pub async fn run(args: &Args) -> Result<u8, Failure> {
                     }
                 }
                 // Its reasons stand above.
-                (None, _) if *tier == Runtime::Ironclaw => {
+                (None, _) if *tier == TierKind::Ironclaw => {
                     println!("{tier}: not on this host, for the reasons marked NO");
                 }
                 (None, Some(unavailable)) => println!("{tier}: not on this host: {unavailable}"),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use chitin::{Chosen, Exit, Jail, PassedOver, Phases, Policy, Usage};
+use chitin::{Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -81,12 +81,12 @@ pub struct Isolation {
     /// What the tier would rather be made of, and why each is not it.
     pub short_of: Vec<String>,
     /// What was asked for before it, and what each lacks.
-    pub passed_over: Vec<PassedOver>,
+    pub passed_over: Vec<RejectedTier>,
 }
 
 impl Isolation {
     /// Of a sandbox's choice.
-    pub fn of(chosen: &Chosen) -> Isolation {
+    pub fn of(chosen: &SelectedTier) -> Isolation {
         Isolation {
             implementation: chosen.capabilities.implementation.clone(),
             version: chosen.capabilities.version.clone(),

@@ -10,8 +10,8 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use chitin::{
-    Builder, Chosen, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Runtime,
-    Sandbox, SecretSpec, StartError, StreamReader, Usage,
+    Builder, Delivery, EgressLimits, Exit, Forward, Jail, Phases, Policy, Process, Sandbox,
+    SecretSpec, SelectedTier, StartError, StreamReader, TierKind, Usage,
 };
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -53,11 +53,11 @@ pub struct Args {
     /// How to isolate the command: ironclaw (a microVM), nanoclaw (gVisor, else a container), nemoclaw (Docker); ironclaw,
     /// or what the policy says, if not given
     #[arg(long, value_name = "T")]
-    tier: Option<Runtime>,
+    tier: Option<TierKind>,
 
     /// What else will do where that cannot be had, in this order
     #[arg(long, value_name = "T,…", value_delimiter = ',')]
-    fallback: Vec<Runtime>,
+    fallback: Vec<TierKind>,
 
     /// Start a copy of this template instead of booting
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "memory", "console"])]
@@ -220,7 +220,7 @@ fn in_sandbox(path: &Path) -> PathBuf {
 /// What is known of a run so far; the report's raw material, also when the run fails.
 #[derive(Default)]
 struct Progress {
-    chosen: Option<Chosen>,
+    chosen: Option<SelectedTier>,
     ended: Option<(Exit, Usage)>,
     phases: Phases,
     jail: Option<Jail>,
@@ -233,14 +233,14 @@ pub async fn run(args: Args) -> Result<u8, Failure> {
     let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
     let governed = policy.as_ref().map(Governed::of);
     let wanted =
-        args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(Runtime::Ironclaw);
+        args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
     let outcome = run_sandbox(&args, policy, &mut progress).await;
     if let Some(path) = &args.report {
         let (exit, usage) =
             progress.ended.map_or((None, None), |(exit, usage)| (Some(exit), Some(usage)));
         let report = Report {
             chitin: env!("CARGO_PKG_VERSION"),
-            tier: progress.chosen.as_ref().map_or_else(|| wanted.to_string(), Chosen::name),
+            tier: progress.chosen.as_ref().map_or_else(|| wanted.to_string(), SelectedTier::name),
             isolation: progress.chosen.as_ref().map(Isolation::of),
             policy: governed,
             command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
@@ -315,7 +315,7 @@ async fn run_sandbox(
         Ok(sandbox) => sandbox,
         Err(number) => {
             // The unfinished start was dropped, which ends what it has begun; what was issued for it must not outlive us.
-            chitin::given_back().await;
+            chitin::wait_for_cleanup().await;
             return Ok(128 + number);
         }
     };

@@ -2,12 +2,12 @@
 
 use std::str::FromStr;
 
-use chitin::{Chosen, Runtime};
+use chitin::{SelectedTier, TierKind};
 
 use crate::failure::printable;
 
 /// Says aloud where a sandbox is less than what was asked for.
-pub fn announce(chosen: &Chosen) {
+pub fn announce(chosen: &SelectedTier) {
     if chosen.is_less() {
         eprintln!(
             "chitin: {}",
@@ -20,17 +20,17 @@ pub fn announce(chosen: &Chosen) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tiers {
     /// This one, and it has to be there.
-    One(Runtime),
+    One(TierKind),
     /// Each that this host has.
     All,
 }
 
 impl Tiers {
     /// Them, the strongest first.
-    pub fn list(self) -> Vec<Runtime> {
+    pub fn list(self) -> Vec<TierKind> {
         match self {
             Tiers::One(tier) => vec![tier],
-            Tiers::All => Runtime::ALL.to_vec(),
+            Tiers::All => TierKind::ALL.to_vec(),
         }
     }
 }

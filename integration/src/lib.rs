@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 pub use belongings::Belongings;
-pub use chitin::Runtime;
+pub use chitin::TierKind;
 pub use docker::Dockerd;
 pub use on::{On, Policy};
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chitin::Runtime;
+use chitin::TierKind;
 use tempfile::TempDir;
 
 use crate::{Chitin, GONE_LIMIT, chitin, docker, file};
@@ -24,7 +24,7 @@ macro_rules! on_every_tier {
             $(
                 #[test]
                 fn $case() {
-                    $crate::On { tier: $crate::Runtime::$tier }.check(super::$case);
+                    $crate::On { tier: $crate::TierKind::$tier }.check(super::$case);
                 }
             )+
         }
@@ -35,7 +35,7 @@ macro_rules! on_every_tier {
 #[derive(Debug, Clone, Copy)]
 pub struct On {
     /// Which.
-    pub tier: Runtime,
+    pub tier: TierKind,
 }
 
 impl On {
@@ -60,8 +60,8 @@ impl On {
     pub(crate) fn traces(self) -> BTreeSet<String> {
         match self.tier {
             // All that a microVM is, is processes.
-            Runtime::Ironclaw => BTreeSet::new(),
-            Runtime::Nanoclaw => {
+            TierKind::Ironclaw => BTreeSet::new(),
+            TierKind::Nanoclaw => {
                 let run = Path::new("/run/chitin");
                 let mut traces = BTreeSet::new();
                 for engine in ["bundles", "runsc", "crun", "runc"] {
@@ -78,15 +78,15 @@ impl On {
                 }
                 traces
             }
-            Runtime::Nemoclaw => docker::containers(&docker::host()).expect("list containers"),
+            TierKind::Nemoclaw => docker::containers(&docker::host()).expect("list containers"),
         }
     }
 
     /// `chitin` with these arguments, split at spaces.
     pub fn bare(self, args: &str) -> Chitin {
         match self.tier {
-            Runtime::Ironclaw => chitin(args),
-            Runtime::Nanoclaw | Runtime::Nemoclaw => Chitin::new(args),
+            TierKind::Ironclaw => chitin(args),
+            TierKind::Nanoclaw | TierKind::Nemoclaw => Chitin::new(args),
         }
     }
 

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{Chitin, On, Outcome, chitin, file};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -63,7 +63,7 @@ fn add(dir: &Path, name: &str, script: &str) {
 mod nanoclaw {
     use super::*;
 
-    const ON: On = On { tier: Runtime::Nanoclaw };
+    const ON: On = On { tier: TierKind::Nanoclaw };
 
     #[test]
     fn every_promise_of_gvisor_holds() {
@@ -140,7 +140,7 @@ mod nemoclaw {
 
     use super::*;
 
-    const ON: On = On { tier: Runtime::Nemoclaw };
+    const ON: On = On { tier: TierKind::Nemoclaw };
 
     #[test]
     fn every_promise_of_a_container_holds() {

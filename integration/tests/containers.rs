@@ -14,7 +14,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{Chitin, Dockerd, On, Running, file, workspace};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -107,7 +107,7 @@ fn an_archive_that_is_missing_or_damaged_is_named(on: On) {
 mod nanoclaw {
     use super::*;
 
-    const ON: On = On { tier: Runtime::Nanoclaw };
+    const ON: On = On { tier: TierKind::Nanoclaw };
 
     /// A directory with a program `runsc`, which is found before that of the system. What it says of itself is new each time, so
     /// that what is remembered of another one does not count.
@@ -290,7 +290,7 @@ mod nanoclaw {
 mod nemoclaw {
     use super::*;
 
-    const ON: On = On { tier: Runtime::Nemoclaw };
+    const ON: On = On { tier: TierKind::Nemoclaw };
 
     fn with(host: &str, chitin: Chitin) -> Chitin {
         chitin.env("DOCKER_HOST", host)
@@ -369,7 +369,7 @@ mod nemoclaw {
     fn a_fallback_says_what_it_passes_over() {
         let dir = tempfile::tempdir().unwrap();
         let gone = format!("unix://{}", dir.path().join("gone").display());
-        On { tier: Runtime::Nanoclaw }.run("true").outcome().ok();
+        On { tier: TierKind::Nanoclaw }.run("true").outcome().ok();
         let outcome = with(&gone, ON.with("--fallback nanoclaw -- echo ran")).outcome();
         assert_eq!(outcome.ok(), "ran");
         assert!(outcome.stderr.starts_with("chitin: running as nanoclaw"), "{outcome:?}");

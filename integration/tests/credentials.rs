@@ -121,7 +121,7 @@ impl Endpoint {
     }
 }
 
-const MICROVM: On = On { tier: chitin::Runtime::Ironclaw };
+const MICROVM: On = On { tier: chitin::TierKind::Ironclaw };
 
 on_every_tier!(
     python_uses_a_credential_that_never_enters,

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use chitin::{Builder, Error, Exit, Runtime, Templates, Warming};
+use chitin::{Builder, Error, Exit, Templates, TierKind, Warming};
 use chitin_hostile::attacks::{self, Expected};
 use chitin_integration::{Belongings, Chitin, On, builder, workspace};
 use chitin_vmm::spec::MIN_MEMORY_MIB;
@@ -77,14 +77,14 @@ async fn leave_nothing<F: Future<Output = ()>>(
 ) {
     // What a process opens once for all its sandboxes.
     batch(0).await;
-    chitin::given_back().await;
+    chitin::wait_for_cleanup().await;
     let before = Belongings::now(on);
     let start = Instant::now();
     for number in 0..runs / each {
         batch(number).await;
     }
     exits(last, 0).await;
-    chitin::given_back().await;
+    chitin::wait_for_cleanup().await;
     let elapsed = start.elapsed();
     println!("{runs} runs took {elapsed:?}");
     // What was dropped is waited for by the runtime, which has to go on.
@@ -103,7 +103,7 @@ async fn nothing_is_left_of_five_hundred_microvms() {
     /// Each costs a quarter of a second on the emulated host; five times that is a host with much other work.
     const LIMIT: Duration = Duration::from_secs(600);
 
-    let on = On { tier: Runtime::Ironclaw };
+    let on = On { tier: TierKind::Ironclaw };
     on.run("true").outcome().ok();
     let dir = tempfile::tempdir().unwrap();
     let copy = builder().memory_mib(64).templates(Templates::at(dir.path()));
@@ -154,7 +154,7 @@ async fn nothing_is_left_of_five_hundred_microvms() {
 }
 
 /// The same with containers, as many as fit into two minutes.
-async fn nothing_is_left_of(tier: Runtime, runs: usize, limit: Duration) {
+async fn nothing_is_left_of(tier: TierKind, runs: usize, limit: Duration) {
     let on = On { tier };
     let builder = || builder().tier(tier);
     let batch = |number: usize| {
@@ -178,7 +178,7 @@ mod nanoclaw {
 
     #[tokio::test]
     async fn nothing_is_left_of_many_containers() {
-        nothing_is_left_of(Runtime::Nanoclaw, 120, Duration::from_secs(600)).await;
+        nothing_is_left_of(TierKind::Nanoclaw, 120, Duration::from_secs(600)).await;
     }
 }
 
@@ -187,6 +187,6 @@ mod nemoclaw {
 
     #[tokio::test]
     async fn nothing_is_left_of_many_containers() {
-        nothing_is_left_of(Runtime::Nemoclaw, 60, Duration::from_secs(600)).await;
+        nothing_is_left_of(TierKind::Nemoclaw, 60, Duration::from_secs(600)).await;
     }
 }

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use chitin::{Exit, Runtime, Sandbox};
+use chitin::{Exit, Sandbox, TierKind};
 use chitin_integration::{Chitin, On, Policy, builder, chitin};
 use serde_json::Value;
 
 fn policy(text: &str) -> Policy {
-    On { tier: Runtime::Ironclaw }.policy(text)
+    On { tier: TierKind::Ironclaw }.policy(text)
 }
 
 const RESTRICTED: &str = "sandbox: {profile: restricted}\nresources: {timeout: 10m}\n";

@@ -15,12 +15,11 @@ use chitin_protocol::{
     Connection, Direction, Event, Exit, Failure, Fault, Host, Start, StreamId, ToGuest, ToHost,
     TooLarge, Unexpected, Usage,
 };
+use chitin_spec::MAX_HOST;
+use chitin_tiers::clock::now_ns;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-
-use crate::phases::now_ns;
-use crate::policy::MAX_HOST;
 
 /// Why a channel no longer works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,13 +50,13 @@ pub(crate) struct Seen {
 type Ended = (Exit, Usage);
 
 /// Attempts that wait for the broker, which takes each at once. A guest that sends more between two of its turns floods.
-const MAX_KNOCKS: usize = 256;
+const MAX_DIAL_REQUESTS: usize = 256;
 
 /// What a workload has tried to reach. All of it is the guest's word.
 #[derive(Debug)]
-pub(crate) enum Knock {
+pub(crate) enum Dial {
     /// A connection, and the stream that is to be it: see [`Channel::adopt`].
-    Dial { host: String, port: u16, stream: StreamId },
+    Connection { host: String, port: u16, stream: StreamId },
     /// A name that the agent has refused.
     Denied { host: String },
 }
@@ -89,7 +88,7 @@ struct State {
     processes: HashMap<u32, oneshot::Sender<Ended>>,
     requests: HashMap<u32, oneshot::Sender<Result<(), Failure>>>,
     /// Who is told what the workload tries to reach, if it may reach anything.
-    knocks: Option<mpsc::Sender<Knock>>,
+    dial_requests: Option<mpsc::Sender<Dial>>,
     /// Attempts that the broker was not told of.
     missed: u64,
     /// The last name given to a process or a request.
@@ -125,7 +124,7 @@ impl Channel {
                 streams: HashMap::new(),
                 processes: HashMap::new(),
                 requests: HashMap::new(),
-                knocks: None,
+                dial_requests: None,
                 missed: 0,
                 last_name: 0,
                 seen: Seen::default(),
@@ -199,18 +198,18 @@ impl Channel {
         self.open(Direction::Both).map(|id| self.adopt(id))
     }
 
-    /// Takes a stream over that the agent has opened, from a [`Knock`]. To be called once a stream.
+    /// Takes a stream over that the agent has opened, from a [`Dial`]. To be called once a stream.
     pub fn adopt(&self, id: StreamId) -> Tunnel {
         let reader = StreamReader { channel: self.clone(), id };
         Tunnel { reader, writer: StreamWriter { channel: self.clone(), id } }
     }
 
     /// What the workload tries to reach, from now on; until then the agent may not report any.
-    pub fn knocks(&self) -> mpsc::Receiver<Knock> {
-        let (sender, receiver) = mpsc::channel(MAX_KNOCKS);
+    pub fn dial_requests(&self) -> mpsc::Receiver<Dial> {
+        let (sender, receiver) = mpsc::channel(MAX_DIAL_REQUESTS);
         let mut state = self.shared.lock();
         if !state.closed {
-            state.knocks = Some(sender);
+            state.dial_requests = Some(sender);
         }
         receiver
     }
@@ -276,7 +275,7 @@ impl Shared {
         // Dropping the senders is what tells those who wait.
         state.processes.clear();
         state.requests.clear();
-        state.knocks = None;
+        state.dial_requests = None;
         state.streams.values_mut().for_each(Stream::wake);
         drop(state);
         self.status.send_modify(|status| status.closed = Some(why));
@@ -444,24 +443,24 @@ impl State {
             ToHost::Dial { host, port, stream } => {
                 self.connection.accept_stream(stream, Direction::Both)?;
                 self.streams.insert(stream, Stream::default());
-                if !self.knock(Knock::Dial { host: bounded(host), port, stream })? {
+                if !self.report_dial(Dial::Connection { host: bounded(host), port, stream })? {
                     self.streams.remove(&stream);
                     self.connection.reset_stream(stream);
                 }
             }
             ToHost::Denied { host } => {
-                self.knock(Knock::Denied { host: bounded(host) })?;
+                self.report_dial(Dial::Denied { host: bounded(host) })?;
             }
         }
         Ok(())
     }
 
     /// Tells the broker. `false`: it has too much to do already.
-    fn knock(&mut self, knock: Knock) -> Result<bool, Fault> {
-        let Some(knocks) = &self.knocks else {
+    fn report_dial(&mut self, dial: Dial) -> Result<bool, Fault> {
+        let Some(dial_requests) = &self.dial_requests else {
             return Err(Fault::Unexpected(Unexpected::EgressNotEnabled));
         };
-        let told = knocks.try_send(knock).is_ok();
+        let told = dial_requests.try_send(dial).is_ok();
         self.missed += u64::from(!told);
         Ok(told)
     }

@@ -205,3 +205,13 @@ async fn an_agent_whose_clock_runs_backwards_harms_no_arithmetic() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn dials_without_egress_are_a_breach() {
+    let script = |mut agent: Agent| {
+        let stream = agent.connection.open_stream(Direction::Both).unwrap();
+        agent.send(&ToHost::Dial { host: "a.test".into(), port: 443, stream });
+    };
+    let why = closed_by(script).await;
+    assert_eq!(why, Closed::Fault(Fault::Unexpected(Unexpected::EgressNotEnabled)));
+}

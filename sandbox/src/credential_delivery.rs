@@ -6,43 +6,59 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use chitin_broker::aws::AwsCredentialServer;
+use chitin_broker::credentials::{FetchedCredentials, RotatingCredential};
+use chitin_broker::proxy::Proxy;
+use chitin_broker::vault::{Change, Changes, select_field};
+use chitin_broker::{AuditLog, SecretValue};
 use chitin_protocol::{Secret, ToGuest};
+use chitin_spec::DeliveryKind;
 
-use super::keeper::{Change, Changes};
-use super::{Bound, Endpoint, Fetched, Proxy, Way, field_of};
 use crate::Error;
-use crate::egress::Audit;
 use crate::inner::Inner;
-use crate::secret::SecretValue;
 
 /// How long an agent may take to answer. One that does not must not keep the other credentials from what is to become of them.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The credentials of a running sandbox.
-pub(crate) struct Handed {
+pub(crate) struct DeliveredCredentials {
     inner: Arc<Inner>,
     /// How each is delivered.
-    deliveries: Vec<(String, Way)>,
-    bound: Vec<Bound>,
+    deliveries: Vec<(String, DeliveryKind)>,
+    bound: Vec<RotatingCredential>,
     proxy: Option<Arc<Proxy>>,
-    endpoint: Option<Arc<Endpoint>>,
-    audit: Arc<Audit>,
+    endpoint: Option<Arc<AwsCredentialServer>>,
+    audit: Arc<AuditLog>,
     /// Taken back by who runs the sandbox: nothing takes their place.
     revoked: Mutex<BTreeSet<String>>,
 }
 
-impl fmt::Debug for Handed {
+impl fmt::Debug for DeliveredCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handed").field("deliveries", &self.deliveries).finish_non_exhaustive()
+        f.debug_struct("DeliveredCredentials")
+            .field("deliveries", &self.deliveries)
+            .finish_non_exhaustive()
     }
 }
 
-impl Handed {
-    pub fn new(inner: Arc<Inner>, fetched: &Fetched, audit: Arc<Audit>) -> Handed {
+impl DeliveredCredentials {
+    pub fn new(
+        inner: Arc<Inner>,
+        fetched: &FetchedCredentials,
+        audit: Arc<AuditLog>,
+    ) -> DeliveredCredentials {
         let deliveries = fetched.deliveries().map(|(name, how)| (name.to_owned(), how)).collect();
         let (bound, proxy, endpoint) =
-            (fetched.bound.clone(), fetched.proxy.clone(), fetched.endpoint.clone());
-        Handed { inner, deliveries, bound, proxy, endpoint, audit, revoked: Mutex::default() }
+            (fetched.rotating.clone(), fetched.proxy.clone(), fetched.aws_server.clone());
+        DeliveredCredentials {
+            inner,
+            deliveries,
+            bound,
+            proxy,
+            endpoint,
+            audit,
+            revoked: Mutex::default(),
+        }
     }
 
     /// Takes one back, for good.
@@ -57,27 +73,30 @@ impl Handed {
             return Err(Error::Secret { name: name.into(), reason });
         };
         match how {
-            Way::Endpoint => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
-            Way::Proxy => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
-            Way::Memory | Way::Env => {
+            DeliveryKind::Endpoint => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
+            DeliveryKind::Proxy => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
+            DeliveryKind::Memory | DeliveryKind::Env => {
                 let request = self.inner.channel.name();
                 self.ask(name, request, ToGuest::Revoke { request, name: name.into() }).await?;
             }
         }
         // It is taken back all the same, and nothing is dialled any more where lines are lost.
-        self.audit.revoke(name, how);
+        self.audit.record_revocation(name, how);
         Ok(())
     }
 
-    fn how(&self, name: &str) -> Option<Way> {
+    fn how(&self, name: &str) -> Option<DeliveryKind> {
         self.deliveries.iter().find(|(own, _)| own == name).map(|(_, how)| *how)
     }
 
     /// Does what the changes say, until there will be no more. What went wrong, a line each.
-    pub async fn follow(self: Arc<Handed>, mut changes: Changes) -> Vec<String> {
+    pub async fn apply_rotations(
+        self: Arc<DeliveredCredentials>,
+        mut changes: Changes,
+    ) -> Vec<String> {
         let mut troubles = Vec::new();
         while let Some(change) = changes.recv().await {
-            for bound in self.bound.iter().filter(|bound| bound.source.place() == change.what) {
+            for bound in self.bound.iter().filter(|bound| bound.source.location() == change.what) {
                 let revoked = self
                     .revoked
                     .lock()
@@ -100,11 +119,11 @@ impl Handed {
         troubles
     }
 
-    async fn change(&self, bound: &Bound, change: &Change) -> Result<(), Error> {
+    async fn change(&self, bound: &RotatingCredential, change: &Change) -> Result<(), Error> {
         let name = bound.name.as_str();
         let Some(fields) = &change.fields else { return self.take_back(name).await };
-        let value = field_of(&bound.source, fields).map_err(|error| error.to_string());
-        let replaced = match value.and_then(|bytes| SecretValue::hold(bytes, false)) {
+        let value = select_field(&bound.source, fields).map_err(|error| error.to_string());
+        let replaced = match value.and_then(|bytes| SecretValue::new(bytes, false)) {
             Ok(value) => self.replace(name, value).await,
             Err(reason) => Err(Error::Secret { name: name.into(), reason }),
         };
@@ -120,17 +139,17 @@ impl Handed {
         let how = self.how(name).ok_or_else(|| failed("it was not handed over".into()))?;
         // What cannot be written down is not done.
         self.audit
-            .deliver(name, how)
+            .record_delivery(name, how)
             .map_err(|error| failed(format!("write the audit: {error}")))?;
         let delivery = match how {
-            Way::Proxy => {
+            DeliveryKind::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };
                 return proxy.replace(name, value).map_err(failed);
             }
             // It is read anew each time that the workload asks.
-            Way::Endpoint => return Ok(()),
-            Way::Env => chitin_protocol::Delivery::Env,
-            Way::Memory => chitin_protocol::Delivery::Memory,
+            DeliveryKind::Endpoint => return Ok(()),
+            DeliveryKind::Env => chitin_protocol::Delivery::Env,
+            DeliveryKind::Memory => chitin_protocol::Delivery::Memory,
         };
         let request = self.inner.channel.name();
         let secret = Secret { request, name: name.into(), value: value.to_bytes(), delivery };

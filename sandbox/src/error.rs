@@ -1,31 +1,13 @@
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use chitin_protocol::{Failure, Fault};
+use chitin_tiers::GuestEnd;
 
 /// What can go wrong with a sandbox. Each variant says what failed and on what; its source, if any, says why.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file Chitin itself needs is not there.
-    #[error("no {what} at {}: {remedy}", path.display())]
-    Artifact {
-        /// What it is, in words.
-        what: &'static str,
-        /// Where it was looked for.
-        path: PathBuf,
-        /// What to do.
-        remedy: &'static str,
-    },
-    /// The monitor's process could not be started.
-    #[error("start {}", path.display())]
-    Spawn {
-        /// The program.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
     /// Something asked for is out of range.
     #[error(transparent)]
     Spec(#[from] chitin_vmm::SpecError),
@@ -37,15 +19,12 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The monitor could not start the guest. The message is the monitor's own.
-    #[error("start the microVM: {reason}")]
-    Monitor {
-        /// What the monitor says, with the remedy.
-        reason: String,
-    },
     /// The guest ended before it was told to.
     #[error("{0}")]
     GuestEnded(GuestEnd),
+    /// No tier is available, or the one that was chosen failed.
+    #[error(transparent)]
+    Tier(chitin_tiers::Error),
     /// The guest did not come up.
     #[error("the guest has not answered for {} s: in a microVM, --console shows why", limit.as_secs())]
     BootTimeout {
@@ -72,12 +51,9 @@ pub enum Error {
         /// What failed on which source; never the value.
         reason: String,
     },
-    /// A secret cannot be kept out of the sandbox as was asked.
-    #[error("{reason}")]
-    Proxy {
-        /// Which secret, and why; never the value.
-        reason: String,
-    },
+    /// A credential could not be fetched, or not be delivered as was asked.
+    #[error(transparent)]
+    Credential(#[from] chitin_broker::Error),
     /// A policy cannot be read, or cannot be kept.
     #[error(transparent)]
     Policy(#[from] crate::PolicyError),
@@ -88,34 +64,6 @@ pub enum Error {
     #[error("audit: {what}")]
     Audit {
         /// What went wrong.
-        what: String,
-    },
-    /// None of the tiers that would do can be had.
-    #[error("no tier that would do can be had here: {missing}")]
-    NoTier {
-        /// Each of them, with what it lacks and what to do.
-        missing: String,
-    },
-    /// A container could not be started. The message is its runtime's own.
-    #[error("start a container with {engine}: {reason}")]
-    Container {
-        /// The program behind it.
-        engine: String,
-        /// What it says.
-        reason: String,
-    },
-    /// A policy puts a file where a container has no room for one.
-    #[error("{} cannot be put into a container: {reason}", path.display())]
-    Place {
-        /// Where it was to be.
-        path: PathBuf,
-        /// Why it cannot be there, and where it could.
-        reason: String,
-    },
-    /// A sandbox has ended, and its remains could not be cleared away.
-    #[error("could not clear away {what}")]
-    Left {
-        /// What is left, and where.
         what: String,
     },
     /// Only a microVM can be saved and copied.
@@ -186,20 +134,14 @@ pub enum Error {
     Guest(#[source] Failure),
 }
 
-impl From<crate::credential::SetupError> for Error {
-    fn from(error: crate::credential::SetupError) -> Error {
-        Error::Proxy { reason: error.to_string() }
+impl From<chitin_tiers::Error> for Error {
+    fn from(error: chitin_tiers::Error) -> Error {
+        match error {
+            chitin_tiers::Error::GuestEnded(end) => Error::GuestEnded(end),
+            chitin_tiers::Error::Stopped => Error::Stopped,
+            error => Error::Tier(error),
+        }
     }
-}
-
-/// How a guest ended that was not told to.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the guest ended before it was told to: {reason}")]
-pub struct GuestEnd {
-    /// Who ended it and why, in words.
-    pub reason: String,
-    /// The last messages of the guest kernel. Untrusted text.
-    pub log: String,
 }
 
 impl Error {

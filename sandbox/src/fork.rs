@@ -14,16 +14,16 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 
+use chitin_broker::credentials::FetchedCredentials;
 use chitin_protocol::ToGuest;
+use chitin_tiers::microvm::Files;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use crate::credential::Fetched;
-use crate::template::{KEY_BYTES, fill_random};
-use crate::tier::ironclaw::Files;
+use crate::template::KEY_BYTES;
 use crate::{Builder, Error, Sandbox};
 
 /// The most copies of one fork. Each is a process and a VM; a host runs out of memory for their page tables and processes
@@ -69,7 +69,7 @@ impl Sandbox {
         self.save(&Request::Snapshot { binding }, &saved.files()?).await?;
 
         let itself = builder.launch(&spec, Some(&saved.reading()?), started)?;
-        *self = builder.up(itself, true, &Fetched::default()).await?;
+        *self = builder.up(itself, true, &FetchedCredentials::default()).await?;
         // As many at a time as there are processors: more would only wait for each other, with their new clocks standing.
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         let mut up = Vec::new();
@@ -79,7 +79,7 @@ impl Sandbox {
                 .map(|_| builder.launch(&spec, Some(&saved.reading()?), Instant::now()))
                 .collect::<Result<Vec<_>, Error>>()?;
             for copy in launched {
-                up.push(builder.up(copy, true, &Fetched::default()).await?);
+                up.push(builder.up(copy, true, &FetchedCredentials::default()).await?);
             }
         }
         Ok(up)
@@ -97,7 +97,7 @@ impl Saved {
     fn create() -> io::Result<Saved> {
         let file = |name| Ok::<_, io::Error>(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?));
         let mut key = Zeroizing::new([0; KEY_BYTES]);
-        fill_random(&mut *key)?;
+        getrandom::fill(&mut *key)?;
         let saved = Saved {
             memory: file("chitin-memory")?,
             state: file("chitin-state")?,

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chitin_broker::egress::{Allowance, Counts, splice};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::splice::{Allowance, Counts, splice};
 use crate::inner::Inner;
 
 /// Connections at once on one port: a quarter of the streams that a sandbox has, so that commands and files find some left.

@@ -4,14 +4,13 @@ use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
+use chitin_tiers::Instance;
+use chitin_tiers::microvm::Reported;
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::channel::{Channel, Closed, Tunnel};
-use crate::template::fill_random;
-use crate::tier::Instance;
-use crate::tier::ironclaw::Reported;
 use crate::{Error, GuestEnd};
 
 /// A sandbox's random identity.
@@ -78,8 +77,8 @@ impl Inner {
     /// something after it has failed.
     pub fn reseed(&self) -> Result<(), Error> {
         let mut random = Zeroizing::new([0; MIN_ENTROPY + INSTANCE_BYTES]);
-        fill_random(&mut *random)
-            .map_err(|source| Error::Host { what: "get random bytes", source })?;
+        getrandom::fill(&mut *random)
+            .map_err(|error| Error::Host { what: "get random bytes", source: error.into() })?;
         let (entropy, instance) = random.split_at(MIN_ENTROPY);
         let request = self.channel.name();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -119,7 +118,7 @@ impl Inner {
     async fn last_words(&self) -> Error {
         let mut instance = self.instance.lock().await;
         match tokio::time::timeout(LAST_WORDS, instance.ended()).await {
-            Ok(why) => why,
+            Ok(why) => why.into(),
             Err(_) => Error::GuestEnded(GuestEnd {
                 reason: "it closed the channel and went on running".into(),
                 log: String::new(),

@@ -25,42 +25,42 @@
 //! Dropping a [`Sandbox`] ends it. So does the death of the process that holds it, however it dies.
 #![forbid(unsafe_code)]
 
-mod artifacts;
 pub mod audit;
 mod channel;
+mod cleanup;
 mod copy;
-mod credential;
+mod credential_delivery;
+mod dial_requests;
 pub mod doctor;
-mod egress;
 mod error;
 mod fork;
+mod forward;
 mod inner;
 mod phases;
-pub mod policy;
 mod pool;
 mod process;
-mod returning;
 mod sandbox;
-mod secret;
 mod template;
-mod tier;
+mod trust_store;
 
-pub use artifacts::Artifacts;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
+pub use chitin_broker::egress::EgressError;
+pub use chitin_policy::{self as policy, Policy, PolicyError};
 pub use chitin_protocol::{Exit, StartError, Usage};
+pub use chitin_spec::{
+    Boundary, Delivery, EgressLimits, Endpoint, ProxyScope, SecretId, SecretSource, SecretSpec,
+    TierKind, VaultConfig, VaultLogin, VaultSource,
+};
+pub use chitin_tiers::{
+    Artifacts, BaselineContainer, Capabilities, GuestEnd, RejectedTier, SelectedTier, Unavailable,
+};
 pub use chitin_vmm::jail::Jail;
-pub use credential::{Delivery, Reach, SecretId, VaultConfig, VaultLogin};
-pub use egress::{EgressError, EgressLimits, Forward};
-pub use error::{Error, GuestEnd};
+pub use cleanup::wait_for_cleanup;
+pub use error::Error;
 pub use fork::MAX_FORKS;
+pub use forward::Forward;
 pub use phases::Phases;
-pub use policy::{Policy, PolicyError, Runtime};
 pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, Output, Process};
-pub use returning::given_back;
 pub use sandbox::{Builder, ECHO, Sandbox, Warming};
-pub use secret::{SecretSource, SecretSpec};
 pub use template::{Manifest, TemplateError, Templates};
-pub use tier::bare::Bare;
-pub use tier::select::{Chosen, PassedOver};
-pub use tier::{Capabilities, Unavailable};

@@ -1,6 +1,3 @@
-use std::time::Duration;
-
-use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 /// Where the time of one sandbox went. Each moment is measured from [`spawned`](Phases::spawned), in nanoseconds of
@@ -20,11 +17,4 @@ pub struct Phases {
     pub exec_ns: Option<u64>,
     /// The end of the workload was read.
     pub exit_ns: Option<u64>,
-}
-
-/// `CLOCK_MONOTONIC`, the clock the monitor uses too, in nanoseconds.
-pub(crate) fn now_ns() -> u64 {
-    // The clock starts with the machine and a Duration of u64 nanoseconds lasts 584 years.
-    Duration::try_from(clock_gettime(ClockId::Monotonic))
-        .map_or(0, |since_boot| u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -14,12 +14,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use chitin_tiers::microvm::{self, End, Monitor};
+use chitin_tiers::{BOOT_LIMIT, LaunchSpec};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::sandbox::{BOOT_LIMIT, Plan};
-use crate::tier::ironclaw::{self, End, Monitor};
 use crate::{Builder, Error, Sandbox};
 
 /// The most monitors that wait in one pool. Each is a process with some ten descriptors and a few MiB; a service that needs
@@ -53,7 +53,7 @@ struct Shared {
 #[derive(Debug)]
 struct Waiting {
     monitor: Monitor,
-    plan: Plan,
+    plan: LaunchSpec,
 }
 
 impl Shared {
@@ -110,8 +110,8 @@ impl Pool {
                 let channel = match monitor.go() {
                     Ok(channel) => channel,
                     Err(error) => {
-                        fetched.give_back().await;
-                        return Err(error);
+                        fetched.revoke().await;
+                        return Err(error.into());
                     }
                 };
                 let sandbox = builder.watch(monitor, channel, &plan.spec, started);
@@ -175,11 +175,11 @@ async fn prepare(builder: &Builder) -> Result<Waiting, Error> {
     let mut plan = builder.plan()?;
     // It has them now; ours are not needed while it waits.
     let files = plan.files.take();
-    let mut monitor = ironclaw::prepare(&builder.artifacts, &plan.spec, files.as_ref())?;
+    let mut monitor = microvm::prepare(&builder.artifacts, &plan.spec, files.as_ref())?;
     match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
         Ok(true) => Ok(Waiting { monitor, plan }),
         Ok(false) => Err(match monitor.ended().await {
-            End::Failed(reason) => Error::Monitor { reason },
+            End::Failed(reason) => chitin_tiers::Error::Monitor { reason }.into(),
             End::Guest(end) => Error::GuestEnded(end),
             End::Saved => Error::Stopped,
         }),

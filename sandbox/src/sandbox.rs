@@ -16,7 +16,21 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use chitin_broker::aws::{AwsCredentialServer, PORT as AWS_SERVER_PORT};
+use chitin_broker::credentials::{
+    CredentialSpec, CredentialValue, FetchedCredentials, fetch_credentials,
+};
+use chitin_broker::egress::{Broker, EgressSpec};
+use chitin_broker::vault::LeaseRenewer;
+use chitin_policy::Access;
 use chitin_protocol::{Exit, Secret, ToGuest};
+use chitin_spec::{
+    Delivery, EgressLimits, Endpoint, SecretSource, SecretSpec, TierKind, VaultConfig, VaultSource,
+};
+use chitin_tiers::microvm::{self, Files, MicrovmTier, Monitor};
+use chitin_tiers::{
+    BOOT_LIMIT, LaunchSpec, Launched, ReadOnlyPath, SelectedTier, Tier, select_tier, tier_of,
+};
 use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
@@ -25,25 +39,17 @@ use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::audit::Wall;
 use crate::channel::{Channel, Tunnel};
-use crate::credential::{
-    self, Delivery, ENDPOINT_PORT, Endpoint as Keys, Fetched, Handed, Keeper, VaultConfig,
-};
-use crate::egress::{self, Broker, EgressLimits, Forward};
+use crate::credential_delivery::DeliveredCredentials;
+use crate::dial_requests::DialRequests;
 use crate::fork::Origin;
+use crate::forward::Forward;
 use crate::inner::Inner;
-use crate::policy::{Access, Endpoint, Runtime, VaultSource};
-use crate::secret::{SecretSource, SecretSpec};
 use crate::template::{self, Manifest, Templates};
-use crate::tier::ironclaw::{self, Files, Ironclaw, Monitor};
-use crate::tier::select::{Chosen, select};
-use crate::tier::{self, Launched, Tier};
-use crate::{Artifacts, Bare, Command, Error, Phases, Policy, PolicyError, Pool, copy};
-
-/// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
-/// emulated, loaded host it has been seen to take twenty.
-pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(120);
+use crate::trust_store::trust;
+use crate::{
+    Artifacts, BaselineContainer, Command, Error, Phases, Policy, PolicyError, Pool, cleanup, copy,
+};
 
 /// A small static program of every root image that prints its arguments: what there is to run where the sandbox itself is
 /// the point.
@@ -62,31 +68,6 @@ pub struct Warming {
 /// Processes and threads of a sandbox at once, where no policy says less: ample for a build, and a fork bomb is held at it.
 const MAX_TASKS: u32 = 4096;
 
-/// What a tier is given.
-#[derive(Debug)]
-pub(crate) struct Plan {
-    pub spec: VmSpec,
-    /// Of a guest that is restored; taken by the monitor.
-    pub files: Option<Files>,
-    /// Whether it already keeps the policy.
-    pub confined: bool,
-    /// Processes and threads at once; of a microVM the agent sees to it, and to the disk.
-    pub tasks: u32,
-    /// What may be written at most.
-    pub disk_bytes: Option<u64>,
-    /// What the policy puts where nothing can be written later. The agent of a microVM makes room for it itself.
-    pub fixed: Vec<Fixed>,
-}
-
-/// A copy that the workload may only read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Fixed {
-    /// Where it will be.
-    pub path: PathBuf,
-    /// Whether it is a directory.
-    pub directory: bool,
-}
-
 /// What a sandbox is to be.
 #[derive(Debug, Clone)]
 pub struct Builder {
@@ -103,10 +84,10 @@ pub struct Builder {
     forkable: bool,
     policy: Option<Arc<Policy>>,
     // Boxed: most sandboxes have none.
-    egress: Box<egress::Spec>,
-    tier: Option<Runtime>,
-    fallback: Vec<Runtime>,
-    credentials: Box<credential::Spec>,
+    egress: Box<EgressSpec>,
+    tier: Option<TierKind>,
+    fallback: Vec<TierKind>,
+    credentials: Box<CredentialSpec>,
 }
 
 impl Builder {
@@ -244,13 +225,13 @@ impl Builder {
     }
 
     /// How it is isolated. If not set, as the policy says; without one, in a microVM.
-    pub fn tier(mut self, tier: Runtime) -> Builder {
+    pub fn tier(mut self, tier: TierKind) -> Builder {
         self.tier = Some(tier);
         self
     }
 
     /// What else will do where that cannot be had, in this order. [`Sandbox::chosen`] says which it is.
-    pub fn fallback(mut self, fallback: impl IntoIterator<Item = Runtime>) -> Builder {
+    pub fn fallback(mut self, fallback: impl IntoIterator<Item = TierKind>) -> Builder {
         self.fallback = fallback.into_iter().collect();
         self
     }
@@ -265,8 +246,8 @@ impl Builder {
         self.keep_policy()?;
         let (tier, chosen) = self.choose().await?;
         let plan = match chosen.tier {
-            Runtime::Ironclaw => self.plan()?,
-            Runtime::Nanoclaw | Runtime::Nemoclaw => self.container()?,
+            TierKind::Ironclaw => self.plan()?,
+            TierKind::Nanoclaw | TierKind::Nemoclaw => self.container()?,
         };
         let fetched = self.fetch().await?;
         self.begin(tier.as_ref(), chosen, &plan, fetched, started).await
@@ -275,16 +256,16 @@ impl Builder {
     /// Starts a microVM with what has been fetched.
     pub(crate) async fn begin_microvm(
         &self,
-        fetched: Fetched,
+        fetched: FetchedCredentials,
         started: Instant,
     ) -> Result<Sandbox, Error> {
         match self.plan() {
             Ok(plan) => {
-                let tier = Ironclaw(self.artifacts.clone());
-                self.begin(&tier, ironclaw::chosen(), &plan, fetched, started).await
+                let tier = MicrovmTier(self.artifacts.clone());
+                self.begin(&tier, SelectedTier::microvm(), &plan, fetched, started).await
             }
             Err(error) => {
-                fetched.give_back().await;
+                fetched.revoke().await;
                 Err(error)
             }
         }
@@ -294,22 +275,22 @@ impl Builder {
     async fn begin(
         &self,
         tier: &dyn Tier,
-        chosen: Chosen,
-        plan: &Plan,
-        fetched: Fetched,
+        chosen: SelectedTier,
+        plan: &LaunchSpec,
+        fetched: FetchedCredentials,
         started: Instant,
     ) -> Result<Sandbox, Error> {
         let launching = tier.launch(plan);
         let launched = match self.timeout {
             Some(limit) => tokio::time::timeout_at(started + limit, launching)
                 .await
-                .unwrap_or(Err(Error::Timeout { limit })),
-            None => launching.await,
+                .map_or(Err(Error::Timeout { limit }), |launched| launched.map_err(Error::from)),
+            None => launching.await.map_err(Error::from),
         };
         let launched = match launched {
             Ok(launched) => launched,
             Err(error) => {
-                fetched.give_back().await;
+                fetched.revoke().await;
                 return Err(error);
             }
         };
@@ -326,7 +307,7 @@ impl Builder {
     }
 
     /// What a container is given of it: the limits. What only microVMs have is refused.
-    fn container(&self) -> Result<Plan, Error> {
+    fn container(&self) -> Result<LaunchSpec, Error> {
         if self.template.is_some() || self.forkable {
             return Err(Error::NoMicrovm);
         }
@@ -334,36 +315,37 @@ impl Builder {
         Ok(self.plan_of(self.spec()?, None, false))
     }
 
-    fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> Plan {
+    fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> LaunchSpec {
         let limits = self.policy.as_ref().map(|policy| &policy.limits);
         let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
         let shared = self.policy.iter().flat_map(|policy| &policy.files);
-        let fixed = shared.filter(|file| file.access == Access::ReadOnly).map(|file| Fixed {
-            path: file.path.clone(),
-            // One that is not there is refused when it is copied.
-            directory: file.source.is_dir(),
-        });
+        let fixed =
+            shared.filter(|file| file.access == Access::ReadOnly).map(|file| ReadOnlyPath {
+                path: file.path.clone(),
+                // One that is not there is refused when it is copied.
+                directory: file.source.is_dir(),
+            });
         let tasks = limits.map_or(MAX_TASKS, |limits| limits.pids);
-        Plan { spec, files, confined, tasks, disk_bytes, fixed: fixed.collect() }
+        LaunchSpec { spec, files, confined, tasks, disk_bytes, fixed: fixed.collect() }
     }
 
     /// The tiers that will do, in this order: those of the policy, which none may be added to, and of them the one that was
     /// asked for; or what was asked for.
-    fn wanted(&self) -> Result<Vec<Runtime>, Error> {
+    fn wanted(&self) -> Result<Vec<TierKind>, Error> {
         let asked = self.tier.into_iter().chain(self.fallback.iter().copied());
         let Some(policy) = &self.policy else {
-            let first = self.tier.is_none().then_some(Runtime::Ironclaw);
+            let first = self.tier.is_none().then_some(TierKind::Ironclaw);
             return Ok(first.into_iter().chain(asked).collect());
         };
         // Why none of them will do, if none does.
         policy.tier()?;
-        let listed: Vec<Runtime> = policy.tiers().collect();
-        let asked: Vec<Runtime> = asked.collect();
+        let listed: Vec<TierKind> = policy.tiers().collect();
+        let asked: Vec<TierKind> = asked.collect();
         if let Some(tier) = asked.iter().find(|tier| !listed.contains(tier)) {
             return Err(PolicyError::Tier { origin: policy.origin.clone(), tier: *tier }.into());
         }
         let asked = if asked.is_empty() { listed } else { asked };
-        let able: Vec<Runtime> =
+        let able: Vec<TierKind> =
             asked.iter().copied().filter(|tier| policy.check_tier(*tier).is_ok()).collect();
         match (able.is_empty(), asked.first()) {
             (true, Some(tier)) => policy.check_tier(*tier).map(|()| able).map_err(Error::from),
@@ -372,18 +354,19 @@ impl Builder {
     }
 
     /// The tier it will be.
-    async fn choose(&self) -> Result<(Box<dyn Tier>, Chosen), Error> {
-        let mut wanted: Vec<Runtime> = Vec::new();
+    async fn choose(&self) -> Result<(Box<dyn Tier>, SelectedTier), Error> {
+        let mut wanted: Vec<TierKind> = Vec::new();
         for tier in self.wanted()? {
             if !wanted.contains(&tier) {
                 wanted.push(tier);
             }
         }
-        if wanted == [Runtime::Ironclaw] {
+        if wanted == [TierKind::Ironclaw] {
             // The start says itself what is missing, and a probe takes time.
-            return Ok((Box::new(Ironclaw(self.artifacts.clone())), ironclaw::chosen()));
+            return Ok((Box::new(MicrovmTier(self.artifacts.clone())), SelectedTier::microvm()));
         }
-        select(wanted.into_iter().map(|tier| tier::of(tier, &self.artifacts)).collect()).await
+        let tier = |tier| tier_of(tier, &self.artifacts, cleanup::tracker());
+        Ok(select_tier(wanted.into_iter().map(tier).collect()).await?)
     }
 
     /// The same container with this command in it and nothing of Chitin, to be measured beside; none of a microVM, which is
@@ -391,9 +374,12 @@ impl Builder {
     ///
     /// # Errors
     /// The tier cannot be had here, or something asked for is out of range.
-    pub async fn bare(&self, argv: &[String]) -> Result<Option<Bare>, Error> {
+    pub async fn bare(&self, argv: &[String]) -> Result<Option<BaselineContainer>, Error> {
         let (_, chosen) = self.choose().await?;
-        Bare::of(chosen.tier, &self.artifacts, &self.container()?, argv).await
+        let plan = self.container()?;
+        let cleanup = cleanup::tracker();
+        let made = BaselineContainer::create(chosen.tier, &self.artifacts, &plan, argv, cleanup);
+        Ok(made.await?)
     }
 
     /// Keeps `size` monitors that have done all there is to be done before a guest runs, each for one sandbox.
@@ -406,7 +392,7 @@ impl Builder {
     }
 
     /// What a monitor is given.
-    pub(crate) fn plan(&self) -> Result<Plan, Error> {
+    pub(crate) fn plan(&self) -> Result<LaunchSpec, Error> {
         let (mut spec, mut files, mut confined) = (self.spec()?, None, false);
         self.artifacts.check()?;
         self.egress.check()?;
@@ -422,36 +408,36 @@ impl Builder {
     }
 
     /// Fetches the secrets.
-    pub(crate) async fn fetch(&self) -> Result<Fetched, Error> {
+    pub(crate) async fn fetch(&self) -> Result<FetchedCredentials, Error> {
         let served = self.secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint);
         if let Some(secret) = served
             && self
                 .egress
                 .endpoints
                 .iter()
-                .any(|endpoint| Keys::is_at(&endpoint.host, endpoint.port))
+                .any(|endpoint| AwsCredentialServer::is_at(&endpoint.host, endpoint.port))
         {
             let reason = format!(
-                "localhost:{ENDPOINT_PORT} is its endpoint in the sandbox, and cannot be allowed beside it"
+                "localhost:{AWS_SERVER_PORT} is its endpoint in the sandbox, and cannot be allowed beside it"
             );
             return Err(Error::Secret { name: secret.name.clone(), reason });
         }
-        credential::fetch(&self.secrets, &self.credentials).await
+        Ok(fetch_credentials(&self.secrets, &self.credentials, cleanup::tracker()).await?)
     }
 
     /// Makes what has been launched the sandbox that was asked for.
     pub(crate) async fn finish(
         &self,
         sandbox: Sandbox,
-        plan: &Plan,
-        mut fetched: Fetched,
+        plan: &LaunchSpec,
+        mut fetched: FetchedCredentials,
     ) -> Result<Sandbox, Error> {
-        let (keeper, changes) = (fetched.keeper.take(), fetched.changes.take());
-        let keys = fetched.endpoint.clone();
+        let (keeper, changes) = (fetched.lease_renewer.take(), fetched.changes.take());
+        let keys = fetched.aws_server.clone();
         let finishing = async {
             let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
             if let Some(proxy) = &fetched.proxy {
-                credential::trust(&sandbox.inner, proxy).await?;
+                trust(&sandbox.inner, proxy).await?;
             }
             if !plan.confined {
                 sandbox.confine().await?;
@@ -464,11 +450,13 @@ impl Builder {
                 // What has changed meanwhile is there to be read.
                 let followed = sandbox.handed.clone().zip(changes);
                 sandbox.following =
-                    followed.map(|(handed, changes)| tokio::spawn(handed.follow(changes)));
+                    followed.map(|(handed, changes)| tokio::spawn(handed.apply_rotations(changes)));
                 Ok(sandbox)
             }
             Err(error) => {
-                Fetched { keeper, ..Fetched::default() }.give_back().await;
+                FetchedCredentials { lease_renewer: keeper, ..FetchedCredentials::default() }
+                    .revoke()
+                    .await;
                 Err(error)
             }
         }
@@ -479,7 +467,7 @@ impl Builder {
         &self,
         mut sandbox: Sandbox,
         copy: bool,
-        fetched: &Fetched,
+        fetched: &FetchedCredentials,
     ) -> Result<Sandbox, Error> {
         let mut answers = Vec::new();
         if copy {
@@ -488,9 +476,9 @@ impl Builder {
             sandbox.inner.reseed()?;
         }
         let audit = Arc::new(self.egress.open_audit()?);
-        self.egress.deliver(&audit, fetched.deliveries())?;
-        let handed = Handed::new(sandbox.inner.clone(), fetched, audit.clone());
-        for credential::Value { name, delivery, value } in &fetched.values {
+        self.egress.record_deliveries(&audit, fetched.deliveries())?;
+        let handed = DeliveredCredentials::new(sandbox.inner.clone(), fetched, audit.clone());
+        for CredentialValue { name, delivery, value } in &fetched.values {
             let request = sandbox.inner.channel.name();
             let secret = Secret {
                 request,
@@ -500,12 +488,12 @@ impl Builder {
             };
             answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
         }
-        if self.egress.is_on() || fetched.endpoint.is_some() {
+        if self.egress.is_on() || fetched.aws_server.is_some() {
             let channel = sandbox.inner.channel.clone();
-            let (proxy, keys) = (fetched.proxy.clone(), fetched.endpoint.clone());
+            let (proxy, keys) = (fetched.proxy.clone(), fetched.aws_server.clone());
             let broker = Broker::new(&self.egress, audit, proxy, keys);
             let (endpoints, broker) = (broker.wire(), Arc::new(broker));
-            sandbox.broker = Some(tokio::spawn(broker.serve(channel.clone(), channel.knocks())));
+            sandbox.broker = Some(tokio::spawn(broker.serve(DialRequests::of(&channel))));
             let request = channel.name();
             answers.push(sandbox.inner.ask(request, &ToGuest::Egress { request, endpoints })?);
         }
@@ -669,7 +657,7 @@ impl Builder {
         files: Option<&Files>,
         started: Instant,
     ) -> Result<Sandbox, Error> {
-        let (monitor, stream) = ironclaw::launch(&self.artifacts, spec, files)?;
+        let (monitor, stream) = microvm::launch(&self.artifacts, spec, files)?;
         Ok(self.watch(monitor, stream, spec, started))
     }
 
@@ -707,7 +695,7 @@ impl Builder {
         });
         let origin = || Box::new(Origin { builder: self.clone(), spec: spec.clone(), started });
         let policy = self.policy.clone();
-        let (chosen, origin) = (ironclaw::chosen(), self.forkable.then(origin));
+        let (chosen, origin) = (SelectedTier::microvm(), self.forkable.then(origin));
         Sandbox {
             inner,
             clock,
@@ -746,14 +734,14 @@ pub struct Sandbox {
     /// Dials for it.
     broker: Option<tokio::task::JoinHandle<()>>,
     /// Keeps its credentials alive.
-    keeper: Option<Keeper>,
+    keeper: Option<LeaseRenewer>,
     /// Answers who asks for one.
-    keys: Option<Arc<Keys>>,
+    keys: Option<Arc<AwsCredentialServer>>,
     /// What was handed over of them.
-    handed: Option<Arc<Handed>>,
+    handed: Option<Arc<DeliveredCredentials>>,
     /// Replaces them and takes them back.
     following: Option<tokio::task::JoinHandle<Vec<String>>>,
-    chosen: Chosen,
+    chosen: SelectedTier,
     /// To be forked from.
     pub(crate) origin: Option<Box<Origin>>,
     policy: Option<Arc<Policy>>,
@@ -832,7 +820,7 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name(), Wall::of(&self.chosen));
+        let confine = policy.confine(self.inner.channel.name(), self.chosen.boundary());
         self.inner.request(confine.request, &ToGuest::Confine(confine)).await
     }
 
@@ -883,7 +871,7 @@ impl Sandbox {
     }
 
     /// How it is isolated, and why that way.
-    pub fn chosen(&self) -> &Chosen {
+    pub fn chosen(&self) -> &SelectedTier {
         &self.chosen
     }
 
@@ -924,14 +912,14 @@ impl Sandbox {
             return Err(Error::BootTimeout { limit: BOOT_LIMIT });
         }
         let fds = [files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()];
-        monitor.finish(request, &fds).await
+        Ok(monitor.finish(request, &fds).await?)
     }
 
     /// Has written down what the guest has used so far, which ends it.
     async fn record(&self, state: &File, key: &File) -> Result<(), Error> {
         let mut instance = self.inner.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
-        monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await
+        Ok(monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await?)
     }
 
     /// Ends the sandbox and waits until nothing of it is left, also of what a vault has issued for it.
@@ -955,14 +943,14 @@ impl Sandbox {
         }
         let stopped = self.inner.instance.lock().await.stop().await;
         let mut troubles = match self.keeper.take() {
-            Some(keeper) => keeper.end().await,
+            Some(keeper) => keeper.revoke_all().await,
             None => Vec::new(),
         };
         if let Some(following) = self.following.take() {
             // There is nobody any more to tell it of changes.
             troubles.extend(following.await.unwrap_or_default());
         }
-        (stopped, troubles)
+        (stopped.map_err(Error::from), troubles)
     }
 }
 

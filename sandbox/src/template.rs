@@ -20,12 +20,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use chitin_tiers::microvm::Files;
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
-
-use crate::tier::ironclaw::Files;
 
 pub(crate) const KEY_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
@@ -221,7 +220,9 @@ impl Templates {
         match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
             Ok(mut file) => {
                 let mut key = Zeroizing::new([0; KEY_BYTES]);
-                fill_random(&mut *key).map_err(failed("make", &path))?;
+                getrandom::fill(&mut *key)
+                    .map_err(io::Error::from)
+                    .map_err(failed("make", &path))?;
                 file.write_all(&*key).map_err(failed("write", &path))?;
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -360,15 +361,6 @@ pub(crate) fn binding(root_image: &Path) -> io::Result<String> {
         image.mtime(),
         image.mtime_nsec()
     ))
-}
-
-/// Fills a buffer from the kernel's generator.
-pub(crate) fn fill_random(mut buffer: &mut [u8]) -> io::Result<()> {
-    while !buffer.is_empty() {
-        let count = rustix::rand::getrandom(&mut *buffer, rustix::rand::GetRandomFlags::empty())?;
-        buffer = &mut buffer[count..];
-    }
-    Ok(())
 }
 
 /// Seconds since 1970.

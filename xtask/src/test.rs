@@ -137,7 +137,19 @@ mod tests {
     /// The sources of this workspace, as one text.
     fn sources() -> String {
         let mut text = String::new();
-        let folders = ["protocol", "tree", "vmm", "guest-agent", "sandbox", "cli", "integration"];
+        let folders = [
+            "protocol",
+            "tree",
+            "vmm",
+            "guest-agent",
+            "spec",
+            "policy",
+            "broker",
+            "tiers",
+            "sandbox",
+            "cli",
+            "integration",
+        ];
         let mut dirs: Vec<PathBuf> =
             folders.iter().map(|name| workspace::root().join(name)).collect();
         while let Some(dir) = dirs.pop() {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{LIMIT, On};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -81,7 +81,7 @@ fn a_workload_that_will_not_hear_is_ended(on: On) {
 fn nothing_survives_a_killed_cli(on: On) {
     let mut running = on.sh("echo up; sleep 600").spawn();
     assert_eq!(running.line(), "up");
-    if on.tier == Runtime::Ironclaw {
+    if on.tier == TierKind::Ironclaw {
         assert_eq!(running.processes().len(), 3, "chitin, its monitor, and the keeper of that");
     }
     running.signal(Signal::KILL);

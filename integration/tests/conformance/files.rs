@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{Chitin, On, file};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
@@ -69,9 +69,9 @@ fn scratch_can_be_copied_to_and_in_a_microvm_any_place(on: On) {
     };
     let anywhere = to("/shared/deep/config.yaml");
     match on.tier {
-        Runtime::Ironclaw => assert_eq!(anywhere.ok(), "a: 1\nread-only"),
+        TierKind::Ironclaw => assert_eq!(anywhere.ok(), "a: 1\nread-only"),
         // The root of a container is read-only for its agent as well.
-        Runtime::Nanoclaw | Runtime::Nemoclaw => {
+        TierKind::Nanoclaw | TierKind::Nemoclaw => {
             anywhere.refused("open the way to /shared/deep: Read-only file system");
         }
     }

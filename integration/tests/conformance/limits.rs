@@ -1,6 +1,6 @@
 //! What a workload can use up, and that it uses it up for itself alone.
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{On, Outcome};
 
 on_every_tier!(
@@ -16,7 +16,7 @@ on_every_tier!(
 
 /// Whether all of the sandbox has ended, and said why: gVisor's kernel has the same limits as what runs on it.
 fn the_sandbox_ended(on: On, outcome: &Outcome) -> bool {
-    let ended = on.tier == Runtime::Nanoclaw && outcome.code == 125;
+    let ended = on.tier == TierKind::Nanoclaw && outcome.code == 125;
     assert!(!ended || outcome.stderr.contains("gVisor's kernel "), "{outcome:?}");
     ended
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::thread;
 
-use chitin::Runtime;
+use chitin::TierKind;
 use chitin_integration::{On, Outcome, file, workspace};
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ on_every_tier!(
 fn confines_files(on: On) -> bool {
     let tried = on.policy("sandbox: {profile: restricted}\n").sh("true").outcome();
     if tried.code != 0 {
-        assert_eq!(on.tier, Runtime::Nanoclaw, "{tried:?}");
+        assert_eq!(on.tier, TierKind::Nanoclaw, "{tried:?}");
         tried.refused("Landlock");
     }
     tried.code == 0
@@ -150,7 +150,7 @@ sandbox: {{filesystem: [{{access: read-only, path: /shared/config, source: {}/co
     // Its directory is not listed, only it is; its neighbour is not there; nor is the root listed.
     let denied = "Permission denied";
     // In a container it lies in a tmpfs of its own, and Landlock alone keeps it from being written.
-    let written = if on.tier == Runtime::Ironclaw { "Read-only file system" } else { denied };
+    let written = if on.tier == TierKind::Ironclaw { "Read-only file system" } else { denied };
     assert_eq!(said, [denied, "No such file or directory", denied, written], "{outcome:?}");
     assert_eq!(fs::read_to_string(dir.join("config")).unwrap(), "settings");
 }
@@ -187,7 +187,7 @@ fn files_that_are_read_lie_wherever_the_image_has_nothing(on: On) {
 
     let beside = run(&[("/etc/app.config", "config")], "cat /etc/app.config");
     match on.tier {
-        Runtime::Ironclaw => assert_eq!(beside.ok(), "settings"),
+        TierKind::Ironclaw => assert_eq!(beside.ok(), "settings"),
         _ => beside.refused(
             "/etc belongs to the image and is read-only: choose a directory that the image",
         ),
@@ -251,9 +251,9 @@ os.kill(0, 9)
     let count = count.unwrap_or_else(|| panic!("{outcome:?}"));
     match on.tier {
         // Twenty, of which this one is the first.
-        Runtime::Ironclaw | Runtime::Nanoclaw => assert_eq!(count, 19),
+        TierKind::Ironclaw | TierKind::Nanoclaw => assert_eq!(count, 19),
         // The agent's own count as well, and are allowed for.
-        Runtime::Nemoclaw => assert!((19..=28).contains(&count), "{count}"),
+        TierKind::Nemoclaw => assert!((19..=28).contains(&count), "{count}"),
     }
 }
 
@@ -368,7 +368,7 @@ for host, port in ('localhost', {port}), ('127.0.0.1', {port}), ('192.0.2.1', 44
 
 fn a_tier_that_the_policy_does_not_list_is_refused(on: On) {
     let policy = on.policy("plugin: x\n");
-    for other in [Runtime::Ironclaw, Runtime::Nanoclaw, Runtime::Nemoclaw] {
+    for other in [TierKind::Ironclaw, TierKind::Nanoclaw, TierKind::Nemoclaw] {
         if other != on.tier {
             let words = format!("does not accept the tier {other}");
             policy

@@ -19,10 +19,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use property::Setting;
-pub use property::{PROPERTIES, Property, Wall, document};
+pub use property::{PROPERTIES, Property, document};
 
-use crate::template::fill_random;
-use crate::{Builder, Chosen, Error, Exit, Sandbox, SecretSource};
+use crate::{Boundary, Builder, Error, Exit, Sandbox, SecretSource, SelectedTier};
 
 const PROBES: &str = include_str!("probes.py");
 
@@ -74,11 +73,14 @@ pub struct Attack {
 ///
 /// # Errors
 /// A sandbox or its surroundings cannot be had, or a probe fails. A sandbox that an attack ends is no error but a finding.
-pub async fn audit(builder: &Builder, mut done: impl FnMut(&Chosen, Finding)) -> Result<(), Error> {
+pub async fn audit(
+    builder: &Builder,
+    mut done: impl FnMut(&SelectedTier, Finding),
+) -> Result<(), Error> {
     let scene = Scene::set(builder).await?;
     let sandbox = builder.clone().start().await?;
     let chosen = sandbox.chosen().clone();
-    let wall = Wall::of(&chosen);
+    let wall = chosen.boundary();
     for property in &PROPERTIES {
         let attacks = match (property.exemption(wall), property.setting) {
             (Some(_), _) => Vec::new(),
@@ -107,7 +109,7 @@ async fn alive(who: &str, sandbox: &Sandbox) -> Attack {
     Attack { tried: format!("disturb {who}"), succeeded: !answers, seen: seen.into() }
 }
 
-fn judge(property: &Property, wall: Wall, attacks: Vec<Attack>) -> Finding {
+fn judge(property: &Property, wall: Boundary, attacks: Vec<Attack>) -> Finding {
     let said = |succeeded: bool| {
         let list = attacks.iter().filter(move |attack| attack.succeeded == succeeded);
         list.map(|attack| format!("{}: {}", attack.tried, attack.seen))
@@ -188,7 +190,7 @@ impl Scene {
         std::fs::write(value.path(), &canary).map_err(host("hold a credential"))?;
         let source = SecretSource::File(value.path().to_owned());
         let neighbour = builder.clone().secret("NEIGHBOUR", source).start().await?;
-        context["wall"] = json!(Wall::of(neighbour.chosen()));
+        context["wall"] = json!(neighbour.chosen().boundary());
         let context = context.to_string();
         let mut serving = probe(&neighbour, &context, "neighbour").await?;
         let mut ready = [0; 6];
@@ -284,7 +286,8 @@ fn own_addresses() -> Vec<IpAddr> {
 
 fn random() -> Result<String, Error> {
     let mut bytes = [0; 16];
-    fill_random(&mut bytes).map_err(|source| Error::Host { what: "get random bytes", source })?;
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Error::Host { what: "get random bytes", source: error.into() })?;
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
@@ -299,12 +302,12 @@ mod tests {
     #[test]
     fn one_success_breaks_and_silence_does_too() {
         let property = &PROPERTIES[0];
-        let verdict = |attacks| judge(property, Wall::Kvm, attacks).verdict;
+        let verdict = |attacks| judge(property, Boundary::Kvm, attacks).verdict;
         assert_eq!(verdict(vec![attack(false), attack(false)]), Verdict::Held);
         assert_eq!(verdict(vec![attack(false), attack(true)]), Verdict::Broken);
         assert_eq!(verdict(vec![]), Verdict::Broken);
         let kernel = PROPERTIES.iter().find(|property| property.name == "host kernel").unwrap();
-        assert_eq!(judge(kernel, Wall::Namespaces, vec![]).verdict, Verdict::NotPromised);
+        assert_eq!(judge(kernel, Boundary::Namespaces, vec![]).verdict, Verdict::NotPromised);
     }
 
     #[test]

@@ -1,9 +1,6 @@
 //! What is promised, tier by tier: data.
 
-use serde::Serialize;
-
-use crate::Chosen;
-use crate::policy::Runtime;
+use chitin_spec::Boundary;
 
 /// Which attacks one property is put to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +14,7 @@ pub struct Property {
     /// What else an attack needs.
     pub(super) setting: Setting,
     /// The tiers that do not promise it, with the reason.
-    pub(super) exempt: &'static [(Wall, &'static str)],
+    pub(super) exempt: &'static [(Boundary, &'static str)],
 }
 
 /// What surrounds an attack.
@@ -27,43 +24,6 @@ pub(super) enum Setting {
     Alone,
     /// It may take the sandbox with it: it gets one of its own, and the first one has to answer afterwards.
     Destructive,
-}
-
-/// What stands between workload and host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Wall {
-    /// A microVM with a kernel of its own.
-    Kvm,
-    /// gVisor's kernel in user space.
-    Gvisor,
-    /// Namespaces and filters of the host's kernel: runc, crun, Docker.
-    Namespaces,
-}
-
-impl Wall {
-    /// All of them, strongest first.
-    pub const ALL: [Wall; 3] = [Wall::Kvm, Wall::Gvisor, Wall::Namespaces];
-
-    /// That of a sandbox.
-    pub fn of(chosen: &Chosen) -> Wall {
-        match chosen.tier {
-            Runtime::Ironclaw => Wall::Kvm,
-            Runtime::Nanoclaw if chosen.capabilities.implementation.starts_with("runsc") => {
-                Wall::Gvisor
-            }
-            Runtime::Nanoclaw | Runtime::Nemoclaw => Wall::Namespaces,
-        }
-    }
-
-    /// How a person calls it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Wall::Kvm => "microVM",
-            Wall::Gvisor => "gVisor",
-            Wall::Namespaces => "container",
-        }
-    }
 }
 
 const fn alone(name: &'static str, probe: &'static str, claim: &'static str) -> Property {
@@ -110,7 +70,7 @@ pub const PROPERTIES: [Property; 19] = [
     alone("agent", "agent", "It can neither trace, read nor kill the agent."),
     Property {
         exempt: &[(
-            Wall::Gvisor,
+            Boundary::Gvisor,
             "its kernel shows them to everybody, and there is nothing secret in them",
         )],
         ..alone(
@@ -132,7 +92,7 @@ pub const PROPERTIES: [Property; 19] = [
         "It can make no system call that attacks start with: bpf, io_uring, userfaultfd, perf, keys.",
     ),
     Property {
-        exempt: &[(Wall::Namespaces, SHARED_KERNEL)],
+        exempt: &[(Boundary::Namespaces, SHARED_KERNEL)],
         ..alone("host kernel", "host_kernel", "It does not learn which kernel the host runs.")
     },
     destructive("memory", "memory", "When it takes all memory it can get, nobody else notices."),
@@ -142,7 +102,7 @@ pub const PROPERTIES: [Property; 19] = [
 
 impl Property {
     /// Why this wall does not promise it; `None`: it does.
-    pub fn exemption(&self, wall: Wall) -> Option<&'static str> {
+    pub fn exemption(&self, wall: Boundary) -> Option<&'static str> {
         self.exempt.iter().find(|(exempt, _)| *exempt == wall).map(|(_, reason)| *reason)
     }
 }
@@ -156,9 +116,12 @@ pub fn document() -> String {
          sandbox and says what held. The tier `ironclaw` is a microVM; `nanoclaw` is gVisor, or a container where that is missing, and\n\
          then it says so; `nemoclaw` is a container.\n\n",
     );
-    let _ =
-        writeln!(text, "| property | the workload | {} |", Wall::ALL.map(Wall::name).join(" | "));
-    let _ = writeln!(text, "|---|---|{}", "---|".repeat(Wall::ALL.len()));
+    let _ = writeln!(
+        text,
+        "| property | the workload | {} |",
+        Boundary::ALL.map(Boundary::name).join(" | ")
+    );
+    let _ = writeln!(text, "|---|---|{}", "---|".repeat(Boundary::ALL.len()));
     for property in &PROPERTIES {
         let promise = |wall| match property.exemption(wall) {
             None => "held".to_owned(),
@@ -169,7 +132,7 @@ pub fn document() -> String {
             "| {} | {} | {} |",
             property.name,
             property.claim,
-            Wall::ALL.map(promise).join(" | ")
+            Boundary::ALL.map(promise).join(" | ")
         );
     }
     text

@@ -1,15 +1,17 @@
 //! Has programs in a sandbox trust its authority, and nobody outside of it.
 
+mod jks;
+
 use std::fs::{self, Permissions};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use chitin_broker::proxy::Proxy;
 use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::proxy::Proxy;
 use crate::inner::Inner;
 use crate::{Error, copy};
 
@@ -81,9 +83,7 @@ pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
     bundle.extend_from_slice(proxy.certificate().as_bytes());
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bundle).flatten().collect();
     let (joined, keystore) = (dir.path().join("joined"), dir.path().join("keystore"));
-    for (path, content) in
-        [(&joined, &bundle), (&keystore, &super::keystore::keystore(&certificates))]
-    {
+    for (path, content) in [(&joined, &bundle), (&keystore, &jks::keystore(&certificates))] {
         fs::write(path, content).map_err(failed)?;
         fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
     }
