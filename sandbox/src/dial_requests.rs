@@ -36,7 +36,9 @@ impl DialSource for DialRequests {
 
     fn ended(&self) -> Ended {
         let channel = self.channel.clone();
-        Box::pin(async move { drop(channel.closed().await) })
+        Box::pin(async move {
+            channel.closed().await;
+        })
     }
 }
 

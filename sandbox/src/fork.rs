@@ -16,7 +16,7 @@ use std::os::fd::AsRawFd;
 
 use chitin_broker::credentials::FetchedCredentials;
 use chitin_protocol::ToGuest;
-use chitin_tiers::microvm::Files;
+use chitin_tiers::GuestFiles;
 use chitin_vmm::VmSpec;
 use chitin_vmm::control::Request;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -108,9 +108,9 @@ impl Saved {
     }
 
     /// To be written.
-    fn files(&self) -> Result<Files, Error> {
+    fn files(&self) -> Result<GuestFiles, Error> {
         let again = |file: &File| file.try_clone().map_err(failed);
-        Ok(Files {
+        Ok(GuestFiles {
             memory: again(&self.memory)?,
             state: again(&self.state)?,
             key: reopened(&self.key)?,
@@ -118,8 +118,8 @@ impl Saved {
     }
 
     /// To be read, from the beginning.
-    fn reading(&self) -> Result<Files, Error> {
-        Ok(Files {
+    fn reading(&self) -> Result<GuestFiles, Error> {
+        Ok(GuestFiles {
             memory: reopened(&self.memory)?,
             state: reopened(&self.state)?,
             key: reopened(&self.key)?,

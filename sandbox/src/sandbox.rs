@@ -27,9 +27,10 @@ use chitin_protocol::{Exit, Secret, ToGuest};
 use chitin_spec::{
     Delivery, EgressLimits, Endpoint, SecretSource, SecretSpec, TierKind, VaultConfig, VaultSource,
 };
-use chitin_tiers::microvm::{self, Files, MicrovmTier, Monitor};
+use chitin_tiers::microvm::{self, MicrovmTier, Monitor};
 use chitin_tiers::{
-    BOOT_LIMIT, LaunchSpec, Launched, ReadOnlyPath, SelectedTier, Tier, select_tier, tier_of,
+    BOOT_LIMIT, GuestFiles, LaunchSpec, Launched, ReadOnlyPath, SelectedTier, Tier, select_tier,
+    tier_of,
 };
 use chitin_tree::Summary;
 use chitin_vmm::VmSpec;
@@ -104,7 +105,7 @@ impl Builder {
     }
 
     /// Memory in MiB, [`chitin_vmm::spec::MIN_MEMORY_MIB`] to [`chitin_vmm::spec::MAX_MEMORY_MIB`]; 256 if not set.
-    /// Files the workload writes live in it too.
+    /// GuestFiles the workload writes live in it too.
     pub fn memory_mib(mut self, memory_mib: u64) -> Builder {
         self.memory_mib = Some(memory_mib);
         self
@@ -315,7 +316,7 @@ impl Builder {
         Ok(self.plan_of(self.spec()?, None, false))
     }
 
-    fn plan_of(&self, spec: VmSpec, files: Option<Files>, confined: bool) -> LaunchSpec {
+    fn plan_of(&self, spec: VmSpec, files: Option<GuestFiles>, confined: bool) -> LaunchSpec {
         let limits = self.policy.as_ref().map(|policy| &policy.limits);
         let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
         let shared = self.policy.iter().flat_map(|policy| &policy.files);
@@ -654,7 +655,7 @@ impl Builder {
     pub(crate) fn launch(
         &self,
         spec: &VmSpec,
-        files: Option<&Files>,
+        files: Option<&GuestFiles>,
         started: Instant,
     ) -> Result<Sandbox, Error> {
         let (monitor, stream) = microvm::launch(&self.artifacts, spec, files)?;
@@ -904,7 +905,7 @@ impl Sandbox {
     }
 
     /// Has the frozen guest saved, which ends it.
-    pub(crate) async fn save(&self, request: &Request, files: &Files) -> Result<(), Error> {
+    pub(crate) async fn save(&self, request: &Request, files: &GuestFiles) -> Result<(), Error> {
         let mut instance = self.inner.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
         let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;

@@ -20,7 +20,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use chitin_tiers::microvm::Files;
+use chitin_tiers::GuestFiles;
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
@@ -184,7 +184,7 @@ impl Templates {
     }
 
     /// Opens the files of one, after the seal has been verified.
-    pub(crate) fn open(&self, name: &str) -> Result<Files, TemplateError> {
+    pub(crate) fn open(&self, name: &str) -> Result<GuestFiles, TemplateError> {
         let dir = self.existing(name)?;
         let open = |file: &str| {
             let path = dir.join(file);
@@ -196,7 +196,7 @@ impl Templates {
         let key = self.key()?;
         let mac = seal(&*key, &memory, &state).map_err(failed("look at", &dir))?;
         mac.verify_slice(&sealed).map_err(|_| TemplateError::Seal(name.into()))?;
-        Ok(Files { memory, state, key: self.key_file()? })
+        Ok(GuestFiles { memory, state, key: self.key_file()? })
     }
 
     /// Makes a place for a new one, which [`Draft::publish`] gives its name.
@@ -242,9 +242,9 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// Files to save a guest into.
-    pub fn files(&self) -> Result<Files, TemplateError> {
-        Ok(Files {
+    /// GuestFiles to save a guest into.
+    pub fn files(&self) -> Result<GuestFiles, TemplateError> {
+        Ok(GuestFiles {
             memory: self.create("memory")?,
             state: self.create("state")?,
             key: self.templates.key_file()?,
@@ -252,12 +252,12 @@ impl Draft {
     }
 
     /// The saved files, to be read.
-    pub fn saved(&self) -> Result<Files, TemplateError> {
+    pub fn saved(&self) -> Result<GuestFiles, TemplateError> {
         let open = |file: &str| {
             let path = self.dir.join(file);
             File::open(&path).map_err(failed("open", &path))
         };
-        Ok(Files {
+        Ok(GuestFiles {
             memory: open("memory")?,
             state: open("state")?,
             key: self.templates.key_file()?,

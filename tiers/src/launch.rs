@@ -1,11 +1,10 @@
 //! What a tier is given to launch.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use chitin_vmm::VmSpec;
-
-use crate::microvm::Files;
 
 /// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
 /// emulated, loaded host it has been seen to take twenty.
@@ -24,7 +23,7 @@ pub struct LaunchSpec {
     /// Size and images; of a microVM all of it.
     pub spec: VmSpec,
     /// Of a guest that is restored; taken by the monitor.
-    pub files: Option<Files>,
+    pub files: Option<GuestFiles>,
     /// Whether it already keeps the policy.
     pub confined: bool,
     /// Processes and threads at once; of a microVM the agent sees to it, and to the disk.
@@ -33,6 +32,17 @@ pub struct LaunchSpec {
     pub disk_bytes: Option<u64>,
     /// What the policy puts where nothing can be written later. The agent of a microVM makes room for it itself.
     pub fixed: Vec<ReadOnlyPath>,
+}
+
+/// The files of a saved guest.
+#[derive(Debug)]
+pub struct GuestFiles {
+    /// Its memory.
+    pub memory: File,
+    /// What its devices and vCPUs were.
+    pub state: File,
+    /// What both are sealed with.
+    pub key: File,
 }
 
 /// A copy that the workload may only read.

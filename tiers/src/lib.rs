@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 pub use artifacts::Artifacts;
 pub use baseline::BaselineContainer;
 pub use error::{Error, GuestEnd};
-pub use launch::{BOOT_LIMIT, LaunchSpec, ReadOnlyPath};
+pub use launch::{BOOT_LIMIT, GuestFiles, LaunchSpec, ReadOnlyPath};
 pub use select::{RejectedTier, SelectedTier, select_tier, tier_of};
 
 /// What a tier answers when it is done with it.

@@ -9,7 +9,6 @@ mod host_checks;
 
 pub use host_checks::{Check, check_host};
 
-use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,8 +31,8 @@ use tokio::sync::watch;
 
 use crate::clock::now_ns;
 use crate::{
-    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
-    Unavailable,
+    Artifacts, Capabilities, Error, GuestEnd, GuestFiles, Instance, LaunchSpec, Launched, Pending,
+    Tier, Unavailable,
 };
 
 /// The largest packet taken from a monitor: its last one carries 32 KiB of log, each byte at most six in JSON.
@@ -130,17 +129,6 @@ pub enum End {
     Saved,
 }
 
-/// The files of a saved guest.
-#[derive(Debug)]
-pub struct Files {
-    /// Its memory.
-    pub memory: File,
-    /// What its devices and vCPUs were.
-    pub state: File,
-    /// What both are sealed with.
-    pub key: File,
-}
-
 /// A running monitor. Dropping it ends it.
 #[derive(Debug)]
 pub struct Monitor {
@@ -162,7 +150,7 @@ pub struct Monitor {
 pub fn launch(
     artifacts: &Artifacts,
     spec: &VmSpec,
-    files: Option<&Files>,
+    files: Option<&GuestFiles>,
 ) -> Result<(Monitor, UnixStream), Error> {
     let (channel, theirs) = channel()?;
     let monitor = spawn(artifacts, spec, files, Some(theirs))?;
@@ -173,7 +161,7 @@ pub fn launch(
 pub fn prepare(
     artifacts: &Artifacts,
     spec: &VmSpec,
-    files: Option<&Files>,
+    files: Option<&GuestFiles>,
 ) -> Result<Monitor, Error> {
     let spec = VmSpec { prepared: true, ..spec.clone() };
     spawn(artifacts, &spec, files, None)
@@ -188,7 +176,7 @@ fn channel() -> Result<(UnixStream, OwnedFd), Error> {
 fn spawn(
     artifacts: &Artifacts,
     spec: &VmSpec,
-    files: Option<&Files>,
+    files: Option<&GuestFiles>,
     channel: Option<OwnedFd>,
 ) -> Result<Monitor, Error> {
     let (control, control_theirs) =
