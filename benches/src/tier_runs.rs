@@ -1,51 +1,48 @@
-//! Whole runs, tier by tier, beside the same command in the same container without Chitin.
+//! `chitin-bench exec --tier`: whole runs of `chitin run` on each tier, in turns with the same
+//! command in the same container without Chitin.
 
-use std::process::{ExitStatus, Stdio};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Instant;
 
 use chitin::doctor::Availability;
-use chitin::{Artifacts, BaselineContainer, Capabilities, ECHO, Sandbox, TierKind};
+use chitin::{Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, Unavailable};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
-use super::stats::{self, Row, scaled};
-use super::{Guest, Output, Workload, nanoseconds, progress, since};
-use crate::failure::{Failure, printable};
-use crate::tiers::Tiers;
+use crate::args::{Common, GuestArgs, Workload};
+use crate::error::{BenchError, printable};
+use crate::stats::{self, Figures, MILLISECOND, Row, elapsed_ns, ns_between, print_rows, scale};
+use crate::tier_selection::TierSelection;
+use crate::turns::new_progress_bar;
 
-const MILLISECOND: f64 = 1e6;
-
-/// Runs that are not counted: the first one on a host tries runtimes out, unpacks or imports the root.
-const UNCOUNTED: u32 = 2;
+/// Runs that are not counted: the first one on a host probes runtimes and unpacks or imports the
+/// root.
+const WARM_UP: u32 = 2;
 
 #[derive(Serialize)]
 struct Report {
     chitin: &'static str,
     memory_mib: u64,
-    tiers: Vec<Measured>,
+    tiers: Vec<TierFigures>,
 }
 
-/// One tier.
+/// The figures of one tier.
 #[derive(Serialize)]
-struct Measured {
+struct TierFigures {
     tier: TierKind,
     #[serde(flatten)]
     capabilities: Capabilities,
-    /// The runs of Chitin.
-    chitin: Figures,
-    /// Where their time went.
+    /// Runs of Chitin.
+    chitin: Figures<Run>,
+    /// The parts of these runs.
     parts: Vec<Row>,
-    /// The program that the tier is made of, by itself; a microVM has none.
-    bare: Option<Figures>,
-    /// Medians, Chitin's by the other's.
+    /// Runs of the same container without Chitin; a microVM has no such baseline.
+    bare: Option<Figures<Run>>,
+    /// Medians of Chitin, divided by those of the baseline.
     ratio: Option<Ratio>,
-}
-
-#[derive(Serialize)]
-struct Figures {
-    summary: Vec<Row>,
-    runs: Vec<Run>,
 }
 
 #[derive(Serialize, Clone, Copy)]
@@ -54,19 +51,20 @@ struct Ratio {
     exit: f64,
 }
 
-/// One run; nanoseconds since its process was started.
+/// One run, in nanoseconds since the start of its process.
 #[derive(Debug, Serialize, Clone, Copy)]
 struct Run {
     /// The first byte of its output was read.
     output_ns: u64,
-    /// It has ended, and left nothing.
+    /// It has ended and left nothing behind.
     exit_ns: u64,
-    /// What `chitin run` says of itself.
+    /// The phases that `chitin run` reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     phases: Option<Phases>,
 }
 
-/// Of a report of `chitin run`; nanoseconds since the monitor or the container was started.
+/// Phases from a report of `chitin run`, in nanoseconds since the start of the monitor or the
+/// container.
 #[derive(Debug, Serialize, Deserialize, Clone, Copy)]
 struct Phases {
     agent_ns: u64,
@@ -74,153 +72,135 @@ struct Phases {
     exit_ns: u64,
 }
 
-impl Figures {
-    fn of(runs: Vec<Run>) -> Figures {
-        let summary = stats::output_and_exit(runs.iter().map(|run| (run.output_ns, run.exit_ns)));
-        Figures { summary, runs }
-    }
-
-    fn median(&self, name: &str) -> f64 {
-        self.summary
-            .iter()
-            .find(|row| row.name == name)
-            .map_or(f64::NAN, |row| scaled(row.median, MILLISECOND))
-    }
-
-    /// What comes before the container is started, until the agent answers, until the command's first byte, until its end, and
-    /// what is cleared away behind it.
-    fn parts(&self) -> Vec<Row> {
-        let each = |part: fn(&Run, &Phases) -> u64| {
-            self.runs.iter().filter_map(|run| Some(part(run, run.phases.as_ref()?))).collect()
-        };
-        let rows = [
-            Row::of("before", each(|run, phases| run.output_ns.saturating_sub(phases.exec_ns))),
-            Row::of("agent", each(|_, phases| phases.agent_ns)),
-            Row::of("command", each(|_, phases| phases.exec_ns.saturating_sub(phases.agent_ns))),
-            Row::of("end", each(|_, phases| phases.exit_ns.saturating_sub(phases.exec_ns))),
-            Row::of(
-                "after",
-                each(|run, phases| {
-                    (run.exit_ns.saturating_sub(run.output_ns))
-                        .saturating_sub(phases.exit_ns.saturating_sub(phases.exec_ns))
-                }),
-            ),
-        ];
-        rows.into_iter().flatten().collect()
-    }
-}
-
-/// Measures each tier that is meant, and prints the tables.
-pub async fn run(
-    tiers: Tiers,
+/// Measures the selected tiers, prints the tables and writes the files.
+pub async fn measure_tiers(
+    tiers: TierSelection,
     runs: u32,
-    guest: &Guest,
+    common: &Common,
     workload: &Workload,
-    output: &Output,
-) -> Result<u8, Failure> {
+) -> Result<(), BenchError> {
     let mut measured = Vec::new();
-    for tier in tiers.list() {
-        let found = Availability::find(tier, &Artifacts::locate()).await;
-        match (found.capabilities, found.unavailable) {
-            (Some(capabilities), _) => {
-                measured.push(measure(tier, capabilities, runs, guest, workload).await?);
+    for tier in tiers.to_vec() {
+        match find_tier(tier).await {
+            Ok(capabilities) => {
+                let runner = TierRunner::new(tier, &common.guest, workload)?;
+                measured.push(runner.measure(capabilities, runs).await?);
             }
-            (None, unavailable) => {
-                let why = unavailable.map(|why| why.to_string()).unwrap_or_default();
-                let line = printable(&format!("{tier} cannot be measured: {why}"));
-                if tiers != Tiers::All {
-                    return Err(Failure::Usage(line));
+            Err(unavailable) => {
+                let error = BenchError::TierUnavailable { tier, unavailable };
+                if tiers != TierSelection::All {
+                    return Err(error);
                 }
-                eprintln!("chitin: {line}");
+                error.print();
             }
         }
     }
     if measured.is_empty() {
-        return Err(Failure::Usage("no tier can be measured here".into()));
+        return Err(BenchError::NoTier);
     }
-    show(&measured, runs);
-    let report =
-        Report { chitin: env!("CARGO_PKG_VERSION"), memory_mib: guest.memory, tiers: measured };
-    output.write(&report, String::new)?;
-    Ok(0)
+    print_tables(&measured, runs);
+    print_medians(&measured);
+    let chitin = env!("CARGO_PKG_VERSION");
+    let report = Report { chitin, memory_mib: common.guest.memory, tiers: measured };
+    common.output.write_files(&report, String::new)
 }
 
-async fn measure(
+async fn find_tier(tier: TierKind) -> Result<Capabilities, Unavailable> {
+    let found = Availability::find(tier, &Artifacts::locate()).await;
+    let unknown = || Unavailable { reason: String::new(), remedy: String::new() };
+    found.capabilities.ok_or_else(|| found.unavailable.unwrap_or_else(unknown))
+}
+
+/// Runs one command on one tier, by `chitin run` and by the baseline.
+struct TierRunner<'a> {
     tier: TierKind,
-    capabilities: Capabilities,
-    runs: u32,
-    guest: &Guest,
-    workload: &Workload,
-) -> Result<Measured, Failure> {
-    let argv = argv(workload);
-    let scratch = tempfile::tempdir()
-        .map_err(|source| Failure::Io { what: "create a directory".into(), source })?;
-    let report = scratch.path().join("report.json");
-    let program = std::env::current_exe()
-        .map_err(|source| Failure::Io { what: "find this program".into(), source })?
-        .with_file_name("chitin");
-    let ours = || {
-        let mut command = Command::new(&program);
-        command.args(["run", "--tier", tier.name(), "--memory", &guest.memory.to_string()]);
-        if !guest.jail.wanted() {
-            command.arg("--no-jail");
-        }
-        command.arg("--report").arg(&report).arg("--").args(&argv);
-        command
-    };
-    let mut bare: Option<BaselineContainer> = None;
-    let (mut chitin, mut other) = (Vec::new(), Vec::new());
-    let progress = progress(runs, tier.name());
-    for run in 0..UNCOUNTED + runs {
-        let mut once = time(ours()).await?;
-        once.phases = phases(&report)?;
-        if bare.is_none() {
-            // Now the image is there.
-            bare = Sandbox::builder().tier(tier).memory_mib(guest.memory).bare(&argv).await?;
-        }
-        let beside = match &bare {
-            Some(bare) => Some(time(bare.command()).await?),
-            None => None,
-        };
-        if run >= UNCOUNTED {
-            chitin.push(once);
-            other.extend(beside);
-            progress.inc(1);
-        }
-    }
-    progress.finish_and_clear();
-    let chitin = Figures::of(chitin);
-    let bare = bare.map(|_| Figures::of(other));
-    let ratio = bare.as_ref().map(|bare| Ratio {
-        output: chitin.median("output") / bare.median("output"),
-        exit: chitin.median("exit") / bare.median("exit"),
-    });
-    Ok(Measured { tier, capabilities, parts: chitin.parts(), chitin, bare, ratio })
+    guest: &'a GuestArgs,
+    argv: Vec<OsString>,
+    /// `chitin`, in the directory of this program.
+    program: PathBuf,
+    scratch: tempfile::TempDir,
 }
 
-/// The command, for every kind of run.
-fn argv(workload: &Workload) -> Vec<String> {
-    match workload.argv.is_empty() {
-        true => vec![ECHO.into(), "chitin".into()],
-        false => workload.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
+impl TierRunner<'_> {
+    fn new<'a>(
+        tier: TierKind,
+        guest: &'a GuestArgs,
+        workload: &Workload,
+    ) -> Result<TierRunner<'a>, BenchError> {
+        let this = std::env::current_exe().map_err(BenchError::io("find this program"))?;
+        let scratch = tempfile::tempdir().map_err(BenchError::io("create a directory"))?;
+        let (argv, program) = (workload.to_argv(), this.with_file_name("chitin"));
+        Ok(TierRunner { tier, guest, argv, program, scratch })
+    }
+
+    async fn measure(
+        &self,
+        capabilities: Capabilities,
+        runs: u32,
+    ) -> Result<TierFigures, BenchError> {
+        let mut baseline: Option<BaselineContainer> = None;
+        let (mut chitin, mut bare) = (Vec::new(), Vec::new());
+        let progress = new_progress_bar(runs, self.tier.name());
+        for run in 0..WARM_UP + runs {
+            let with_chitin = self.run_chitin().await?;
+            if baseline.is_none() {
+                // The first run has imported the image that the baseline needs.
+                baseline = self.find_baseline().await?;
+            }
+            let without = match &baseline {
+                Some(baseline) => Some(time_command(baseline.command()).await?),
+                None => None,
+            };
+            if run >= WARM_UP {
+                chitin.push(with_chitin);
+                bare.extend(without);
+                progress.inc(1);
+            }
+        }
+        progress.finish_and_clear();
+        let chitin = summarize_runs(chitin);
+        let bare = baseline.map(|_| summarize_runs(bare));
+        let ratio = bare.as_ref().map(|bare| Ratio {
+            output: find_median(&chitin, "output") / find_median(bare, "output"),
+            exit: find_median(&chitin, "exit") / find_median(bare, "exit"),
+        });
+        let parts = summarize_parts(&chitin.runs);
+        Ok(TierFigures { tier: self.tier, capabilities, parts, chitin, bare, ratio })
+    }
+
+    async fn run_chitin(&self) -> Result<Run, BenchError> {
+        let report = self.scratch.path().join("report.json");
+        let mut command = Command::new(&self.program);
+        command.args(["run", "--tier", self.tier.name()]).args(self.guest.to_run_args());
+        command.arg("--report").arg(&report).arg("--").args(&self.argv);
+        let mut run = time_command(command).await?;
+        run.phases = Some(read_phases(&report)?);
+        Ok(run)
+    }
+
+    async fn find_baseline(&self) -> Result<Option<BaselineContainer>, BenchError> {
+        let argv: Vec<String> =
+            self.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        let builder = Sandbox::builder().tier(self.tier).memory_mib(self.guest.memory);
+        Ok(builder.bare(&argv).await?)
     }
 }
 
-/// Runs a command from the start of its process to its end.
-async fn time(mut command: Command) -> Result<Run, Failure> {
-    let name = command.as_std().get_program().to_string_lossy().into_owned();
-    let failed = |source| Failure::Io { what: format!("run {name}"), source };
+/// Runs a command and measures from the start of its process to its end.
+async fn time_command(mut command: Command) -> Result<Run, BenchError> {
+    let program = command.as_std().get_program().to_string_lossy().into_owned();
+    let failed = || BenchError::io(format!("run {program}"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
-    let mut child = command.spawn().map_err(failed)?;
-    let (mut first, mut rest, mut said) = ([0], Vec::new(), String::new());
+    let mut child = command.spawn().map_err(failed())?;
+    let (mut first, mut rest, mut messages) = ([0], Vec::new(), String::new());
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let talking = async {
+    let read_messages = async {
         if let Some(mut stderr) = stderr {
-            let _ = stderr.read_to_string(&mut said).await;
+            let _ = stderr.read_to_string(&mut messages).await;
         }
     };
-    let working = async {
+    let read_output = async {
         let mut output = None;
         if let Some(mut stdout) = stdout {
             if stdout.read(&mut first).await.unwrap_or(0) > 0 {
@@ -228,68 +208,92 @@ async fn time(mut command: Command) -> Result<Run, Failure> {
             }
             let _ = stdout.read_to_end(&mut rest).await;
         }
-        (output, child.wait().await, since(started))
+        (output, child.wait().await, elapsed_ns(started))
     };
-    let ((output, status, exit_ns), ()) = tokio::join!(working, talking);
-    let status = status.map_err(failed)?;
+    let ((output, status, exit_ns), ()) = tokio::join!(read_output, read_messages);
+    let status = status.map_err(failed())?;
     match output {
         Some(output) if status.success() => {
-            Ok(Run { output_ns: nanoseconds(started, output), exit_ns, phases: None })
+            Ok(Run { output_ns: ns_between(started, output), exit_ns, phases: None })
         }
-        _ => Err(went_wrong(&name, status, &said)),
+        None if status.success() => Err(BenchError::NoOutput),
+        _ => {
+            let message = messages.lines().last().unwrap_or("it prints no reason").to_owned();
+            Err(BenchError::ProgramFailed { program, status, message })
+        }
     }
 }
 
-fn went_wrong(name: &str, status: ExitStatus, said: &str) -> Failure {
-    let said = said.lines().last().unwrap_or("the command has printed nothing: nothing to measure");
-    Failure::Usage(format!("{name} went wrong ({status}): {said}"))
-}
-
-/// What a report says of where the time went.
-fn phases(report: &std::path::Path) -> Result<Option<Phases>, Failure> {
+fn read_phases(report: &Path) -> Result<Phases, BenchError> {
     #[derive(Deserialize)]
     struct Part {
         phases: Phases,
     }
-    let failed = |source| Failure::Io { what: format!("read {}", report.display()), source };
-    let json = std::fs::read(report).map_err(failed)?;
-    let part: Part = serde_json::from_slice(&json).map_err(|error| failed(error.into()))?;
-    Ok(Some(part.phases))
+    let failed = || BenchError::io(format!("read {}", report.display()));
+    let json = std::fs::read(report).map_err(failed())?;
+    let part: Part = serde_json::from_slice(&json).map_err(|error| failed()(error.into()))?;
+    Ok(part.phases)
 }
 
-fn show(measured: &[Measured], runs: u32) {
-    println!("{runs} runs of each kind, in turns; milliseconds since each process was started");
-    for Measured { tier, capabilities, chitin, parts, bare, .. } in measured {
-        println!();
-        println!(
-            "{}",
-            printable(&format!(
-                "{tier} ({} {})",
-                capabilities.implementation, capabilities.version
-            ))
-        );
-        stats::print("phase", &chitin.summary, MILLISECOND);
+fn summarize_runs(runs: Vec<Run>) -> Figures<Run> {
+    let times = runs.iter().map(|run| (run.output_ns, run.exit_ns));
+    Figures { summary: stats::summarize_output_and_exit(times), runs }
+}
+
+/// Returns the median of one row in milliseconds.
+fn find_median(figures: &Figures<Run>, name: &str) -> f64 {
+    let row = figures.summary.iter().find(|row| row.name == name);
+    row.map_or(f64::NAN, |row| scale(row.median, MILLISECOND))
+}
+
+/// Divides runs into five parts: until the container is started, until the agent answers, until
+/// the first byte of the command, until its end, and the clean-up after it.
+fn summarize_parts(runs: &[Run]) -> Vec<Row> {
+    let part = |name, part: fn(&Run, &Phases) -> u64| {
+        let values = runs.iter().filter_map(|run| Some(part(run, run.phases.as_ref()?)));
+        Row::summarize(name, values.collect())
+    };
+    let rows = [
+        part("before", |run, phases| run.output_ns.saturating_sub(phases.exec_ns)),
+        part("agent", |_, phases| phases.agent_ns),
+        part("command", |_, phases| phases.exec_ns.saturating_sub(phases.agent_ns)),
+        part("end", |_, phases| phases.exit_ns.saturating_sub(phases.exec_ns)),
+        part("after", |run, phases| {
+            let end = phases.exit_ns.saturating_sub(phases.exec_ns);
+            run.exit_ns.saturating_sub(run.output_ns).saturating_sub(end)
+        }),
+    ];
+    rows.into_iter().flatten().collect()
+}
+
+fn print_tables(measured: &[TierFigures], runs: u32) {
+    println!("{runs} runs of each kind, in turns; milliseconds since the start of each process");
+    for TierFigures { tier, capabilities, chitin, parts, bare, .. } in measured {
+        let Capabilities { implementation, version, .. } = capabilities;
+        println!("\n{}", printable(&format!("{tier} ({implementation} {version})")));
+        print_rows("phase", &chitin.summary, MILLISECOND);
         if let Some(bare) = bare {
             println!("the same container without Chitin");
-            stats::print("phase", &bare.summary, MILLISECOND);
+            print_rows("phase", &bare.summary, MILLISECOND);
         }
-        println!("where Chitin's time went");
-        stats::print("part", parts, MILLISECOND);
+        println!("parts of the time with Chitin");
+        print_rows("part", parts, MILLISECOND);
     }
+}
+
+fn print_medians(measured: &[TierFigures]) {
     println!(
         "\n{:<10} {:>10} {:>10} {:>7} {:>10} {:>10} {:>7}",
         "medians", "output", "bare", "ratio", "exit", "bare", "ratio"
     );
-    for Measured { tier, chitin, bare, ratio, .. } in measured {
+    let or_dash = |number: Option<f64>| number.map_or("-".into(), |number| format!("{number:.3}"));
+    for TierFigures { tier, chitin, bare, ratio, .. } in measured {
         print!("{tier:<10}");
-        for (name, ratio) in
-            [("output", ratio.map(|ratio| ratio.output)), ("exit", ratio.map(|ratio| ratio.exit))]
-        {
-            let bare = bare
-                .as_ref()
-                .map_or_else(|| "-".into(), |bare| format!("{:.3}", bare.median(name)));
-            let ratio = ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.3}"));
-            print!(" {:>10.3} {bare:>10} {ratio:>7}", chitin.median(name));
+        let ratios = [ratio.map(|ratio| ratio.output), ratio.map(|ratio| ratio.exit)];
+        for (name, ratio) in ["output", "exit"].into_iter().zip(ratios) {
+            let bare = or_dash(bare.as_ref().map(|bare| find_median(bare, name)));
+            let ratio = or_dash(ratio);
+            print!(" {:>10.3} {bare:>10} {ratio:>7}", find_median(chitin, name));
         }
         println!();
     }
@@ -300,30 +304,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_add_up_to_the_whole() {
+    fn parts_add_up_to_total_time() {
         let phases = Phases { agent_ns: 30, exec_ns: 45, exit_ns: 50 };
         let run = Run { output_ns: 60, exit_ns: 80, phases: Some(phases) };
-        let parts: Vec<u64> = Figures::of(vec![run]).parts().iter().map(|row| row.median).collect();
+        let parts: Vec<u64> = summarize_parts(&[run]).iter().map(|row| row.median).collect();
         assert_eq!(parts, [15, 30, 15, 5, 15]);
         assert_eq!(parts.iter().sum::<u64>(), run.exit_ns);
     }
 
     #[tokio::test]
-    async fn a_command_is_timed_unless_it_fails_or_prints_nothing() {
+    async fn timed_command_must_succeed_and_print() {
         let sh = |script: &str| {
             let mut command = Command::new("sh");
             command.args(["-c", script]);
             command
         };
-        let run = time(sh("echo x; sleep 0.05")).await.unwrap();
+        let run = time_command(sh("echo x; sleep 0.05")).await.unwrap();
         assert!(run.exit_ns >= run.output_ns + 40_000_000, "{} {}", run.output_ns, run.exit_ns);
-        assert!(
-            time(sh("echo x; echo why >&2; exit 3"))
-                .await
-                .unwrap_err()
-                .to_string()
-                .ends_with("3): why")
-        );
-        assert!(time(sh("true")).await.unwrap_err().to_string().contains("printed nothing"));
+        let error = time_command(sh("echo x; echo why >&2; exit 3")).await.unwrap_err();
+        let BenchError::ProgramFailed { status, message, .. } = error else { panic!("{error}") };
+        assert_eq!((status.code(), message.as_str()), (Some(3), "why"));
+        let error = time_command(sh("true")).await.unwrap_err();
+        assert!(matches!(error, BenchError::NoOutput), "{error}");
     }
 }

@@ -3,7 +3,7 @@ use std::os::unix::fs::PermissionsExt;
 use clap::Parser;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-use super::guest::Conversation;
+use super::connection::GuestConnection;
 use super::*;
 
 #[derive(Parser)]
@@ -12,58 +12,63 @@ struct Line {
     peer: PeerArgs,
 }
 
-fn parse(words: &[&str]) -> Result<Line, clap::Error> {
+fn parse_args(words: &[&str]) -> Result<Line, clap::Error> {
     Line::try_parse_from(["bench"].iter().chain(words))
 }
 
 #[test]
-fn a_peer_is_firecracker_and_names_a_program() {
+fn peer_other_than_firecracker_is_rejected() {
     for wrong in ["firecracker", "firecracker=", "qemu=/bin/true", "/bin/true"] {
-        let error = parse(&["--peer", wrong]).err().unwrap().to_string();
-        assert!(error.contains("firecracker=BIN"), "{error}");
+        assert_eq!(wrong.parse::<PeerProgram>(), Err(ParsePeerError), "{wrong}");
+        assert!(parse_args(&["--peer", wrong]).is_err(), "{wrong}");
     }
-    assert!(parse(&["--peer-kernel", "vmlinux"]).is_err());
-    assert!(parse(&["--peer-root", "pmem"]).is_err());
-    assert!(parse(&["--peer", "firecracker=x", "--peer-root", "nvme"]).is_err());
-    assert!(parse(&[]).unwrap().peer.peer(1, 128).unwrap().is_none());
+    assert!(parse_args(&["--peer-kernel", "vmlinux"]).is_err());
+    assert!(parse_args(&["--peer-root", "pmem"]).is_err());
+    assert!(parse_args(&["--peer", "firecracker=x", "--peer-root", "nvme"]).is_err());
+    assert!(parse_args(&[]).unwrap().peer.find_peer(1, 128).unwrap().is_none());
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn missing_peer_files_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("firecracker");
-    let peer =
-        |path: &Path| parse(&["--peer", &format!("firecracker={}", path.display())]).unwrap().peer;
-    let error = peer(&path).peer(1, 128).err().unwrap();
-    assert!(matches!(error, PeerError::Missing { what: "program", .. }), "{error}");
+    let peer = |path: &Path| {
+        parse_args(&["--peer", &format!("firecracker={}", path.display())]).unwrap().peer
+    };
+    let error = peer(&path).find_peer(1, 128).err().unwrap();
+    assert!(matches!(error, PeerError::Missing { object: PeerFile::Program, .. }), "{error}");
     std::fs::write(&path, "#!/bin/sh\necho something 1.0\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let error = peer(&path).peer(1, 128).err().unwrap();
+    let error = peer(&path).find_peer(1, 128).err().unwrap();
     assert!(matches!(error, PeerError::Version { .. }), "{error}");
     std::fs::write(&path, "#!/bin/sh\necho Firecracker v0\n").unwrap();
     let args = PeerArgs { peer_kernel: Some(dir.path().join("none")), ..peer(&path) };
-    let error = args.peer(1, 128).err().unwrap();
-    assert!(matches!(error, PeerError::Missing { what: "guest kernel", .. }), "{error}");
+    let error = args.find_peer(1, 128).err().unwrap();
+    assert!(matches!(error, PeerError::Missing { object: PeerFile::Kernel, .. }), "{error}");
 }
 
 #[test]
-fn commands_are_words_that_end() {
-    assert_eq!(words(&["a b".into(), "".into()]), b"a b\0\0");
-    assert_eq!(words(&[]), [ECHO.as_bytes(), b"\0chitin\0"].concat());
+fn argv_is_encoded_with_nul_terminators() {
+    assert_eq!(encode_argv(&["a b".into(), "".into()]), b"a b\0\0");
 }
 
-/// Runs the host's end, and what a guest does with its own.
-fn talk<T>(host: impl AsyncFnOnce(DuplexStream) -> T, guest: impl AsyncFnOnce(DuplexStream)) -> T {
+/// Runs the host's end, and what a guest does with its end.
+fn run_both<T>(
+    host: impl AsyncFnOnce(DuplexStream) -> T,
+    guest: impl AsyncFnOnce(DuplexStream),
+) -> T {
     let (ours, theirs) = tokio::io::duplex(64);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async { tokio::join!(host(ours), guest(theirs)).0 })
 }
 
 #[test]
-fn a_command_is_told_from_its_output_and_its_end() {
+fn command_output_and_exit_code_are_separated() {
     for (sent, printed, code) in [("hone\ntwo\n\0\x03", true, 3), ("h\0\0", false, 0)] {
-        let ran = talk(
-            async |stream| Conversation::begin(stream).await.unwrap().run(b"true\0").await.unwrap(),
+        let ran = run_both(
+            async |stream| {
+                GuestConnection::accept(stream).await.unwrap().run(b"true\0").await.unwrap()
+            },
             async |mut stream| {
                 stream.write_all(sent.as_bytes()).await.unwrap();
                 let mut request = [0; 10];
@@ -71,14 +76,17 @@ fn a_command_is_told_from_its_output_and_its_end() {
                 assert_eq!(request, *b"x\x05\0\0\0true\0");
             },
         );
-        assert_eq!((ran.printed, ran.code), (printed, code));
+        assert_eq!((ran.has_printed, ran.code), (printed, code));
         assert!(ran.output <= ran.exit);
     }
-    // A guest that ends in the middle is an error, and so is one that says something else first.
+}
+
+#[test]
+fn truncated_or_foreign_answer_is_an_error() {
     for sent in ["hone\n", "h\0", "", "x"] {
-        let ran = talk(
-            async |stream| match Conversation::begin(stream).await {
-                Ok(mut conversation) => conversation.run(b"true\0").await.map(drop),
+        let ran = run_both(
+            async |stream| match GuestConnection::accept(stream).await {
+                Ok(mut connection) => connection.run(b"true\0").await.map(drop),
                 Err(error) => Err(error),
             },
             async |mut stream| {
@@ -93,10 +101,11 @@ fn a_command_is_told_from_its_output_and_its_end() {
 }
 
 #[test]
-fn a_restored_guest_is_asked_for_by_its_port() {
-    for (answer, there) in [("OK 7\nh", true), ("no\nh", false), ("OK 7\n", false), ("", false)] {
-        let connected = talk(
-            async |stream| Conversation::connect(stream).await.is_ok(),
+fn restored_guest_is_dialed_by_port() {
+    for (answer, accepted) in [("OK 7\nh", true), ("no\nh", false), ("OK 7\n", false), ("", false)]
+    {
+        let connected = run_both(
+            async |stream| GuestConnection::dial(stream).await.is_ok(),
             async |mut stream| {
                 let mut line = [0; 13];
                 stream.read_exact(&mut line).await.unwrap();
@@ -104,14 +113,14 @@ fn a_restored_guest_is_asked_for_by_its_port() {
                 stream.write_all(answer.as_bytes()).await.unwrap();
             },
         );
-        assert_eq!(connected, there, "{answer:?}");
+        assert_eq!(connected, accepted, "{answer:?}");
     }
 }
 
 #[test]
-fn an_answer_has_a_status_and_a_body() {
+fn api_answer_has_status_and_body() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let answer = |text: &'static str| runtime.block_on(firecracker::answer(text.as_bytes()));
+    let answer = |text: &'static str| runtime.block_on(firecracker::read_answer(text.as_bytes()));
     assert_eq!(
         answer("HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n").unwrap(),
         (204, String::new())

@@ -1,0 +1,35 @@
+//! A template that lives as long as one benchmark.
+
+use std::ffi::OsString;
+
+use chitin::{Builder, Templates, Warming};
+
+use crate::error::BenchError;
+
+/// A template that is removed when this is dropped.
+pub struct TemporaryTemplate {
+    templates: Templates,
+    pub name: String,
+}
+
+impl TemporaryTemplate {
+    /// Builds a template, named after this process, whose copies run `first` first.
+    pub async fn build(
+        builder: Builder,
+        warm_up: Option<String>,
+        first: Vec<OsString>,
+    ) -> Result<TemporaryTemplate, BenchError> {
+        let templates = Templates::locate().map_err(chitin::Error::from)?;
+        let name = format!("bench-{}", std::process::id());
+        builder.build_template(&name, &Warming { warm_up, first }).await?;
+        Ok(TemporaryTemplate { templates, name })
+    }
+}
+
+impl Drop for TemporaryTemplate {
+    fn drop(&mut self) {
+        if let Err(error) = self.templates.remove(&self.name) {
+            BenchError::Sandbox(error.into()).print();
+        }
+    }
+}
