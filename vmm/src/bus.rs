@@ -33,6 +33,15 @@ pub struct Bus {
     strays: AtomicU64,
 }
 
+/// The address spaces that a vCPU reaches devices in.
+#[derive(Default)]
+pub struct Buses {
+    /// Memory-mapped devices.
+    pub mmio: Bus,
+    /// Ports.
+    pub ports: Bus,
+}
+
 impl Bus {
     /// Puts a device at `start`. Ranges are ours, not the guest's, and do not overlap.
     pub fn insert(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {

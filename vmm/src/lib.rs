@@ -23,7 +23,7 @@ pub mod vm;
 
 pub use control::{EndReason, Event, Message, Request, TemplateEvent};
 pub use spec::{SpecError, VmSpec};
-pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Parts, Stopper};
+pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper, VmResources};
 
 /// An error and its causes as one line, for people.
 pub fn one_line(error: &dyn std::error::Error) -> String {

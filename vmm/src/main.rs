@@ -13,7 +13,7 @@ use chitin_vmm::control::{Control, ControlError, Message};
 use chitin_vmm::heap::Heap;
 use chitin_vmm::jail::{self, Fate, JailError, Needs, Side};
 use chitin_vmm::{
-    Ended, Event, Monitor, MonitorBuilder, MonitorError, Parts, VmSpec, one_line, probe,
+    Event, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, one_line, probe,
 };
 
 const HELP: &str = "\
@@ -139,9 +139,9 @@ fn controlled() -> c_int {
     };
     let received = control.receive().map_err(Error::from);
     let result = received.and_then(|(spec, channel, files)| {
-        let parts = Parts::open(&spec, files)?;
+        let resources = VmResources::open(&spec, files)?;
         let builder = Monitor::builder().channel(channel).control(Rc::clone(&control));
-        run(spec, parts, builder, Some(&control), emit.clone())
+        run(spec, resources, builder, Some(&control), emit.clone())
     });
     report(result, emit)
 }
@@ -156,8 +156,8 @@ fn standalone(path: &str) -> c_int {
         print(&format!("{json}\n"));
     };
     let result = read_spec(Path::new(path)).and_then(|spec| {
-        let parts = Parts::open(&spec, None)?;
-        run(spec, parts, Monitor::builder(), None, emit)
+        let resources = VmResources::open(&spec, None)?;
+        run(spec, resources, Monitor::builder(), None, emit)
     });
     report(result, emit)
 }
@@ -179,7 +179,7 @@ enum Done {
 
 fn run(
     spec: VmSpec,
-    mut parts: Parts,
+    mut resources: VmResources,
     builder: MonitorBuilder,
     control: Option<&Control>,
     mut emit: impl FnMut(Message) + 'static,
@@ -189,7 +189,7 @@ fn run(
         Some(Side::Inmate(inmate)) => Some(inmate),
         Some(Side::Keeper(keeper)) => {
             // What it does not have nobody can get from it.
-            drop((parts, builder));
+            drop((resources, builder));
             return match keeper.watch(&signals()?, control.map(AsRawFd::as_raw_fd)) {
                 Fate::Exited(code) => Ok(Done::Keeper(code)),
                 Fate::Unwanted => Ok(Done::Keeper(SUCCESS)),
@@ -197,7 +197,7 @@ fn run(
             };
         }
     };
-    parts.watch_pages().map_err(Error::from)?;
+    resources.open_pagemap().map_err(Error::from)?;
     let jail =
         inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
     if jail.is_none() {
@@ -206,7 +206,7 @@ fn run(
     }
     let monitor = builder
         .spec(spec)
-        .parts(parts)
+        .resources(resources)
         .filters(jail.is_some())
         .stop_on(signals()?)
         .on_event(move |mut event| {
@@ -216,9 +216,7 @@ fn run(
             emit(event);
         })
         .build()?;
-    let Ended { end, log, faults, fault, made } = monitor.run()?;
-    let ended = || Event::Ended { reason: end.reason, detail: end.detail, log, faults, fault };
-    Ok(Done::Monitor(made.map_or_else(|| ended().into(), Into::into)))
+    Ok(Done::Monitor(monitor.run()?.into_event()))
 }
 
 fn report(result: Result<Done, Error>, mut emit: impl FnMut(Message)) -> c_int {

@@ -16,7 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::x86_64::registers;
 use crate::kvm::{self, Vm};
 use crate::memory;
-use crate::vm::vcpu;
+use crate::vm::kick;
 
 /// How often the guest counts down.
 const COUNTDOWN: u32 = 10_000;
@@ -124,12 +124,12 @@ fn program() -> Vec<u8> {
 
 /// Runs the guest in a thread of its own, so that one that never comes out does not keep the caller.
 fn run_bounded(prepared: Prepared) -> Result<Duration, String> {
-    vcpu::install_kick_handler()
+    kick::install_kick_handler()
         .map_err(|error| format!("install the signal handler of vCPUs: {error}"))?;
     let (sender, result) = mpsc::channel();
     let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
         let mut prepared = prepared;
-        let answer = vcpu::kickable(&mut prepared.vcpu, measure);
+        let answer = kick::run_kickable(&mut prepared.vcpu, measure);
         // Nobody listens any more if it took too long.
         let _ = sender.send(answer);
     });

@@ -254,7 +254,7 @@ fn complaint(state: &[u8], memory_bytes: u64, spec: impl FnOnce(&mut VmSpec)) ->
         ..VmSpec::new("", image.path())
     };
     spec(&mut asked);
-    one_line(&Monitor::builder().spec(asked).files(files).build().err().unwrap())
+    one_line(&Monitor::builder().spec(asked).template(files).build().err().unwrap())
 }
 
 #[test]

@@ -36,6 +36,17 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Returns the name of the request.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Go(_) => "go",
+            Self::Snapshot { .. } => "snapshot",
+            Self::Record { .. } => "record",
+        }
+    }
+}
+
 /// The files of a saved guest.
 #[derive(Debug)]
 pub struct TemplateFiles {

@@ -21,11 +21,17 @@ pub enum MonitorError {
     /// The specification is out of bounds.
     #[error("specification")]
     Spec(#[from] SpecError),
-    /// A file cannot be opened.
-    #[error("open {what} {}", path.display())]
-    Open {
-        /// The kernel or the root image.
-        what: &'static str,
+    /// The kernel cannot be opened.
+    #[error("open kernel {}", path.display())]
+    OpenKernel {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The root image cannot be opened.
+    #[error("open root image {}", path.display())]
+    OpenImage {
         /// As given.
         path: PathBuf,
         /// Why not.
@@ -73,13 +79,13 @@ pub enum MonitorError {
     /// The control socket failed, or the host sent something else than was due.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The host asked for something at the wrong time.
-    #[error("`{request}` asked for {when}")]
+    /// The host has sent a request at the wrong time.
+    #[error("the request `{request}` is not possible: {reason}")]
     Untimely {
-        /// The request.
+        /// The name of the request.
         request: &'static str,
-        /// Why not now.
-        when: &'static str,
+        /// The reason why it is not possible now.
+        reason: &'static str,
     },
     /// A template cannot be used or written.
     #[error(transparent)]

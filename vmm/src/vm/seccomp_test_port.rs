@@ -1,45 +1,45 @@
-//! For the tests of filters, under the feature `seccomp-tests`: a port at which a guest has its monitor do what it must not.
+//! A port at which a guest has its monitor make system calls that the filters forbid, for the tests of
+//! the filters. Compiled under the feature `seccomp-tests` only.
 
 use std::ptr;
 
-use super::event_loop::{Mailbox, Request};
+use super::device_requests::{DeviceRequest, RequestSender};
 use crate::bus::BusDevice;
 
-/// Where no PC has anything.
-pub(super) const PORT: u64 = 0x7e0;
+/// A port that no device of a PC uses.
+pub(super) const SECCOMP_TEST_PORT: u64 = 0x7e0;
 
-/// The port: a letter says what is done, and by which thread.
-pub(super) struct Trial(pub(super) Mailbox);
+/// The port. A letter written to it selects the call: in upper case the vCPU thread makes it, in lower
+/// case the VMM thread.
+pub(super) struct SeccompTestPort(pub RequestSender);
 
-impl BusDevice for Trial {
+impl BusDevice for SeccompTestPort {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
 
     fn write(&mut self, _: u64, data: &[u8]) {
         match data.first() {
-            Some(letter @ (b'A'..=b'Z')) => forbidden(*letter),
-            Some(letter) => self.0.send(Request::Trial(letter.to_ascii_uppercase())),
+            Some(letter @ (b'A'..=b'Z')) => make_forbidden_call(*letter),
+            Some(letter) => {
+                self.0.send(DeviceRequest::ForbiddenCall(letter.to_ascii_uppercase()));
+            }
             None => {}
         }
     }
 }
 
-/// Does what no thread may.
-pub(super) fn forbidden(letter: u8) {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: none of these touches memory that anybody uses, and none is let through.
+/// Makes a system call that no thread may make.
+pub(super) fn make_forbidden_call(letter: u8) {
+    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let read_exec = libc::PROT_READ | libc::PROT_EXEC;
+    // SAFETY: no pointer but to static strings and null is passed, and no memory in use is remapped: the
+    // page of `mmap` is new, and `mprotect` gets an empty range. Without a filter `execve` of a
+    // directory fails.
     unsafe {
         match letter {
             b'S' => drop(libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)),
             b'O' => drop(libc::open(c"/".as_ptr(), libc::O_RDONLY)),
             b'E' => drop(libc::execve(c"/".as_ptr(), ptr::null(), ptr::null())),
-            b'X' => drop(libc::mmap(
-                ptr::null_mut(),
-                4096,
-                libc::PROT_READ | libc::PROT_EXEC,
-                flags,
-                -1,
-                0,
-            )),
+            b'X' => drop(libc::mmap(ptr::null_mut(), 4096, read_exec, anonymous, -1, 0)),
             b'P' => drop(libc::mprotect(ptr::null_mut(), 0, libc::PROT_EXEC)),
             // KVM_CREATE_VM, and pushing characters back into a terminal.
             b'K' => drop(libc::ioctl(0, 0xae01, 0)),

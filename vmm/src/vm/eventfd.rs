@@ -1,0 +1,10 @@
+//! Eventfds of the monitor: never blocking, closed on exec.
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::error::{MonitorError, host};
+
+/// Creates an eventfd.
+pub(super) fn create_eventfd() -> Result<EventFd, MonitorError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("create an eventfd"))
+}
