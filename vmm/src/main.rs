@@ -1,47 +1,51 @@
 //! `chitin-vmm`: one process per microVM, started by `chitin`.
+//!
+//! ```text
+//!  arguments ─▶ specification and files ─▶ fork ─┬─ supervisor ─▶ waits ─▶ exit code of the child
+//!                                                ├─ child ─▶ enters the jail ─▶ monitor
+//!                                                └─ (no jail) ────────────────▶ monitor
+//!  monitor ─▶ event `entered` … ─▶ last event: `ended`, `failed` or the result of a template
+//! ```
 
-#![no_main]
-
-use std::ffi::{CStr, c_char, c_int, c_uint};
-use std::io::Write;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::ExitCode;
 use std::rc::Rc;
 
 use chitin_vmm::control::{Control, ControlError, Message};
-use chitin_vmm::heap::Heap;
-use chitin_vmm::jail::{self, Fate, JailError, Needs, Side};
+use chitin_vmm::jail::{
+    self, ChildAccess, ChildExit, ForkResult, Jail, JailError, KilledChild, Supervisor,
+};
+use chitin_vmm::signals::TerminationSignals;
 use chitin_vmm::{
     Event, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, one_line, probe,
 };
+use serde::Serialize;
 
 const HELP: &str = "\
 Runs one microVM. `chitin run` starts this program; it is rarely started by hand.
 
-Usage: chitin-vmm              take a specification and a channel from standard input (a control socket)
-       chitin-vmm SPEC.json    run without a channel; events are lines of JSON on standard output
-       chitin-vmm --probe      say whether this host can run microVMs, as JSON
-       chitin-vmm --jail       say what of the jail this host can do, as JSON
+Usage: chitin-vmm              receive a specification and a channel from a control socket, which is
+                               standard input
+       chitin-vmm SPEC.json    run without a channel; print events as lines of JSON
+       chitin-vmm --probe      report as JSON whether this host can run microVMs
+       chitin-vmm --jail       report as JSON which parts of a jail this host supports
 
 Options:
-  -h, --help       print this
+  -h, --help       print this help
   -V, --version    print the version
 
 Examples:
-  echo '{\"kernel\": \"vmlinux\", \"root_image\": \"root.img\", \"memory_mib\": 128, \"console\": true}' >spec.json
+  echo '{\"kernel\": \"vmlinux\", \"root_image\": \"root.img\", \"memory_mib\": 128,
+         \"console\": true}' >spec.json
   chitin-vmm spec.json
   chitin-vmm --probe
 ";
 
-#[global_allocator]
-static HEAP: Heap = Heap::new();
-
-const SUCCESS: c_int = 0;
-/// Something was wrong with the microVM or the host.
-const FAILED: c_int = 1;
-/// Something was wrong with the command line.
-const USAGE: c_int = 2;
+/// The exit code for an invalid command line. A failure of the host or the microVM is 1.
+const USAGE: u8 = 2;
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -50,90 +54,87 @@ enum Error {
     #[error(transparent)]
     Monitor(#[from] MonitorError),
     #[error("read specification {path}")]
-    ReadSpec { path: String, source: std::io::Error },
-    #[error("specification {path}")]
+    ReadSpec { path: String, source: io::Error },
+    #[error("parse specification {path}")]
     ParseSpec { path: String, source: serde_json::Error },
     #[error(transparent)]
     Jail(#[from] JailError),
-    #[error("{0}")]
-    Killed(String),
-    #[error("{operation}")]
-    Host { operation: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Killed(#[from] KilledChild),
 }
 
-/// The entry point, called by the C library. Without the one of Rust's standard library, which prepares for what this
-/// program does not do (messages about stack overflows, on every thread), and takes 2 % of the time it takes to restore a guest.
-///
-/// # Safety
-/// `argv` has `argc` strings, as C has it.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
-    // SAFETY: a number, and what to do about it. Writing to a channel whose other end is gone is an error, not the end.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-    // Nothing of ours is open yet: what is there was left to us by mistake.
-    // SAFETY: numbers only; nobody here has an owner of these.
-    unsafe { libc::close_range(3, c_uint::MAX, 0) };
-    let count = usize::try_from(argc).unwrap_or(0);
-    let args: Vec<_> = (1..count)
-        .map(|at| {
-            // SAFETY: the caller's promise.
-            let arg = unsafe { CStr::from_ptr(*argv.add(at)) };
-            arg.to_string_lossy()
-        })
-        .collect();
+fn main() -> ExitCode {
+    close_inherited_files();
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
     let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
-    let code = match args.as_slice() {
-        [] => controlled(),
-        ["-h" | "--help"] => print(HELP),
-        ["-V" | "--version"] => print(concat!("chitin-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
+    match args.as_slice() {
+        [] => run_controlled(),
+        ["-h" | "--help"] => print_text(HELP),
+        ["-V" | "--version"] => print_text(concat!("chitin-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
         ["--probe"] => {
-            let verdict = probe::run();
-            let json = serde_json::to_string(&verdict).unwrap_or_default();
-            print(&format!("{json}\n"));
-            if verdict.usable { SUCCESS } else { FAILED }
+            let support = probe::probe_kvm();
+            print_json(&support);
+            exit_code(support.usable)
         }
-        ["--jail"] => surveyed(),
-        [option, ..] if option.starts_with('-') => usage(&format!("unknown option `{option}`")),
-        [path] => standalone(path),
-        _ => usage("more than one specification"),
-    };
-    let _ = std::io::stdout().flush();
-    code
-}
-
-fn print(text: &str) -> c_int {
-    // A reader that is gone has seen enough.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    SUCCESS
-}
-
-fn usage(problem: &str) -> c_int {
-    eprintln!("chitin-vmm: {problem}: see `chitin-vmm --help`");
-    USAGE
-}
-
-/// Says what a jail on this host is like.
-fn surveyed() -> c_int {
-    match signals() {
-        Ok(signals) => {
-            let survey = jail::survey(&signals);
-            print(&format!("{}\n", serde_json::to_string(&survey).unwrap_or_default()));
-            if survey.usable { SUCCESS } else { FAILED }
+        ["--jail"] => report_jail_support(),
+        [option, ..] if option.starts_with('-') => {
+            fail_usage(&format!("unknown option `{option}`"))
         }
-        Err(error) => usage(&one_line(&error)),
+        [path] => run_standalone(Path::new(path)),
+        _ => fail_usage("more than one specification"),
     }
 }
 
-/// Runs what the host asks for over the control socket.
-fn controlled() -> c_int {
+/// Closes descriptors that the parent process left open by mistake.
+fn close_inherited_files() {
+    // SAFETY: this process has opened nothing yet, so no value owns a descriptor other than those
+    // of the standard streams, which stay open.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+fn exit_code(succeeded: bool) -> ExitCode {
+    if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Prints to standard output. A reader that has closed it needs no more.
+fn print_text(text: &str) -> ExitCode {
+    let mut stdout = io::stdout();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    ExitCode::SUCCESS
+}
+
+/// Prints a line of JSON.
+fn print_json(value: &impl Serialize) {
+    print_text(&format!("{}\n", serde_json::to_string(value).unwrap_or_default()));
+}
+
+fn fail_usage(problem: &str) -> ExitCode {
+    eprintln!("chitin-vmm: {problem}: see `chitin-vmm --help`");
+    ExitCode::from(USAGE)
+}
+
+fn report_jail_support() -> ExitCode {
+    match block_signals() {
+        Ok(signals) => {
+            let support = jail::probe_jail(&signals);
+            print_json(&support);
+            exit_code(support.usable)
+        }
+        Err(error) => fail_usage(&one_line(&error)),
+    }
+}
+
+/// Runs the microVM that the host requests over the control socket.
+fn run_controlled() -> ExitCode {
     let control = match Control::from_stdin() {
         Ok(control) => Rc::new(control),
-        Err(error) => return usage(&error.to_string()),
+        Err(error) => return fail_usage(&one_line(&error)),
     };
     let emit = {
         let control = Rc::clone(&control);
         move |event| {
-            // A host that is gone is noticed by the socket's closing.
+            // The event loop notices a host that has closed the socket.
             let _ = control.send(&event);
         }
     };
@@ -141,25 +142,24 @@ fn controlled() -> c_int {
     let result = received.and_then(|(spec, channel, files)| {
         let resources = VmResources::open(&spec, files)?;
         let builder = Monitor::builder().channel(channel).control(Rc::clone(&control));
-        run(spec, resources, builder, Some(&control), emit.clone())
+        run_process(spec, resources, builder, Some(&control), emit.clone())
     });
-    report(result, emit)
+    report_outcome(result, emit)
 }
 
-/// Runs a specification from a file, without a channel.
-fn standalone(path: &str) -> c_int {
+/// Runs the microVM of a specification in a file, without a channel.
+fn run_standalone(path: &Path) -> ExitCode {
     let emit = |event: Message| {
         if let Message::Event(Event::Failed { error }) = &event {
             eprintln!("chitin-vmm: {error}");
         }
-        let json = serde_json::to_string(&event).unwrap_or_default();
-        print(&format!("{json}\n"));
+        print_json(&event);
     };
-    let result = read_spec(Path::new(path)).and_then(|spec| {
+    let result = read_spec(path).and_then(|spec| {
         let resources = VmResources::open(&spec, None)?;
-        run(spec, resources, Monitor::builder(), None, emit)
+        run_process(spec, resources, Monitor::builder(), None, emit)
     });
-    report(result, emit)
+    report_outcome(result, emit)
 }
 
 fn read_spec(path: &Path) -> Result<VmSpec, Error> {
@@ -169,89 +169,92 @@ fn read_spec(path: &Path) -> Result<VmSpec, Error> {
     serde_json::from_slice(&json).map_err(|source| Error::ParseSpec { path: name, source })
 }
 
-/// What has become of this process.
-enum Done {
-    /// It was the monitor, and says this last.
+/// The role that this process had, with its result.
+enum Outcome {
+    /// The monitor, which still has to report this event.
     Monitor(Message),
-    /// It was the keeper, and the monitor has said everything.
-    Keeper(c_int),
+    /// The supervisor; the monitor has reported every event.
+    Supervisor(ExitCode),
 }
 
-fn run(
+/// Runs the microVM in a jail if the specification asks for one. With a jail, this process becomes
+/// the supervisor, and a child the monitor.
+fn run_process(
     spec: VmSpec,
     mut resources: VmResources,
     builder: MonitorBuilder,
     control: Option<&Control>,
-    mut emit: impl FnMut(Message) + 'static,
-) -> Result<Done, Error> {
-    let inmate = match spec.jail.then(|| jail::divide(&spec)).transpose()? {
-        None => None,
-        Some(Side::Inmate(inmate)) => Some(inmate),
-        Some(Side::Keeper(keeper)) => {
-            // What it does not have nobody can get from it.
-            drop((resources, builder));
-            return match keeper.watch(&signals()?, control.map(AsRawFd::as_raw_fd)) {
-                Fate::Exited(code) => Ok(Done::Keeper(code)),
-                Fate::Unwanted => Ok(Done::Keeper(SUCCESS)),
-                Fate::Killed(words) => Err(Error::Killed(words)),
-            };
-        }
-    };
-    resources.open_pagemap().map_err(Error::from)?;
-    let jail =
-        inmate.map(|inmate| inmate.close(Needs::of(&spec, control.is_some()))).transpose()?;
-    if jail.is_none() {
-        // What is left without one.
-        jail::forbid_dumps().map_err(host("become undumpable"))?;
+    emit: impl FnMut(Message) + 'static,
+) -> Result<Outcome, Error> {
+    if !spec.jail {
+        resources.open_pagemap()?;
+        jail::forbid_dumps()
+            .map_err(|source| MonitorError::Host { operation: "forbid core dumps", source })?;
+        return run_monitor(spec, resources, builder, None, emit);
     }
+    match jail::fork_into_namespaces(&spec)? {
+        ForkResult::Supervisor(supervisor) => {
+            // The supervisor needs none of the files, so that no process can get them from it.
+            drop((resources, builder));
+            supervise_child(supervisor, control)
+        }
+        ForkResult::Child(child) => {
+            resources.open_pagemap()?;
+            let jail = child.enter_jail(ChildAccess::for_spec(&spec, control.is_some()))?;
+            run_monitor(spec, resources, builder, Some(jail), emit)
+        }
+    }
+}
+
+fn supervise_child(supervisor: Supervisor, control: Option<&Control>) -> Result<Outcome, Error> {
+    match supervisor.wait_for_child(&block_signals()?, control.map(AsFd::as_fd)) {
+        ChildExit::Exited(code) => {
+            Ok(Outcome::Supervisor(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))))
+        }
+        ChildExit::ControlClosed => Ok(Outcome::Supervisor(ExitCode::SUCCESS)),
+        ChildExit::Killed(killed) => Err(killed.into()),
+    }
+}
+
+/// Runs the microVM to its end, in this process. Its threads are filtered if it is in a jail.
+fn run_monitor(
+    spec: VmSpec,
+    resources: VmResources,
+    builder: MonitorBuilder,
+    jail: Option<Jail>,
+    mut emit: impl FnMut(Message) + 'static,
+) -> Result<Outcome, Error> {
     let monitor = builder
         .spec(spec)
         .resources(resources)
         .filters(jail.is_some())
-        .stop_on(signals()?)
+        .stop_on(block_signals()?.into())
         .on_event(move |mut event| {
-            if let Message::Event(Event::Entered { jail: told, .. }) = &mut event {
-                told.clone_from(&jail);
+            if let Message::Event(Event::Entered { jail: reported, .. }) = &mut event {
+                reported.clone_from(&jail);
             }
             emit(event);
         })
         .build()?;
-    Ok(Done::Monitor(monitor.run()?.into_event()))
+    Ok(Outcome::Monitor(monitor.run()?.into_event()))
 }
 
-fn report(result: Result<Done, Error>, mut emit: impl FnMut(Message)) -> c_int {
+/// Reports the last event, and returns the exit code.
+fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Message)) -> ExitCode {
     match result {
-        Ok(Done::Keeper(code)) => code,
-        Ok(Done::Monitor(last)) => {
+        Ok(Outcome::Supervisor(code)) => code,
+        Ok(Outcome::Monitor(last)) => {
             emit(last);
-            SUCCESS
+            ExitCode::SUCCESS
         }
         Err(error) => {
             emit(Event::Failed { error: one_line(&error) }.into());
-            FAILED
+            ExitCode::FAILURE
         }
     }
 }
 
-/// A descriptor that becomes readable when this process is asked to end. From here on the signals do nothing else, in this
-/// thread and those it starts.
-fn signals() -> Result<OwnedFd, Error> {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: `set` is initialized by the first call; the others only read and change it.
-    let fd = unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGTERM);
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGINT);
-        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
-        libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-    };
-    if fd < 0 {
-        return Err(host("create a signalfd")(std::io::Error::last_os_error()));
-    }
-    // SAFETY: the kernel has just made it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn host(operation: &'static str) -> impl Fn(std::io::Error) -> Error {
-    move |source| Error::Host { operation, source }
+fn block_signals() -> Result<TerminationSignals, MonitorError> {
+    TerminationSignals::block()
+        .map_err(|source| MonitorError::Host { operation: "create a signalfd", source })
 }

@@ -1,10 +1,15 @@
-//! Whether this host can run microVMs, found out by running one.
+//! Finds out whether this host can run microVMs, by running one.
 //!
-//! `/dev/kvm` may be there, answer every request, and still execute guests by emulating one instruction after another, some
-//! thousand times too slow for Linux, or fail at the first instruction it does not know. So a guest of a few instructions
-//! is run in 64-bit mode: it uses SSE, and counts down 10,000 times.
+//! `/dev/kvm` may exist, accept every request, and still be unusable: it may emulate one instruction
+//! after another, some thousand times too slow for Linux, or fail at the first instruction that it
+//! does not know. So a guest of a few instructions runs in 64-bit mode: it uses SSE, then counts
+//! down from 10,000 again and again.
+//!
+//! ```text
+//!  open /dev/kvm ─▶ prepare VM ─▶ thread: SSE instruction, 3 countdowns ─▶ fastest ≤ 2 ms: usable
+//!                                    └─ no end within 1 s: kicked, or left behind ─▶ unusable
+//! ```
 
-use std::ops::ControlFlow::{self, Break, Continue};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -16,97 +21,95 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::x86_64::registers;
 use crate::kvm::{self, Vm};
 use crate::memory;
+use crate::one_line;
 use crate::vm::kick;
 
-/// How often the guest counts down.
+/// The number that the guest counts down from.
 const COUNTDOWN: u32 = 10_000;
 
-/// The count down is repeated and the fastest taken: the first includes page faults of the host, any may include another
-/// process's turn.
+/// The number of countdowns, of which the fastest counts: the first includes page faults of the
+/// host, and any may be interrupted by another process.
 const ROUNDS: usize = 3;
 
-/// An emulated KVM takes some 15 ms for a count down, at 1.4 million instructions per second. A processor takes 5 µs, and
-/// one that is itself emulated by binary translation, 100 million instructions per second, takes 0.2 ms.
+/// The longest countdown of a usable KVM.
+///
+/// An emulated KVM takes about 15 ms, at 1.4 million instructions per second. A processor takes
+/// 5 µs. A processor that is itself emulated by binary translation, at 100 million instructions per
+/// second, takes 0.2 ms.
 const SLOWEST: Duration = Duration::from_millis(2);
 
-/// How long the whole probe may take. An emulated KVM needs 50 ms.
+/// The time limit of the whole probe. An emulated KVM needs 50 ms.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// The port that the guest writes to: after the SSE instruction, and after each count down.
+/// The port that the guest writes to: after the SSE instruction, and after each countdown.
 const PORT: u16 = 0x80;
 
 const ENTRY: GuestAddress = GuestAddress(0x1_0000);
 const RAM_BYTES: u64 = 2 << 20;
 
-/// What the probe found.
+/// The support of a host for microVMs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// Whether microVMs can be run.
+pub struct KvmSupport {
+    /// Whether microVMs can run.
     pub usable: bool,
-    /// Why not, with the remedy.
+    /// The reason why they cannot, with the remedy.
     pub reason: Option<String>,
-    /// The fastest count down, where the guest got that far.
+    /// The time of the fastest countdown, if the guest got that far.
     pub elapsed_ns: Option<u64>,
-    /// The version of KVM's interface, where there is one.
+    /// The version of KVM's API, if it could be opened.
     pub api_version: Option<i32>,
 }
 
-/// Runs the probe; takes a few milliseconds on a usable KVM and never more than some two seconds.
-pub fn run() -> Verdict {
-    let unusable = |reason: String, api_version| Verdict {
-        usable: false,
-        reason: Some(reason),
-        elapsed_ns: None,
-        api_version,
-    };
-    let kvm = match kvm::open() {
-        Ok(kvm) => kvm,
-        Err(error) => return unusable(crate::one_line(&error), None),
-    };
-    let api_version = Some(kvm::api_version(&kvm));
-    let prepared = prepare(&kvm);
-    match prepared.map(run_bounded) {
-        Err(error) => unusable(error, api_version),
-        Ok(Err(reason)) => unusable(reason, api_version),
-        Ok(Ok(fastest)) if fastest > SLOWEST => Verdict {
-            usable: false,
-            reason: Some(format!(
-                "this KVM emulates instructions: {COUNTDOWN} loops took {} µs instead of a few: use a host with hardware virtualization, or `cargo xtask nested`",
-                fastest.as_micros()
-            )),
-            elapsed_ns: nanoseconds(fastest),
-            api_version,
-        },
-        Ok(Ok(fastest)) => {
-            Verdict { usable: true, reason: None, elapsed_ns: nanoseconds(fastest), api_version }
+/// Runs the probe. It takes a few milliseconds on a usable KVM, and never more than about two
+/// seconds.
+pub fn probe_kvm() -> KvmSupport {
+    let mut support =
+        KvmSupport { usable: false, reason: None, elapsed_ns: None, api_version: None };
+    match measure_kvm(&mut support.api_version) {
+        Ok(fastest) => {
+            support.elapsed_ns = u64::try_from(fastest.as_nanos()).ok();
+            support.usable = fastest <= SLOWEST;
+            if !support.usable {
+                support.reason = Some(format!(
+                    "this KVM emulates instructions: {COUNTDOWN} loops took {} µs instead of a \
+                     few: use a host with hardware virtualization, or `cargo xtask nested`",
+                    fastest.as_micros()
+                ));
+            }
         }
+        Err(reason) => support.reason = Some(reason),
     }
+    support
 }
 
-fn nanoseconds(time: Duration) -> Option<u64> {
-    u64::try_from(time.as_nanos()).ok()
+/// Runs the guest, and returns the time of its fastest countdown.
+fn measure_kvm(api_version: &mut Option<i32>) -> Result<Duration, String> {
+    let kvm = kvm::open().map_err(|error| one_line(&error))?;
+    *api_version = Some(kvm::api_version(&kvm));
+    run_with_limit(PreparedGuest::new(&kvm)?)
 }
 
-/// A VM, its memory, and a vCPU that is about to run the probe. Fields are dropped in this order.
-struct Prepared {
+/// A VM, its memory, and a vCPU that has not run the guest yet. Fields are dropped in this order.
+struct PreparedGuest {
     vcpu: VcpuFd,
     _vm: Vm,
     _ram: memory::GuestRam,
 }
 
-fn prepare(kvm: &kvm_ioctls::Kvm) -> Result<Prepared, String> {
-    let line = |error: &dyn std::error::Error| crate::one_line(error);
-    let ram = memory::create(RAM_BYTES).map_err(|error| line(&error))?;
-    registers::write_tables(&ram).map_err(|error| line(&error))?;
-    ram.write_slice(&program(), ENTRY).map_err(|error| line(&error))?;
-    let mut vm = Vm::new(kvm).map_err(|error| line(&error))?;
-    vm.add_ram(&ram).map_err(|error| line(&error))?;
-    let vcpu = vm.add_probe_vcpu(ENTRY).map_err(|error| line(&error))?;
-    Ok(Prepared { vcpu, _vm: vm, _ram: ram })
+impl PreparedGuest {
+    fn new(kvm: &kvm_ioctls::Kvm) -> Result<Self, String> {
+        let ram = memory::create(RAM_BYTES).map_err(|error| one_line(&error))?;
+        registers::write_tables(&ram).map_err(|error| one_line(&error))?;
+        ram.write_slice(&assemble_guest(), ENTRY).map_err(|error| one_line(&error))?;
+        let mut vm = Vm::new(kvm).map_err(|error| one_line(&error))?;
+        vm.add_ram(&ram).map_err(|error| one_line(&error))?;
+        let vcpu = vm.add_probe_vcpu(ENTRY).map_err(|error| one_line(&error))?;
+        Ok(Self { vcpu, _vm: vm, _ram: ram })
+    }
 }
 
-/// The guest.
-fn program() -> Vec<u8> {
+/// Returns the code of the guest.
+fn assemble_guest() -> Vec<u8> {
     let [port, _] = PORT.to_le_bytes();
     let [a, b, c, d] = COUNTDOWN.to_le_bytes();
     vec![
@@ -122,60 +125,61 @@ fn program() -> Vec<u8> {
     ]
 }
 
-/// Runs the guest in a thread of its own, so that one that never comes out does not keep the caller.
-fn run_bounded(prepared: Prepared) -> Result<Duration, String> {
+/// Runs the guest in a separate thread, so that a guest that never exits does not block the caller.
+fn run_with_limit(mut guest: PreparedGuest) -> Result<Duration, String> {
     kick::install_kick_handler()
         .map_err(|error| format!("install the signal handler of vCPUs: {error}"))?;
     let (sender, result) = mpsc::channel();
     let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
-        let mut prepared = prepared;
-        let answer = kick::run_kickable(&mut prepared.vcpu, measure);
-        // Nobody listens any more if it took too long.
-        let _ = sender.send(answer);
+        let measured = kick::run_kickable(&mut guest.vcpu, measure_countdown);
+        // The receiver is gone if the guest took too long.
+        let _ = sender.send(measured);
     });
     let thread = thread.map_err(|error| format!("start a thread: {error}"))?;
-    let hung =
+    let timed_out =
         || "the probe guest did not finish within a second: this KVM is not usable".to_owned();
     match result.recv_timeout(LIMIT) {
-        Ok(answer) => answer,
-        Err(RecvTimeoutError::Disconnected) => Err(hung()),
+        Ok(measured) => measured,
+        Err(RecvTimeoutError::Disconnected) => Err(timed_out()),
         Err(RecvTimeoutError::Timeout) => {
-            // Thread and VM are left behind if even this does not get it out.
+            // Thread and VM are left behind if the vCPU does not exit even then.
             let _ = thread.kill(SIGRTMIN());
             let _ = result.recv_timeout(LIMIT);
-            Err(hung())
+            Err(timed_out())
         }
     }
 }
 
-fn measure(vcpu: &mut VcpuFd) -> Result<Duration, String> {
+/// Runs the guest through its SSE instruction and all countdowns.
+fn measure_countdown(vcpu: &mut VcpuFd) -> Result<Duration, String> {
     let mut fastest = Duration::MAX;
-    until_out(vcpu).map_err(|why| format!("{why} at an SSE instruction: this KVM emulates instructions and not all of them: use a host with hardware virtualization, or `cargo xtask nested`"))?;
+    run_to_port(vcpu).map_err(|cause| {
+        format!(
+            "{cause} at an SSE instruction: this KVM emulates instructions and not all of them: \
+             use a host with hardware virtualization, or `cargo xtask nested`"
+        )
+    })?;
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        until_out(vcpu).map_err(|why| {
-            format!("{why} in a loop of two instructions: this KVM is not usable")
+        run_to_port(vcpu).map_err(|cause| {
+            format!("{cause} in a loop of two instructions: this KVM is not usable")
         })?;
         fastest = fastest.min(start.elapsed());
     }
     Ok(fastest)
 }
 
-fn until_out(vcpu: &mut VcpuFd) -> Result<(), String> {
-    let step = |vcpu: &mut VcpuFd| -> ControlFlow<Result<(), String>> {
-        match vcpu.run() {
-            Ok(VcpuExit::IoOut(PORT, _)) => Break(Ok(())),
-            Ok(VcpuExit::Intr) => Continue(()),
-            Ok(VcpuExit::InternalError) => {
-                Break(Err("KVM failed to emulate an instruction".into()))
-            }
-            Ok(exit) => Break(Err(format!("unexpected exit {exit:?}"))),
-            Err(error) => Break(Err(format!("the probe guest stopped: {error}"))),
-        }
-    };
+/// Runs the guest until it writes to [`PORT`].
+fn run_to_port(vcpu: &mut VcpuFd) -> Result<(), String> {
     loop {
-        if let Break(result) = step(vcpu) {
-            return result;
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(PORT, _)) => return Ok(()),
+            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::InternalError) => {
+                return Err("KVM failed to emulate an instruction".into());
+            }
+            Ok(exit) => return Err(format!("unexpected exit {exit:?}")),
+            Err(error) => return Err(format!("the probe guest stopped: {error}")),
         }
     }
 }
@@ -185,21 +189,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_probe_has_an_answer_in_bounded_time_wherever_it_runs() {
+    fn probe_reports_a_result_in_bounded_time() {
         let start = Instant::now();
-        let verdict = run();
+        let support = probe_kvm();
         assert!(start.elapsed() < 3 * LIMIT);
-        assert_eq!(verdict.usable, verdict.reason.is_none());
+        assert_eq!(support.usable, support.reason.is_none());
     }
 
     #[test]
-    fn jumps_of_the_guest_land_on_instructions() {
-        let program = program();
+    fn guest_jumps_land_on_instructions() {
+        let code = assemble_guest();
         let target = |at: usize| {
             let end = i64::try_from(at + 2).unwrap();
-            usize::try_from(end + i64::from(program[at + 1].cast_signed())).unwrap()
+            usize::try_from(end + i64::from(code[at + 1].cast_signed())).unwrap()
         };
-        assert_eq!(program[target(13)], 0xff);
-        assert_eq!(program[target(17)], 0xb9);
+        assert_eq!(code[target(13)], 0xff);
+        assert_eq!(code[target(17)], 0xb9);
     }
 }

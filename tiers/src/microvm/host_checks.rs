@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use chitin_vmm::jail::{Jail, Survey};
+use chitin_vmm::jail::{Jail, JailSupport};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -55,8 +55,8 @@ pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
 
 /// Closes a jail around nothing.
 async fn survey(artifacts: &Artifacts) -> (Check, Option<Jail>) {
-    let (ok, detail, jail) = match ask::<Survey>(artifacts, "--jail").await {
-        Ok(Survey { usable: true, jail: Some(jail), .. }) => {
+    let (ok, detail, jail) = match ask::<JailSupport>(artifacts, "--jail").await {
+        Ok(JailSupport { usable: true, jail: Some(jail), .. }) => {
             let user = match jail.uid {
                 Some(_) => "a user of its own",
                 None => "the user who starts it",

@@ -1,170 +1,164 @@
-//! The one who goes in: a process that has namespaces of its own, and closes everything else behind itself.
+//! The child: a process in separate namespaces that isolates itself, then runs the guest.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::ptr;
 
-use super::{Jail, JailError, check, forbid_dumps, keep_capabilities, prctl};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::{
+    Gid, Resource, Signal, Uid, chdir, pivot_root, set_parent_process_death_signal, setsid,
+};
+use rustix::stdio::dup2_stderr;
+use rustix::thread::{
+    CapabilitySet, remove_capability_from_bounding_set, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
+
+use super::{Jail, JailError, failed, forbid_dumps, keep_capabilities, set_limit};
 use crate::seccomp;
 use crate::spec::VmSpec;
 
-/// Where the empty root is mounted before it becomes the root. It is there wherever `/dev/kvm` is.
+/// The directory where the empty root is mounted before it becomes the root. It exists on every
+/// host that has `/dev/kvm`.
 const MOUNT_POINT: &CStr = c"/dev";
 
-/// Descriptors at most. Some 20 are open with one vCPU, each further one has its own, and saving a guest takes ten more.
+/// The maximum number of open descriptors. One vCPU needs about 20, each further vCPU one more, and
+/// saving a guest ten more.
 const MAX_FILES: u64 = 64;
 
-/// The highest capability that a kernel might know: they are bits of a u64.
-const MAX_CAPABILITY: libc::c_ulong = 63;
+/// The number of capabilities that a kernel can have: sets of them are a `u64`.
+const MAX_CAPABILITIES: u32 = u64::BITS;
 
-/// A process that is not jailed yet.
-pub struct Inmate {
-    /// From the keeper, who has its other end as long as it lives.
-    gate: OwnedFd,
-    /// To the keeper: what is said last.
-    mouth: OwnedFd,
-    /// Whether it was started by root, and has to become somebody else.
-    root: bool,
-    /// What is known of its jail so far.
-    found: Jail,
+/// A forked process that has not entered its jail yet.
+pub struct Child {
+    /// Receives the user id. The supervisor holds the other end as long as it lives.
+    ready_rx: OwnedFd,
+    /// Standard error of the jailed process; the supervisor reads the other end.
+    stderr_tx: OwnedFd,
+    /// Whether root has started the monitor, so that the child has to become a dedicated user.
+    is_root: bool,
+    /// The jail, as far as the fork has determined it.
+    jail: Jail,
 }
 
-/// What a process that is to be jailed still needs.
+/// Access to the host that a jailed process keeps.
 #[derive(Clone, Copy, Debug)]
-pub struct Needs {
-    /// To write to standard error as it is.
-    console: bool,
-    /// To write to files: those of a template, or a standard stream that is one.
-    files: bool,
+pub struct ChildAccess {
+    /// Keeps standard error, instead of a pipe to the supervisor.
+    inherits_stderr: bool,
+    /// May grow files: those of a template, or a standard stream that is a file.
+    writes_files: bool,
 }
 
-impl Needs {
-    /// What a microVM needs whose events go to a control socket, or to standard output.
-    pub fn of(spec: &VmSpec, controlled: bool) -> Self {
-        let files = spec.console || spec.template || spec.record || !controlled;
-        Self { console: spec.console || !controlled, files }
+impl ChildAccess {
+    /// Determines the access that a microVM needs. `controlled` means that its events go to a
+    /// control socket, and not to standard output.
+    pub fn for_spec(spec: &VmSpec, controlled: bool) -> Self {
+        Self {
+            inherits_stderr: spec.console || !controlled,
+            writes_files: spec.console || spec.template || spec.record || !controlled,
+        }
     }
 }
 
-impl Inmate {
-    pub(super) fn new(gate: OwnedFd, mouth: OwnedFd, root: bool, found: Jail) -> Self {
-        Self { gate, mouth, root, found }
+impl Child {
+    pub(super) fn new(ready_rx: OwnedFd, stderr_tx: OwnedFd, is_root: bool, jail: Jail) -> Self {
+        Self { ready_rx, stderr_tx, is_root, jail }
     }
 
-    /// Closes the jail around this process, for good. What is open stays open.
+    /// Isolates this process permanently. Open descriptors stay open.
     ///
     /// # Errors
-    /// The step that the host refuses. The process is then neither here nor there, and must end.
-    pub fn close(self, needs: Needs) -> Result<Jail, JailError> {
-        let step = |step| move |source| JailError::Step { step, source };
-        let uid = self.take_identity().map_err(step("become a user of its own"))?;
-        // After the change of user, which takes it back.
-        prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL.unsigned_abs().into())
-            .map_err(step("end with the keeper"))?;
-        self.keeper_lives().map_err(step("end with the keeper"))?;
-        empty_root().map_err(step("enter an empty root"))?;
-        // SAFETY: no arguments. Away from the terminal, if there is one; not an error if it leads a session already.
-        unsafe { libc::setsid() };
-        if !needs.console {
-            // SAFETY: both are open descriptors.
-            check(unsafe { libc::dup2(self.mouth.as_raw_fd(), libc::STDERR_FILENO) })
-                .map_err(step("redirect standard error"))?;
+    /// The host refuses a step. The process is then isolated in part only, and must end.
+    pub fn enter_jail(self, access: ChildAccess) -> Result<Jail, JailError> {
+        let uid = self.take_identity().map_err(failed("become a dedicated user"))?;
+        // A change of user resets the signal, so it is set afterwards.
+        set_parent_process_death_signal(Some(Signal::KILL))
+            .map_err(failed("bind this process to its supervisor"))?;
+        self.check_supervisor().map_err(failed("bind this process to its supervisor"))?;
+        enter_empty_root().map_err(failed("enter an empty root"))?;
+        // Leaves the terminal, if there is one. A process that leads a session already may stay.
+        let _ = setsid();
+        if !access.inherits_stderr {
+            dup2_stderr(&self.stderr_tx).map_err(failed("redirect standard error"))?;
         }
-        limits(needs).map_err(step("set limits"))?;
-        forbid_dumps().map_err(step("become undumpable"))?;
-        drop_capabilities().map_err(step("drop all capabilities"))?;
-        seccomp::prepare_process(self.mouth.as_raw_fd()).map_err(step("get ready for filters"))?;
-        // Open to the end: what is wrong is said there.
-        std::mem::forget(self.mouth);
-        Ok(Jail { uid, ..self.found })
+        set_limits(access).map_err(failed("set resource limits"))?;
+        forbid_dumps().map_err(failed("forbid core dumps"))?;
+        drop_capabilities().map_err(failed("drop all capabilities"))?;
+        seccomp::prepare_process(self.stderr_tx.as_raw_fd())
+            .map_err(failed("prepare for system call filters"))?;
+        // Refused calls are reported to this descriptor until the process ends.
+        std::mem::forget(self.stderr_tx);
+        Ok(Jail { uid, ..self.jail })
     }
 
-    /// Becomes the user that the keeper has made for it, if root started us and the host has such users.
+    /// Becomes the user that the supervisor has mapped. There is none if an ordinary user started
+    /// the monitor, or if the host has no such users.
     fn take_identity(&self) -> io::Result<Option<u32>> {
-        if !self.root {
+        if !self.is_root {
             return Ok(None);
         }
         let mut id = [0; 4];
-        File::from(self.gate.try_clone()?).read_exact(&mut id)?;
+        File::from(self.ready_rx.try_clone()?).read_exact(&mut id)?;
         let id = u32::from_le_bytes(id);
         if id == 0 {
             return Ok(None);
         }
-        // SAFETY: no groups are read from no list.
-        check(unsafe { libc::setgroups(0, ptr::null()) })?;
-        // SAFETY: numbers only.
-        check(unsafe { libc::setresgid(id, id, id) })?;
-        // SAFETY: as above.
-        check(unsafe { libc::setresuid(id, id, id) })?;
+        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+        set_thread_groups(&[])?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)?;
         Ok(Some(id))
     }
 
-    /// An error if the keeper died before its death would have been told.
-    fn keeper_lives(&self) -> io::Result<()> {
-        let mut poll = libc::pollfd { fd: self.gate.as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one valid entry, and the call returns at once.
-        match unsafe { libc::poll(&raw mut poll, 1, 0) } {
+    /// Fails if the supervisor died before its death would have sent a signal.
+    fn check_supervisor(&self) -> io::Result<()> {
+        let mut closed = [PollFd::new(&self.ready_rx, PollFlags::empty())];
+        match poll(&mut closed, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? {
             0 => Ok(()),
-            _ => Err(io::Error::other("the keeper is gone")),
+            _ => Err(io::Error::other("the supervisor has ended")),
         }
     }
 }
 
-/// Leaves every file system of the host behind: the root is an empty directory that cannot be written to.
-fn empty_root() -> io::Result<()> {
-    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    let none = ptr::null();
-    // SAFETY: strings that live, and no data.
-    check(unsafe {
-        libc::mount(c"jail".as_ptr(), MOUNT_POINT.as_ptr(), c"tmpfs".as_ptr(), flags, none)
-    })?;
-    // SAFETY: a string that lives.
-    check(unsafe { libc::chdir(MOUNT_POINT.as_ptr()) })?;
-    // The new root, and over it the old one: both are where we are, so no directory is needed to keep the old one in.
-    // SAFETY: strings that live.
-    let pivoted = unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) };
-    if pivoted != 0 {
-        return Err(io::Error::last_os_error());
+/// Replaces every file system of the host by an empty directory that cannot be written to.
+fn enter_empty_root() -> Result<(), Errno> {
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount(c"jail", MOUNT_POINT, c"tmpfs", flags, None)?;
+    chdir(MOUNT_POINT)?;
+    // The old root is mounted over the new one, in the same place, so that the empty root needs no
+    // directory for it.
+    pivot_root(c".", c".")?;
+    unmount(c".", UnmountFlags::DETACH)?;
+    chdir(c"/")
+}
+
+/// Sets limits that apply from here on. The number of threads is limited once they have started.
+fn set_limits(access: ChildAccess) -> io::Result<()> {
+    set_limit(Resource::Nofile, MAX_FILES)?;
+    // The monitor locks no memory, has no message queues and runs at the default priority.
+    set_limit(Resource::Memlock, 0)?;
+    set_limit(Resource::Msgqueue, 0)?;
+    set_limit(Resource::Nice, 0)?;
+    set_limit(Resource::Rtprio, 0)?;
+    if !access.writes_files {
+        set_limit(Resource::Fsize, 0)?;
     }
-    // SAFETY: a string that lives.
-    check(unsafe { libc::umount2(c".".as_ptr(), libc::MNT_DETACH) })?;
-    // SAFETY: a string that lives.
-    check(unsafe { libc::chdir(c"/".as_ptr()) })
+    Ok(())
 }
 
-/// Limits that hold from here on. How many threads there may be is settled once they have been started.
-fn limits(needs: Needs) -> io::Result<()> {
-    let mut limits = vec![
-        (libc::RLIMIT_NOFILE, MAX_FILES),
-        // Nothing here locks memory, has message queues or is to be scheduled before others.
-        (libc::RLIMIT_MEMLOCK, 0),
-        (libc::RLIMIT_MSGQUEUE, 0),
-        (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_RTPRIO, 0),
-    ];
-    if !needs.files {
-        limits.push((libc::RLIMIT_FSIZE, 0));
-    }
-    limits.into_iter().try_for_each(|(resource, value)| limit(resource, value))
-}
-
-/// Sets a limit, soft and hard.
-pub(super) fn limit(resource: libc::__rlimit_resource_t, value: u64) -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
-    // SAFETY: a valid limit, read during the call.
-    check(unsafe { libc::setrlimit(resource, &raw const limit) })
-}
-
-/// Gives up every capability, and every way to one.
+/// Drops every capability, and empties the bounding set so that none can be gained again.
 fn drop_capabilities() -> io::Result<()> {
-    // From the lowest to the first that this kernel does not know.
-    for capability in 0..=MAX_CAPABILITY {
-        match prctl(libc::PR_CAPBSET_DROP, capability) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && capability > 0 => break,
+    // Capabilities are numbered without a gap: the first that is unknown to this kernel is the end.
+    for capability in 0..MAX_CAPABILITIES {
+        let capability_set = CapabilitySet::from_bits_retain(1 << capability);
+        match remove_capability_from_bounding_set(capability_set) {
+            Err(Errno::INVAL) if capability > 0 => break,
             result => result?,
         }
     }
-    keep_capabilities(0)
+    keep_capabilities(CapabilitySet::empty())
 }

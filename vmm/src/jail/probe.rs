@@ -1,54 +1,57 @@
-//! What of the jail this host can do, found out by closing one.
+//! Finds out what jail this host supports, by setting one up.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::child::Needs;
-use super::{Jail, Side, divide};
+use super::{ChildAccess, ForkResult, Jail, fork_into_namespaces};
 use crate::one_line;
+use crate::signals::TerminationSignals;
 use crate::spec::VmSpec;
 
-/// What was found.
+/// The support of a host for jails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Survey {
-    /// Whether a jail can be closed: monitors run here.
+pub struct JailSupport {
+    /// Whether a jail can be set up, so that monitors run.
     pub usable: bool,
-    /// Why not, with the remedy.
+    /// The reason why no jail can be set up, with the remedy.
     pub reason: Option<String>,
-    /// What a jail on this host is like.
+    /// The jail that monitors get on this host.
     pub jail: Option<Jail>,
 }
 
-/// Closes a jail around a child, which then ends. Returns only in the parent. To be called with one thread.
-///
-/// `signals` is what a keeper listens to.
-pub fn survey(signals: &OwnedFd) -> Survey {
-    let unusable = |reason: String| Survey { usable: false, reason: Some(reason), jail: None };
+impl JailSupport {
+    fn unusable(reason: String) -> Self {
+        Self { usable: false, reason: Some(reason), jail: None }
+    }
+}
+
+/// Sets up a jail around a child, which then exits. Returns in the calling process only, which must
+/// have one thread.
+pub fn probe_jail(signals: &TerminationSignals) -> JailSupport {
     let (mut reader, mut writer) = match std::io::pipe() {
         Ok(pipe) => pipe,
-        Err(error) => return unusable(format!("make a pipe: {error}")),
+        Err(error) => return JailSupport::unusable(format!("create a pipe: {error}")),
     };
     let spec = VmSpec::new("", "");
-    match divide(&spec) {
-        Err(error) => unusable(one_line(&error)),
-        Ok(Side::Inmate(inmate)) => {
-            let result = inmate.close(Needs::of(&spec, true));
-            let found = match result {
-                Ok(jail) => Survey { usable: true, reason: None, jail: Some(jail) },
-                Err(error) => unusable(one_line(&error)),
+    match fork_into_namespaces(&spec) {
+        Err(error) => JailSupport::unusable(one_line(&error)),
+        Ok(ForkResult::Child(child)) => {
+            let support = match child.enter_jail(ChildAccess::for_spec(&spec, true)) {
+                Ok(jail) => JailSupport { usable: true, reason: None, jail: Some(jail) },
+                Err(error) => JailSupport::unusable(one_line(&error)),
             };
-            let json = serde_json::to_vec(&found).unwrap_or_default();
+            let json = serde_json::to_vec(&support).unwrap_or_default();
             std::process::exit(writer.write_all(&json).is_err().into());
         }
-        Ok(Side::Keeper(keeper)) => {
+        Ok(ForkResult::Supervisor(supervisor)) => {
             drop(writer);
-            let fate = keeper.watch(signals, None);
+            let exit = supervisor.wait_for_child(signals, None);
             let mut json = Vec::new();
             let _ = reader.read_to_end(&mut json);
-            serde_json::from_slice(&json)
-                .unwrap_or_else(|_| unusable(format!("the trial ended without a result: {fate:?}")))
+            serde_json::from_slice(&json).unwrap_or_else(|_| {
+                JailSupport::unusable(format!("the jailed process sent no result: {exit:?}"))
+            })
         }
     }
 }

@@ -1,183 +1,234 @@
-//! The one who stays outside: the process that the host started, and whose end is the end.
+//! The supervisor: the process that the host has started, which waits for the jailed child.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use libc::{c_int, pid_t};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{
+    DumpableBehavior, Pid, Signal, WaitOptions, pidfd_send_signal, set_dumpable_behavior, waitpid,
+};
+use rustix::thread::CapabilitySet;
 
-use super::cgroup::Group;
-use super::{IDENTITIES, keep_capabilities, prctl};
+use super::cgroup::Cgroup;
+use super::{BASE_UID, keep_capabilities};
+use crate::signals::TerminationSignals;
 
-/// How much of an inmate's last words is listened to: a line or two. Untrusted.
-const MAX_WORDS: u64 = 2048;
+/// The maximum number of bytes that are read of a child's last output: a line or two. Untrusted.
+const MAX_OUTPUT_BYTES: u64 = 2048;
 
-/// Number 5 of `linux/capability.h`.
-const CAP_KILL: u32 = 1 << 5;
-
-/// Waits for a child in namespaces of its own.
-pub struct Keeper {
-    inmate: pid_t,
-    /// Becomes readable when the inmate has ended.
+/// Waits for a child in separate namespaces.
+///
+/// ```text
+///  created ─▶ identified (root only) ─▶ waiting ─┬─ child ended ─▶ reaped ─▶ ChildExit
+///                                                ├─ SIGINT, SIGTERM: forwarded to the child
+///                                                └─ control socket closed: child killed
+/// ```
+pub struct Supervisor {
+    child: Pid,
+    /// Becomes readable when the child has ended.
     pidfd: OwnedFd,
-    /// Open as long as the keeper lives.
-    opener: File,
-    /// Where the inmate's last words arrive.
-    ear: File,
-    root: bool,
-    /// Removed when the inmate has ended.
-    _group: Option<Group>,
+    /// Sends the user id, and is open as long as the supervisor lives.
+    ready_tx: File,
+    /// Receives the standard error of the child.
+    stderr_rx: File,
+    is_root: bool,
+    /// Removed when the child has ended.
+    _cgroup: Option<Cgroup>,
 }
 
-/// How an inmate ended.
+/// The end of a child.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// By itself, having said what there is to say, with this exit code.
-    Exited(c_int),
-    /// It was killed because whoever asked for it has gone.
-    Unwanted,
-    /// By a signal: in words, for people.
-    Killed(String),
+pub enum ChildExit {
+    /// The child has reported its result and exited with this code.
+    Exited(i32),
+    /// The child was killed because the host has closed the control socket.
+    ControlClosed,
+    /// A signal ended the child.
+    Killed(KilledChild),
 }
 
-impl Keeper {
+/// A child that a signal ended before it could report a result.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}", explain_signal(*signal), quote_output(last_output))]
+pub struct KilledChild {
+    /// The number of the signal.
+    pub signal: i32,
+    /// The last output of the child on standard error: one line of printable ASCII. Untrusted.
+    pub last_output: String,
+}
+
+impl Supervisor {
     pub(super) fn new(
-        inmate: pid_t,
+        child: Pid,
         pidfd: OwnedFd,
-        opener: OwnedFd,
-        ear: OwnedFd,
-        root: bool,
-        group: Option<Group>,
+        ready_tx: OwnedFd,
+        stderr_rx: OwnedFd,
+        is_root: bool,
+        cgroup: Option<Cgroup>,
     ) -> Self {
-        Self { inmate, pidfd, opener: opener.into(), ear: ear.into(), root, _group: group }
+        let (ready_tx, stderr_rx) = (ready_tx.into(), stderr_rx.into());
+        Self { child, pidfd, ready_tx, stderr_rx, is_root, _cgroup: cgroup }
     }
 
-    /// Gives an inmate of root's a user that nobody else is, lets it go on, and waits for its end. Signals that arrive at
-    /// `signals` are passed on; when the other end of `control` is closed the inmate is killed.
-    pub fn watch(self, signals: &OwnedFd, control: Option<RawFd>) -> Fate {
-        if self.root {
-            let id = self.identify().unwrap_or(0);
-            // All that is left to do is to end a process of another user. What cannot be given up does no harm here.
-            let _ = keep_capabilities(CAP_KILL);
-            // One that is gone already is found to be below.
-            let _ = (&self.opener).write_all(&id.to_le_bytes());
+    /// Assigns the child a dedicated user if root started the monitor, lets the child continue, and
+    /// waits for its end.
+    ///
+    /// Signals are forwarded to the child. When the other end of `control` is closed, the child is
+    /// killed.
+    pub fn wait_for_child(
+        self,
+        signals: &TerminationSignals,
+        control: Option<BorrowedFd<'_>>,
+    ) -> ChildExit {
+        if self.is_root {
+            self.send_identity();
         }
-        // It has nothing to hide, but nobody has to look into it either.
-        let _ = prctl(libc::PR_SET_DUMPABLE, 0);
-        let mut polls = [
-            poll(self.pidfd.as_raw_fd(), libc::POLLIN),
-            poll(signals.as_raw_fd(), libc::POLLIN),
-            // A negative one is not looked at.
-            poll(control.unwrap_or(-1), 0),
-        ];
-        let mut unwanted = false;
+        // This process has no secrets, and yet no other process has a reason to trace it.
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        let control_closed = self.forward_events(signals, control);
+        self.reap_child(control_closed)
+    }
+
+    /// Forwards events to the child until it has ended. Returns whether the host has closed the
+    /// control socket.
+    fn forward_events(
+        &self,
+        signals: &TerminationSignals,
+        mut control: Option<BorrowedFd<'_>>,
+    ) -> bool {
+        let mut control_closed = false;
         loop {
-            // SAFETY: three valid entries.
-            let ready = unsafe { libc::poll(polls.as_mut_ptr(), 3, -1) };
-            let [ended, signal, gone] = polls.map(|poll| ready > 0 && poll.revents != 0);
-            if ended {
-                break;
+            let mut polls = vec![
+                PollFd::new(&self.pidfd, PollFlags::IN),
+                PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+            ];
+            // Without a requested event, poll reports only that the other end is closed.
+            polls.extend(control.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::empty())));
+            if poll(&mut polls, None).is_err() {
+                continue;
             }
-            if signal && let Some(number) = next(signals) {
-                send(self.inmate, number);
+            let is_ready =
+                |index: usize| polls.get(index).is_some_and(|fd| !fd.revents().is_empty());
+            if is_ready(0) {
+                return control_closed;
             }
-            if gone {
-                unwanted = true;
-                polls[2].fd = -1;
-                send(self.inmate, libc::SIGKILL);
+            if is_ready(1)
+                && let Some(signal) = signals.read_signal()
+            {
+                self.send_signal(signal);
             }
-        }
-        let mut status = 0;
-        // SAFETY: a child that has ended, whose number is still its own.
-        let reaped = unsafe { libc::waitpid(self.inmate, &raw mut status, 0) };
-        if reaped == self.inmate && libc::WIFEXITED(status) {
-            Fate::Exited(libc::WEXITSTATUS(status))
-        } else if unwanted {
-            Fate::Unwanted
-        } else {
-            Fate::Killed(in_words(libc::WTERMSIG(status), &last_words(&self.ear)))
+            if is_ready(2) {
+                control_closed = true;
+                control = None;
+                self.send_signal(Signal::KILL);
+            }
         }
     }
 
-    /// Makes a user and a group for the inmate, if the host has such: in a container whose users are a few of the host's there
-    /// are none, and it stays who we are.
-    fn identify(&self) -> io::Result<u32> {
-        let id = IDENTITIES + std::process::id();
+    /// Sends a signal; a child that has ended already is found by the next poll.
+    fn send_signal(&self, signal: Signal) {
+        let _ = pidfd_send_signal(&self.pidfd, signal);
+    }
+
+    fn reap_child(self, control_closed: bool) -> ChildExit {
+        let status = match waitpid(Some(self.child), WaitOptions::empty()) {
+            Ok(Some((_, status))) => Some(status),
+            _ => None,
+        };
+        if let Some(code) = status.and_then(|status| status.exit_status()) {
+            return ChildExit::Exited(code);
+        }
+        if control_closed {
+            return ChildExit::ControlClosed;
+        }
+        let signal = status.and_then(|status| status.terminating_signal()).unwrap_or(0);
+        ChildExit::Killed(KilledChild { signal, last_output: read_last_output(&self.stderr_rx) })
+    }
+
+    /// Sends the child its user id, and keeps no capability but that to end a process of another
+    /// user.
+    fn send_identity(&self) {
+        let id = self.map_identity().unwrap_or(0);
+        // Capabilities that cannot be dropped do no harm in this process.
+        let _ = keep_capabilities(CapabilitySet::KILL);
+        // A child that has ended already is found by the next poll.
+        let _ = (&self.ready_tx).write_all(&id.to_le_bytes());
+    }
+
+    /// Maps a dedicated user and group for the child.
+    ///
+    /// # Errors
+    /// The host has no such users: in a container that has only a few users of the host. The child
+    /// stays root of that container then.
+    fn map_identity(&self) -> io::Result<u32> {
+        let id = BASE_UID + std::process::id();
         let line = format!("{id} {id} 1");
         for map in ["gid_map", "uid_map"] {
-            fs::write(format!("/proc/{}/{map}", self.inmate), &line)?;
+            fs::write(format!("/proc/{}/{map}", self.child.as_raw_nonzero()), &line)?;
         }
         Ok(id)
     }
 }
 
-fn poll(fd: RawFd, events: i16) -> libc::pollfd {
-    libc::pollfd { fd, events, revents: 0 }
-}
-
-fn send(inmate: pid_t, signal: c_int) {
-    // SAFETY: a child that nobody has waited for yet, so the number is its own.
-    unsafe { libc::kill(inmate, signal) };
-}
-
-/// The number of a signal that has arrived.
-fn next(signals: &OwnedFd) -> Option<c_int> {
-    // SAFETY: plain numbers, of which zero is valid.
-    let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
-    let length = size_of_val(&info);
-    // SAFETY: `info` is writable for its length.
-    let read = unsafe { libc::read(signals.as_raw_fd(), (&raw mut info).cast(), length) };
-    usize::try_from(read).is_ok_and(|read| read == length).then(|| info.ssi_signo.cast_signed())
-}
-
-/// What the inmate has written, as one line without anything that a terminal would obey.
-fn last_words(ear: &File) -> String {
-    let mut words = Vec::new();
-    // It does not block, and ends where there is no more.
-    let _ = ear.take(MAX_WORDS).read_to_end(&mut words);
-    let text = String::from_utf8_lossy(&words);
+/// Reads what the child has written, as one line without control characters, so that it cannot
+/// steer a terminal.
+fn read_last_output(stderr_rx: &File) -> String {
+    let mut output = Vec::new();
+    // The pipe does not block; it ends where there is no more output.
+    let _ = stderr_rx.take(MAX_OUTPUT_BYTES).read_to_end(&mut output);
+    let text = String::from_utf8_lossy(&output);
     text.split_whitespace()
         .map(|word| word.chars().filter(char::is_ascii_graphic).collect())
         .collect::<Vec<String>>()
         .join(" ")
 }
 
-fn in_words(signal: c_int, words: &str) -> String {
-    let why = match signal {
-        libc::SIGKILL => {
-            "the monitor was killed (signal 9): by somebody, or because memory ran out".into()
-        }
-        libc::SIGSYS => {
-            "the monitor asked the kernel for what its filter forbids, and was ended".into()
-        }
-        signal => format!("the monitor was ended by signal {signal}"),
-    };
-    if words.is_empty() { why } else { format!("{why}; it said: {words}") }
+fn explain_signal(signal: i32) -> String {
+    match signal {
+        libc::SIGKILL => "the monitor was killed (signal 9): by another process, or because the \
+                          host ran out of memory"
+            .into(),
+        libc::SIGSYS => "the monitor made a system call that its filter forbids, and was \
+                         killed (signal 31)"
+            .into(),
+        signal => format!("the monitor was killed (signal {signal})"),
+    }
+}
+
+fn quote_output(output: &str) -> String {
+    if output.is_empty() { String::new() } else { format!("; its last output: {output}") }
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::pipe::{PipeFlags, pipe_with};
+
     use super::*;
-    use crate::jail::pipe;
 
     #[test]
-    fn last_words_are_one_bounded_line_that_is_safe_to_print() {
-        let (ear, mouth) = pipe(libc::O_NONBLOCK).unwrap();
-        let mut mouth = File::from(mouth);
-        mouth.write_all(b"thread 'x' panicked\n\x1b[2Jat \xff here\r\n").unwrap();
-        let ear = File::from(ear);
-        assert_eq!(last_words(&ear), "thread 'x' panicked [2Jat  here");
-        mouth.write_all(&[b'x'; 5000]).unwrap();
-        assert_eq!(last_words(&ear).len(), 2048);
-        // The other end is still open: that does not hold anybody up.
-        let left: usize = (0..3).map(|_| last_words(&ear).len()).sum();
+    fn last_output_is_one_bounded_printable_line() {
+        let (stderr_rx, stderr_tx) = pipe_with(PipeFlags::NONBLOCK).unwrap();
+        let (stderr_rx, mut stderr_tx) = (File::from(stderr_rx), File::from(stderr_tx));
+        stderr_tx.write_all(b"thread 'x' panicked\n\x1b[2Jat \xff here\r\n").unwrap();
+        assert_eq!(read_last_output(&stderr_rx), "thread 'x' panicked [2Jat  here");
+        stderr_tx.write_all(&[b'x'; 5000]).unwrap();
+        assert_eq!(read_last_output(&stderr_rx).len(), 2048);
+        // The other end is still open, which blocks no reader.
+        let left: usize = (0..3).map(|_| read_last_output(&stderr_rx).len()).sum();
         assert_eq!(left, 5000 - 2048);
     }
 
     #[test]
-    fn ends_are_told_in_words() {
-        assert!(in_words(9, "").ends_with("or because memory ran out"));
-        assert!(in_words(libc::SIGSYS, "x").contains("its filter forbids"));
-        assert_eq!(in_words(6, "panicked"), "the monitor was ended by signal 6; it said: panicked");
+    fn killed_child_is_explained_by_its_signal() {
+        let explain = |signal, last_output: &str| {
+            KilledChild { signal, last_output: last_output.into() }.to_string()
+        };
+        assert!(explain(9, "").ends_with("or because the host ran out of memory"));
+        assert!(explain(libc::SIGSYS, "x").contains("its filter forbids"));
+        assert_eq!(
+            explain(6, "panicked"),
+            "the monitor was killed (signal 6); its last output: panicked"
+        );
     }
 }

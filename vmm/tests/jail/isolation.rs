@@ -1,0 +1,194 @@
+//! Isolation of the jailed process: rights, namespaces, files, memory.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use chitin_vmm::jail::{BASE_UID, JailSupport};
+
+use crate::is_root;
+use crate::monitor::{MONITOR, Monitor, proc_file, read_status};
+
+#[test]
+fn jailed_monitor_has_no_capabilities_or_groups() {
+    let monitor = Monitor::start();
+    let status = read_status(monitor.child_pid());
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(set), "0000000000000000", "{set}");
+    }
+    assert_eq!(status("NoNewPrivs"), "1");
+    // The supervisor of root's monitor keeps the right to end its child, and no other.
+    let supervisor = read_status(monitor.supervisor.id());
+    let kept = if is_root() { "0000000000000020" } else { "0000000000000000" };
+    assert_eq!(supervisor("CapEff"), kept);
+    if is_root() {
+        assert_eq!(status("Groups"), "");
+    }
+}
+
+#[test]
+fn each_monitor_has_separate_namespaces() {
+    let monitors = [Monitor::start(), Monitor::start()];
+    let [one, other] = monitors.each_ref().map(Monitor::child_pid);
+    for kind in ["user", "mnt", "pid", "net", "ipc", "uts"] {
+        let inode = |pid: u32| fs::metadata(proc_file(pid, "ns").join(kind)).map(|meta| meta.ino());
+        // Only root may look at the namespaces of a child, which is isolation as well.
+        if is_root() {
+            let host = inode(std::process::id()).unwrap();
+            let (one, other) = (inode(one).unwrap(), inode(other).unwrap());
+            assert!(one != other && one != host && other != host, "{kind}");
+        } else {
+            assert!(inode(one).is_err(), "{kind}");
+        }
+    }
+    let pids = read_status(one)("NSpid");
+    assert_eq!(pids, format!("{one} 1"), "the child is the first process of its namespace");
+}
+
+#[test]
+fn monitors_of_root_run_as_distinct_users() {
+    let monitors = [Monitor::start(), Monitor::start()];
+    let uids = monitors.each_ref().map(|monitor| {
+        let status = read_status(monitor.child_pid());
+        let uid = if is_root() {
+            BASE_UID + monitor.supervisor.id()
+        } else {
+            rustix::process::geteuid().as_raw()
+        };
+        let all = [uid; 4].map(|uid| uid.to_string()).join(" ");
+        assert_eq!(status("Uid"), all);
+        assert!(!is_root() || status("Gid") == all);
+        uid
+    });
+    assert_eq!(uids[0] != uids[1], is_root());
+}
+
+#[test]
+fn root_directory_is_empty_and_read_only() {
+    let monitor = Monitor::start();
+    let root = proc_file(monitor.child_pid(), "root");
+    if !is_root() {
+        fs::read_dir(root).unwrap_err();
+        return;
+    }
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    let error = File::create(root.join("x")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    let mounts = fs::read_to_string(proc_file(monitor.child_pid(), "mountinfo")).unwrap();
+    let [mount] = mounts.lines().collect::<Vec<_>>()[..] else { panic!("not one mount: {mounts}") };
+    let fields: Vec<&str> = mount.split(' ').collect();
+    assert_eq!((fields[3], fields[4]), ("/", "/"));
+    for option in ["ro", "nosuid", "nodev", "noexec"] {
+        assert!(fields[5].split(',').any(|found| found == option), "no {option} in {mount}");
+    }
+    assert!(mount.contains(" - tmpfs "), "{mount}");
+    assert_eq!(fs::read_link(proc_file(monitor.child_pid(), "cwd")).unwrap(), Path::new("/"));
+}
+
+/// Returns the targets of a process's descriptors; none if this user may not see them.
+fn read_descriptors(pid: u32) -> Vec<String> {
+    let Ok(fds) = fs::read_dir(proc_file(pid, "fd")) else { return Vec::new() };
+    fds.filter_map(|fd| Some(fs::read_link(fd.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect()
+}
+
+#[test]
+fn inherited_files_are_closed_and_none_has_a_path() {
+    let secret = tempfile::NamedTempFile::new().unwrap();
+    let directory = File::open("/").unwrap();
+    let leaked = [secret.as_file().as_raw_fd(), directory.as_raw_fd()];
+    let leak = |command: &mut Command| {
+        // SAFETY: dup(2) may be called between fork and exec. The copies lack the flag that would
+        // close them at exec.
+        unsafe {
+            command.pre_exec(move || {
+                for fd in leaked {
+                    libc::dup(fd);
+                }
+                Ok(())
+            });
+        }
+    };
+    let monitor = Monitor::start_with(|_| {}, leak);
+    for pid in [monitor.supervisor.id(), monitor.child_pid()] {
+        let open = read_descriptors(pid);
+        assert_ne!(is_root(), open.is_empty());
+        for fd in &open {
+            // The image is a regular file that can only be read, and has no path inside the jail.
+            let harmless = ["socket:", "pipe:", "anon_inode:", "/dev/null"]
+                .iter()
+                .any(|kind| fd.starts_with(kind));
+            assert!(harmless || fd.ends_with("/image"), "{fd} in {open:?}");
+        }
+    }
+}
+
+#[test]
+fn monitor_memory_is_undumpable_and_unreadable() {
+    let monitor = Monitor::start();
+    let child = monitor.child_pid();
+    let limits = fs::read_to_string(proc_file(child, "limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().take(2).map(|value| value.parse().unwrap()).collect::<Vec<u64>>()
+    };
+    assert_eq!(limit("Max core file size"), [0, 0]);
+    assert_eq!(limit("Max file size"), [0, 0]);
+    assert_eq!(limit("Max open files"), [64, 64]);
+    assert_eq!(limit("Max locked memory"), [0, 0]);
+    // The files of an undumpable process belong to root, whoever runs it.
+    assert_eq!(fs::metadata(proc_file(child, "maps")).unwrap().uid(), 0);
+    if is_root() {
+        // In addition, the guest's memory is excluded from dumps.
+        let maps = fs::read_to_string(proc_file(child, "smaps")).unwrap();
+        let (mut size, mut excluded) = (0, 0);
+        for line in maps.lines() {
+            if let Some(kib) = line.strip_prefix("Size:") {
+                size = kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+            }
+            if line
+                .strip_prefix("VmFlags:")
+                .is_some_and(|flags| flags.split(' ').any(|flag| flag == "dd"))
+            {
+                excluded += size;
+            }
+        }
+        assert!(excluded >= 64 << 10, "{excluded} KiB are excluded");
+    }
+}
+
+#[test]
+fn unjailed_monitor_is_a_single_host_process() {
+    let monitor = Monitor::start_with(|spec| spec.jail = false, |_| {});
+    let pid = monitor.supervisor.id();
+    assert_eq!(read_status(pid)("NSpid"), pid.to_string());
+    let children = fs::read_to_string(proc_file(pid, &format!("task/{pid}/children")));
+    assert_eq!(children.unwrap(), "");
+}
+
+#[test]
+fn missing_namespaces_are_reported_with_remedy() {
+    // The limit applies to a new user namespace, so that no other process is affected.
+    let forbid = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$0\" --jail";
+    let output =
+        Command::new("unshare").args(["-Ur", "sh", "-c", forbid, MONITOR]).output().unwrap();
+    let support: JailSupport =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    assert!(!support.usable && support.jail.is_none(), "{support:?}");
+    let reason = support.reason.unwrap();
+    for remedy in ["user.max_user_namespaces", "--no-jail"] {
+        assert!(reason.contains(remedy), "{reason}");
+    }
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn jail_support_is_found_by_setting_one_up() {
+    let output = Command::new(MONITOR).arg("--jail").output().unwrap();
+    let support: JailSupport = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(support.usable && support.reason.is_none(), "{support:?}");
+    assert_eq!(support.jail.unwrap().uid.is_some(), is_root());
+}
