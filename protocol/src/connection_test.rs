@@ -1,7 +1,7 @@
 use super::*;
 use crate::{Delivery, MAX_CONTROL, Secret, SecretBytes};
 
-/// Moves everything `from` has to say to `to`.
+/// Moves all pending output of `from` to `to`.
 fn carry<A: Role, B: Role>(from: &mut Connection<A>, to: &mut Connection<B>) {
     while !from.pending_output().is_empty() {
         let space = to.input_buffer();
@@ -44,18 +44,18 @@ fn hello(version: u32) -> Vec<u8> {
 }
 
 #[test]
-fn there_is_always_room_and_little_of_it_before_more_is_needed() {
+fn input_buffer_is_never_empty_and_starts_small() {
     let (_, mut guest) = established();
-    assert_eq!(guest.input_buffer().len(), FEW_MESSAGES);
-    // Short frames, none of which is asked for.
+    assert_eq!(guest.input_buffer().len(), SMALL_INPUT);
+    // Short frames arrive, and no event is requested.
     let signal = raw(3, 0, &[0; 3]);
-    for _ in 0..2 * WHOLE_FRAME / signal.len() {
+    for _ in 0..2 * MAX_DATA_FRAME / signal.len() {
         let space = guest.input_buffer();
         let count = signal.len().min(space.len());
         assert!(count > 0);
         space[..count].copy_from_slice(&signal[..count]);
         guest.commit_input(count);
-        if guest.received >= WHOLE_FRAME {
+        if guest.received >= MAX_DATA_FRAME {
             return;
         }
     }
@@ -63,7 +63,7 @@ fn there_is_always_room_and_little_of_it_before_more_is_needed() {
 }
 
 #[test]
-fn the_lower_version_wins_and_none_is_a_fault() {
+fn lower_version_is_used_and_version_0_is_fault() {
     for (theirs, outcome) in [
         (1, Ok(1)),
         (1 << 31, Ok(VERSION)),
@@ -78,7 +78,7 @@ fn the_lower_version_wins_and_none_is_a_fault() {
 }
 
 #[test]
-fn only_a_hello_may_come_first_and_only_once() {
+fn hello_is_first_frame_and_sent_once() {
     let mut host = Connection::<Host>::new();
     feed(&mut host, b"GET / HTTP/1.1\r\n");
     assert_eq!(host.next_event(), Err(Fault::MissingHello { kind: b'G' }));
@@ -93,7 +93,7 @@ fn only_a_hello_may_come_first_and_only_once() {
 }
 
 #[test]
-fn messages_and_data_arrive_in_order_however_they_are_cut() {
+fn fragmented_frames_arrive_in_order() {
     let (mut host, mut guest) = established();
     let stream = host.open_stream(Direction::Send).unwrap();
     let put = ToGuest::Put { request: 7, path: b"/work/a".to_vec(), stream };
@@ -133,7 +133,7 @@ fn messages_and_data_arrive_in_order_however_they_are_cut() {
 }
 
 #[test]
-fn a_sender_stops_at_the_window_and_goes_on_with_credit() {
+fn sender_blocks_at_window_until_credit() {
     let (mut host, mut guest) = established();
     let stream = host.open_stream(Direction::Send).unwrap();
     guest.accept_stream(stream, Direction::Receive).unwrap();
@@ -160,7 +160,7 @@ fn a_sender_stops_at_the_window_and_goes_on_with_credit() {
 }
 
 #[test]
-fn output_is_bounded_while_the_peer_does_not_read() {
+fn output_is_bounded_while_peer_does_not_read() {
     let (mut host, _) = established();
     let block = vec![7; MAX_DATA];
     for _ in 0..20 {
@@ -171,7 +171,7 @@ fn output_is_bounded_while_the_peer_does_not_read() {
 }
 
 #[test]
-fn a_peer_that_collects_answers_unread_is_cut_off() {
+fn unread_answers_above_limit_are_fault() {
     let (_, mut guest) = established();
     let answer = ToHost::Done { request: 0, result: Ok(()) };
     while guest.pending_output().len() <= OUTPUT_LIMIT {
@@ -181,7 +181,7 @@ fn a_peer_that_collects_answers_unread_is_cut_off() {
 }
 
 #[test]
-fn more_than_the_window_is_a_fault() {
+fn data_beyond_window_is_fault() {
     let (mut host, _) = established();
     let stream = host.open_stream(Direction::Receive).unwrap();
     for _ in 0..WINDOW as usize / MAX_DATA {
@@ -193,7 +193,7 @@ fn more_than_the_window_is_a_fault() {
 }
 
 #[test]
-fn credit_nobody_owes_is_a_fault() {
+fn credit_beyond_window_is_fault() {
     let (mut host, _) = established();
     let stream = host.open_stream(Direction::Send).unwrap();
     feed(&mut host, &raw(4, stream, &1u32.to_le_bytes()));
@@ -206,7 +206,7 @@ fn credit_nobody_owes_is_a_fault() {
 }
 
 #[test]
-fn frames_for_streams_never_opened_are_faults_and_late_ones_are_not() {
+fn frame_on_unopened_stream_is_fault_on_closed_not() {
     for (kind, payload) in [(3, b"x".as_slice()), (4, &[1, 0, 0, 0]), (5, b""), (6, b"")] {
         for stream in [1, 2, 3, 1 << 31] {
             let (mut host, _) = established();
@@ -222,7 +222,7 @@ fn frames_for_streams_never_opened_are_faults_and_late_ones_are_not() {
 }
 
 #[test]
-fn data_on_an_ended_or_missing_half_is_a_fault() {
+fn data_on_ended_or_absent_half_is_fault() {
     let (mut host, _) = established();
     let stream = host.open_stream(Direction::Send).unwrap();
     feed(&mut host, &raw(3, stream, b"x"));
@@ -237,7 +237,7 @@ fn data_on_an_ended_or_missing_half_is_a_fault() {
 }
 
 #[test]
-fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
+fn stream_ids_are_unique_per_side_and_bounded() {
     let (mut host, mut guest) = established();
     assert_eq!(host.accept_stream(2, Direction::Both), Err(Fault::InvalidStreamId { stream: 2 }));
     assert_eq!(guest.accept_stream(3, Direction::Both), Err(Fault::InvalidStreamId { stream: 3 }));
@@ -248,7 +248,7 @@ fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
         guest.accept_stream(8 + 2 * n, Direction::Both).unwrap();
     }
     assert_eq!(guest.accept_stream(100_000, Direction::Both), Err(Fault::TooManyStreams));
-    // The other side's are counted on their own.
+    // The streams of the other side are counted separately.
     for n in 1..=MAX_DIALS as u32 {
         assert_eq!(guest.open_stream(Direction::Both), Some(1 + 2 * n));
         host.accept_stream(1 + 2 * n, Direction::Both).unwrap();
@@ -264,7 +264,7 @@ fn ids_are_opened_once_by_their_side_and_bounded_in_number() {
 }
 
 #[test]
-fn undecodable_messages_are_faults() {
+fn undecodable_message_is_fault() {
     for payload in
         [b"\xff".as_slice(), b"\x01\x00", b"\x02\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f"]
     {
@@ -280,7 +280,7 @@ fn undecodable_messages_are_faults() {
 }
 
 #[test]
-fn the_largest_messages_pass_and_larger_ones_are_refused_before_they_are_queued() {
+fn message_over_limit_is_rejected_before_queueing() {
     let (mut host, mut guest) = established();
     let put = |len| ToGuest::Get { request: 1, path: vec![b'a'; len], stream: 2 };
     let queued = host.pending_output().len();
@@ -292,7 +292,7 @@ fn the_largest_messages_pass_and_larger_ones_are_refused_before_they_are_queued(
 }
 
 #[test]
-fn a_secret_leaves_no_trace_in_the_buffers() {
+fn secret_is_zeroed_in_both_buffers() {
     let canary = b"canary-5f2c9b";
     let (mut host, mut guest) = established();
     let secret = Secret {
@@ -302,7 +302,7 @@ fn a_secret_leaves_no_trace_in_the_buffers() {
         delivery: Delivery::Memory,
     };
     host.send_message(&ToGuest::Secret(secret)).unwrap();
-    // Growing the buffer must not leave a copy behind either; that memory cannot be looked at here, but the
+    // Growing the buffer must not leave a copy either. That memory cannot be inspected here, but the
     // branch is taken.
     host.send_message(&ToGuest::Get { request: 2, path: vec![b'a'; 8000], stream: 2 }).unwrap();
     carry(&mut host, &mut guest);
@@ -314,13 +314,13 @@ fn a_secret_leaves_no_trace_in_the_buffers() {
 }
 
 #[test]
-fn debug_output_never_shows_a_secret() {
+fn debug_output_hides_secret() {
     let value = SecretBytes::new(b"canary".to_vec());
     assert_eq!(format!("{value:?}"), "SecretBytes(6 bytes)");
 }
 
 #[test]
-fn a_frame_that_the_caller_sends_itself_is_one_like_any_other() {
+fn data_frame_written_by_caller_is_received() {
     let (mut host, mut guest) = established();
     let stream = host.open_stream(Direction::Receive).unwrap();
     guest.accept_stream(stream, Direction::Send).unwrap();

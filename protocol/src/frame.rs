@@ -9,33 +9,34 @@
 
 use crate::Fault;
 
-/// Length of a frame header in bytes.
+/// The length of a frame header in bytes.
 pub const HEADER_LEN: usize = 8;
 
-/// Largest payload of a data frame: one pipe buffer of Linux, and one vsock packet.
+/// The maximum payload of a data frame in bytes: one pipe buffer of Linux, and one vsock packet.
 pub const MAX_DATA: usize = 64 * 1024;
 
-/// Largest payload of a control frame. The largest honest one is a `Start` with a long argv and environment.
+/// The maximum payload of a control frame in bytes. The longest honest message is a `Start` with a
+/// long argv and environment.
 pub const MAX_CONTROL: usize = 256 * 1024;
 
-/// Payload of a hello: magic and version.
+/// The payload length of a hello: magic bytes and version.
 pub(crate) const HELLO_LEN: usize = 8;
 pub(crate) const MAGIC: [u8; 4] = *b"CHTN";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    /// Magic, version (u32 LE). Stream 0. Once, first.
+    /// Magic bytes and version (u32 LE), on stream 0. Each side sends exactly one, as its first frame.
     Hello = 1,
-    /// One postcard message. Stream 0.
+    /// One message, encoded with postcard, on stream 0.
     Control = 2,
-    /// Bytes of a stream; never empty.
+    /// Bytes of a stream, at least one.
     Data = 3,
-    /// The receiver has taken so many bytes (u32 LE): the sender may send as many more.
+    /// A number of bytes (u32 LE) that the receiver has consumed: the sender may send as many more.
     Credit = 4,
-    /// The sender of this frame sends no more data on the stream.
+    /// The end of the sender's half: it sends no more data on the stream.
     End = 5,
-    /// The stream is gone in both directions.
+    /// The end of the stream in both directions.
     Reset = 6,
 }
 
@@ -55,7 +56,8 @@ impl Header {
         bytes
     }
 
-    /// Checks everything a header alone can tell, so that a payload is waited for only if it may be taken.
+    /// Decodes a header and checks kind, length and stream, so that only an acceptable payload is
+    /// waited for.
     pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Header, Fault> {
         let [kind, l0, l1, l2, s0, s1, s2, s3] = bytes;
         let len = u32::from_le_bytes([l0, l1, l2, 0]);
@@ -85,14 +87,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_survives_the_wire() {
+    fn header_round_trips() {
         let header = Header { kind: Kind::Data, len: MAX_DATA as u32, stream: 0x0102_0304 };
         assert_eq!(header.encode(), [3, 0, 0, 1, 4, 3, 2, 1]);
         assert_eq!(Header::decode(header.encode()), Ok(header));
     }
 
     #[test]
-    fn lengths_are_refused_from_the_header_alone() {
+    fn invalid_length_is_rejected_by_header_alone() {
         for (kind, len) in [
             (1, 7),
             (2, 0),
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_kinds_and_misplaced_streams_are_faults() {
+    fn unknown_kind_or_wrong_stream_is_fault() {
         assert_eq!(Header::decode([0; 8]), Err(Fault::UnknownKind { kind: 0 }));
         assert_eq!(Header::decode([7, 0, 0, 0, 0, 0, 0, 0]), Err(Fault::UnknownKind { kind: 7 }));
         assert_eq!(

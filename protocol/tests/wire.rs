@@ -1,5 +1,7 @@
-//! The wire surface, byte for byte. A change here is a change of the protocol: it needs a review, a line in
-//! `docs/protocol.md`, and a higher `VERSION` once a release has shipped.
+//! The wire format, byte for byte.
+//!
+//! A change here is a change of the protocol. It needs a review, a line in `docs/protocol.md`, and a
+//! higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
     Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start,
@@ -7,7 +9,7 @@ use chitin_protocol::{
 };
 
 #[test]
-fn the_wire_surface_is_frozen() {
+fn wire_format_matches_snapshot() {
     let start = Start {
         process: 1,
         argv: vec![b"sh".to_vec()],
@@ -86,7 +88,7 @@ fn the_wire_surface_is_frozen() {
 }
 
 #[test]
-fn a_wildcard_names_what_is_below_it() {
+fn wildcard_matches_subdomains_only() {
     let endpoint = |wildcard| Endpoint { host: "example.com".into(), wildcard, port: 443 };
     assert!(
         endpoint(false).matches_host("example.com")
