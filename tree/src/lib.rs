@@ -37,16 +37,16 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "test data is small"))]
 
+mod current_path;
 mod error;
-mod links;
-mod place;
+mod link_target;
+mod location;
 mod receive;
+mod record;
 mod send;
-mod trail;
-mod wire;
 
 pub use error::{Breach, Error, Kind, Limit, Refusal};
-pub use place::create_dirs;
+pub use location::create_dirs;
 pub use receive::receive;
 pub use send::send;
 

@@ -11,11 +11,11 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pwrite};
 
+use crate::current_path::Trail;
 use crate::error::Shown;
-use crate::links::escapes;
-use crate::place::{OPEN_DIRECTORY, PASS, Place, kind, own};
-use crate::trail::Trail;
-use crate::wire::{Attributes, Broken, Input, Record};
+use crate::link_target::escapes;
+use crate::location::{OPEN_DIRECTORY, PASS, Place, kind, own};
+use crate::record::{Attributes, Broken, Input, Record};
 use crate::{Breach, Error, Kind, Limit, Links, MAX_EXAMPLES, ReceiveOptions, Refusal, Summary};
 
 /// Builds the tree that `reader` carries, with `dest` as its root.

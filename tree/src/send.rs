@@ -9,9 +9,9 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread};
 
-use crate::place::{Place, kind};
-use crate::trail::Trail;
-use crate::wire::{Attributes, BUFFER, DATA_HEAD, Record};
+use crate::current_path::Trail;
+use crate::location::{Place, kind};
+use crate::record::{Attributes, BUFFER, DATA_HEAD, Record};
 use crate::{Error, Kind, Limit, Lookup, Refusal, SendOptions, Summary};
 
 /// Writes the file or tree at `path` to `writer`, and flushes it.

@@ -8,7 +8,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::trail::Trail;
+use crate::current_path::Trail;
 use crate::{Error, Kind, Lookup, Refusal};
 
 /// To pass through a directory: needs no right to list it.

@@ -22,5 +22,5 @@ pub(crate) fn escapes(depth: usize, target: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-#[path = "links_test.rs"]
+#[path = "link_target_test.rs"]
 mod tests;

@@ -214,5 +214,5 @@ impl<'a> Input<'a> {
 }
 
 #[cfg(test)]
-#[path = "wire_test.rs"]
+#[path = "record_test.rs"]
 mod tests;
