@@ -4,72 +4,73 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::{Breach, Error, Limit, MAX_DEPTH, MAX_PATH, Refusal};
+use crate::{Error, FormatError, Limit, MAX_DEPTH, MAX_PATH, Refusal};
 
-/// Where in the tree the work is: names every error, and bounds depth and length of paths.
-pub(crate) struct Trail {
-    /// The root as the caller named it, and the names below it.
+/// The path of the entry that a walk is at. It names the entry in every error, and bounds the depth
+/// and length of paths.
+pub(crate) struct CurrentPath {
+    /// The root as the caller named it, followed by the names below it.
     path: Vec<u8>,
-    /// How much of `path` is the root.
-    root: usize,
-    /// Length of `path` at the directories entered.
-    above: Vec<usize>,
+    /// The length of the root in `path`.
+    root_len: usize,
+    /// The length of `path` at each directory that was entered, outermost first.
+    directories: Vec<usize>,
 }
 
-impl Trail {
-    pub fn new(root: &Path) -> Trail {
+impl CurrentPath {
+    pub fn new(root: &Path) -> CurrentPath {
         let path = root.as_os_str().as_bytes().to_vec();
-        Trail { root: path.len(), path, above: Vec::new() }
+        CurrentPath { root_len: path.len(), path, directories: Vec::new() }
     }
 
-    /// Names the entry that the work turns to; `None` is the root.
-    pub fn turn_to(&mut self, name: Option<&[u8]>) -> Result<(), Error> {
-        self.path.truncate(self.above.last().copied().unwrap_or(self.root));
+    /// Moves to an entry of the current directory, or to the directory itself for `None`.
+    pub fn set_entry(&mut self, name: Option<&[u8]>) -> Result<(), Error> {
+        self.path.truncate(self.directories.last().copied().unwrap_or(self.root_len));
         if let Some(name) = name {
             if !self.path.ends_with(b"/") {
                 self.path.push(b'/');
             }
             self.path.extend_from_slice(name);
         }
-        if self.path.len() - self.root > MAX_PATH {
-            return Err(self.limit(Limit::Path));
+        if self.path.len() - self.root_len > MAX_PATH {
+            return Err(self.limit_error(Limit::Path));
         }
         Ok(())
     }
 
-    /// The entry is a directory: what follows is in it.
-    pub fn enter(&mut self) -> Result<(), Error> {
-        if self.above.len() == MAX_DEPTH {
-            return Err(self.limit(Limit::Depth));
+    /// Makes the current entry, which is a directory, the current directory.
+    pub fn enter_directory(&mut self) -> Result<(), Error> {
+        if self.directories.len() == MAX_DEPTH {
+            return Err(self.limit_error(Limit::Depth));
         }
-        self.above.push(self.path.len());
+        self.directories.push(self.path.len());
         Ok(())
     }
 
-    /// The directory has ended: the work is at the directory itself again.
-    pub fn leave(&mut self) {
-        if let Some(len) = self.above.pop() {
+    /// Makes the current directory the current entry again.
+    pub fn leave_directory(&mut self) {
+        if let Some(len) = self.directories.pop() {
             self.path.truncate(len);
         }
     }
 
-    pub fn path(&self) -> PathBuf {
+    pub fn to_path_buf(&self) -> PathBuf {
         OsStr::from_bytes(&self.path).into()
     }
 
-    pub fn local(&self, operation: &'static str) -> impl FnOnce(Errno) -> Error + '_ {
-        move |errno| Error::Local { operation, path: self.path(), source: errno.into() }
+    pub fn filesystem_error(&self, operation: &'static str) -> impl FnOnce(Errno) -> Error + '_ {
+        move |errno| Error::Filesystem { operation, path: self.to_path_buf(), source: errno.into() }
     }
 
-    pub fn refused(&self, refusal: Refusal) -> Error {
-        Error::Refused { path: self.path(), refusal }
+    pub fn refusal(&self, refusal: Refusal) -> Error {
+        Error::Refused { path: self.to_path_buf(), refusal }
     }
 
-    pub fn limit(&self, limit: Limit) -> Error {
-        Error::Limit { path: self.path(), limit }
+    pub fn limit_error(&self, limit: Limit) -> Error {
+        Error::Limit { path: self.to_path_buf(), limit }
     }
 
-    pub fn malformed(&self, breach: Breach) -> Error {
-        Error::Malformed { path: self.path(), breach }
+    pub fn format_error(&self, error: FormatError) -> Error {
+        Error::Malformed { path: self.to_path_buf(), error }
     }
 }

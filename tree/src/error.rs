@@ -5,80 +5,77 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-/// Why a copy failed. Each is one line; names in it are escaped, so that a hostile one cannot forge a second.
+/// An error of a copy.
+///
+/// Each is displayed on one line. Names in it are escaped, so that a hostile name cannot forge a
+/// second line.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "fields of variants whose text explains them")]
 pub enum Error {
-    /// This side's system refused something.
-    #[error("{operation} {}", Shown(path))]
-    Local {
-        /// What was to be done, e.g. `open`.
+    /// A system call on this side's file system failed.
+    #[error("{operation} {}", EscapedPath(path))]
+    Filesystem {
+        /// The operation, for example `open`.
         operation: &'static str,
-        /// To what.
         path: PathBuf,
-        /// Why not.
         source: std::io::Error,
     },
-    /// The stream to the peer failed.
+    /// The stream to the other side failed.
     #[error("the stream of a copy failed")]
     Stream(#[source] std::io::Error),
-    /// The peer stopped in the middle. Why, it says elsewhere or not at all.
-    #[error("copy {}: the copy ended early", Shown(path))]
+    /// The other side stopped before the end of the tree. It reports the reason on another channel,
+    /// or not at all.
+    #[error("copy {}: the copy ended early", EscapedPath(path))]
     EndedEarly {
-        /// What was about to be received.
+        /// The entry that was expected next.
         path: PathBuf,
     },
-    /// Something that this crate does not do.
-    #[error("copy {}: {refusal}", Shown(path))]
-    Refused {
-        /// The thing it was asked for.
-        path: PathBuf,
-        /// What it does not do.
-        refusal: Refusal,
-    },
-    /// The tree is larger than it may be.
-    #[error("copy {}: {limit}", Shown(path))]
+    /// The entry cannot be copied.
+    #[error("copy {}: {refusal}", EscapedPath(path))]
+    Refused { path: PathBuf, refusal: Refusal },
+    /// The tree exceeds a limit.
+    #[error("copy {}: {limit}", EscapedPath(path))]
     Limit {
-        /// Where the limit was reached.
+        /// The entry at which the limit was reached.
         path: PathBuf,
-        /// Which one.
         limit: Limit,
     },
-    /// The peer broke the format.
-    #[error("copy {}: the other side broke the format: {breach}", Shown(path))]
+    /// The other side violated the format.
+    #[error("copy {}: the other side violated the format: {error}", EscapedPath(path))]
     Malformed {
-        /// Where in the tree.
+        /// The entry at which it was detected.
         path: PathBuf,
-        /// How.
-        breach: Breach,
+        error: FormatError,
     },
 }
 
 impl Error {
-    /// Whether the peer is where to look for the cause: it stopped sending or stopped reading.
+    /// Returns true if the other side has stopped sending or receiving, and therefore knows the
+    /// cause.
     pub fn is_broken_stream(&self) -> bool {
         match self {
             Error::Stream(_) | Error::EndedEarly { .. } => true,
-            Error::Local { .. }
+            Error::Filesystem { .. }
             | Error::Refused { .. }
             | Error::Limit { .. }
             | Error::Malformed { .. } => false,
         }
     }
 
-    /// The Linux errno that comes nearest, for a protocol that carries one beside the text of this error.
+    /// Returns the closest Linux error number, for a protocol that carries one with the text.
     pub fn errno(&self) -> i32 {
         let errno = match self {
-            Error::Local { source, .. } | Error::Stream(source) => {
+            Error::Filesystem { source, .. } | Error::Stream(source) => {
                 return source.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
             }
             Error::EndedEarly { .. } => Errno::PIPE,
             Error::Refused { refusal, .. } => match refusal {
-                Refusal::Special(_) | Refusal::KernelFiles => Errno::NOTSUP,
-                Refusal::InTheWay { there: Kind::Directory, .. } => Errno::ISDIR,
-                Refusal::InTheWay { comes: Kind::Directory, .. } => Errno::NOTDIR,
-                Refusal::InTheWay { .. } => Errno::EXIST,
+                Refusal::UnsupportedKind(_) | Refusal::KernelFilesystem => Errno::NOTSUP,
+                Refusal::KindMismatch { existing: FileKind::Directory, .. } => Errno::ISDIR,
+                Refusal::KindMismatch { incoming: FileKind::Directory, .. } => Errno::NOTDIR,
+                Refusal::KindMismatch { .. } => Errno::EXIST,
                 Refusal::LinkInPath => Errno::LOOP,
-                Refusal::BadPath => Errno::INVAL,
+                Refusal::InvalidPath => Errno::INVAL,
             },
             Error::Limit { limit, .. } => match limit {
                 Limit::Bytes(_) => Errno::FBIG,
@@ -91,10 +88,10 @@ impl Error {
     }
 }
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
-pub enum Kind {
+#[allow(missing_docs, reason = "the names are those of Linux")]
+pub enum FileKind {
     File,
     Directory,
     Symlink,
@@ -104,115 +101,116 @@ pub enum Kind {
     Unknown,
 }
 
-impl From<FileType> for Kind {
-    fn from(kind: FileType) -> Kind {
+impl From<FileType> for FileKind {
+    fn from(kind: FileType) -> FileKind {
         match kind {
-            FileType::RegularFile => Kind::File,
-            FileType::Directory => Kind::Directory,
-            FileType::Symlink => Kind::Symlink,
-            FileType::Fifo => Kind::Fifo,
-            FileType::Socket => Kind::Socket,
-            FileType::CharacterDevice | FileType::BlockDevice => Kind::Device,
-            FileType::Unknown => Kind::Unknown,
+            FileType::RegularFile => FileKind::File,
+            FileType::Directory => FileKind::Directory,
+            FileType::Symlink => FileKind::Symlink,
+            FileType::Fifo => FileKind::Fifo,
+            FileType::Socket => FileKind::Socket,
+            FileType::CharacterDevice | FileType::BlockDevice => FileKind::Device,
+            FileType::Unknown => FileKind::Unknown,
         }
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FileKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Kind::File => "file",
-            Kind::Directory => "directory",
-            Kind::Symlink => "symbolic link",
-            Kind::Fifo => "FIFO",
-            Kind::Socket => "socket",
-            Kind::Device => "device",
-            Kind::Unknown => "thing of unknown kind",
+            FileKind::File => "file",
+            FileKind::Directory => "directory",
+            FileKind::Symlink => "symbolic link",
+            FileKind::Fifo => "FIFO",
+            FileKind::Socket => "socket",
+            FileKind::Device => "device",
+            FileKind::Unknown => "file of unknown kind",
         })
     }
 }
 
-/// Something this crate does not do.
+/// The reason why an entry cannot be copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// To send a device, socket or FIFO.
+    /// A device, socket or FIFO cannot be sent.
     #[error("a {0} cannot be copied")]
-    Special(Kind),
-    /// To send files of proc, sysfs and their like.
-    #[error(
-        "its file system is made up by the kernel, and its files have no contents of their own"
-    )]
-    KernelFiles,
-    /// To replace a directory by something else, something else by a directory, or a device by anything.
-    #[error("a {comes} does not replace the {there} that is there")]
-    InTheWay {
-        /// What is at the destination.
-        there: Kind,
-        /// What the peer sends.
-        comes: Kind,
+    UnsupportedKind(FileKind),
+    /// Files of proc, sysfs and similar file systems cannot be sent.
+    #[error("the kernel generates the contents of this file system, which cannot be copied")]
+    KernelFilesystem,
+    /// A directory replaces only a directory, and a file or link only a file or link.
+    #[error("a {incoming} cannot replace the existing {existing}")]
+    KindMismatch {
+        /// The kind of the entry at the destination.
+        existing: FileKind,
+        /// The kind of the entry that the other side sends.
+        incoming: FileKind,
     },
-    /// To follow a symbolic link on the way to a path in a sandbox.
-    #[error("a symbolic link stands in this path, and in a sandbox none is followed")]
+    /// A path in a sandbox is not followed through a symbolic link.
+    #[error("the path contains a symbolic link, and links are not followed in a sandbox")]
     LinkInPath,
-    /// To look up a path in a sandbox that has other than plain components.
-    #[error("the path is not absolute, or has . or .. in it")]
-    BadPath,
+    /// A path in a sandbox must be absolute, without `.` and `..`.
+    #[error("the path must be absolute, without . and .. in it")]
+    InvalidPath,
 }
 
-/// A limit of a copy.
+/// A limit that a tree exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Limit {
     /// [`crate::ReceiveOptions::max_bytes`].
-    #[error("its files have more than {0} bytes together, holes included")]
+    #[error("the sum of all file sizes, including holes, exceeds {0} bytes")]
     Bytes(u64),
     /// `max_entries` of either side's options.
-    #[error("it has more than {0} entries")]
+    #[error("the tree has more than {0} entries")]
     Entries(u64),
     /// [`crate::MAX_DEPTH`].
-    #[error("directories nest deeper than {}", crate::MAX_DEPTH)]
+    #[error("directories are nested more than {} levels deep", crate::MAX_DEPTH)]
     Depth,
     /// [`crate::MAX_PATH`].
     #[error("the path is longer than {} bytes", crate::MAX_PATH)]
     Path,
-    /// 255 bytes for a name, as Linux has it. Some file systems have longer ones.
+    /// 255 bytes for a name, the limit of Linux. Some file systems allow longer names.
     #[error("the name is longer than 255 bytes")]
     Name,
     /// [`crate::MAX_TARGET`].
-    #[error("the link's target is longer than {} bytes", crate::MAX_TARGET)]
+    #[error("the target of the link is longer than {} bytes", crate::MAX_TARGET)]
     Target,
 }
 
-/// How a peer broke the format.
+/// A violation of the format by the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Breach {
-    /// A kind byte that does not exist.
+pub enum FormatError {
+    /// A kind byte that the format does not define.
     #[error("unknown record kind {0}")]
-    UnknownKind(u8),
-    /// A record that has no place here: data in a directory, an entry in a file.
-    #[error("a record of kind {0} where none may be")]
-    Misplaced(u8),
-    /// A name that is empty, `.`, `..`, or has a slash or NUL in it. Also a root with a name.
-    #[error("a name that no file can have here")]
-    BadName,
-    /// A name that does not sort after the one before it.
-    #[error("a name out of order, or twice")]
-    Unsorted,
-    /// A link target that is empty, too long, or has a NUL in it.
-    #[error("a link target that no link can have")]
-    BadTarget,
-    /// Mode bits beyond `0o777`, or a billion nanoseconds and more.
-    #[error("a mode or time that does not exist")]
-    BadAttributes,
-    /// Data without bytes, overlapping, out of order, past the end, or beyond what a file can hold.
-    #[error("data at an impossible place")]
-    BadData,
+    UnknownRecord(u8),
+    /// A record that is not allowed here: data in a directory, an entry in a file.
+    #[error("a record of kind {0} is not allowed here")]
+    MisplacedRecord(u8),
+    /// A name that is empty, `.`, `..`, or contains a slash or NUL. Also a root with a name.
+    #[error("an invalid name")]
+    InvalidName,
+    /// A name that does not sort after the previous one.
+    #[error("a name out of order, or duplicated")]
+    UnsortedName,
+    /// A link target that is empty, too long, or contains a NUL.
+    #[error("an invalid link target")]
+    InvalidTarget,
+    /// Mode bits beyond `0o777`, or nanoseconds of a billion or more.
+    #[error("an invalid mode or time")]
+    InvalidAttributes,
+    /// Data that is empty, overlapping, out of order, after the end, or beyond the maximum size of
+    /// a file.
+    #[error("data at an invalid offset or of an invalid length")]
+    InvalidData,
 }
 
-/// A path on one line that a terminal can be shown: bytes that are not UTF-8, control characters and those that
-/// turn the direction of writing are escaped.
-pub(crate) struct Shown<'a>(pub &'a Path);
+/// Displays a path on one line, safe for a terminal.
+///
+/// Bytes that are not UTF-8, control characters, and characters that change the direction of writing
+/// are escaped.
+pub(crate) struct EscapedPath<'a>(pub &'a Path);
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for EscapedPath<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.0.as_os_str().as_bytes().utf8_chunks() {
             for c in chunk.valid().chars() {

@@ -1,24 +1,25 @@
-//! Moves a file or a directory tree over a byte stream between two sides that do not trust each other: a host and
-//! the agent in its sandbox.
+//! Copies a file or a directory tree over a byte stream between two sides that do not trust each
+//! other: a host and the agent in its sandbox.
 //!
-//! [`send`] walks a tree and writes it down; [`receive`] reads it and builds it. Both hold what they work on by
-//! file descriptor and open one path component at a time with `O_NOFOLLOW`, so that neither a link in the tree
-//! nor one that somebody puts there meanwhile leads them anywhere else. That is what `openat2(2)` with
-//! `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS` does; it is not used because gVisor and older container seccomp
-//! profiles do not know that call, and a tree is walked by component anyway.
+//! [`send`] walks a tree and encodes it; [`receive`] decodes it and creates it. Both hold the
+//! directories they work on by file descriptor and open one path component at a time with
+//! `O_NOFOLLOW`. Neither a link in the tree nor one that another process puts there meanwhile can
+//! redirect them. `openat2(2)` with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS` gives the same guarantee.
+//! It is not used because gVisor and the seccomp profiles of older container engines do not know
+//! that call, and a tree is walked by component anyway.
 //!
-//! # What is kept
+//! # Preserved and dropped attributes
 //!
-//! Regular files with their holes, directories, symbolic links as they are; names of any bytes; the nine
-//! permission bits; the time of the last change of files and directories, in nanoseconds.
+//! Preserved: regular files with their holes, directories, symbolic links as they are; names of any
+//! bytes; the nine permission bits; the modification time of files and directories in nanoseconds.
 //!
-//! Not kept: setuid, setgid and sticky bits (a program that gains rights by being copied is never what was meant,
-//! and the other side's user ids mean something else), owners, extended attributes and ACLs (file capabilities
-//! are one), hard links (each name becomes a file of its own). Devices, sockets and FIFOs are refused.
+//! Dropped: setuid, setgid and sticky bits (a copy must not grant rights, and user ids have another
+//! meaning on the other side), owners, extended attributes and ACLs (including file capabilities),
+//! hard links (each name becomes a separate file). Devices, sockets and FIFOs are refused.
 //!
-//! # The wire format
+//! # The format
 //!
-//! A sequence of records, described in `docs/tree-format.md`; all integers little-endian:
+//! A sequence of records, specified in `docs/tree-format.md`. All integers are little-endian:
 //!
 //! | kind | record | body |
 //! |---|---|---|
@@ -29,116 +30,128 @@
 //! | 5 | end of file | size `u64` |
 //! | 6 | end of directory | |
 //!
-//! The first record is the root, the only one without a name. A directory's entries stand between it and its
-//! end, sorted by the bytes of their names, no name twice. A file's data stands between it and its end, in
-//! ascending order; what no data covers is a hole. The tree is complete with the end of its root.
+//! The first record is the root, the only one without a name. The entries of a directory are between
+//! its record and its end, sorted by the bytes of their names, each name once. The data of a file is
+//! between its record and its end, in ascending order; a range without data is a hole. The tree is
+//! complete with the end of its root.
 //!
-//! There is no version in it: the channel's covers it. `tests/wire.rs` freezes the bytes.
+//! The format has no version of its own: the version of the channel's protocol covers it.
+//! `tests/wire.rs` freezes the bytes.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, reason = "test data is small"))]
 
 mod current_path;
+mod destination;
 mod error;
+mod file_data;
 mod link_target;
 mod location;
 mod receive;
 mod record;
+mod record_writer;
 mod send;
 
-pub use error::{Breach, Error, Kind, Limit, Refusal};
+pub use error::{Error, FileKind, FormatError, Limit, Refusal};
 pub use location::create_dirs;
 pub use receive::receive;
 pub use send::send;
 
-/// How deep directories may nest. Each level is an open file descriptor on both sides, of usually 1024.
+/// The maximum depth of directories. Each level is an open file descriptor on both sides, of a usual
+/// limit of 1024.
 pub const MAX_DEPTH: usize = 128;
 
-/// The longest path within a tree in bytes, `PATH_MAX` of Linux: no program could open a longer one by its name.
+/// The maximum length of a path within a tree in bytes: `PATH_MAX` of Linux. No program could open a
+/// longer path by its name.
 pub const MAX_PATH: usize = 4096;
 
-/// The longest target of a symbolic link in bytes: `PATH_MAX` less its NUL.
+/// The maximum length of a symbolic link's target in bytes: `PATH_MAX` without the final NUL.
 pub const MAX_TARGET: usize = 4095;
 
-/// How many refused links [`Summary::refused_examples`] names. The count beside it is complete.
+/// The maximum number of refused links in [`Summary::refused_examples`]. [`Summary::refused`] counts
+/// all of them.
 pub const MAX_EXAMPLES: usize = 16;
 
-/// How the path given for the root of a tree is looked up. Within the tree no link is ever followed.
+/// The way the path of a tree's root is resolved. Within the tree, no link is ever followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lookup {
-    /// As any program does, links included. For a path and a file system that belong to the user.
-    Follow,
-    /// The path is absolute and free of `.` and `..`, and a link anywhere in it is an error. For a path
-    /// in a file system that somebody hostile writes to.
+    /// Follows links, as any program does. For a path and a file system that belong to the user.
+    FollowLinks,
+    /// Requires an absolute path without `.` and `..`, and fails at a link in any component. For a
+    /// path in a file system that a hostile process writes to.
     NoLinks,
 }
 
-/// What to do with a symbolic link that may lead out of the tree: an absolute one, or one that climbs
-/// higher than its root.
+/// The treatment of symbolic links that may lead out of the tree: absolute ones, and those that climb
+/// above its root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Links {
-    /// Create every link as it is. For a tree that goes where nothing outside it is worth protecting.
+pub enum LinkPolicy {
+    /// Creates every link as it is. For a destination with nothing outside it to protect.
     Keep,
-    /// Leave such links out and list them in [`Summary::refused_examples`]; everything else is received.
+    /// Omits such links and lists them in [`Summary::refused_examples`]. All else is received.
     RefuseEscaping,
 }
 
-/// How [`send`] works.
+/// The options of [`send`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendOptions {
-    /// How the root is looked up.
+    /// The way the root is resolved.
     pub lookup: Lookup,
-    /// The most entries, the root included. Also bounds the memory a listing of one directory takes.
+    /// The maximum number of entries, including the root. It also bounds the memory for the listing
+    /// of one directory.
     pub max_entries: u64,
 }
 
 impl SendOptions {
-    /// A user's own files. A root that is a link is followed: inside the sandbox its target would not exist.
+    /// Returns the options for a user's own files. A root that is a link is followed, because its
+    /// target would not exist inside the sandbox.
     pub fn host() -> SendOptions {
-        SendOptions { lookup: Lookup::Follow, max_entries: MAX_ENTRIES }
+        SendOptions { lookup: Lookup::FollowLinks, max_entries: MAX_ENTRIES }
     }
 
-    /// Files of a workload, sent by the agent above it.
+    /// Returns the options for files of a workload, sent by the agent with its higher privileges.
     pub fn agent() -> SendOptions {
         SendOptions { lookup: Lookup::NoLinks, max_entries: MAX_ENTRIES }
     }
 }
 
-/// Ten times a large source tree with its dependencies; the names of so many files take some ten MiB.
+/// Ten times the entries of a large source tree with its dependencies. The names of so many files
+/// take some ten MiB.
 const MAX_ENTRIES: u64 = 1_000_000;
 
-/// How [`receive`] works.
+/// The options of [`receive`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiveOptions {
-    /// How the destination is looked up.
+    /// The way the destination is resolved.
     pub lookup: Lookup,
-    /// What to do with links that lead out.
-    pub links: Links,
-    /// The most bytes of all files together, holes counted like data: the next program that reads the
-    /// files pays for them in full.
+    /// The treatment of links that lead out of the tree.
+    pub links: LinkPolicy,
+    /// The maximum sum of all file sizes in bytes. Holes count like data, because the next program
+    /// that reads the files pays for them in full.
     pub max_bytes: u64,
-    /// The most entries, the root included. Each is an inode here.
+    /// The maximum number of entries, including the root. Each becomes an inode.
     pub max_entries: u64,
-    /// Who is to own what is created, user and group id. The caller itself if absent.
+    /// The user and group id that own the created files. `None` means those of this process.
     pub owner: Option<(u32, u32)>,
 }
 
 impl ReceiveOptions {
-    /// A tree out of a sandbox into a user's files.
+    /// Returns the options for a tree from a sandbox into a user's files.
     pub fn host(max_bytes: u64, max_entries: u64) -> ReceiveOptions {
         ReceiveOptions {
-            lookup: Lookup::Follow,
-            links: Links::RefuseEscaping,
+            lookup: Lookup::FollowLinks,
+            links: LinkPolicy::RefuseEscaping,
             max_bytes,
             max_entries,
             owner: None,
         }
     }
 
-    /// A user's tree into a sandbox, built by the agent for a workload of the given user and group id.
+    /// Returns the options for a user's tree into a sandbox, created by the agent for a workload
+    /// with the given user and group id.
     pub fn agent(owner: (u32, u32), max_bytes: u64) -> ReceiveOptions {
         ReceiveOptions {
             lookup: Lookup::NoLinks,
-            links: Links::Keep,
+            links: LinkPolicy::Keep,
             max_bytes,
             max_entries: MAX_ENTRIES,
             owner: Some(owner),
@@ -146,19 +159,20 @@ impl ReceiveOptions {
     }
 }
 
-/// What was copied.
+/// The counts of a completed copy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Regular files.
+    /// The number of regular files.
     pub files: u64,
-    /// Directories, the root included.
+    /// The number of directories, including the root.
     pub directories: u64,
-    /// Symbolic links, without the refused.
+    /// The number of symbolic links, without the refused ones.
     pub links: u64,
-    /// Bytes of file contents that went over the stream: holes are not in it.
+    /// The bytes of file data that crossed the stream, without holes.
     pub bytes: u64,
-    /// Links left out because they lead out of the tree. Always 0 for [`send`].
+    /// The number of links omitted because they lead out of the tree. Always 0 for [`send`].
     pub refused: u64,
-    /// The first [`MAX_EXAMPLES`] of them: where they would be and what they point to, fit for display on one line.
+    /// The path and target of the first [`MAX_EXAMPLES`] refused links, escaped for display on one
+    /// line.
     pub refused_examples: Vec<String>,
 }

@@ -1,10 +1,11 @@
-/// Whether a link with this target, in a directory `depth` levels below the root of its tree, may lead out of it.
+/// Returns true if a link with this target, in a directory `depth` levels below the root of its tree,
+/// may lead out of the tree.
 ///
-/// Only leading `..` are counted, and one after a name counts as leading out: the name may be a link itself, and
-/// then its `..` is not the directory it stands in (`a/up -> ..` makes `a/up/..` climb twice). Leading ones are
-/// taken from a directory that was received, which is never a link. So each link by itself stays inside, and with
-/// that any chain of them.
-pub(crate) fn escapes(depth: usize, target: &[u8]) -> bool {
+/// Only leading `..` components are counted. A `..` after a name counts as leading out, because the
+/// name may itself be a link, and its `..` is then not the directory that contains it: `a/up -> ..`
+/// makes `a/up/..` climb twice. Leading ones start from a directory that was received, which is never
+/// a link. Each link by itself therefore stays inside, and so does any chain of them.
+pub(crate) fn may_escape(depth: usize, target: &[u8]) -> bool {
     if target.starts_with(b"/") {
         return true;
     }

@@ -8,41 +8,45 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::current_path::Trail;
-use crate::{Error, Kind, Lookup, Refusal};
+use crate::current_path::CurrentPath;
+use crate::{Error, FileKind, Lookup, Refusal};
 
-/// To pass through a directory: needs no right to list it.
-pub(crate) const PASS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+/// The flags for a directory that is only traversed, which needs no permission to list it.
+pub(crate) const TRAVERSE_DIRECTORY: OFlags =
+    OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// To work on a directory's own attributes or entries.
+/// The flags for a directory whose attributes or entries are read or changed.
 pub(crate) const OPEN_DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Where a tree's root is, or will be: a name in an open directory. The name is `.` where there is no other.
-pub(crate) struct Place {
+/// The location of a tree's root, existing or not: a name in an open directory.
+pub(crate) struct Location {
     pub dir: OwnedFd,
+    /// One path component. It is `.` if the root is `dir` itself.
     pub name: Vec<u8>,
 }
 
-impl Place {
-    pub fn find(path: &Path, lookup: Lookup, trail: &Trail) -> Result<Place, Error> {
+impl Location {
+    pub fn resolve(path: &Path, lookup: Lookup, current: &CurrentPath) -> Result<Location, Error> {
         match lookup {
-            Lookup::Follow => Place::follow(path),
-            Lookup::NoLinks => Place::descend(path, trail, |_, _| Err(Errno::NOENT)),
+            Lookup::FollowLinks => Location::resolve_following_links(path),
+            Lookup::NoLinks => {
+                Location::resolve_without_links(path, current, |_, _| Err(Errno::NOENT))
+            }
         }
     }
 
-    fn follow(path: &Path) -> Result<Place, Error> {
-        // Without a slash at the end, which would follow a link unseen.
+    fn resolve_following_links(path: &Path) -> Result<Location, Error> {
+        // A slash at the end would make `statat` follow a link.
         let path = path.components().as_path();
         let no_follow = AtFlags::SYMLINK_NOFOLLOW;
-        let is_link =
-            statat(CWD, path, no_follow).is_ok_and(|stat| kind(stat.st_mode) == Kind::Symlink);
+        let is_link = statat(CWD, path, no_follow)
+            .is_ok_and(|stat| file_kind(stat.st_mode) == FileKind::Symlink);
         let target;
         let path = if is_link {
-            // Not left to the kernel: the link would be replaced instead of what it points to. One that points
-            // nowhere is an error, as it is for `cp`.
-            target = std::fs::canonicalize(path).map_err(|source| Error::Local {
+            // Left to the kernel, `renameat` would replace the link instead of its target. A link
+            // to a missing target is an error, as it is for `cp`.
+            target = std::fs::canonicalize(path).map_err(|source| Error::Filesystem {
                 operation: "follow the link",
                 path: path.into(),
                 source,
@@ -56,85 +60,95 @@ impl Place {
             (Some(parent), Some(name)) => (parent, name),
             _ => (path, OsStr::new(".")),
         };
-        let opened = openat(CWD, dir, PASS, Mode::empty());
-        let dir = opened.map_err(|errno| Error::Local {
+        let opened = openat(CWD, dir, TRAVERSE_DIRECTORY, Mode::empty());
+        let dir = opened.map_err(|errno| Error::Filesystem {
             operation: "open",
             path: dir.into(),
             source: errno.into(),
         })?;
-        Ok(Place { dir, name: name.as_bytes().into() })
+        Ok(Location { dir, name: name.as_bytes().into() })
     }
 
-    /// Goes down from `/` one component at a time, past no link. What is missing on the way, `create` opens.
-    fn descend(
+    /// Descends from `/` one component at a time and follows no link. `create` opens a component
+    /// that is missing on the way.
+    fn resolve_without_links(
         path: &Path,
-        trail: &Trail,
+        current: &CurrentPath,
         mut create: impl FnMut(&OwnedFd, &OsStr) -> Result<OwnedFd, Errno>,
-    ) -> Result<Place, Error> {
+    ) -> Result<Location, Error> {
         let mut components = path.components();
         if components.next() != Some(Component::RootDir) {
-            return Err(trail.refused(Refusal::BadPath));
+            return Err(current.refusal(Refusal::InvalidPath));
         }
-        let mut dir = openat(CWD, "/", PASS, Mode::empty()).map_err(trail.local("open"))?;
+        let mut dir = openat(CWD, "/", TRAVERSE_DIRECTORY, Mode::empty())
+            .map_err(current.filesystem_error("open"))?;
         let mut name = OsStr::new(".");
         for component in components {
             let Component::Normal(next) = component else {
-                return Err(trail.refused(Refusal::BadPath));
+                return Err(current.refusal(Refusal::InvalidPath));
             };
             if name != "." {
-                dir = match openat(&dir, name, PASS | OFlags::NOFOLLOW, Mode::empty()) {
+                let flags = TRAVERSE_DIRECTORY | OFlags::NOFOLLOW;
+                dir = match openat(&dir, name, flags, Mode::empty()) {
                     Err(Errno::NOENT) => create(&dir, name),
                     result => result,
                 }
-                .map_err(|errno| link_or(errno, &dir, name, trail))?;
+                .map_err(|errno| traverse_error(errno, &dir, name, current))?;
             }
             name = next;
         }
-        Ok(Place { dir, name: name.as_bytes().into() })
+        Ok(Location { dir, name: name.as_bytes().into() })
     }
 }
 
-/// Makes a directory and those above it, as far as they are missing; those there stay as they are.
+/// Creates a directory and its missing parents. Existing directories are not changed.
 ///
-/// `path` is absolute, and no link in it is followed: a component that is one is an error. What is made gets
-/// `mode`, whatever the umask, and `owner` (user and group id).
+/// `path` must be absolute, and no link in it is followed: a component that is a link is an error.
+/// Created directories get `mode`, regardless of the umask, and `owner` (user and group id).
+///
+/// # Errors
+/// Returns [`Error::Refused`] for a path that is not absolute, has `.` or `..` in it, or leads
+/// through a link, and [`Error::Filesystem`] if a directory cannot be created.
 pub fn create_dirs(
     path: impl AsRef<Path>,
     mode: u32,
     owner: Option<(u32, u32)>,
 ) -> Result<(), Error> {
-    let trail = Trail::new(path.as_ref());
+    let current = CurrentPath::new(path.as_ref());
     let create = |dir: &OwnedFd, name: &OsStr| match mkdirat(dir, name, Mode::RWXU) {
-        // Somebody else's, made this moment, is as good.
-        Err(Errno::EXIST) => openat(dir, name, PASS | OFlags::NOFOLLOW, Mode::empty()),
+        // Another process has created it at this moment, which is just as good.
+        Err(Errno::EXIST) => {
+            openat(dir, name, TRAVERSE_DIRECTORY | OFlags::NOFOLLOW, Mode::empty())
+        }
         Err(errno) => Err(errno),
         Ok(()) => {
-            let made = openat(dir, name, OPEN_DIRECTORY, Mode::empty())?;
-            own(&made, owner)?;
-            fchmod(&made, Mode::from_raw_mode(mode & 0o777))?;
-            Ok(made)
+            let created = openat(dir, name, OPEN_DIRECTORY, Mode::empty())?;
+            set_owner(&created, owner)?;
+            fchmod(&created, Mode::from_raw_mode(mode & 0o777))?;
+            Ok(created)
         }
     };
-    // A last component for the descent to stop at, so that the whole of `path` is on the way.
-    Place::descend(&path.as_ref().join("x"), &trail, create).map(|_| ())
+    // The descent stops before the last component; with one more, it covers the whole of `path`.
+    Location::resolve_without_links(&path.as_ref().join("x"), &current, create).map(|_| ())
 }
 
-pub(crate) fn own(fd: &OwnedFd, owner: Option<(u32, u32)>) -> Result<(), Errno> {
+pub(crate) fn set_owner(fd: &OwnedFd, owner: Option<(u32, u32)>) -> Result<(), Errno> {
     match owner {
         Some((uid, gid)) => fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))),
         None => Ok(()),
     }
 }
 
-pub(crate) fn kind(mode: u32) -> Kind {
+pub(crate) fn file_kind(mode: u32) -> FileKind {
     FileType::from_raw_mode(mode).into()
 }
 
-/// Linux says "not a directory" of a link that it was told not to follow to one.
-fn link_or(errno: Errno, dir: &OwnedFd, name: &OsStr, trail: &Trail) -> Error {
+/// Distinguishes a link from other errors: for both, Linux reports `ENOTDIR` (`open(2)`,
+/// `O_NOFOLLOW` with `O_PATH` and `O_DIRECTORY`).
+fn traverse_error(errno: Errno, dir: &OwnedFd, name: &OsStr, current: &CurrentPath) -> Error {
     let stat = statat(dir.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW);
-    if stat.is_ok_and(|stat| kind(stat.st_mode) == Kind::Symlink) {
-        return trail.refused(Refusal::LinkInPath);
+    if stat.is_ok_and(|stat| file_kind(stat.st_mode) == FileKind::Symlink) {
+        return current.refusal(Refusal::LinkInPath);
     }
-    trail.local("open the way to")(errno)
+    current.filesystem_error("open the path to")(errno)
 }

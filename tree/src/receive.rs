@@ -1,36 +1,38 @@
 use std::ffi::OsStr;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat, fchmod, fstat,
-    ftruncate, futimens, mkdirat, openat, renameat, statat, symlinkat, unlinkat,
+use rustix::fs::{Mode, OFlags, mkdirat, openat, symlinkat};
+use rustix::io::Errno;
+
+use crate::current_path::CurrentPath;
+use crate::destination::{
+    Destination, OpenDirectory, SET_ATTRIBUTES, TemporaryEntry, apply_attributes, set_link_owner,
 };
-use rustix::io::{Errno, pwrite};
+use crate::error::EscapedPath;
+use crate::file_data::{SizeLimit, receive_file_data};
+use crate::link_target::may_escape;
+use crate::location::{Location, OPEN_DIRECTORY, TRAVERSE_DIRECTORY};
+use crate::record::{Attributes, Record, RecordReader};
+use crate::{
+    Error, FileKind, FormatError, Limit, LinkPolicy, MAX_EXAMPLES, ReceiveOptions, Summary,
+};
 
-use crate::current_path::Trail;
-use crate::error::Shown;
-use crate::link_target::escapes;
-use crate::location::{OPEN_DIRECTORY, PASS, Place, kind, own};
-use crate::record::{Attributes, Broken, Input, Record};
-use crate::{Breach, Error, Kind, Limit, Links, MAX_EXAMPLES, ReceiveOptions, Refusal, Summary};
-
-/// Builds the tree that `reader` carries, with `dest` as its root.
+/// Creates the tree that `reader` carries, with `dest` as its root.
 ///
-/// The directory `dest` is in must exist. A directory that is there already is merged into and keeps its mode,
-/// owner and time: what comes out of a sandbox does not change who may enter a user's directory. A file or link
-/// that is there is replaced by a file or link, in one step and only by a complete one; nothing is ever written
-/// into an existing file, and nothing else is replaced. Directories get their mode when they are complete.
+/// The parent directory of `dest` must exist. An existing directory is merged into and keeps its
+/// mode, owner and time: a tree from a sandbox does not change the access to a user's directory. An
+/// existing file or link is replaced by a file or link, atomically and only by a complete one.
+/// Existing files are never written to, and entries of other kinds are not replaced. Directories get
+/// their mode when they are complete.
 ///
-/// Reading stops after the tree's last record, except that up to 128 KiB behind it may have been taken already.
+/// Reading stops after the last record of the tree; up to 128 KiB after it may have been consumed.
 /// Nothing is synced to disk.
 ///
 /// # Errors
-/// What had been received stays, except for the file that was being written. [`Error::is_broken_stream`] tells
-/// whether the other side is to be asked for the reason.
+/// Everything received before the error remains, except for the file that was being written. If
+/// [`Error::is_broken_stream`] is true, the other side knows the reason.
 pub fn receive(
     mut reader: impl Read,
     dest: impl AsRef<Path>,
@@ -38,404 +40,181 @@ pub fn receive(
 ) -> Result<Summary, Error> {
     let dest = dest.as_ref();
     let mut receiver = Receiver {
-        input: Input::new(&mut reader),
+        input: RecordReader::new(&mut reader),
         options,
-        trail: Trail::new(dest),
-        levels: Vec::new(),
+        current: CurrentPath::new(dest),
+        directories: Vec::new(),
         entries: 0,
         bytes: 0,
         summary: Summary::default(),
     };
-    let place = Place::find(dest, options.lookup, &receiver.trail)?;
-    let result = receiver.run(&place);
-    // Only after a failure are any left. What is there is to be no harder to reach than it would have been.
-    while let Some(level) = receiver.levels.pop() {
-        let _ = level.complete(options.owner);
+    let location = Location::resolve(dest, options.lookup, &receiver.current)?;
+    let result = receiver.receive_tree(&location);
+    // Directories are left only after a failure. They must not be less accessible than they would
+    // have been after a success.
+    while let Some(directory) = receiver.directories.pop() {
+        let _ = directory.apply_attributes(options.owner);
     }
     result?;
     Ok(receiver.summary)
 }
 
 struct Receiver<'a> {
-    input: Input<'a>,
+    input: RecordReader<'a>,
     options: &'a ReceiveOptions,
-    trail: Trail,
-    /// The directories that are open, outermost first.
-    levels: Vec<Level>,
-    /// Entries so far.
+    current: CurrentPath,
+    /// The open directories, outermost first.
+    directories: Vec<OpenDirectory>,
+    /// The number of entries so far.
     entries: u64,
-    /// Bytes of all complete files, holes included.
+    /// The sum of the sizes of all complete files, including holes.
     bytes: u64,
     summary: Summary,
 }
 
-/// A directory that is being filled.
-struct Level {
-    fd: OwnedFd,
-    /// What it gets when it is full; `None` if it was there before.
-    new: Option<Attributes>,
-    /// The last name in it.
-    last: Vec<u8>,
-}
-
-impl Level {
-    fn complete(&self, owner: Option<(u32, u32)>) -> Result<(), Errno> {
-        self.new.map_or(Ok(()), |attributes| apply(&self.fd, attributes, owner))
-    }
-}
-
-/// The owner first: with the mode, it might lock this process out.
-fn apply(fd: &OwnedFd, attributes: Attributes, owner: Option<(u32, u32)>) -> Result<(), Errno> {
-    own(fd, owner)?;
-    fchmod(fd, Mode::from_raw_mode(attributes.mode.into()))?;
-    let changed = Timespec { tv_sec: attributes.seconds, tv_nsec: attributes.nanoseconds.into() };
-    let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
-    futimens(fd, &Timestamps { last_access: omit, last_modification: changed })
-}
-
 impl Receiver<'_> {
-    fn run(&mut self, place: &Place) -> Result<(), Error> {
-        let root = self.record()?;
-        self.entry(place, root)?;
-        while !self.levels.is_empty() {
-            let record = self.record()?;
+    fn receive_tree(&mut self, root: &Location) -> Result<(), Error> {
+        let record = self.read_record()?;
+        self.receive_entry(root, record)?;
+        while !self.directories.is_empty() {
+            let record = self.read_record()?;
             if record == Record::EndOfDirectory {
-                self.end_of_directory()?;
+                self.end_directory()?;
             } else {
-                self.entry(place, record)?;
+                self.receive_entry(root, record)?;
             }
         }
         Ok(())
     }
 
-    fn record(&mut self) -> Result<Record, Error> {
-        self.input.record().map_err(|broken| breakdown(broken, &self.trail))
+    fn read_record(&mut self) -> Result<Record, Error> {
+        self.input.read_record().map_err(|error| error.at(&self.current))
     }
 
-    fn entry(&mut self, place: &Place, record: Record) -> Result<(), Error> {
+    fn receive_entry(&mut self, root: &Location, record: Record) -> Result<(), Error> {
         match record {
             Record::Directory { name, attributes } => {
-                self.name(&name)?;
-                self.directory(place, attributes)
+                self.begin_entry(&name)?;
+                self.receive_directory(root, attributes)
             }
             Record::File { name, attributes } => {
-                self.name(&name)?;
-                self.file(place, attributes)
+                self.begin_entry(&name)?;
+                self.receive_file(root, attributes)
             }
             Record::Symlink { name, target } => {
-                self.name(&name)?;
-                self.symlink(place, &target)
+                self.begin_entry(&name)?;
+                self.receive_symlink(root, &target)
             }
             Record::Data { .. } | Record::EndOfFile { .. } | Record::EndOfDirectory => {
-                Err(self.trail.malformed(Breach::Misplaced(record.kind())))
+                Err(self.current.format_error(FormatError::MisplacedRecord(record.kind())))
             }
         }
     }
 
-    /// Checks an entry's name and its place in the order, and turns to it.
-    fn name(&mut self, name: &[u8]) -> Result<(), Error> {
+    /// Counts an entry, checks its name and its order, and makes it the current entry.
+    fn begin_entry(&mut self, name: &[u8]) -> Result<(), Error> {
         self.entries += 1;
         if self.entries > self.options.max_entries {
-            return Err(self.trail.limit(Limit::Entries(self.options.max_entries)));
+            return Err(self.current.limit_error(Limit::Entries(self.options.max_entries)));
         }
-        let Some(level) = self.levels.last_mut() else {
+        let Some(parent) = self.directories.last_mut() else {
             return if name.is_empty() {
                 Ok(())
             } else {
-                Err(self.trail.malformed(Breach::BadName))
+                Err(self.current.format_error(FormatError::InvalidName))
             };
         };
         if matches!(name, b"" | b"." | b"..") || name.iter().any(|byte| matches!(byte, 0 | b'/')) {
-            self.trail.turn_to(None)?;
-            return Err(self.trail.malformed(Breach::BadName));
+            self.current.set_entry(None)?;
+            return Err(self.current.format_error(FormatError::InvalidName));
         }
-        self.trail.turn_to(Some(name))?;
-        if name <= level.last.as_slice() {
-            return Err(self.trail.malformed(Breach::Unsorted));
+        self.current.set_entry(Some(name))?;
+        if name <= parent.last_name.as_slice() {
+            return Err(self.current.format_error(FormatError::UnsortedName));
         }
-        level.last.clear();
-        level.last.extend_from_slice(name);
+        parent.last_name.clear();
+        parent.last_name.extend_from_slice(name);
         Ok(())
     }
 
-    fn directory(&mut self, place: &Place, attributes: Attributes) -> Result<(), Error> {
-        let way = Way::new(&self.levels, place, &self.trail);
-        let level = match mkdirat(way.dir, way.name, Mode::RWXU) {
+    fn receive_directory(&mut self, root: &Location, attributes: Attributes) -> Result<(), Error> {
+        let dest = Destination::of_current_entry(&self.directories, root, &self.current);
+        let directory = match mkdirat(dest.dir, dest.name, Mode::RWXU) {
             Ok(()) => {
-                let made = openat(way.dir, way.name, OPEN_DIRECTORY, Mode::empty());
-                let fd = made.map_err(self.trail.local("open"))?;
-                Level { fd, new: Some(attributes), last: Vec::new() }
+                let created = openat(dest.dir, dest.name, OPEN_DIRECTORY, Mode::empty());
+                let fd = created.map_err(self.current.filesystem_error("open"))?;
+                OpenDirectory { fd, new: Some(attributes), last_name: Vec::new() }
             }
             Err(Errno::EXIST) => {
-                way.check(Kind::Directory)?;
-                let there = openat(way.dir, way.name, PASS | OFlags::NOFOLLOW, Mode::empty());
-                let fd = there.map_err(self.trail.local("open"))?;
-                Level { fd, new: None, last: Vec::new() }
+                dest.check_existing(FileKind::Directory)?;
+                let flags = TRAVERSE_DIRECTORY | OFlags::NOFOLLOW;
+                let existing = openat(dest.dir, dest.name, flags, Mode::empty());
+                let fd = existing.map_err(self.current.filesystem_error("open"))?;
+                OpenDirectory { fd, new: None, last_name: Vec::new() }
             }
-            Err(errno) => return Err(self.trail.local("create")(errno)),
+            Err(errno) => return Err(self.current.filesystem_error("create")(errno)),
         };
-        self.trail.enter()?;
-        self.levels.push(level);
+        self.current.enter_directory()?;
+        self.directories.push(directory);
         self.summary.directories += 1;
         Ok(())
     }
 
-    fn end_of_directory(&mut self) -> Result<(), Error> {
-        self.trail.leave();
-        let Some(level) = self.levels.pop() else { return Ok(()) };
-        level.complete(self.options.owner).map_err(self.trail.local("set owner, mode and time of"))
+    fn end_directory(&mut self) -> Result<(), Error> {
+        self.current.leave_directory();
+        let Some(directory) = self.directories.pop() else { return Ok(()) };
+        directory
+            .apply_attributes(self.options.owner)
+            .map_err(self.current.filesystem_error(SET_ATTRIBUTES))
     }
 
-    fn file(&mut self, place: &Place, attributes: Attributes) -> Result<(), Error> {
-        let way = Way::new(&self.levels, place, &self.trail);
-        way.check(Kind::File)?;
-        let new =
+    fn receive_file(&mut self, root: &Location, attributes: Attributes) -> Result<(), Error> {
+        let dest = Destination::of_current_entry(&self.directories, root, &self.current);
+        dest.check_existing(FileKind::File)?;
+        let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let (temporary, fd) =
-            Temporary::make(way.dir, |name| openat(way.dir, name, new, Mode::RUSR | Mode::WUSR))
-                .map_err(self.trail.local("create"))?;
-        let space = Space { used: self.bytes, max: self.options.max_bytes };
-        let contents = contents(&mut self.input, &fd, &space, &self.trail)?;
-        apply(&fd, attributes, self.options.owner)
-            .map_err(self.trail.local("set owner, mode and time of"))?;
-        way.replace(temporary, Kind::File)?;
-        self.bytes += contents.size;
-        self.summary.bytes += contents.data;
+        let (temporary, fd) = TemporaryEntry::create(dest.dir, |name| {
+            openat(dest.dir, name, flags, Mode::RUSR | Mode::WUSR)
+        })
+        .map_err(self.current.filesystem_error("create"))?;
+        let limit = SizeLimit { used: self.bytes, max: self.options.max_bytes };
+        let received = receive_file_data(&mut self.input, &fd, &limit, &self.current)?;
+        apply_attributes(&fd, attributes, self.options.owner)
+            .map_err(self.current.filesystem_error(SET_ATTRIBUTES))?;
+        dest.replace_with(temporary, FileKind::File)?;
+        self.bytes += received.size;
+        self.summary.bytes += received.data;
         self.summary.files += 1;
         Ok(())
     }
 
-    fn symlink(&mut self, place: &Place, target: &[u8]) -> Result<(), Error> {
-        // The root itself is in no directory of the tree, and neither is what a link in its place points to.
-        let depth = self.levels.len().checked_sub(1);
-        if self.options.links == Links::RefuseEscaping
-            && depth.is_none_or(|depth| escapes(depth, target))
+    fn receive_symlink(&mut self, root: &Location, target: &[u8]) -> Result<(), Error> {
+        // The root itself is in no directory of the tree, so that any target leads out of it.
+        let depth = self.directories.len().checked_sub(1);
+        if self.options.links == LinkPolicy::RefuseEscaping
+            && depth.is_none_or(|depth| may_escape(depth, target))
         {
-            self.summary.refused += 1;
-            if self.summary.refused_examples.len() < MAX_EXAMPLES {
-                let (path, target) = (self.trail.path(), Path::new(OsStr::from_bytes(target)));
-                self.summary.refused_examples.push(format!(
-                    "{} -> {}",
-                    Shown(&path),
-                    Shown(target)
-                ));
-            }
+            self.refuse_symlink(target);
             return Ok(());
         }
-        let way = Way::new(&self.levels, place, &self.trail);
-        way.check(Kind::Symlink)?;
-        let (temporary, ()) = Temporary::make(way.dir, |name| symlinkat(target, way.dir, name))
-            .map_err(self.trail.local("create"))?;
-        own_link(way.dir, &temporary.name, self.options.owner)
-            .map_err(self.trail.local("set the owner of"))?;
-        way.replace(temporary, Kind::Symlink)?;
+        let dest = Destination::of_current_entry(&self.directories, root, &self.current);
+        dest.check_existing(FileKind::Symlink)?;
+        let (temporary, ()) =
+            TemporaryEntry::create(dest.dir, |name| symlinkat(target, dest.dir, name))
+                .map_err(self.current.filesystem_error("create"))?;
+        set_link_owner(dest.dir, temporary.name(), self.options.owner)
+            .map_err(self.current.filesystem_error("set the owner of"))?;
+        dest.replace_with(temporary, FileKind::Symlink)?;
         self.summary.links += 1;
         Ok(())
     }
-}
 
-/// Where an entry is to be: a directory, and a name in it.
-struct Way<'a> {
-    dir: BorrowedFd<'a>,
-    name: &'a [u8],
-    /// Whether something may be there already.
-    shared: bool,
-    trail: &'a Trail,
-}
-
-impl<'a> Way<'a> {
-    /// To the entry that was turned to.
-    fn new(levels: &'a [Level], place: &'a Place, trail: &'a Trail) -> Way<'a> {
-        match levels.last() {
-            Some(level) => {
-                Way { dir: level.fd.as_fd(), name: &level.last, shared: level.new.is_none(), trail }
-            }
-            None => Way { dir: place.dir.as_fd(), name: &place.name, shared: true, trail },
+    fn refuse_symlink(&mut self, target: &[u8]) {
+        self.summary.refused += 1;
+        if self.summary.refused_examples.len() < MAX_EXAMPLES {
+            let (path, target) = (self.current.to_path_buf(), Path::new(OsStr::from_bytes(target)));
+            let example = format!("{} -> {}", EscapedPath(&path), EscapedPath(target));
+            self.summary.refused_examples.push(example);
         }
-    }
-
-    /// Finds what is in the way before any work is done. A later change is caught by the kernel.
-    fn check(&self, comes: Kind) -> Result<(), Error> {
-        if !self.shared && comes != Kind::Directory {
-            return Ok(());
-        }
-        let there = match statat(self.dir, self.name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => kind(stat.st_mode),
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(self.trail.local("examine")(errno)),
-        };
-        match (there, comes) {
-            (Kind::Directory, Kind::Directory) => Ok(()),
-            (Kind::File | Kind::Symlink, Kind::File | Kind::Symlink) => Ok(()),
-            _ => Err(self.trail.refused(Refusal::InTheWay { there, comes })),
-        }
-    }
-
-    /// Gives the complete file or link its name.
-    fn replace(&self, temporary: Temporary<'_>, comes: Kind) -> Result<(), Error> {
-        match renameat(self.dir, &temporary.name, self.dir, self.name) {
-            Ok(()) => {
-                temporary.keep();
-                Ok(())
-            }
-            Err(Errno::ISDIR) => {
-                Err(self.trail.refused(Refusal::InTheWay { there: Kind::Directory, comes }))
-            }
-            Err(errno) => Err(self.trail.local("create")(errno)),
-        }
-    }
-}
-
-/// A file or link that is not complete: gone when this is dropped.
-struct Temporary<'a> {
-    dir: BorrowedFd<'a>,
-    name: String,
-}
-
-impl<'a> Temporary<'a> {
-    /// Calls `make` with names until one is free.
-    fn make<T>(
-        dir: BorrowedFd<'a>,
-        make: impl Fn(&str) -> Result<T, Errno>,
-    ) -> Result<(Temporary<'a>, T), Errno> {
-        /// Unique in this process; others have another process id, or another namespace for them.
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        /// Taken names are left over from a killed process, or somebody's who wants the copy to fail.
-        const ATTEMPTS: usize = 100;
-        for _ in 0..ATTEMPTS {
-            let name =
-                format!(".chitin-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-            match make(&name) {
-                Err(Errno::EXIST) => {}
-                Err(errno) => return Err(errno),
-                Ok(made) => return Ok((Temporary { dir, name }, made)),
-            }
-        }
-        Err(Errno::EXIST)
-    }
-
-    /// It has another name now.
-    fn keep(mut self) {
-        self.name.clear();
-    }
-}
-
-impl Drop for Temporary<'_> {
-    fn drop(&mut self) {
-        if !self.name.is_empty() {
-            let _ = unlinkat(self.dir, &self.name, AtFlags::empty());
-        }
-    }
-}
-
-/// By descriptor and only if it is a link: whoever can write to the directory may have put something else there,
-/// and by name that would be given away.
-fn own_link(dir: BorrowedFd<'_>, name: &str, owner: Option<(u32, u32)>) -> Result<(), Errno> {
-    let Some((uid, gid)) = owner else { return Ok(()) };
-    let link = openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    if kind(fstat(&link)?.st_mode) != Kind::Symlink {
-        return Ok(());
-    }
-    match chownat(
-        &link,
-        "",
-        Some(Uid::from_raw(uid)),
-        Some(Gid::from_raw(gid)),
-        AtFlags::EMPTY_PATH,
-    ) {
-        // gVisor owns nothing by the descriptor of a path alone. Whose a link is says nothing of where it leads.
-        Err(Errno::BADF) => Ok(()),
-        owned => owned,
-    }
-}
-
-/// How large files may be, all together.
-struct Space {
-    /// Taken by complete files.
-    used: u64,
-    max: u64,
-}
-
-impl Space {
-    /// Whether one more file of this size has room; it must be one that a Linux file can have.
-    fn check(&self, size: Option<u64>, trail: &Trail) -> Result<u64, Error> {
-        let size = size.filter(|&size| i64::try_from(size).is_ok());
-        let size = size.ok_or_else(|| trail.malformed(Breach::BadData))?;
-        if self.used.saturating_add(size) > self.max {
-            return Err(trail.limit(Limit::Bytes(self.max)));
-        }
-        Ok(size)
-    }
-}
-
-struct Contents {
-    /// Holes included.
-    size: u64,
-    data: u64,
-}
-
-/// Takes a file's data and end.
-fn contents(
-    input: &mut Input<'_>,
-    fd: &OwnedFd,
-    space: &Space,
-    trail: &Trail,
-) -> Result<Contents, Error> {
-    let mut contents = Contents { size: 0, data: 0 };
-    loop {
-        match input.record().map_err(|broken| breakdown(broken, trail))? {
-            Record::Data { offset, len } if len > 0 && offset >= contents.size => {
-                let end = space.check(offset.checked_add(len.into()), trail)?;
-                write(input, fd, offset, end, trail)?;
-                contents.size = end;
-                contents.data += u64::from(len);
-            }
-            Record::EndOfFile { size } if size >= contents.size => {
-                space.check(Some(size), trail)?;
-                if size > contents.size {
-                    ftruncate(fd, size).map_err(trail.local("set the size of"))?;
-                    contents.size = size;
-                }
-                return Ok(contents);
-            }
-            Record::Data { .. } | Record::EndOfFile { .. } => {
-                return Err(trail.malformed(Breach::BadData));
-            }
-            other => return Err(trail.malformed(Breach::Misplaced(other.kind()))),
-        }
-    }
-}
-
-/// Takes the bytes from `offset` to `end`, as they come.
-fn write(
-    input: &mut Input<'_>,
-    fd: &OwnedFd,
-    mut offset: u64,
-    end: u64,
-    trail: &Trail,
-) -> Result<(), Error> {
-    while offset < end {
-        let max = usize::try_from(end - offset).unwrap_or(usize::MAX);
-        let mut bytes = input.some(max).map_err(|broken| breakdown(broken, trail))?;
-        while !bytes.is_empty() {
-            match pwrite(fd, bytes, offset) {
-                Ok(0) => return Err(trail.local("write")(Errno::IO)),
-                Ok(len) => {
-                    bytes = &bytes[len..];
-                    offset += len as u64;
-                }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(trail.local("write")(errno)),
-            }
-        }
-    }
-    Ok(())
-}
-
-fn breakdown(broken: Broken, trail: &Trail) -> Error {
-    match broken {
-        Broken::Breach(breach) => trail.malformed(breach),
-        Broken::EndedEarly => Error::EndedEarly { path: trail.path() },
-        Broken::Stream(error) => Error::Stream(error),
     }
 }

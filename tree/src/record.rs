@@ -1,15 +1,16 @@
-//! Records in bytes. The table is in the crate's documentation.
+//! Records: the units of the format, their encoding, and a reader that decodes them.
 
 use std::io::{ErrorKind, Read};
 use std::ops::Range;
 
-use crate::{Breach, Limit, MAX_TARGET};
+use crate::current_path::CurrentPath;
+use crate::{Error, FormatError, Limit, MAX_TARGET};
 
-/// Length of a data record without its bytes.
-pub(crate) const DATA_HEAD: usize = 1 + 8 + 4;
+/// The length of a data record without its data.
+pub(crate) const DATA_HEADER_LEN: usize = 1 + 8 + 4;
 
-/// Bytes that are read or written at once: few calls, and two frames of the channel.
-pub(crate) const BUFFER: usize = 128 * 1024;
+/// The size of the buffers of reader and writer: few system calls, and two frames of the channel.
+pub(crate) const BUFFER_LEN: usize = 128 * 1024;
 
 const DIRECTORY: u8 = 1;
 const FILE: u8 = 2;
@@ -18,14 +19,14 @@ const DATA: u8 = 4;
 const END_OF_FILE: u8 = 5;
 const END_OF_DIRECTORY: u8 = 6;
 
-/// What a file or directory has beside name and contents.
+/// The attributes of a file or directory that a copy preserves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Attributes {
-    /// Permission bits, at most `0o777`.
+    /// The permission bits, at most `0o777`.
     pub mode: u16,
-    /// Last change, seconds since 1970.
+    /// The modification time in seconds since 1970.
     pub seconds: i64,
-    /// And nanoseconds, below a billion.
+    /// The nanoseconds of the modification time, below a billion.
     pub nanoseconds: u32,
 }
 
@@ -43,7 +44,7 @@ pub(crate) enum Record {
         name: Vec<u8>,
         target: Vec<u8>,
     },
-    /// Followed by `len` bytes.
+    /// `len` bytes of data follow the record.
     Data {
         offset: u64,
         len: u32,
@@ -55,7 +56,8 @@ pub(crate) enum Record {
 }
 
 impl Record {
-    /// Appends the record. Fails on a name or target longer than Linux itself allows, as some file systems do.
+    /// Appends the record to `out`. Fails for a name or target that is longer than Linux allows,
+    /// which some file systems permit.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), Limit> {
         let name_len = |name: &[u8]| u8::try_from(name.len()).map_err(|_| Limit::Name);
         out.push(self.kind());
@@ -85,7 +87,7 @@ impl Record {
         Ok(())
     }
 
-    /// The byte that begins it.
+    /// Returns the first byte of the encoded record.
     pub fn kind(&self) -> u8 {
         match self {
             Record::Directory { .. } => DIRECTORY,
@@ -98,42 +100,53 @@ impl Record {
     }
 }
 
-/// Why there is no next record.
+/// The reason why there is no next record.
 #[derive(Debug)]
-pub(crate) enum Broken {
-    Breach(Breach),
+pub(crate) enum ReadError {
+    Format(FormatError),
     EndedEarly,
     Stream(std::io::Error),
 }
 
-/// The stream, read through a buffer of fixed size, whatever lengths it announces.
-pub(crate) struct Input<'a> {
+impl ReadError {
+    /// Returns the error of a copy that was at `current`.
+    pub fn at(self, current: &CurrentPath) -> Error {
+        match self {
+            ReadError::Format(error) => current.format_error(error),
+            ReadError::EndedEarly => Error::EndedEarly { path: current.to_path_buf() },
+            ReadError::Stream(error) => Error::Stream(error),
+        }
+    }
+}
+
+/// Reads records through a buffer of fixed size, independent of the announced lengths.
+pub(crate) struct RecordReader<'a> {
     reader: &'a mut dyn Read,
     buffer: Vec<u8>,
-    /// The part of `buffer` that is read and not yet taken.
+    /// The part of `buffer` that was read from `reader` and not yet taken.
     unread: Range<usize>,
 }
 
-impl<'a> Input<'a> {
-    pub fn new(reader: &'a mut dyn Read) -> Input<'a> {
-        Input { reader, buffer: vec![0; BUFFER], unread: 0..0 }
+impl<'a> RecordReader<'a> {
+    pub fn new(reader: &'a mut dyn Read) -> RecordReader<'a> {
+        RecordReader { reader, buffer: vec![0; BUFFER_LEN], unread: 0..0 }
     }
 
-    /// The next record, each of its fields checked as far as it can be without knowing what stands around it.
-    pub fn record(&mut self) -> Result<Record, Broken> {
-        let [kind] = self.array()?;
+    /// Reads the next record and checks each field as far as possible without its context.
+    pub fn read_record(&mut self) -> Result<Record, ReadError> {
+        let [kind] = self.read_array()?;
         Ok(match kind {
             DIRECTORY | FILE => {
-                let [name_len] = self.array()?;
+                let [name_len] = self.read_array()?;
                 let attributes = Attributes {
-                    mode: u16::from_le_bytes(self.array()?),
-                    seconds: i64::from_le_bytes(self.array()?),
-                    nanoseconds: u32::from_le_bytes(self.array()?),
+                    mode: u16::from_le_bytes(self.read_array()?),
+                    seconds: i64::from_le_bytes(self.read_array()?),
+                    nanoseconds: u32::from_le_bytes(self.read_array()?),
                 };
                 if attributes.mode > 0o777 || attributes.nanoseconds >= 1_000_000_000 {
-                    return Err(Broken::Breach(Breach::BadAttributes));
+                    return Err(ReadError::Format(FormatError::InvalidAttributes));
                 }
-                let name = self.bytes(name_len.into())?;
+                let name = self.read_bytes(name_len.into())?;
                 if kind == FILE {
                     Record::File { name, attributes }
                 } else {
@@ -141,33 +154,33 @@ impl<'a> Input<'a> {
                 }
             }
             SYMLINK => {
-                let [name_len] = self.array()?;
-                let target_len: usize = u16::from_le_bytes(self.array()?).into();
+                let [name_len] = self.read_array()?;
+                let target_len: usize = u16::from_le_bytes(self.read_array()?).into();
                 if target_len == 0 || target_len > MAX_TARGET {
-                    return Err(Broken::Breach(Breach::BadTarget));
+                    return Err(ReadError::Format(FormatError::InvalidTarget));
                 }
-                let name = self.bytes(name_len.into())?;
-                let target = self.bytes(target_len)?;
+                let name = self.read_bytes(name_len.into())?;
+                let target = self.read_bytes(target_len)?;
                 if target.contains(&0) {
-                    return Err(Broken::Breach(Breach::BadTarget));
+                    return Err(ReadError::Format(FormatError::InvalidTarget));
                 }
                 Record::Symlink { name, target }
             }
             DATA => Record::Data {
-                offset: u64::from_le_bytes(self.array()?),
-                len: u32::from_le_bytes(self.array()?),
+                offset: u64::from_le_bytes(self.read_array()?),
+                len: u32::from_le_bytes(self.read_array()?),
             },
-            END_OF_FILE => Record::EndOfFile { size: u64::from_le_bytes(self.array()?) },
+            END_OF_FILE => Record::EndOfFile { size: u64::from_le_bytes(self.read_array()?) },
             END_OF_DIRECTORY => Record::EndOfDirectory,
-            _ => return Err(Broken::Breach(Breach::UnknownKind(kind))),
+            _ => return Err(ReadError::Format(FormatError::UnknownRecord(kind))),
         })
     }
 
-    /// Takes up to `max` bytes, at least one.
-    pub fn some(&mut self, max: usize) -> Result<&[u8], Broken> {
+    /// Takes between one and `max` bytes, without waiting for more than one.
+    pub fn read_chunk(&mut self, max: usize) -> Result<&[u8], ReadError> {
         if self.unread.is_empty() {
             self.unread = 0..0;
-            self.read_more()?;
+            self.fill_buffer()?;
         }
         let len = max.min(self.unread.len());
         let start = self.unread.start;
@@ -175,22 +188,22 @@ impl<'a> Input<'a> {
         Ok(&self.buffer[start..start + len])
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Broken> {
+    fn read_array<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
         let mut array = [0; N];
-        self.exact(&mut array)?;
+        self.read_exact(&mut array)?;
         Ok(array)
     }
 
-    /// `len` is that of a name or target: small enough to allocate before the bytes are there.
-    fn bytes(&mut self, len: usize) -> Result<Vec<u8>, Broken> {
+    /// Reads a name or target, whose `len` is small enough to allocate before the bytes arrive.
+    fn read_bytes(&mut self, len: usize) -> Result<Vec<u8>, ReadError> {
         let mut bytes = vec![0; len];
-        self.exact(&mut bytes)?;
+        self.read_exact(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn exact(&mut self, mut out: &mut [u8]) -> Result<(), Broken> {
+    fn read_exact(&mut self, mut out: &mut [u8]) -> Result<(), ReadError> {
         while !out.is_empty() {
-            let bytes = self.some(out.len())?;
+            let bytes = self.read_chunk(out.len())?;
             let (head, tail) = out.split_at_mut(bytes.len());
             head.copy_from_slice(bytes);
             out = tail;
@@ -198,16 +211,16 @@ impl<'a> Input<'a> {
         Ok(())
     }
 
-    fn read_more(&mut self) -> Result<(), Broken> {
+    fn fill_buffer(&mut self) -> Result<(), ReadError> {
         loop {
             match self.reader.read(&mut self.buffer) {
-                Ok(0) => return Err(Broken::EndedEarly),
+                Ok(0) => return Err(ReadError::EndedEarly),
                 Ok(len) => {
-                    self.unread.end = len.min(BUFFER);
+                    self.unread.end = len.min(BUFFER_LEN);
                     return Ok(());
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(Broken::Stream(error)),
+                Err(error) => return Err(ReadError::Stream(error)),
             }
         }
     }

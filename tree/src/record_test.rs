@@ -1,11 +1,11 @@
 use super::*;
 
-fn decoded(mut bytes: &[u8]) -> Result<Record, Broken> {
-    Input::new(&mut bytes).record()
+fn decode(mut bytes: &[u8]) -> Result<Record, ReadError> {
+    RecordReader::new(&mut bytes).read_record()
 }
 
 #[test]
-fn records_survive_the_wire() {
+fn records_round_trip() {
     let attributes = Attributes { mode: 0o751, seconds: -2, nanoseconds: 999_999_999 };
     for record in [
         Record::Directory { name: vec![], attributes },
@@ -18,16 +18,16 @@ fn records_survive_the_wire() {
         let mut bytes = Vec::new();
         record.encode(&mut bytes).unwrap();
         assert_eq!(bytes[0], record.kind());
-        assert_eq!(decoded(&bytes).unwrap(), record);
-        assert!(matches!(decoded(&bytes[..bytes.len() - 1]), Err(Broken::EndedEarly)));
+        assert_eq!(decode(&bytes).unwrap(), record);
+        assert!(matches!(decode(&bytes[..bytes.len() - 1]), Err(ReadError::EndedEarly)));
         if let Record::Data { .. } = record {
-            assert_eq!(bytes.len(), DATA_HEAD);
+            assert_eq!(bytes.len(), DATA_HEADER_LEN);
         }
     }
 }
 
 #[test]
-fn names_and_targets_that_linux_does_not_have_are_not_sent() {
+fn overlong_name_or_target_is_not_encoded() {
     let attributes = Attributes { mode: 0, seconds: 0, nanoseconds: 0 };
     let name = vec![b'n'; 256];
     assert_eq!(Record::File { name, attributes }.encode(&mut Vec::new()), Err(Limit::Name));
@@ -39,7 +39,7 @@ fn names_and_targets_that_linux_does_not_have_are_not_sent() {
 }
 
 #[test]
-fn what_no_sender_writes_is_a_breach() {
+fn invalid_record_is_format_error() {
     let entry = |mode: u16, nanoseconds: u32| {
         let mut bytes = vec![2, 0];
         bytes.extend_from_slice(&mode.to_le_bytes());
@@ -47,18 +47,18 @@ fn what_no_sender_writes_is_a_breach() {
         bytes.extend_from_slice(&nanoseconds.to_le_bytes());
         bytes
     };
-    for (bytes, breach) in [
-        (vec![0], Breach::UnknownKind(0)),
-        (vec![7], Breach::UnknownKind(7)),
-        (entry(0o1000, 0), Breach::BadAttributes),
-        (entry(0o4755, 0), Breach::BadAttributes),
-        (entry(0o755, 1_000_000_000), Breach::BadAttributes),
-        (vec![3, 0, 0, 0], Breach::BadTarget),
-        (vec![3, 0, 0, 0x10], Breach::BadTarget),
-        (vec![3, 0, 2, 0, b'a', 0], Breach::BadTarget),
+    for (bytes, error) in [
+        (vec![0], FormatError::UnknownRecord(0)),
+        (vec![7], FormatError::UnknownRecord(7)),
+        (entry(0o1000, 0), FormatError::InvalidAttributes),
+        (entry(0o4755, 0), FormatError::InvalidAttributes),
+        (entry(0o755, 1_000_000_000), FormatError::InvalidAttributes),
+        (vec![3, 0, 0, 0], FormatError::InvalidTarget),
+        (vec![3, 0, 0, 0x10], FormatError::InvalidTarget),
+        (vec![3, 0, 2, 0, b'a', 0], FormatError::InvalidTarget),
     ] {
-        match decoded(&bytes) {
-            Err(Broken::Breach(found)) => assert_eq!(found, breach, "{bytes:?}"),
+        match decode(&bytes) {
+            Err(ReadError::Format(found)) => assert_eq!(found, error, "{bytes:?}"),
             other => panic!("{bytes:?}: {other:?}"),
         }
     }

@@ -1,4 +1,5 @@
-//! What a copy keeps, replaces, merges and refuses, between two honest sides.
+//! Attributes that a copy preserves, and entries that it replaces, merges and refuses, between two
+//! honest sides.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -13,17 +14,17 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use chitin_tree::{
-    Error, Kind, Limit, Links, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs, receive,
-    send,
+    Error, FileKind, Limit, LinkPolicy, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs,
+    receive, send,
 };
-use common::{agent, host, look, names, sent};
+use common::{agent, describe_tree, host, names, sent};
 use tempfile::tempdir;
 
-fn mode(path: &Path, mode: u32) {
+fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
-/// Copies within one process, and checks that both sides count the same.
+/// Copies within one process, and checks that the counts of both sides are equal.
 fn copy(from: &Path, to: &Path, options: &ReceiveOptions) -> Result<chitin_tree::Summary, Error> {
     let (reader, writer) = std::io::pipe().unwrap();
     std::thread::scope(|scope| {
@@ -39,7 +40,7 @@ fn copy(from: &Path, to: &Path, options: &ReceiveOptions) -> Result<chitin_tree:
 }
 
 #[test]
-fn a_tree_arrives_as_it_was() {
+fn copied_tree_equals_source() {
     let dir = tempdir().unwrap();
     let from = dir.path().join("from");
     fs::create_dir_all(from.join("sub/deep/empty")).unwrap();
@@ -65,15 +66,15 @@ fn a_tree_arrives_as_it_was() {
         ("sub/deep/empty", 0o700),
         ("sub/deep", 0o555),
     ] {
-        mode(&from.join(name), bits);
+        set_mode(&from.join(name), bits);
     }
 
     for (name, options) in [("host", host()), ("agent", agent())] {
         let to = dir.path().join(name);
-        // As somebody other than root, the file of mode 000 could not be read.
+        // Only root can read the file of mode 000.
         if rustix::process::geteuid().is_root() {
             let summary = copy(&from, &to, &options).unwrap();
-            assert_eq!(look(&from), look(&to));
+            assert_eq!(describe_tree(&from), describe_tree(&to));
             assert_eq!(
                 (summary.files, summary.directories, summary.links, summary.refused),
                 (6, 4, 3, 0)
@@ -81,11 +82,11 @@ fn a_tree_arrives_as_it_was() {
             assert_eq!(to.join("twin").metadata().unwrap().nlink(), 1);
         }
     }
-    mode(&from.join("sub/deep"), 0o755);
+    set_mode(&from.join("sub/deep"), 0o755);
 }
 
 #[test]
-fn the_same_tree_gives_the_same_bytes() {
+fn same_tree_gives_same_bytes() {
     let dir = tempdir().unwrap();
     for name in ["b", "a", "C", "aa", "a.b", "ü"] {
         fs::write(dir.path().join(name), name).unwrap();
@@ -98,16 +99,16 @@ fn the_same_tree_gives_the_same_bytes() {
 }
 
 #[test]
-fn a_single_file_arrives_and_replaces() {
+fn single_file_replaces_existing_file() {
     let dir = tempdir().unwrap();
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     fs::write(&from, "new").unwrap();
     copy(&from, &to, &host()).unwrap();
     assert_eq!(fs::read(&to).unwrap(), b"new");
 
-    // The old file itself is not touched, whoever else has it open or linked.
+    // The old file itself is not changed: it may be open or linked elsewhere.
     fs::write(&to, "old").unwrap();
-    mode(&to, 0o400);
+    set_mode(&to, 0o400);
     fs::hard_link(&to, dir.path().join("other name")).unwrap();
     let mut opened = File::open(&to).unwrap();
     copy(&from, &to, &host()).unwrap();
@@ -122,20 +123,20 @@ fn a_single_file_arrives_and_replaces() {
 }
 
 #[test]
-fn set_user_id_does_not_travel() {
+fn setuid_and_sticky_bits_are_dropped() {
     let dir = tempdir().unwrap();
     let from = dir.path().join("from");
     fs::create_dir(&from).unwrap();
     fs::write(from.join("su"), "").unwrap();
-    mode(&from.join("su"), 0o6755);
-    mode(&from, 0o1777);
+    set_mode(&from.join("su"), 0o6755);
+    set_mode(&from, 0o1777);
     copy(&from, &dir.path().join("to"), &host()).unwrap();
     assert_eq!(dir.path().join("to").metadata().unwrap().mode() & 0o7777, 0o777);
     assert_eq!(dir.path().join("to/su").metadata().unwrap().mode() & 0o7777, 0o755);
 }
 
 #[test]
-fn holes_stay_holes() {
+fn holes_are_preserved() {
     let dir = tempdir().unwrap();
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     let file = File::create(&from).unwrap();
@@ -154,7 +155,7 @@ fn holes_stay_holes() {
     copy.read_exact_at(&mut text, (1 << 30) + 4092).unwrap();
     assert_eq!(&text, b"\0middle\0");
 
-    // All hole, and data at the very end.
+    // A file that is one hole, then with data at its end.
     let file = File::create(&from).unwrap();
     file.set_len(1 << 30).unwrap();
     assert!(sent(&from).len() < 64);
@@ -166,18 +167,18 @@ fn holes_stay_holes() {
 }
 
 #[test]
-fn directories_merge_and_keep_what_they_are() {
+fn existing_directory_is_merged_and_keeps_mode() {
     let dir = tempdir().unwrap();
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     fs::create_dir_all(from.join("sub")).unwrap();
     fs::write(from.join("sub/a"), "new").unwrap();
-    mode(&from, 0o777);
-    mode(&from.join("sub"), 0o777);
+    set_mode(&from, 0o777);
+    set_mode(&from.join("sub"), 0o777);
     fs::create_dir_all(to.join("sub")).unwrap();
     fs::write(to.join("sub/a"), "old").unwrap();
     fs::write(to.join("sub/b"), "kept").unwrap();
-    mode(&to, 0o700);
-    mode(&to.join("sub"), 0o750);
+    set_mode(&to, 0o700);
+    set_mode(&to.join("sub"), 0o750);
     copy(&from, &to, &host()).unwrap();
     assert_eq!(fs::read(to.join("sub/a")).unwrap(), b"new");
     assert_eq!(fs::read(to.join("sub/b")).unwrap(), b"kept");
@@ -186,61 +187,66 @@ fn directories_merge_and_keep_what_they_are() {
 }
 
 #[test]
-fn kinds_do_not_replace_each_other() {
+fn other_kind_at_destination_is_refused() {
     let dir = tempdir().unwrap();
     let (file, from) = (dir.path().join("file"), dir.path().join("from"));
     fs::write(&file, "x").unwrap();
     fs::create_dir(&from).unwrap();
-    let in_the_way = |result: Result<_, Error>, there: Kind, comes: Kind| match result {
-        Err(Error::Refused { refusal, .. }) => {
-            assert_eq!(refusal, Refusal::InTheWay { there, comes })
-        }
-        other => panic!("{other:?}"),
-    };
+    let assert_mismatch =
+        |result: Result<_, Error>, existing: FileKind, incoming: FileKind| match result {
+            Err(Error::Refused { refusal, .. }) => {
+                assert_eq!(refusal, Refusal::KindMismatch { existing, incoming })
+            }
+            other => panic!("{other:?}"),
+        };
     let to = dir.path().join("to");
     fs::create_dir(&to).unwrap();
-    in_the_way(copy(&file, &to, &host()), Kind::Directory, Kind::File);
-    in_the_way(copy(&file, Path::new("/"), &host()), Kind::Directory, Kind::File);
-    in_the_way(copy(&file, Path::new("/"), &agent()), Kind::Directory, Kind::File);
+    assert_mismatch(copy(&file, &to, &host()), FileKind::Directory, FileKind::File);
+    assert_mismatch(copy(&file, Path::new("/"), &host()), FileKind::Directory, FileKind::File);
+    assert_mismatch(copy(&file, Path::new("/"), &agent()), FileKind::Directory, FileKind::File);
     fs::remove_dir(&to).unwrap();
     fs::write(&to, "kept").unwrap();
-    in_the_way(copy(&from, &to, &host()), Kind::File, Kind::Directory);
+    assert_mismatch(copy(&from, &to, &host()), FileKind::File, FileKind::Directory);
     assert_eq!(fs::read(&to).unwrap(), b"kept");
     fs::remove_file(&to).unwrap();
     symlink(&from, &to).unwrap();
-    in_the_way(copy(&from, &to, &agent()), Kind::Symlink, Kind::Directory);
+    assert_mismatch(copy(&from, &to, &agent()), FileKind::Symlink, FileKind::Directory);
     fs::remove_file(&to).unwrap();
     let _socket = UnixListener::bind(&to).unwrap();
-    in_the_way(copy(&file, &to, &host()), Kind::Socket, Kind::File);
-    in_the_way(copy(&file, Path::new("/dev/null"), &host()), Kind::Device, Kind::File);
-    in_the_way(copy(&from, Path::new("/dev/null"), &host()), Kind::Device, Kind::Directory);
+    assert_mismatch(copy(&file, &to, &host()), FileKind::Socket, FileKind::File);
+    assert_mismatch(copy(&file, Path::new("/dev/null"), &host()), FileKind::Device, FileKind::File);
+    assert_mismatch(
+        copy(&from, Path::new("/dev/null"), &host()),
+        FileKind::Device,
+        FileKind::Directory,
+    );
 }
 
 #[test]
-fn what_is_in_the_way_deeper_down_is_found_too() {
+fn other_kind_inside_tree_is_refused() {
     let dir = tempdir().unwrap();
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     fs::create_dir(&from).unwrap();
     fs::create_dir(&to).unwrap();
     fs::write(from.join("a"), "x").unwrap();
     let _socket = UnixListener::bind(to.join("a")).unwrap();
-    let error = copy(&from, &to, &host()).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        format!("copy {}/a: a file does not replace the socket that is there", to.display())
-    );
+    let assert_mismatch = |existing: FileKind| match copy(&from, &to, &host()) {
+        Err(Error::Refused { path, refusal }) => {
+            let incoming = FileKind::File;
+            assert_eq!(refusal, Refusal::KindMismatch { existing, incoming });
+            assert_eq!(path, to.join("a"));
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_mismatch(FileKind::Socket);
     fs::remove_file(to.join("a")).unwrap();
     fs::create_dir(to.join("a")).unwrap();
-    let error = copy(&from, &to, &host()).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        format!("copy {}/a: a file does not replace the directory that is there", to.display())
-    );
+    assert_mismatch(FileKind::Directory);
     assert_eq!(names(&to), ["a"]);
 }
 
 #[test]
-fn a_users_own_links_are_followed_to_the_root() {
+fn host_follows_links_to_root() {
     let dir = tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     fs::create_dir(path("real")).unwrap();
@@ -262,15 +268,16 @@ fn a_users_own_links_are_followed_to_the_root() {
 
     symlink("nowhere", path("dangling")).unwrap();
     let error = copy(&path("real"), &path("dangling"), &host()).unwrap_err();
-    assert!(error.to_string().starts_with("follow the link "), "{error}");
+    assert!(matches!(error, Error::Filesystem { .. }), "{error}");
+    assert_eq!(error.errno(), rustix::io::Errno::NOENT.raw_os_error());
     assert!(matches!(
         send(path("dangling"), std::io::sink(), &SendOptions::host()),
-        Err(Error::Local { .. })
+        Err(Error::Filesystem { .. })
     ));
 }
 
 #[test]
-fn in_a_sandbox_no_link_is_followed() {
+fn agent_refuses_links_in_path() {
     let dir = tempdir().unwrap();
     let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
     fs::create_dir(path("real")).unwrap();
@@ -293,17 +300,17 @@ fn in_a_sandbox_no_link_is_followed() {
     for bad in ["relative", "/tmp/../etc", ""] {
         let error = receive(tree.as_slice(), bad, &agent()).unwrap_err();
         assert!(
-            matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }),
+            matches!(error, Error::Refused { refusal: Refusal::InvalidPath, .. }),
             "{bad}: {error}"
         );
         let error = create_dirs(bad, 0o755, None).unwrap_err();
         assert!(
-            matches!(error, Error::Refused { refusal: Refusal::BadPath, .. }),
+            matches!(error, Error::Refused { refusal: Refusal::InvalidPath, .. }),
             "{bad}: {error}"
         );
     }
     assert_eq!(names(&path("real")), ["a", "b"]);
-    // A file does replace a link: nothing is followed by that.
+    // A file replaces a link, which does not follow it.
     fs::remove_file(path("link")).unwrap();
     symlink("real/a", path("link")).unwrap();
     fs::write(path("new"), "new").unwrap();
@@ -315,7 +322,7 @@ fn in_a_sandbox_no_link_is_followed() {
 }
 
 #[test]
-fn directories_are_made_on_the_way() {
+fn create_dirs_creates_missing_parents() {
     let dir = tempdir().unwrap();
     let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
     create_dirs(path("a/b/c"), 0o751, None).unwrap();
@@ -330,9 +337,9 @@ fn directories_are_made_on_the_way() {
 }
 
 #[test]
-fn owners_are_given_by_root() {
+fn receiver_as_root_sets_owner() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root may give files away");
+        eprintln!("skipped: only root may change the owner of a file");
         return;
     }
     let dir = tempdir().unwrap();
@@ -354,7 +361,7 @@ fn owners_are_given_by_root() {
 }
 
 #[test]
-fn only_files_directories_and_links_can_be_copied() {
+fn special_files_are_refused() {
     let dir = tempdir().unwrap();
     let refused = |path: &Path, options: &SendOptions| match send(path, std::io::sink(), options) {
         Err(Error::Refused { path, refusal }) => (path, refusal),
@@ -364,18 +371,25 @@ fn only_files_directories_and_links_can_be_copied() {
     let socket = path.join("x.sock");
     let _socket = UnixListener::bind(&socket).unwrap();
     for options in [SendOptions::host(), SendOptions::agent()] {
-        assert_eq!(refused(&socket, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
-        assert_eq!(refused(&path, &options), (socket.clone(), Refusal::Special(Kind::Socket)));
-        assert_eq!(refused(Path::new("/dev/null"), &options).1, Refusal::Special(Kind::Device));
+        assert_eq!(
+            refused(&socket, &options),
+            (socket.clone(), Refusal::UnsupportedKind(FileKind::Socket))
+        );
+        assert_eq!(
+            refused(&path, &options),
+            (socket.clone(), Refusal::UnsupportedKind(FileKind::Socket))
+        );
+        assert_eq!(
+            refused(Path::new("/dev/null"), &options).1,
+            Refusal::UnsupportedKind(FileKind::Device)
+        );
         assert_eq!(
             refused(Path::new("/proc/self/net"), &SendOptions::host()).1,
-            Refusal::KernelFiles
+            Refusal::KernelFilesystem
         );
-        assert_eq!(refused(Path::new("/proc/cpuinfo"), &options).1, Refusal::KernelFiles);
-        assert_eq!(refused(Path::new("/sys/kernel"), &options).1, Refusal::KernelFiles);
+        assert_eq!(refused(Path::new("/proc/cpuinfo"), &options).1, Refusal::KernelFilesystem);
+        assert_eq!(refused(Path::new("/sys/kernel"), &options).1, Refusal::KernelFilesystem);
     }
-    let error = send(&socket, std::io::sink(), &SendOptions::host()).unwrap_err();
-    assert_eq!(error.to_string(), format!("copy {}: a socket cannot be copied", socket.display()));
     fs::remove_file(&socket).unwrap();
     let made = rustix::fs::mknodat(
         rustix::fs::CWD,
@@ -385,16 +399,16 @@ fn only_files_directories_and_links_can_be_copied() {
         0,
     );
     made.unwrap();
-    assert_eq!(refused(&path, &SendOptions::agent()).1, Refusal::Special(Kind::Fifo));
+    assert_eq!(refused(&path, &SendOptions::agent()).1, Refusal::UnsupportedKind(FileKind::Fifo));
 }
 
 #[test]
-fn a_sender_has_limits_too() {
+fn sender_limits_entries_and_depth() {
     let dir = tempdir().unwrap();
     for name in 0..10 {
         fs::write(dir.path().join(name.to_string()), "").unwrap();
     }
-    let options = SendOptions { max_entries: 10, lookup: Lookup::Follow };
+    let options = SendOptions { max_entries: 10, lookup: Lookup::FollowLinks };
     let error = send(dir.path(), std::io::sink(), &options).unwrap_err();
     assert!(matches!(error, Error::Limit { limit: Limit::Entries(10), .. }), "{error}");
     send(dir.path(), std::io::sink(), &SendOptions { max_entries: 11, ..options }).unwrap();
@@ -406,14 +420,14 @@ fn a_sender_has_limits_too() {
     fs::remove_dir(&deep).unwrap();
     let to = tempdir().unwrap();
     copy(dir.path(), &to.path().join("to"), &host()).unwrap();
-    assert_eq!(look(dir.path()), look(&to.path().join("to")));
+    assert_eq!(describe_tree(dir.path()), describe_tree(&to.path().join("to")));
 }
 
 #[test]
-fn a_file_that_grows_or_shrinks_is_copied_as_far_as_it_is_there() {
-    /// Changes the file after its head and the first of its bytes have gone out.
-    struct Meddler<'a>(&'a File, Option<u64>, Vec<u8>);
-    impl Write for Meddler<'_> {
+fn growing_or_shrinking_file_is_copied() {
+    /// Changes the size of the file after its first data has been written.
+    struct Resizer<'a>(&'a File, Option<u64>, Vec<u8>);
+    impl Write for Resizer<'_> {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             if self.2.len() > 1000
                 && let Some(size) = self.1.take()
@@ -434,9 +448,9 @@ fn a_file_that_grows_or_shrinks_is_copied_as_far_as_it_is_there() {
     {
         fs::write(&from, vec![7; 600_000]).unwrap();
         let file = File::options().write(true).open(&from).unwrap();
-        let mut meddler = Meddler(&file, Some(size), Vec::new());
-        send(&from, &mut meddler, &SendOptions::host()).unwrap();
-        receive(meddler.2.as_slice(), &to, &host()).unwrap();
+        let mut resizer = Resizer(&file, Some(size), Vec::new());
+        send(&from, &mut resizer, &SendOptions::host()).unwrap();
+        receive(resizer.2.as_slice(), &to, &host()).unwrap();
         let copied = fs::read(&to).unwrap();
         assert!((least..=most).contains(&copied.len()), "{} of {size}", copied.len());
         assert!(copied.iter().all(|byte| *byte == 7));
@@ -444,7 +458,7 @@ fn a_file_that_grows_or_shrinks_is_copied_as_far_as_it_is_there() {
 }
 
 #[test]
-fn nothing_is_copied_from_or_to_where_nothing_is() {
+fn missing_source_or_parent_is_enoent() {
     let dir = tempdir().unwrap();
     for options in [SendOptions::host(), SendOptions::agent()] {
         let error = send(dir.path().join("no/such"), std::io::sink(), &options).unwrap_err();
@@ -456,6 +470,6 @@ fn nothing_is_copied_from_or_to_where_nothing_is() {
         let error = receive(tree.as_slice(), dir.path().join("no/such"), &options).unwrap_err();
         assert_eq!(error.errno(), rustix::io::Errno::NOENT.raw_os_error(), "{error}");
     }
-    let options = ReceiveOptions { links: Links::Keep, ..host() };
+    let options = ReceiveOptions { links: LinkPolicy::Keep, ..host() };
     receive(tree.as_slice(), dir.path().join("b"), &options).unwrap();
 }

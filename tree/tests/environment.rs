@@ -1,4 +1,4 @@
-//! Full and read-only file systems, missing rights, very many files.
+//! Full and read-only file systems, missing permissions, many files, deep trees.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -11,19 +11,19 @@ use std::process::Command;
 use std::time::Instant;
 
 use chitin_tree::{Error, SendOptions, receive, send};
-use common::{Tree, host, look, names, received, sent};
+use common::{Tree, describe_tree, host, names, received, sent};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use rustix::process::geteuid;
 use tempfile::tempdir;
 
-/// A tmpfs of 1 MiB that is unmounted in the end.
-struct Small<'a>(&'a Path);
+/// A tmpfs of 1 MiB, unmounted on drop.
+struct SmallTmpfs<'a>(&'a Path);
 
-impl<'a> Small<'a> {
-    fn mount(at: &'a Path) -> Option<Small<'a>> {
+impl<'a> SmallTmpfs<'a> {
+    fn mount(at: &'a Path) -> Option<SmallTmpfs<'a>> {
         match mount("tmpfs", at, "tmpfs", MountFlags::empty(), Some(c"size=1m")) {
-            Ok(()) => Some(Small(at)),
+            Ok(()) => Some(SmallTmpfs(at)),
             Err(error @ (Errno::PERM | Errno::ACCESS)) => {
                 eprintln!(
                     "skipped: mounting a small file system needs root and CAP_SYS_ADMIN: {error}"
@@ -35,15 +35,16 @@ impl<'a> Small<'a> {
     }
 }
 
-impl Drop for Small<'_> {
+impl Drop for SmallTmpfs<'_> {
     fn drop(&mut self) {
         let _ = unmount(self.0, UnmountFlags::DETACH);
     }
 }
 
-fn local(error: &Error, errno: Errno) -> &Path {
+/// Returns the path of an error of the file system, which must have this number.
+fn failed_path(error: &Error, errno: Errno) -> &Path {
     match error {
-        Error::Local { path, source, .. }
+        Error::Filesystem { path, source, .. }
             if source.raw_os_error() == Some(errno.raw_os_error()) =>
         {
             path
@@ -53,27 +54,27 @@ fn local(error: &Error, errno: Errno) -> &Path {
 }
 
 #[test]
-fn a_full_file_system_names_the_file_and_keeps_the_old_one() {
+fn full_file_system_keeps_old_file() {
     let dir = tempdir().unwrap();
-    let Some(small) = Small::mount(dir.path()) else { return };
+    let Some(small) = SmallTmpfs::mount(dir.path()) else { return };
     fs::write(small.0.join("a"), "old").unwrap();
     let large = vec![1; 2 << 20];
     let error = received(&Tree::new().file("", &large), &small.0.join("a")).unwrap_err();
-    assert_eq!(local(&error, Errno::NOSPC), small.0.join("a"));
+    assert_eq!(failed_path(&error, Errno::NOSPC), small.0.join("a"));
     assert_eq!(error.to_string(), format!("write {}", small.0.join("a").display()));
     assert_eq!(fs::read(small.0.join("a")).unwrap(), b"old");
     assert_eq!(names(small.0), ["a"]);
 
     let tree = Tree::new().directory("").file("b", "fits").file("c", &large).end();
     let error = received(&tree, &small.0.join("d")).unwrap_err();
-    assert_eq!(local(&error, Errno::NOSPC), small.0.join("d/c"));
+    assert_eq!(failed_path(&error, Errno::NOSPC), small.0.join("d/c"));
     assert_eq!(names(&small.0.join("d")), ["b"]);
 }
 
 #[test]
-fn a_read_only_file_system_is_named() {
+fn read_only_file_system_is_reported_with_path() {
     let dir = tempdir().unwrap();
-    let Some(small) = Small::mount(dir.path()) else { return };
+    let Some(small) = SmallTmpfs::mount(dir.path()) else { return };
     fs::create_dir(small.0.join("d")).unwrap();
     mount_remount(small.0, MountFlags::RDONLY, "").unwrap();
     for (tree, at) in [
@@ -82,20 +83,20 @@ fn a_read_only_file_system_is_named() {
         (Tree::new().directory("").file("f", "").end(), "d"),
     ] {
         let error = received(&tree, &small.0.join(at)).unwrap_err();
-        assert!(local(&error, Errno::ROFS).starts_with(small.0.join(at)));
+        assert!(failed_path(&error, Errno::ROFS).starts_with(small.0.join(at)));
         assert!(error.to_string().starts_with("create "), "{error}");
     }
-    // Nothing new, nothing wrong.
+    // A tree without new entries succeeds.
     received(&Tree::new().directory("").end(), &small.0.join("d")).unwrap();
 }
 
-/// Runs the test of this name as nobody, whoever runs the tests. Says whether the caller is that run.
-fn as_nobody(test: &str) -> bool {
+/// Runs the named test as the user nobody. Returns true in the run without root.
+fn run_as_nobody(test: &str) -> bool {
     const NOBODY: u32 = 65534;
     if !geteuid().is_root() {
         return true;
     }
-    // Where the tests were built, nobody may not go.
+    // The user nobody has no access to the directory of the test binary.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("test");
@@ -110,8 +111,8 @@ fn as_nobody(test: &str) -> bool {
 }
 
 #[test]
-fn without_rights_the_file_is_named() {
-    if !as_nobody("without_rights_the_file_is_named") {
+fn permission_error_names_the_file() {
+    if !run_as_nobody("permission_error_names_the_file") {
         return;
     }
     let dir = tempdir().unwrap();
@@ -122,15 +123,15 @@ fn without_rights_the_file_is_named() {
     fs::write(path("from/sub/secret"), "x").unwrap();
     mode("from/sub/secret", 0o000);
     let error = send(path("from"), std::io::sink(), &SendOptions::host()).unwrap_err();
-    assert_eq!(local(&error, Errno::ACCESS), path("from/sub/secret"));
+    assert_eq!(failed_path(&error, Errno::ACCESS), path("from/sub/secret"));
     assert_eq!(error.to_string(), format!("open {}", path("from/sub/secret").display()));
     mode("from/sub/secret", 0o400);
     mode("from/sub", 0o311);
     let error = send(path("from"), std::io::sink(), &SendOptions::host()).unwrap_err();
-    assert_eq!(local(&error, Errno::ACCESS), path("from/sub"));
+    assert_eq!(failed_path(&error, Errno::ACCESS), path("from/sub"));
     mode("from/sub", 0o755);
 
-    // Modes that would keep the copier itself out do not.
+    // Modes that lock out the receiver itself are set last.
     let tree = Tree::new()
         .directory_mode("", 0o555)
         .file("a", "x")
@@ -143,21 +144,21 @@ fn without_rights_the_file_is_named() {
     mode("to/none", 0o700);
     assert_eq!(fs::read(path("to/none/b")).unwrap(), b"y");
 
-    // Into a directory that may be entered and written to, but not listed.
+    // The destination may be entered and written to, but not listed.
     fs::create_dir(path("blind")).unwrap();
     mode("blind", 0o300);
     received(&Tree::new().directory("").file("a", "x").end(), &path("blind")).unwrap();
-    // And one that may not be written to.
+    // The destination may not be written to.
     let error = received(&Tree::new().directory("").file("c", "x").end(), &path("to")).unwrap_err();
-    assert_eq!(local(&error, Errno::ACCESS), path("to/c"));
+    assert_eq!(failed_path(&error, Errno::ACCESS), path("to/c"));
     let error = receive(sent(&path("to/a")).as_slice(), "/chitin-test", &host()).unwrap_err();
-    local(&error, Errno::ACCESS);
+    failed_path(&error, Errno::ACCESS);
     mode("to", 0o755);
     mode("blind", 0o700);
 }
 
 #[test]
-fn very_many_small_files_take_a_moment() {
+fn many_small_files_copy_in_linear_time() {
     const DIRECTORIES: usize = 10;
     const FILES: usize = 500;
     let dir = tempdir().unwrap();
@@ -180,13 +181,14 @@ fn very_many_small_files_take_a_moment() {
         begun.elapsed() - sending
     );
     assert_eq!(summary.files, (DIRECTORIES * FILES) as u64);
-    // Hundreds of times what it takes: this finds a quadratic algorithm, not a slow disk.
+    // The limit is hundreds of times the usual duration: it detects a quadratic algorithm, not a
+    // slow disk.
     assert!(begun.elapsed().as_secs() < 100, "{:?}", begun.elapsed());
-    assert_eq!(look(&from), look(&to));
+    assert_eq!(describe_tree(&from), describe_tree(&to));
 }
 
 #[test]
-fn the_deepest_tree_fits_a_small_stack() {
+fn deepest_tree_fits_small_stack() {
     let dir = tempdir().unwrap();
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     fs::create_dir_all(from.join("d/".repeat(127))).unwrap();

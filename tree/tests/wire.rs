@@ -1,4 +1,6 @@
-//! The format, byte for byte. A change here is a change of the channel's protocol: it needs a review, a line in
+//! The format, byte for byte.
+//!
+//! A change here is a change of the channel's protocol. It needs a review, a line in
 //! `docs/tree-format.md`, and a higher protocol version once a release has shipped.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -9,17 +11,17 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use common::{host, look, sent};
+use common::{describe_tree, host, sent};
 use tempfile::tempdir;
 
-fn stamp(path: &Path, mode: u32) {
+fn set_mode_and_time(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     let time = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
     File::open(path).unwrap().set_modified(time).unwrap();
 }
 
 #[test]
-fn the_format_is_frozen() {
+fn tree_format_matches_snapshot() {
     let dir = tempdir().unwrap();
     let root = dir.path().join("root");
     fs::create_dir_all(root.join("d")).unwrap();
@@ -29,7 +31,7 @@ fn the_format_is_frozen() {
     sparse.write_all_at(&[1; 4096], 8192).unwrap();
     symlink("../x", root.join("d/l")).unwrap();
     for (name, mode) in [("d", 0o700), ("f", 0o644), ("s", 0o600), (".", 0o755)] {
-        stamp(&root.join(name), mode);
+        set_mode_and_time(&root.join(name), mode);
     }
     let time = "00f1536500000000 15cd5b07";
     let wire = [
@@ -58,5 +60,5 @@ fn the_format_is_frozen() {
 
     let to = dir.path().join("to");
     chitin_tree::receive(bytes.as_slice(), &to, &host()).unwrap();
-    assert_eq!(look(&root), look(&to));
+    assert_eq!(describe_tree(&root), describe_tree(&to));
 }

@@ -72,7 +72,7 @@ fn scratch_can_be_copied_to_and_in_a_microvm_any_place(on: On) {
         TierKind::Ironclaw => assert_eq!(anywhere.ok(), "a: 1\nread-only"),
         // The root of a container is read-only for its agent as well.
         TierKind::Nanoclaw | TierKind::Nemoclaw => {
-            anywhere.refused("open the way to /shared/deep: Read-only file system");
+            anywhere.refused("open the path to /shared/deep: Read-only file system");
         }
     }
     for scratch in ["/work", "/tmp"] {

@@ -1,4 +1,4 @@
-//! A tiny encoder of trees, right or wrong, and shorthands.
+//! An encoder of valid and invalid trees, and shorthands.
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -8,12 +8,12 @@ use std::path::Path;
 
 use chitin_tree::{Error, ReceiveOptions, SendOptions, Summary, receive, send};
 
-/// The host's options with limits that are not in the way.
+/// Returns the host's options with limits that no test reaches.
 pub fn host() -> ReceiveOptions {
     ReceiveOptions::host(1 << 40, 1_000_000)
 }
 
-/// The agent's options, but for this process's own files.
+/// Returns the agent's options, with this process as the owner.
 pub fn agent() -> ReceiveOptions {
     ReceiveOptions { owner: None, ..ReceiveOptions::agent((0, 0), 1 << 40) }
 }
@@ -28,7 +28,7 @@ pub fn received(tree: &Tree, dest: &Path) -> Result<Summary, Error> {
     receive(tree.0.as_slice(), dest, &host())
 }
 
-/// A stream under construction.
+/// A builder of an encoded tree.
 #[derive(Clone, Default)]
 pub struct Tree(pub Vec<u8>);
 
@@ -88,7 +88,7 @@ impl Tree {
         self.bytes([6])
     }
 
-    /// A whole file.
+    /// Adds a complete file.
     pub fn file(self, name: impl AsRef<[u8]>, contents: impl AsRef<[u8]>) -> Tree {
         let contents = contents.as_ref();
         let file = self.open_file(name);
@@ -97,14 +97,14 @@ impl Tree {
     }
 }
 
-/// Everything about a tree that a copy keeps, one line an entry.
-pub fn look(root: &Path) -> Vec<String> {
+/// Describes everything that a copy preserves, one line for each entry.
+pub fn describe_tree(root: &Path) -> Vec<String> {
     let mut lines = Vec::new();
-    look_at(root, "", &mut lines);
+    describe_entry(root, "", &mut lines);
     lines
 }
 
-fn look_at(path: &Path, name: &str, lines: &mut Vec<String>) {
+fn describe_entry(path: &Path, name: &str, lines: &mut Vec<String>) {
     let meta = path.symlink_metadata().unwrap();
     let kind = meta.file_type();
     let stamp = format!("{:o} {}.{}", meta.mode() & 0o7777, meta.mtime(), meta.mtime_nsec());
@@ -116,7 +116,7 @@ fn look_at(path: &Path, name: &str, lines: &mut Vec<String>) {
             fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         for child in names {
-            look_at(&path.join(&child), &format!("{name}/{child:?}"), lines);
+            describe_entry(&path.join(&child), &format!("{name}/{child:?}"), lines);
         }
     } else {
         assert!(!kind.is_fifo() && !kind.is_socket(), "{path:?}");
@@ -124,7 +124,7 @@ fn look_at(path: &Path, name: &str, lines: &mut Vec<String>) {
     }
 }
 
-/// FNV-1a: enough to tell two files apart, and small.
+/// Returns the FNV-1a hash of a file, which suffices to distinguish two files.
 fn digest(path: &Path) -> u64 {
     if path.metadata().unwrap().len() > 1 << 24 {
         return 0;
@@ -142,4 +142,17 @@ pub fn names(dir: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Returns all names below a directory.
+pub fn names_below(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        found.push(entry.file_name().to_string_lossy().into());
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(names_below(&entry.path()));
+        }
+    }
+    found
 }
