@@ -1,9 +1,9 @@
 //! Finds out whether this host can run microVMs, by running one.
 //!
-//! `/dev/kvm` may exist, accept every request, and still be unusable: it may emulate one instruction
-//! after another, some thousand times too slow for Linux, or fail at the first instruction that it
-//! does not know. So a guest of a few instructions runs in 64-bit mode: it uses SSE, then counts
-//! down from 10,000 again and again.
+//! `/dev/kvm` may exist, accept every request, and still be unusable: it may emulate one
+//! instruction after another, some thousand times too slow for Linux, or fail at the first
+//! instruction that it does not know. So a guest of a few instructions runs in 64-bit mode: it uses
+//! SSE, then counts down from 10,000 again and again.
 //!
 //! ```text
 //!  open /dev/kvm ─▶ prepare VM ─▶ thread: SSE instruction, 3 countdowns ─▶ fastest ≤ 2 ms: usable
@@ -50,7 +50,7 @@ const RAM_BYTES: u64 = 2 << 20;
 /// The support of a host for microVMs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KvmSupport {
-    /// Whether microVMs can run.
+    /// True if microVMs can run.
     pub usable: bool,
     /// The reason why they cannot, with the remedy.
     pub reason: Option<String>,

@@ -2,8 +2,8 @@
 //! threads that hold even if the child escapes its own limits.
 //!
 //! Only version 2 is used, and only where it belongs to this user. Root creates groups below
-//! `chitin` at the top of the hierarchy, as other runtimes do. Another user creates them next to the
-//! user's own group, if its parent was delegated to the user.
+//! `chitin` at the top of the hierarchy, as other runtimes do. Another user creates them next to
+//! the user's own group, if its parent was delegated to the user.
 //!
 //! ```text
 //!  created ─▶ limited ─▶ joined by the child (clone3) ─▶ removed by the supervisor when it ends
@@ -51,7 +51,7 @@ const REMOVE_ATTEMPTS: usize = 50;
 pub struct Cgroup {
     path: PathBuf,
     dir: File,
-    /// Whether this process removes the group: the supervisor, and not the child.
+    /// True in the process that removes the group: the supervisor, and not the child.
     owned: bool,
 }
 

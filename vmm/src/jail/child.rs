@@ -38,7 +38,7 @@ pub struct Child {
     ready_rx: OwnedFd,
     /// Standard error of the jailed process; the supervisor reads the other end.
     stderr_tx: OwnedFd,
-    /// Whether root has started the monitor, so that the child has to become a dedicated user.
+    /// True if root has started the monitor; the child has to become a dedicated user then.
     is_root: bool,
     /// The jail, as far as the fork has determined it.
     jail: Jail,

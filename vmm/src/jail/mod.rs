@@ -1,20 +1,20 @@
 //! The jail: isolates the monitor before it runs a guest.
 //!
 //! ```text
-//!  chitin ──spawns──▶ supervisor ───clone3(user, mnt, pid, net, ipc, uts)──▶ child
-//!    │                  │                                                      │
-//!    │                  │ opens kernel, image and /dev/kvm before the fork     │
-//!    │                  │ maps a dedicated user ─────── ready pipe ──────────▶ │ (root only) becomes it
-//!    │                  │ drops every file                                     │ empty root, limits,
-//!    │                  │ waits for the child                                  │ no capabilities
-//!    │                  │ ◀──────────────────────────── stderr pipe ────────── │ makes the VM, starts and
-//!    │                  │                                                      │ filters its threads
-//!    │                  │                                                      ▼ enters the guest
-//!    ├─ closes the control socket ───── SIGKILL ─────────────────────────────▶ ends
-//!    └─ kills the supervisor ────────── PR_SET_PDEATHSIG ────────────────────▶ ends
+//!  chitin ──spawns──▶ supervisor ──clone3(user, mnt, pid, net, ipc, uts)──▶ child
+//!    │                  │                                                  │
+//!    │                  │ opens kernel, image and /dev/kvm before the fork │
+//!    │                  │ maps a dedicated user ────── ready pipe ───────▶ │ becomes it (root only)
+//!    │                  │ drops every file                                 │ empty root, limits,
+//!    │                  │ waits for the child                              │ no capabilities
+//!    │                  │ ◀───────────────────────── stderr pipe ───────── │ makes the VM, starts
+//!    │                  │                                                  │ and filters threads
+//!    │                  │                                                  ▼ enters the guest
+//!    ├─ closes the control socket ─── SIGKILL ───────────────────────────▶ ends
+//!    └─ kills the supervisor ──────── PR_SET_PDEATHSIG ──────────────────▶ ends
 //!
 //!  states of the child:  forked ─▶ identified ─▶ jailed ─▶ filtered ─▶ in the guest ─▶ ended
-//!                       `Child`    `Child::enter_jail`    `seccomp`                   `ChildExit`
+//!                       `Child`   `Child::enter_jail`     `seccomp`                   `ChildExit`
 //! ```
 //!
 //! A jail encloses a whole process, so it belongs to the program `chitin-vmm` and not to

@@ -12,7 +12,7 @@ use crate::spec::VmSpec;
 /// The support of a host for jails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JailSupport {
-    /// Whether a jail can be set up, so that monitors run.
+    /// True if a jail can be set up, so that monitors run.
     pub usable: bool,
     /// The reason why no jail can be set up, with the remedy.
     pub reason: Option<String>,

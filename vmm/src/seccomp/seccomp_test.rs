@@ -220,7 +220,8 @@ fn render_tables() -> String {
     {
         let rules: Vec<_> = syscall_rules(role).filter(|rule| rule.name != "fcntl").collect();
         text += &format!(
-            "\n### {title}: {} calls\n\n| call | condition | guests | reason |\n|---|---|---|---|\n",
+            "\n### {title}: {} calls\n\n\
+             | call | condition | guests | reason |\n|---|---|---|---|\n",
             rules.len() + 1
         );
         for rule in rules {
