@@ -1,11 +1,11 @@
-//! The channel's frames, as either side reads them.
+//! The frames of the channel, read by either side.
 #![no_main]
 
 use chitin_fuzz::Choices;
 use chitin_protocol::{Connection, Direction, Event, Guest, Host, Role};
 use libfuzzer_sys::fuzz_target;
 
-/// Feeds one side, in pieces, and does with each event what the layer above does.
+/// Feeds one side in pieces, and handles each event as the layer above does.
 fn drive<R: Role>(data: &[u8]) {
     let mut choices = Choices(data);
     let mut connection = Connection::<R>::new();
@@ -24,7 +24,7 @@ fn drive<R: Role>(data: &[u8]) {
                 Err(_) => return,
                 Ok(None) => break,
                 Ok(Some(Event::Message(_))) => {
-                    // Which streams a message names is the layer above's to know; here it names a new one each time.
+                    // Only the layer above knows the streams of a message. Here, each names a new one.
                     let direction = [Direction::Send, Direction::Receive, Direction::Both]
                         [usize::from(habits) % 3];
                     if connection.accept_stream(next, direction).is_err() {

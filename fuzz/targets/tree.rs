@@ -1,4 +1,4 @@
-//! A tree out of a sandbox, received by the host: whatever it says, nothing is made beside where it belongs.
+//! A tree from a sandbox, received by the host: no entry may be created outside its destination.
 #![no_main]
 
 use std::fs;
@@ -24,6 +24,6 @@ fuzz_target!(|data: &[u8]| {
         }
         Err(_) => assert!(names.iter().all(|name| name == "to"), "{names:?}"),
     }
-    // Directories that cannot be listed cannot be removed either, unless by root.
+    // Only root can remove directories that cannot be listed.
     drop(dir);
 });
