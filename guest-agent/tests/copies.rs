@@ -1,4 +1,4 @@
-//! Trees in and out.
+//! Copies of file trees into and out of the sandbox.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -20,31 +20,31 @@ fn put(agent: &mut Agent, source: &Path, target: &str) -> Result<(), Failure> {
 
 fn put_bytes(agent: &mut Agent, tree: &[u8], target: &[u8]) -> Result<(), Failure> {
     let stream = agent.connection.open_stream(Direction::Send).unwrap();
-    let request = agent.request();
+    let request = agent.next_id();
     let put = ToGuest::Put { request, path: target.to_vec(), stream };
     agent.connection.send_message(&put).unwrap();
     let mut rest = tree;
     while !rest.is_empty() && agent.connection.is_sending(stream) {
         rest = &rest[agent.connection.send_data(stream, rest)..];
-        assert!(agent.turn());
+        assert!(agent.exchange_once());
     }
     agent.connection.end_stream(stream);
-    agent.until(|agent| agent.done.contains_key(&request));
+    agent.wait_until(|agent| agent.done.contains_key(&request));
     agent.done.remove(&request).unwrap()
 }
 
 fn get(agent: &mut Agent, source: &str) -> (Vec<u8>, Result<(), Failure>) {
     let stream = agent.connection.open_stream(Direction::Receive).unwrap();
-    let request = agent.request();
+    let request = agent.next_id();
     let get = ToGuest::Get { request, path: source.as_bytes().to_vec(), stream };
     agent.connection.send_message(&get).unwrap();
-    agent.until(|agent| agent.done.contains_key(&request));
-    assert!(agent.ended.contains(&stream), "Done comes after the end");
+    agent.wait_until(|agent| agent.done.contains_key(&request));
+    assert!(agent.ended.contains(&stream), "Done follows the end of the stream");
     (agent.output.remove(&stream).unwrap_or_default(), agent.done.remove(&request).unwrap())
 }
 
 #[test]
-fn a_tree_goes_in_and_comes_out_again() {
+fn tree_round_trips_through_the_spawn_sandbox() {
     let outside = tempfile::tempdir().unwrap();
     let source = outside.path().join("source");
     std::fs::create_dir_all(source.join("empty/nested")).unwrap();
@@ -55,7 +55,7 @@ fn a_tree_goes_in_and_comes_out_again() {
 
     let inside = tempfile::tempdir().unwrap();
     let target = inside.path().join("made/on/the/way");
-    let mut agent = Agent::up();
+    let mut agent = Agent::spawn_ready();
     put(&mut agent, &source, target.to_str().unwrap()).unwrap();
     assert_eq!(std::fs::metadata(target.join("large")).unwrap().len(), 3_000_000);
     assert_eq!(std::fs::metadata(target.join("run.sh")).unwrap().mode() & 0o7777, 0o750);
@@ -78,13 +78,13 @@ fn a_tree_goes_in_and_comes_out_again() {
 }
 
 #[test]
-fn paths_that_may_not_be_copied_are_refused_with_a_reason() {
+fn forbidden_copy_path_is_refused_by_name() {
     let outside = tempfile::tempdir().unwrap();
     let file = outside.path().join("file");
     std::fs::write(&file, "x").unwrap();
     let link = outside.path().join("link");
     symlink(outside.path(), &link).unwrap();
-    let mut agent = Agent::up();
+    let mut agent = Agent::spawn_ready();
     let through = link.join("file");
     for path in ["relative", "/tmp/../etc", "/proc/self/environ", "/sys/x", "/dev/null", ""] {
         let failure = put(&mut agent, &file, path).unwrap_err();
@@ -99,7 +99,7 @@ fn paths_that_may_not_be_copied_are_refused_with_a_reason() {
     put_bytes(&mut agent, b"\x01", b"/tmp/a\0b").unwrap_err();
     let (_, result) = get(&mut agent, "/no/such/file");
     assert_eq!(result.unwrap_err().errno, 2);
-    // Sockets are no files.
+    // Sockets are not files.
     let socket = outside.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let (_, result) = get(&mut agent, socket.to_str().unwrap());
@@ -107,49 +107,49 @@ fn paths_that_may_not_be_copied_are_refused_with_a_reason() {
 }
 
 #[test]
-fn half_a_tree_and_no_tree_fail_and_nothing_else_does() {
+fn truncated_or_invalid_tree_fails_its_copy_only() {
     let outside = tempfile::tempdir().unwrap();
     let file = outside.path().join("file");
     std::fs::write(&file, vec![1; 500_000]).unwrap();
     let mut tree = Vec::new();
     chitin_tree::send(&file, &mut tree, &SendOptions::host()).unwrap();
     let target = outside.path().join("target");
-    let mut agent = Agent::up();
-    for bad in [&b""[..], b"garbage that is no tree", &tree[..100], &tree[..tree.len() - 1]] {
+    let mut agent = Agent::spawn_ready();
+    for bad in [&b""[..], b"garbage that is not a tree", &tree[..100], &tree[..tree.len() - 1]] {
         put_bytes(&mut agent, bad, target.as_os_str().as_bytes()).unwrap_err();
         assert!(!target.exists());
     }
-    // Garbage without end is refused while it comes.
+    // Endless garbage is refused while it arrives.
     put_bytes(&mut agent, &vec![0xff; 4 << 20], target.as_os_str().as_bytes()).unwrap_err();
-    // What stands behind a whole tree is ignored.
+    // Bytes after a complete tree are ignored.
     let more = [&tree[..], &[0; 100_000]].concat();
     put_bytes(&mut agent, &more, target.as_os_str().as_bytes()).unwrap();
     assert_eq!(std::fs::metadata(&target).unwrap().len(), 500_000);
-    let running = agent.run(&["true"]);
-    assert_eq!(agent.exit(running), Exit::Code(0));
+    let running = agent.run_command(&["true"]);
+    assert_eq!(agent.wait_for_exit(running), Exit::Code(0));
 }
 
 #[test]
-fn a_host_may_break_a_copy_off() {
+fn reset_stream_cancels_the_copy() {
     let outside = tempfile::tempdir().unwrap();
     std::fs::write(outside.path().join("file"), vec![1; 4_000_000]).unwrap();
-    let mut agent = Agent::up();
+    let mut agent = Agent::spawn_ready();
 
     let stream = agent.connection.open_stream(Direction::Receive).unwrap();
-    let request = agent.request();
+    let request = agent.next_id();
     let path = outside.path().as_os_str().as_bytes().to_vec();
     agent.withhold.push(stream);
     agent.connection.send_message(&ToGuest::Get { request, path, stream }).unwrap();
-    agent.until(|agent| agent.output.contains_key(&stream));
+    agent.wait_until(|agent| agent.output.contains_key(&stream));
     agent.connection.reset_stream(stream);
-    agent.until(|agent| agent.done.contains_key(&request));
+    agent.wait_until(|agent| agent.done.contains_key(&request));
     assert!(agent.done[&request].is_err());
 
     let stream = agent.connection.open_stream(Direction::Send).unwrap();
-    let request = agent.request();
+    let request = agent.next_id();
     let path = outside.path().join("other").as_os_str().as_bytes().to_vec();
     agent.connection.send_message(&ToGuest::Put { request, path, stream }).unwrap();
     agent.connection.reset_stream(stream);
-    agent.until(|agent| agent.done.contains_key(&request));
+    agent.wait_until(|agent| agent.done.contains_key(&request));
     assert!(agent.done[&request].is_err());
 }

@@ -1,4 +1,4 @@
-//! What a workload cannot do, and how it gets its credentials.
+//! The isolation of the workload, and how it gets its credentials.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -8,26 +8,26 @@ use chitin_protocol::{Delivery, Exit, MAX_SECRET};
 use support::Agent;
 
 fn status_of(agent: &mut Agent, argv: &[&str]) -> String {
-    let running = agent.run(argv);
-    agent.output(running)
+    let running = agent.run_command(argv);
+    agent.wait_for_output(running)
 }
 
-/// The value of a line `NAME:\tvalue` of /proc/self/status.
+/// Returns the value of a line `NAME:\tvalue` of /proc/self/status.
 fn field<'a>(status: &'a str, name: &str) -> &'a str {
     let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":"));
     line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
 }
 
 #[test]
-fn the_workload_has_given_everything_up() {
-    let mut agent = Agent::up();
+fn workload_has_no_privileges() {
+    let mut agent = Agent::spawn_ready();
     let status = status_of(&mut agent, &["cat", "/proc/self/status"]);
     assert_eq!(field(&status, "NoNewPrivs"), "1");
     assert_eq!(field(&status, "Seccomp"), "2");
     assert_eq!(field(&status, "SigBlk"), "0000000000000000");
     assert_eq!(field(&status, "SigIgn"), "0000000000000000");
-    if support::needs_root("giving capabilities and groups up") {
-        // CAP_NET_BIND_SERVICE is number 10, and all that is left.
+    if support::needs_root("dropping capabilities and groups") {
+        // CAP_NET_BIND_SERVICE, number 10, is the only one left.
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
             assert_eq!(field(&status, set), "0000000000000400", "{set}");
         }
@@ -42,28 +42,28 @@ fn the_workload_has_given_everything_up() {
 }
 
 #[test]
-fn a_workload_that_is_root_is_a_poor_root() {
+fn root_workload_has_no_capabilities() {
     if !support::needs_root("a workload with user id 0") {
         return;
     }
-    let mut agent = Agent::up();
-    let mut start = agent.plain(&["cat", "/proc/self/status"]);
+    let mut agent = Agent::spawn_ready();
+    let mut start = agent.plain_start(&["cat", "/proc/self/status"]);
     (start.uid, start.gid) = (0, 0);
-    let running = agent.start(start);
-    let status = agent.output(running);
+    let running = agent.start_process(start);
+    let status = agent.wait_for_output(running);
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
         assert_eq!(field(&status, set), "0000000000000400", "{set}");
     }
 }
 
 #[test]
-fn it_can_serve_a_low_port_and_not_reach_the_agent() {
-    if !support::needs_root("keeping the right to bind low ports") {
+fn workload_binds_low_ports_but_cannot_reach_agent() {
+    if !support::needs_root("keeping the capability to bind low ports") {
         return;
     }
-    let mut agent = Agent::up();
+    let mut agent = Agent::spawn_ready();
     let pid = agent.child.id();
-    // An address of its own, so that it meets no server of this machine.
+    // A dedicated address, at which no server of this machine listens.
     let bind = "import socket; s = socket.socket(); s.bind(('127.99.1.2', 81)); print('bound')";
     assert_eq!(status_of(&mut agent, &["python3", "-c", bind]), "bound\n");
     let attacks = format!(
@@ -71,28 +71,28 @@ fn it_can_serve_a_low_port_and_not_reach_the_agent() {
          ls /proc/{pid}/fd 2>/dev/null && echo listed; ls -l /proc/{pid}/root 2>/dev/null | grep '>' ; \
          dd if=/proc/{pid}/mem count=1 2>/dev/null && echo dumped; true"
     );
-    let running = agent.shell(&attacks);
-    assert_eq!(agent.output(running), "");
+    let running = agent.run_shell(&attacks);
+    assert_eq!(agent.wait_for_output(running), "");
 }
 
 #[test]
-fn it_inherits_three_descriptors_and_no_more() {
-    let mut agent = Agent::up();
-    // Listed by a child, and without a pipe: either would be among them.
-    let running = agent.shell("ls /proc/$$/fd; ulimit -c; ulimit -Sn; umask");
-    assert_eq!(agent.output(running), "0\n1\n2\n0\n1024\n0022\n");
+fn workload_inherits_three_descriptors_only() {
+    let mut agent = Agent::spawn_ready();
+    // A child lists them, without a pipe: the descriptors of both would be in the list.
+    let running = agent.run_shell("ls /proc/$$/fd; ulimit -c; ulimit -Sn; umask");
+    assert_eq!(agent.wait_for_output(running), "0\n1\n2\n0\n1024\n0022\n");
 }
 
 #[test]
-fn it_is_a_session_of_its_own() {
-    let mut agent = Agent::up();
-    let running = agent.shell("cut -d' ' -f5,6 /proc/$$/stat; echo $$ $$");
-    let text = agent.output(running);
+fn process_leads_its_own_session() {
+    let mut agent = Agent::spawn_ready();
+    let running = agent.run_shell("cut -d' ' -f5,6 /proc/$$/stat; echo $$ $$");
+    let text = agent.wait_for_output(running);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], lines[1], "process group and session are the process");
 }
 
-/// What system calls say, by errno; 0 for success.
+/// Prints the results of system calls: an errno or `ok`.
 const PROBE: &str = "
 import ctypes, socket, errno, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -110,8 +110,8 @@ print('absent, x32', *[call(n | X32, 0, 0, 0, 0, 0) for n in (425, 321, 250)])
 ";
 
 #[test]
-fn the_channel_is_out_of_its_reach() {
-    let mut agent = Agent::up();
+fn workload_cannot_open_vsock() {
+    let mut agent = Agent::spawn_ready();
     let text = status_of(&mut agent, &["python3", "-c", PROBE]);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(
@@ -128,8 +128,8 @@ fn the_channel_is_out_of_its_reach() {
 }
 
 #[test]
-fn the_32_bit_door_is_shut() {
-    let mut agent = Agent::up();
+fn i386_system_call_ends_the_process() {
+    let mut agent = Agent::spawn_ready();
     // mov eax, 20 (getpid of i386); int 0x80; ret
     let probe = "
 import ctypes, mmap
@@ -138,21 +138,21 @@ m.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))
 f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
 print(f())
 ";
-    let running = agent.run(&["python3", "-c", probe]);
-    // SIGSYS from the filter; SIGSEGV where the kernel has no such door.
-    assert!(matches!(agent.exit(running), Exit::Signal(31 | 11)));
+    let running = agent.run_command(&["python3", "-c", probe]);
+    // SIGSYS from the filter; SIGSEGV if the kernel has no 32-bit interface.
+    assert!(matches!(agent.wait_for_exit(running), Exit::Signal(31 | 11)));
 }
 
 #[test]
-fn a_credential_in_memory_is_in_memory_only() {
-    let mut agent = Agent::up();
+fn memory_credential_is_not_in_the_environment() {
+    let mut agent = Agent::spawn_ready();
     let value = b"s3cret\0with any bytes\xff\n";
-    agent.secret("API_TOKEN", value, Delivery::Memory).unwrap();
-    let running = agent.shell("cat \"$API_TOKEN_FILE\"");
-    assert_eq!(agent.exit(running), Exit::Code(0));
+    agent.deliver_secret("API_TOKEN", value, Delivery::Memory).unwrap();
+    let running = agent.run_shell("cat \"$API_TOKEN_FILE\"");
+    assert_eq!(agent.wait_for_exit(running), Exit::Code(0));
     assert_eq!(agent.output.remove(&running.stdout).unwrap(), value);
 
-    // Each process reads from the beginning, by name or by number, however often.
+    // Each process reads from the beginning, by path or by descriptor.
     let probe = "
 import os, errno
 path = os.environ['API_TOKEN_FILE']
@@ -181,93 +181,94 @@ print(sorted(map(int, os.listdir('/proc/%d/fd' % os.getpid())))[3:4])
         );
     }
     if support::needs_root("a memfd of another owner") {
-        let running = agent.shell("echo x > \"$API_TOKEN_FILE\"");
-        assert_ne!(agent.exit(running), Exit::Code(0));
-        // And whoever the workload is, it can read it.
-        let mut start = agent.plain(&["sh", "-c", "cat \"$API_TOKEN_FILE\" | wc -c"]);
+        let running = agent.run_shell("echo x > \"$API_TOKEN_FILE\"");
+        assert_ne!(agent.wait_for_exit(running), Exit::Code(0));
+        // A workload of any user can read it.
+        let mut start = agent.plain_start(&["sh", "-c", "cat \"$API_TOKEN_FILE\" | wc -c"]);
         (start.uid, start.gid) = (4242, 4242);
-        let running = agent.start(start);
-        assert_eq!(agent.output(running).trim(), value.len().to_string());
+        let running = agent.start_process(start);
+        assert_eq!(agent.wait_for_output(running).trim(), value.len().to_string());
     }
 }
 
 #[test]
-fn a_credential_is_in_the_environment_only_if_asked_for() {
-    let mut agent = Agent::up();
-    agent.secret("TOKEN", b"s3cret", Delivery::Env).unwrap();
-    agent.secret("OTHER", b"hidden", Delivery::Memory).unwrap();
-    let running = agent.shell("tr '\\0' '\\n' </proc/self/environ; ls /proc/$$/fd");
-    let text = agent.output(running);
+fn credential_enters_environment_on_request_only() {
+    let mut agent = Agent::spawn_ready();
+    agent.deliver_secret("TOKEN", b"s3cret", Delivery::Env).unwrap();
+    agent.deliver_secret("OTHER", b"hidden", Delivery::Memory).unwrap();
+    let running = agent.run_shell("tr '\\0' '\\n' </proc/self/environ; ls /proc/$$/fd");
+    let text = agent.wait_for_output(running);
     assert_eq!(
         text,
         "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\nOTHER_FILE=/proc/self/fd/512\n0\n1\n2\n512\n"
     );
-    // A later one replaces it, also in kind; and what the host says in `env` does not hide it.
-    agent.secret("OTHER", b"changed", Delivery::Memory).unwrap();
-    agent.secret("TOKEN", b"changed too", Delivery::Memory).unwrap();
+    // A later credential replaces it, even with another delivery, and a variable that the host sets
+    // does not hide it.
+    agent.deliver_secret("OTHER", b"changed", Delivery::Memory).unwrap();
+    agent.deliver_secret("TOKEN", b"changed too", Delivery::Memory).unwrap();
     let mut start =
-        agent.plain(&["sh", "-c", "cat $OTHER_FILE; echo; cat $TOKEN_FILE; echo $TOKEN"]);
+        agent.plain_start(&["sh", "-c", "cat $OTHER_FILE; echo; cat $TOKEN_FILE; echo $TOKEN"]);
     start.env.push((b"OTHER_FILE".to_vec(), b"/etc/passwd".to_vec()));
-    let running = agent.start(start);
-    assert_eq!(agent.output(running), "changed\nchanged too\n");
+    let running = agent.start_process(start);
+    assert_eq!(agent.wait_for_output(running), "changed\nchanged too\n");
 }
 
 #[test]
-fn a_credential_is_replaced_and_taken_back_where_it_was_inherited() {
-    let mut agent = Agent::up();
-    agent.secret("A", b"the first", Delivery::Memory).unwrap();
-    agent.secret("B", b"1", Delivery::Env).unwrap();
-    // Reads it again for each line that it is sent, by the descriptor that it has had all the time.
+fn inherited_credential_is_rotated_and_revoked() {
+    let mut agent = Agent::spawn_ready();
+    agent.deliver_secret("A", b"the first", Delivery::Memory).unwrap();
+    agent.deliver_secret("B", b"1", Delivery::Env).unwrap();
+    // Reads the credential again for each line of input, by the descriptor that it has inherited.
     let script = "while read -r line; do cat $A_FILE; echo \"|$B\"; done";
-    let running = agent.shell(script);
+    let running = agent.run_shell(script);
     let next = |agent: &mut Agent| {
         let stdin = running.stdin.unwrap();
         assert_eq!(agent.connection.send_data(stdin, b"\n"), 1);
-        agent.until(|agent| {
+        agent.wait_until(|agent| {
             agent.output.get(&running.stdout).is_some_and(|text| text.ends_with(b"\n"))
         });
-        agent.text(running.stdout)
+        agent.take_text(running.stdout)
     };
     assert_eq!(next(&mut agent), "the first|1\n");
-    agent.secret("A", b"another", Delivery::Memory).unwrap();
-    agent.secret("B", b"2", Delivery::Env).unwrap();
-    // What is in an environment is there for good.
+    agent.deliver_secret("A", b"another", Delivery::Memory).unwrap();
+    agent.deliver_secret("B", b"2", Delivery::Env).unwrap();
+    // The environment of a running process does not change.
     assert_eq!(next(&mut agent), "another|1\n");
     for name in ["A", "B", "NEVER_THERE"] {
-        agent.revoke(name).unwrap();
+        agent.revoke_secret(name).unwrap();
     }
     assert_eq!(next(&mut agent), "|1\n");
-    let later = agent.shell("env | grep -c -e '^A_FILE' -e '^B='; ls /proc/$$/fd");
-    assert_eq!(agent.output(later), "0\n0\n1\n2\n");
-    agent.secret("A", b"again", Delivery::Memory).unwrap();
+    let later = agent.run_shell("env | grep -c -e '^A_FILE' -e '^B='; ls /proc/$$/fd");
+    assert_eq!(agent.wait_for_output(later), "0\n0\n1\n2\n");
+    agent.deliver_secret("A", b"again", Delivery::Memory).unwrap();
     assert_eq!(next(&mut agent), "again|1\n");
 }
 
 #[test]
-fn credentials_are_checked_and_bounded() {
-    let mut agent = Agent::up();
+fn credential_names_and_sizes_are_validated() {
+    let mut agent = Agent::spawn_ready();
     for name in ["", "1A", "A=B", "A-B", &"A".repeat(129)] {
-        let failure = agent.secret(name, b"x", Delivery::Memory).unwrap_err();
+        let failure = agent.deliver_secret(name, b"x", Delivery::Memory).unwrap_err();
         assert!(!failure.to_string().contains('\n'), "{failure}");
     }
-    agent.secret("BIG", &[b'x'; MAX_SECRET], Delivery::Memory).unwrap();
-    assert!(agent.secret("BIGGER", &[b'x'; MAX_SECRET + 1], Delivery::Memory).is_err());
-    assert!(agent.secret("NUL", b"a\0b", Delivery::Env).is_err());
+    agent.deliver_secret("BIG", &[b'x'; MAX_SECRET], Delivery::Memory).unwrap();
+    assert!(agent.deliver_secret("BIGGER", &[b'x'; MAX_SECRET + 1], Delivery::Memory).is_err());
+    assert!(agent.deliver_secret("NUL", b"a\0b", Delivery::Env).is_err());
     for number in 1..64 {
-        agent.secret(&format!("N{number}"), b"x", Delivery::Memory).unwrap();
+        agent.deliver_secret(&format!("N{number}"), b"x", Delivery::Memory).unwrap();
     }
-    assert!(agent.secret("ONE_MORE", b"x", Delivery::Memory).is_err());
-    let running = agent.shell("wc -c <$BIG_FILE; set -- /proc/$$/fd/5??; echo $#");
-    assert_eq!(agent.output(running), "65536\n64\n");
+    assert!(agent.deliver_secret("ONE_MORE", b"x", Delivery::Memory).is_err());
+    let running = agent.run_shell("wc -c <$BIG_FILE; set -- /proc/$$/fd/5??; echo $#");
+    assert_eq!(agent.wait_for_output(running), "65536\n64\n");
 }
 
 #[test]
-fn the_agent_itself_holds_no_value_where_others_look() {
-    let mut agent = Agent::up();
-    agent.secret("TOKEN", b"canary-4711", Delivery::Memory).unwrap();
+fn agent_proc_files_hold_no_credential() {
+    let mut agent = Agent::spawn_ready();
+    agent.deliver_secret("TOKEN", b"canary-4711", Delivery::Memory).unwrap();
     let pid = agent.child.id();
     for file in ["environ", "cmdline", "maps"] {
-        // Unreadable is as good: it is not dumpable.
+        // An unreadable file passes as well: the agent is not dumpable.
         let text = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
         assert!(!text.windows(11).any(|window| window == b"canary-4711"), "{file}");
     }

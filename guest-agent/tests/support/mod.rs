@@ -1,4 +1,5 @@
-//! A host for tests: starts the agent with `--stdio` on a socket pair and speaks the protocol with it, blocking.
+//! A host for tests: starts the agent with `--stdio` on a socket pair and speaks the protocol with
+//! it, blocking.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -14,8 +15,9 @@ use chitin_protocol::{
     StreamId, ToGuest, ToHost, Usage,
 };
 
-/// Nothing here takes so long on any machine: a test that waits longer has found a hang.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The limit of every wait. No step takes so long on any machine: a test that reaches it has found a
+/// hang.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub const AGENT: &str = env!("CARGO_BIN_EXE_chitin-agent");
 
@@ -23,7 +25,7 @@ pub fn is_root() -> bool {
     rustix::process::getuid().is_root()
 }
 
-/// For tests of what only root can do: says visibly that nothing was tested.
+/// Returns whether the test runs as root, and otherwise prints that `what` is skipped.
 pub fn needs_root(what: &str) -> bool {
     if !is_root() {
         println!("SKIPPED: {what} can only be tested as root");
@@ -31,8 +33,9 @@ pub fn needs_root(what: &str) -> bool {
     is_root()
 }
 
-/// The agent as PID 1 with a root of its own making, in namespaces of this machine.
-pub fn sandbox() -> Option<Agent> {
+/// Starts the agent as PID 1 in new namespaces of this machine, where it makes its root. Returns
+/// `None` if the test does not run as root.
+pub fn spawn_sandbox() -> Option<Agent> {
     if !needs_root("building a root file system") {
         return None;
     }
@@ -50,7 +53,7 @@ pub fn sandbox() -> Option<Agent> {
         ])
         .args(["--cgroup", "--", AGENT, "--stdio", "--build-root"]);
     let mut agent = Agent::spawn_with(&mut command);
-    agent.until(|agent| agent.ready);
+    agent.wait_until(|agent| agent.ready);
     Some(agent)
 }
 
@@ -58,7 +61,7 @@ pub struct Agent {
     pub child: Child,
     pub socket: UnixStream,
     pub connection: Connection<Host>,
-    /// What has arrived and was not yet asked for.
+    /// Bytes that have arrived and that the test has not taken.
     pub output: HashMap<StreamId, Vec<u8>>,
     pub ended: Vec<StreamId>,
     pub reset: Vec<StreamId>,
@@ -66,18 +69,19 @@ pub struct Agent {
     pub usages: HashMap<u32, Usage>,
     pub done: HashMap<u32, Result<(), Failure>>,
     pub ready: bool,
-    /// Connections asked for, oldest first, and names that were refused.
+    /// Requested connections, oldest first.
     pub dials: Vec<(String, u16, StreamId)>,
+    /// Names that were denied.
     pub denied: Vec<String>,
-    /// Streams whose bytes give no credit back.
+    /// Streams on which the host grants no credit.
     pub withhold: Vec<StreamId>,
-    next: u32,
+    last_id: u32,
 }
 
-/// One process of the agent's.
+/// A process that the agent was asked to start.
 #[derive(Debug, Clone, Copy)]
 pub struct Running {
-    pub name: u32,
+    pub id: u32,
     pub stdin: Option<StreamId>,
     pub stdout: StreamId,
     pub stderr: StreamId,
@@ -97,10 +101,10 @@ impl Agent {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // The command keeps its ends until it is dropped or changed.
+        // The command keeps its ends of the sockets until it is dropped or changed.
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket.set_write_timeout(Some(TIMEOUT)).unwrap();
         Agent {
             child,
             socket,
@@ -115,19 +119,19 @@ impl Agent {
             dials: Vec::new(),
             denied: Vec::new(),
             withhold: Vec::new(),
-            next: 1,
+            last_id: 1,
         }
     }
 
-    /// Waits until the agent is up.
-    pub fn up() -> Agent {
+    /// Starts the agent and waits until it is ready.
+    pub fn spawn_ready() -> Agent {
         let mut agent = Agent::spawn();
-        agent.until(|agent| agent.ready);
+        agent.wait_until(|agent| agent.ready);
         agent
     }
 
-    /// Sends what is to be sent and takes what is there, once. `false` when the channel was closed.
-    pub fn turn(&mut self) -> bool {
+    /// Sends queued output, and handles what arrives, once. Returns `false` if the channel was closed.
+    pub fn exchange_once(&mut self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
         while !self.connection.pending_output().is_empty() {
             match self.socket.write(self.connection.pending_output()) {
@@ -136,11 +140,12 @@ impl Agent {
                 Err(_) => return false,
             }
         }
-        // With something left to send, waiting for both would need a poll: look again soon instead.
-        let waiting = !self.connection.pending_output().is_empty();
+        // With output left, a poll would be needed to wait for both directions: wait briefly instead.
+        let has_output = !self.connection.pending_output().is_empty();
         self.socket.set_nonblocking(false).unwrap();
-        let patience = if waiting { Duration::from_millis(1) } else { Duration::from_millis(200) };
-        self.socket.set_read_timeout(Some(patience)).unwrap();
+        let timeout =
+            if has_output { Duration::from_millis(1) } else { Duration::from_millis(200) };
+        self.socket.set_read_timeout(Some(timeout)).unwrap();
         match self.socket.read(self.connection.input_buffer()) {
             Ok(0) => return false,
             Ok(count) => self.connection.commit_input(count),
@@ -151,7 +156,7 @@ impl Agent {
         }
         loop {
             let mut credit = None;
-            match self.connection.next_event().expect("the agent keeps to the protocol") {
+            match self.connection.next_event().expect("the agent follows the protocol") {
                 None => return true,
                 Some(Event::Established { .. } | Event::Credit { .. }) => {}
                 Some(Event::Message(ToHost::Ready { started_ns, ready_ns })) => {
@@ -185,25 +190,29 @@ impl Agent {
         }
     }
 
-    pub fn until(&mut self, condition: impl Fn(&Agent) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+    pub fn wait_until(&mut self, condition: impl Fn(&Agent) -> bool) {
+        let deadline = Instant::now() + TIMEOUT;
         while !condition(self) {
-            assert!(Instant::now() < deadline, "waited too long");
-            assert!(self.turn() || condition(self), "the agent ended: {}", self.stderr());
+            assert!(Instant::now() < deadline, "timed out");
+            assert!(
+                self.exchange_once() || condition(self),
+                "the agent ended: {}",
+                self.read_stderr()
+            );
         }
     }
 
-    /// Waits until the agent closes the channel, and gives its exit code and what it logged.
-    pub fn until_ended(&mut self) -> (Option<i32>, String) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.turn() {
-            assert!(Instant::now() < deadline, "the agent goes on");
+    /// Waits until the agent closes the channel, and returns its exit code and its log.
+    pub fn wait_for_end(&mut self) -> (Option<i32>, String) {
+        let deadline = Instant::now() + TIMEOUT;
+        while self.exchange_once() {
+            assert!(Instant::now() < deadline, "the agent still runs");
         }
         let code = self.child.wait().unwrap().code();
-        (code, self.stderr())
+        (code, self.read_stderr())
     }
 
-    fn stderr(&mut self) -> String {
+    fn read_stderr(&mut self) -> String {
         let mut text = String::new();
         if let Some(mut stderr) = self.child.stderr.take() {
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
@@ -212,21 +221,22 @@ impl Agent {
         text
     }
 
-    pub fn request(&mut self) -> u32 {
-        self.next += 1;
-        self.next
+    pub fn next_id(&mut self) -> u32 {
+        self.last_id += 1;
+        self.last_id
     }
 
-    /// A process that is this test's user in `/`, with a plain environment.
-    pub fn plain(&mut self, argv: &[&str]) -> Start {
-        let name = self.request();
+    /// Makes the request of a process in `/` with nothing but `PATH` in its environment. Its user is
+    /// the workload's, or that of the test if the test does not run as root.
+    pub fn plain_start(&mut self, argv: &[&str]) -> Start {
+        let id = self.next_id();
         let (uid, gid) = if is_root() {
             (1000, 1000)
         } else {
             (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
         };
         Start {
-            process: name,
+            process: id,
             argv: argv.iter().map(|argument| argument.as_bytes().to_vec()).collect(),
             env: vec![(b"PATH".to_vec(), b"/usr/local/bin:/usr/bin:/bin".to_vec())],
             cwd: b"/".to_vec(),
@@ -238,71 +248,76 @@ impl Agent {
         }
     }
 
-    pub fn start(&mut self, start: Start) -> Running {
-        let Start { process: name, stdin, stdout, stderr, .. } = start;
+    pub fn start_process(&mut self, start: Start) -> Running {
+        let Start { process: id, stdin, stdout, stderr, .. } = start;
         self.connection.send_message(&ToGuest::Start(start)).unwrap();
-        Running { name, stdin, stdout, stderr }
+        Running { id, stdin, stdout, stderr }
     }
 
-    pub fn run(&mut self, argv: &[&str]) -> Running {
-        let start = self.plain(argv);
-        self.start(start)
+    pub fn run_command(&mut self, argv: &[&str]) -> Running {
+        let start = self.plain_start(argv);
+        self.start_process(start)
     }
 
-    pub fn shell(&mut self, script: &str) -> Running {
-        self.run(&["sh", "-c", script])
+    pub fn run_shell(&mut self, script: &str) -> Running {
+        self.run_command(&["sh", "-c", script])
     }
 
-    pub fn exit(&mut self, running: Running) -> Exit {
-        // In whatever order the three come.
-        self.until(|agent| {
-            agent.exits.contains_key(&running.name)
+    pub fn wait_for_exit(&mut self, running: Running) -> Exit {
+        // The three may come in any order.
+        self.wait_until(|agent| {
+            agent.exits.contains_key(&running.id)
                 && agent.ended.contains(&running.stdout)
                 && agent.ended.contains(&running.stderr)
         });
-        self.exits[&running.name].clone()
+        self.exits[&running.id].clone()
     }
 
-    /// Waits for the end and gives standard output; anything else than code 0 fails.
-    pub fn output(&mut self, running: Running) -> String {
-        let exit = self.exit(running);
-        let stderr = self.text(running.stderr);
+    /// Waits for exit code 0, and returns standard output.
+    pub fn wait_for_output(&mut self, running: Running) -> String {
+        let exit = self.wait_for_exit(running);
+        let stderr = self.take_text(running.stderr);
         assert_eq!(exit, Exit::Code(0), "stderr: {stderr}");
-        self.text(running.stdout)
+        self.take_text(running.stdout)
     }
 
-    pub fn text(&mut self, stream: StreamId) -> String {
+    pub fn take_text(&mut self, stream: StreamId) -> String {
         String::from_utf8(self.output.remove(&stream).unwrap_or_default()).unwrap()
     }
 
-    /// Sends all of `bytes` and the end, while taking what comes.
-    pub fn feed(&mut self, stream: StreamId, mut bytes: &[u8]) {
+    /// Sends all of `bytes` and the end, and handles what arrives in the meantime.
+    pub fn send_all(&mut self, stream: StreamId, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             bytes = &bytes[self.connection.send_data(stream, bytes)..];
-            assert!(self.turn(), "the agent ended: {}", self.stderr());
+            assert!(self.exchange_once(), "the agent ended: {}", self.read_stderr());
         }
         self.connection.end_stream(stream);
     }
 
-    pub fn signal(&mut self, running: Running, signal: u8) {
-        self.connection.send_message(&ToGuest::Signal { process: running.name, signal }).unwrap();
+    pub fn send_signal(&mut self, running: Running, signal: u8) {
+        self.connection.send_message(&ToGuest::Signal { process: running.id, signal }).unwrap();
     }
 
-    pub fn secret(&mut self, name: &str, value: &[u8], delivery: Delivery) -> Result<(), Failure> {
-        let request = self.request();
+    pub fn deliver_secret(
+        &mut self,
+        name: &str,
+        value: &[u8],
+        delivery: Delivery,
+    ) -> Result<(), Failure> {
+        let request = self.next_id();
         let value = SecretBytes::new(value.to_vec());
         let secret = Secret { request, name: name.into(), value, delivery };
-        self.ask(request, &ToGuest::Secret(secret))
+        self.send_request(request, &ToGuest::Secret(secret))
     }
 
-    pub fn revoke(&mut self, name: &str) -> Result<(), Failure> {
-        let request = self.request();
-        self.ask(request, &ToGuest::Revoke { request, name: name.into() })
+    pub fn revoke_secret(&mut self, name: &str) -> Result<(), Failure> {
+        let request = self.next_id();
+        self.send_request(request, &ToGuest::Revoke { request, name: name.into() })
     }
 
-    fn ask(&mut self, request: u32, message: &ToGuest) -> Result<(), Failure> {
+    fn send_request(&mut self, request: u32, message: &ToGuest) -> Result<(), Failure> {
         self.connection.send_message(message).unwrap();
-        self.until(|agent| agent.done.contains_key(&request));
+        self.wait_until(|agent| agent.done.contains_key(&request));
         self.done.remove(&request).unwrap()
     }
 }
@@ -310,7 +325,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        // It ends with its channel; only a test that failed has to help.
+        // The agent ends with its channel, except after some failures of a test.
         let deadline = Instant::now() + Duration::from_secs(10);
         while let Ok(None) = self.child.try_wait() {
             if Instant::now() > deadline {
