@@ -1,7 +1,8 @@
 //! `chitin-agent`, the `/init` of every sandbox. All of it is in the library.
 //!
-//! There is no Rust `main`: the standard library's start-up opens `/dev/null` where standard descriptors are
-//! closed and aborts if it cannot. As the kernel's first process this program has neither descriptors nor a `/dev`.
+//! There is no Rust `main`, because the standard library's start-up opens `/dev/null` for standard
+//! descriptors that are closed, and aborts if it cannot. The kernel's first process has neither
+//! descriptors nor a `/dev`.
 #![no_main]
 
 use std::ffi::{CStr, c_char, c_int};
@@ -10,7 +11,8 @@ use std::ffi::{CStr, c_char, c_int};
 extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     let count = usize::try_from(argc).unwrap_or(0);
     let arguments: Vec<&[u8]> = (0..count)
-        // SAFETY: the C library passes `argc` valid, NUL-terminated strings that live as long as the process.
+        // SAFETY: the C library passes `argc` pointers to NUL-terminated strings, which live as long
+        // as the process.
         .map(|index| unsafe { CStr::from_ptr(*argv.add(index)) }.to_bytes())
         .collect();
     chitin_agent::run(&arguments)

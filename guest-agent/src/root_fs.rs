@@ -1,4 +1,4 @@
-//! What the sandbox looks like from inside.
+//! The root file system of a microVM, as the workload sees it.
 //!
 //! ```text
 //!   /            overlay: the read-only image below, one tmpfs above      read-only
@@ -10,41 +10,41 @@
 //!     └ fs/cgroup  cgroup2, read-only
 //! ```
 //!
-//! There is one mount namespace. The agent's own, writable view of the root is a detached clone of the overlay's
-//! mount that has no path at all: copy jobs make it the root of their thread, and no workload can name it.
-//! The workload's view is read-only because its *mount* is; it has no capability to change that, and a user
-//! namespace of its own only gets locked copies.
+//! There is one mount namespace. The agent's writable view of the root is a detached clone of the
+//! overlay's mount that has no path at all: copy jobs make it the root of their threads, and no
+//! workload can name it. The workload's view is read-only because its *mount* is. The workload has no
+//! capability to change that, and a new user namespace only gets locked copies.
 //!
-//! One tmpfs takes everything that is written, so one limit holds for all of it, whatever path is used. That
-//! everything goes through the overlay keeps what an image has in these directories visible. Mounts that would
-//! add nothing are left out, because each costs boot time: `/dev` needs no file system for six nodes, and `nodev` and
-//! `nosuid` say no more than the workload's missing capabilities and its `no_new_privs` do.
+//! One tmpfs takes everything that is written, so one limit holds for all of it, whatever path is
+//! used. Because everything goes through the overlay, files that an image has in these directories
+//! stay visible. Mounts that would add nothing are left out, because each costs boot time: `/dev`
+//! needs no file system for six nodes, and `nodev` and `nosuid` deny no more than the workload's
+//! missing capabilities and its `no_new_privs` do.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid, XattrFlags, makedev};
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags, OpenTreeFlags, UnmountFlags};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use crate::io::channel;
-use crate::syscall::check_result;
-use crate::{Context, SystemError};
+use crate::descriptors::replace_standard_fd;
+use crate::error::{Context, SystemError};
 
-/// The image's empty directories that the root is assembled in; neither is visible afterwards.
+/// Empty directories of the image in which the root is assembled. Neither is visible afterwards.
 const SCRATCH: &str = "/mnt";
 const NEW_ROOT: &str = "/run";
 
-/// Half of the memory, the kernel's default for a tmpfs: a workload that fills it is told ENOSPC while there is
-/// memory left to handle that. The number of inodes is bounded likewise by default, one for two pages.
+/// Half of the memory, the kernel's default for a tmpfs: a workload that fills it gets ENOSPC while
+/// there is memory left to handle that. The default also bounds inodes, at one for two pages.
 const TMPFS_OPTIONS: &str = "mode=0755,size=50%";
 
-/// Writable for the workload: path, and the mode and owner it has, whatever the image says.
+/// Directories that the workload can write: path, and the mode and owner that they get, whatever the
+/// image has.
 const WRITABLE: [(&str, u32, u32); 4] =
     [("/work", 0o755, 1000), ("/tmp", 0o1777, 0), ("/var/tmp", 0o1777, 0), ("/dev/shm", 0o1777, 0)];
 
-/// Character devices: name, major, minor. Not among them: kmsg (the host reads it, a workload could forge it),
-/// console, mem, vsock and the disks, which devtmpfs would have brought along.
+/// Character devices: name, major, minor. devtmpfs would also bring kmsg (the host reads it, and a
+/// workload could forge it), console, mem, vsock and the disks.
 const NODES: [(&str, u32, u32); 6] = [
     ("null", 1, 3),
     ("zero", 1, 5),
@@ -54,6 +54,7 @@ const NODES: [(&str, u32, u32); 6] = [
     ("tty", 5, 0),
 ];
 
+/// Symbolic links in `/dev`: name and target.
 const LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -62,110 +63,137 @@ const LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// What only the agent can reach.
-pub struct View {
-    /// The root file system, writable, without what is mounted on it.
+/// Mount flags of file systems in which nothing is executed.
+const RESTRICTED: MountFlags =
+    MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+/// File systems that only the agent can reach. They have no path.
+pub struct AgentView {
+    /// The root file system, writable, without the mounts on it.
     pub root: OwnedFd,
     /// The root of the cgroup hierarchy, writable.
     pub cgroup: OwnedFd,
-    /// The tmpfs that takes all that is written. It has no path any more.
+    /// The tmpfs that takes everything that is written.
     pub scratch: OwnedFd,
 }
 
-/// Fills descriptors 0 to 2, which the kernel leaves closed if the image has no `/dev/console`, so that nothing
-/// opened later becomes somebody's standard output.
-pub fn fill_standard_descriptors() -> Result<(), SystemError> {
-    loop {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let fd = rustix::fs::open("/", flags, Mode::empty()).context("open", "/")?;
-        if std::os::fd::AsRawFd::as_raw_fd(&fd) > 2 {
-            return Ok(());
-        }
-        std::mem::forget(fd);
+/// Makes the sandbox's file systems and changes into them. With `kernel_log`, standard error becomes
+/// the kernel log.
+pub fn build_root(kernel_log: bool) -> Result<AgentView, SystemError> {
+    rustix::process::umask(Mode::empty());
+    let scratch = mount_scratch()?;
+    if kernel_log {
+        redirect_stderr_to_kernel_log()?;
     }
+    populate_dev()?;
+    mount_overlay()?;
+    let writable = make_directories()?;
+    // Cloned before the mounts that follow, so that the agent's view has none of them.
+    let root = clone_mount("/")?;
+    for path in writable {
+        rustix::mount::mount_bind(path, path).context("bind", path)?;
+    }
+    make_read_only("/", MountFlags::empty())?;
+    let cgroup = mount_kernel_file_systems()?;
+    replace_with_null(if kernel_log { 0..2 } else { 0..0 })?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(AgentView { root, cgroup, scratch })
 }
 
-/// Makes the sandbox's file systems and changes into them. With `own_log`, standard error becomes the kernel log.
-pub fn build(own_log: bool) -> Result<View, SystemError> {
-    rustix::process::umask(Mode::empty());
+/// Mounts the tmpfs of everything that is written.
+fn mount_scratch() -> Result<OwnedFd, SystemError> {
     mount("tmpfs", SCRATCH, MountFlags::NOSUID, TMPFS_OPTIONS)?;
-    let scratch = rustix::fs::open(SCRATCH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .context("open", SCRATCH)?;
-    if own_log {
-        let path = "/mnt/kmsg";
-        node(path, 1, 11, 0o600)?;
-        let log = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-            .context("open", path)?;
-        channel::replace(&log, 2).context("replace descriptor", 2)?;
-    }
+    rustix::fs::open(SCRATCH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .context("open", SCRATCH)
+}
+
+fn redirect_stderr_to_kernel_log() -> Result<(), SystemError> {
+    let path = "/mnt/kmsg";
+    make_node(path, 1, 11, 0o600)?;
+    let log = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        .context("open", path)?;
+    replace_standard_fd(&log, 2).context("replace descriptor", 2)
+}
+
+/// Makes `/dev` in the upper layer of the overlay.
+fn populate_dev() -> Result<(), SystemError> {
     for directory in ["upper", "work", "upper/dev", "upper/dev/pts"] {
         make_directory(&format!("{SCRATCH}/{directory}"), 0o755)?;
     }
-    // Whatever nodes an image has in /dev are not shown.
+    // Hides the nodes that an image has in /dev.
     let dev = "/mnt/upper/dev";
     rustix::fs::setxattr(dev, "trusted.overlay.opaque", b"y", XattrFlags::empty())
         .context("mark opaque", dev)?;
     for (name, major, minor) in NODES {
-        node(&format!("{SCRATCH}/upper/dev/{name}"), major, minor, 0o666)?;
+        make_node(&format!("{SCRATCH}/upper/dev/{name}"), major, minor, 0o666)?;
     }
     for (name, target) in LINKS {
         let path = format!("{SCRATCH}/upper/dev/{name}");
         rustix::fs::symlink(target, &path).context("create", path)?;
     }
+    Ok(())
+}
+
+/// Mounts the overlay and changes the root to it.
+fn mount_overlay() -> Result<(), SystemError> {
     mount(
         "overlay",
         NEW_ROOT,
         MountFlags::empty(),
         "lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work",
     )?;
-
-    // The old root ends up on top of the new one, where "." is it, and is detached from there (pivot_root(2)).
+    // The old root ends up on top of the new one, where "." leads to it, and is detached from there
+    // (pivot_root(2)).
     rustix::process::chdir(NEW_ROOT).context("enter", NEW_ROOT)?;
     rustix::process::pivot_root(".", ".").context("change the root to", NEW_ROOT)?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).context("unmount", "the old root")?;
-    rustix::process::chdir("/").context("enter", "/")?;
+    rustix::process::chdir("/").context("enter", "/")
+}
 
+/// Makes the directories that mounts need. Returns those that become writable.
+fn make_directories() -> Result<Vec<&'static str>, SystemError> {
     let mut writable = Vec::with_capacity(WRITABLE.len());
     for (path, mode, owner) in WRITABLE {
         make_directory(path, mode)?;
-        // A link, as `/var/tmp` may be one to `/tmp`, is as writable as what it leads to.
-        if give(path, mode, owner)? == FileType::Directory {
+        // A symbolic link, as `/var/tmp` may be one to `/tmp`, is as writable as its target.
+        if set_attributes(path, mode, owner)? == FileType::Directory {
             writable.push(path);
         }
     }
     for path in ["/proc", "/sys"] {
         make_directory(path, 0o755)?;
     }
-    let root = clone_mount("/")?;
-    for path in writable {
-        rustix::mount::mount_bind(path, path).context("bind", path)?;
-    }
-    make_read_only("/", MountFlags::empty())?;
+    Ok(writable)
+}
 
-    let closed = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("proc", "/proc", closed, "")?;
-    mount("sysfs", "/sys", closed | MountFlags::RDONLY, "")?;
-    mount("cgroup2", "/sys/fs/cgroup", closed, "")?;
+/// Mounts proc, sysfs, cgroup2 and devpts. Returns the agent's view of the cgroup hierarchy.
+fn mount_kernel_file_systems() -> Result<OwnedFd, SystemError> {
+    mount("proc", "/proc", RESTRICTED, "")?;
+    mount("sysfs", "/sys", RESTRICTED | MountFlags::RDONLY, "")?;
+    mount("cgroup2", "/sys/fs/cgroup", RESTRICTED, "")?;
     let cgroup = clone_mount("/sys/fs/cgroup")?;
-    make_read_only("/sys/fs/cgroup", closed)?;
-    // Group 5 is tty by convention: terminals are for their owner and those who may write to it.
+    make_read_only("/sys/fs/cgroup", RESTRICTED)?;
+    // Group 5 is tty by convention: a terminal is for its owner, and the group may write to it.
     mount(
         "devpts",
         "/dev/pts",
         MountFlags::NOSUID | MountFlags::NOEXEC,
         "newinstance,ptmxmode=0666,mode=0620,gid=5",
     )?;
-
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .context("open", "/dev/null")?;
-    for number in 0..if own_log { 2 } else { 0 } {
-        channel::replace(&null, number).context("replace descriptor", number)?;
-    }
-    rustix::process::umask(Mode::from_raw_mode(0o022));
-    Ok(View { root, cgroup, scratch })
+    Ok(cgroup)
 }
 
-/// Bounds what can be written. Fails with EINVAL if more than that is there already.
+/// Replaces standard descriptors with `/dev/null`.
+fn replace_with_null(numbers: std::ops::Range<i32>) -> Result<(), SystemError> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .context("open", "/dev/null")?;
+    for number in numbers {
+        replace_standard_fd(&null, number).context("replace descriptor", number)?;
+    }
+    Ok(())
+}
+
+/// Limits the bytes that can be written. Fails with EINVAL if there are more already.
 pub fn limit_disk(scratch: impl AsFd, bytes: u64) -> Result<(), Errno> {
     let context = rustix::mount::fspick(
         scratch,
@@ -174,61 +202,6 @@ pub fn limit_disk(scratch: impl AsFd, bytes: u64) -> Result<(), Errno> {
     )?;
     rustix::mount::fsconfig_set_string(&context, "size", bytes.to_string())?;
     rustix::mount::fsconfig_reconfigure(&context)
-}
-
-/// What may be done after the host has been told that the sandbox is up, and before it is asked for anything.
-pub fn complete() -> Result<(), SystemError> {
-    rustix::system::sethostname(b"chitin").context("set", "the host name")?;
-    raise_loopback().context("raise", "the loopback interface")
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "the flags are 16 bits wide")]
-const INTERFACE_UP: libc::c_short = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-
-/// Parameters of a kernel that is the sandbox's own.
-pub fn set_kernel_parameters() -> Result<(), SystemError> {
-    // The compiler takes 2 MiB of fresh memory for its first program, which costs more than ten milliseconds in a
-    // microVM. A filter hardly ever runs: the kernel remembers what it always allows (seccomp's bitmap).
-    clear_parameter("/proc/sys/net/core/bpf_jit_enable")?;
-    // Otherwise a thread looks twice a second whether memory is in pieces, and an idle sandbox is never at rest.
-    clear_parameter("/proc/sys/vm/compaction_proactiveness")?;
-    // In a user namespace of its own every user has all capabilities, and with them the parts of the kernel that are
-    // attacked most.
-    clear_parameter("/proc/sys/user/max_user_namespaces")
-}
-
-/// Makes a kernel parameter 0, where the kernel has it.
-fn clear_parameter(path: &'static str) -> Result<(), SystemError> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    match rustix::fs::open(path, flags, Mode::empty())
-        .and_then(|file| rustix::io::write(&file, b"0"))
-    {
-        Ok(_) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(errno).context("write", path),
-    }
-}
-
-/// Sets the loopback interface up, which is all a sandbox has.
-pub fn raise_loopback() -> Result<(), Errno> {
-    let socket = rustix::net::socket_with(
-        AddressFamily::INET,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    // SAFETY: all-zero is a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l'.cast_signed();
-    request.ifr_name[1] = b'o'.cast_signed();
-    request.ifr_ifru.ifru_flags = INTERFACE_UP;
-    // SAFETY: SIOCSIFFLAGS reads an `ifreq`, which outlives the call.
-    check_result(unsafe {
-        libc::ioctl(
-            std::os::fd::AsRawFd::as_raw_fd(&socket),
-            libc::SIOCSIFFLAGS as _,
-            &raw const request,
-        )
-    })
 }
 
 fn mount(
@@ -242,7 +215,7 @@ fn mount(
         .context("mount", format_args!("{kind} on {target}"))
 }
 
-/// A mount of the same file system as at `path`, attached nowhere.
+/// Makes a mount of the file system at `path` that is attached nowhere.
 fn clone_mount(path: &'static str) -> Result<OwnedFd, SystemError> {
     rustix::mount::open_tree(
         CWD,
@@ -252,19 +225,20 @@ fn clone_mount(path: &'static str) -> Result<OwnedFd, SystemError> {
     .context("clone the mount of", path)
 }
 
-/// For this mount only: others of the same file system stay as they are. `flags` are those it has otherwise.
+/// Makes one mount read-only; others of the same file system stay as they are. `flags` are its other
+/// flags.
 fn make_read_only(path: &'static str, flags: MountFlags) -> Result<(), SystemError> {
     rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | flags, "")
         .context("make read-only", path)
 }
 
-fn node(path: &str, major: u32, minor: u32, mode: u32) -> Result<(), SystemError> {
+fn make_node(path: &str, major: u32, minor: u32, mode: u32) -> Result<(), SystemError> {
     let mode = Mode::from_raw_mode(mode);
     rustix::fs::mknodat(CWD, path, FileType::CharacterDevice, mode, makedev(major, minor))
         .context("create", path)
 }
 
-/// Creates a directory unless it is there.
+/// Creates a directory unless it exists.
 fn make_directory(path: &str, mode: u32) -> Result<(), SystemError> {
     match rustix::fs::mkdir(path, Mode::from_raw_mode(mode)) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
@@ -272,19 +246,19 @@ fn make_directory(path: &str, mode: u32) -> Result<(), SystemError> {
     }
 }
 
-/// Sees to mode and owner, unless it is a link, and says what it is. What is right already is not written: that
-/// would copy the directory up.
-fn give(path: &str, mode: u32, owner: u32) -> Result<FileType, SystemError> {
-    let is = rustix::fs::lstat(path).context("look at", path)?;
-    let kind = FileType::from_raw_mode(is.st_mode);
+/// Sets mode and owner of a path unless it is a symbolic link, and returns its type. Attributes that
+/// are right already are not written, because that would copy the directory up.
+fn set_attributes(path: &str, mode: u32, owner: u32) -> Result<FileType, SystemError> {
+    let stat = rustix::fs::lstat(path).context("look at", path)?;
+    let kind = FileType::from_raw_mode(stat.st_mode);
     if kind == FileType::Symlink {
         return Ok(kind);
     }
-    if (is.st_uid, is.st_gid) != (owner, owner) {
+    if (stat.st_uid, stat.st_gid) != (owner, owner) {
         rustix::fs::chown(path, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))
             .context("change the owner of", path)?;
     }
-    if is.st_mode & 0o7777 != mode {
+    if stat.st_mode & 0o7777 != mode {
         rustix::fs::chmod(path, Mode::from_raw_mode(mode)).context("change the mode of", path)?;
     }
     Ok(kind)

@@ -1,24 +1,25 @@
-//! How a sandbox ends: with its channel, whatever still runs in it.
+//! The end of a sandbox. It ends with its channel, whatever still runs in it.
 
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitOptions};
 use rustix::system::RebootCommand;
 
-/// Rounds of [`kill_descendants`]: children of what was killed become ours and are seen in the next one. A fork
-/// bomb could go on for ever; a container runtime then ends what is left with PID 1.
+/// The rounds of [`kill_descendants`]. Children of killed processes become the agent's, and are found
+/// in the next round. A fork bomb could continue forever; a container runtime then ends the rest with
+/// PID 1.
 const KILL_ROUNDS: usize = 200;
 
-/// Resets the machine, which with `reboot=t` is a triple fault and needs no device. There is nothing to flush: all
-/// that can be written is memory.
+/// Resets the machine, which with `reboot=t` is a triple fault and needs no device. There is nothing
+/// to flush, because everything that can be written is in memory.
 pub fn reset_machine() -> ! {
     let refused = rustix::system::reboot(RebootCommand::Restart);
-    crate::log(format_args!("cannot reset the machine: {refused:?}"));
+    crate::log_line(format_args!("cannot reset the machine: {refused:?}"));
     // The end of PID 1 is a kernel panic, which resets the machine as well.
     std::process::exit(1)
 }
 
-/// Ends every process this one has started, and theirs: this process is their subreaper.
+/// Kills all descendants of the agent, which is their subreaper.
 pub fn kill_descendants() {
     for _ in 0..KILL_ROUNDS {
         let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();

@@ -1,5 +1,6 @@
-//! A bound on the workload's processes in a container whose kernel is its own, which is gVisor's: it has the first version of
-//! cgroups, and of them what is needed to count. The runtime's own bound is around that kernel, which does not survive it.
+//! A limit of the workload's processes in a container whose kernel serves this sandbox alone, which
+//! is gVisor's. That kernel has version 1 of cgroups, and of them the controller that counts
+//! processes. The runtime's own limit is around that kernel, which does not survive reaching it.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,70 +9,74 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::{Context, SystemError};
+use super::MAX_TASKS;
+use crate::error::{Context, SystemError};
 
-/// An empty directory of the image, in which the hierarchy is for a moment.
-const PLACE: &str = "/run";
+/// An empty directory of the image, on which the hierarchy is mounted for a moment.
+const MOUNT_POINT: &str = "/run";
 
-/// As many as a microVM has; the host may ask for less.
-const MAX_TASKS: u32 = 4096;
-
-/// A cgroup that every child joins.
-pub struct Counted {
-    /// Closed to the workload, which could otherwise open it as a descriptor of this process: gVisor lets it try.
+/// A cgroup of the version 1 pids controller, which every child joins.
+pub struct PidsCgroup {
+    /// Only the agent may open it. gVisor lets the workload try, through the descriptors of this
+    /// process.
     directory: OwnedFd,
 }
 
-impl Counted {
-    /// Makes it. The hierarchy has no path afterwards.
-    pub fn create() -> Result<Counted, SystemError> {
+impl PidsCgroup {
+    /// Creates the cgroup. Its hierarchy has no path afterwards.
+    pub fn create() -> Result<PidsCgroup, SystemError> {
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("none", PLACE, "cgroup", flags, Some(c"pids"))
+        rustix::mount::mount("none", MOUNT_POINT, "cgroup", flags, Some(c"pids"))
             .context("mount", "a cgroup")?;
-        let made = Counted::create_in(PLACE);
-        rustix::mount::unmount(PLACE, UnmountFlags::DETACH).context("unmount", PLACE)?;
-        made
+        let created = PidsCgroup::create_in(MOUNT_POINT);
+        rustix::mount::unmount(MOUNT_POINT, UnmountFlags::DETACH)
+            .context("unmount", MOUNT_POINT)?;
+        created
     }
 
-    fn create_in(place: &str) -> Result<Counted, SystemError> {
-        let path = format!("{place}/workload");
+    fn create_in(hierarchy: &str) -> Result<PidsCgroup, SystemError> {
+        let path = format!("{hierarchy}/workload");
         rustix::fs::mkdir(&path, Mode::from_raw_mode(0o700)).context("create", &path)?;
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&path, flags, Mode::empty()).context("open", &path)?;
-        let counted = Counted { directory };
-        counted.limit(MAX_TASKS).context("limit", "processes")?;
-        Ok(counted)
+        let cgroup = PidsCgroup { directory };
+        cgroup.limit_tasks(MAX_TASKS).context("limit", "processes")?;
+        Ok(cgroup)
     }
 
-    /// Bounds processes and threads.
-    pub fn limit(&self, tasks: u32) -> Result<(), Errno> {
-        let text = tasks.min(MAX_TASKS).to_string();
-        let file = open_to_write(self.directory.as_fd(), c"pids.max")?;
+    /// Limits the number of processes and threads.
+    pub fn limit_tasks(&self, limit: u32) -> Result<(), Errno> {
+        let text = limit.min(MAX_TASKS).to_string();
+        let file = open_for_writing(self.directory.as_fd(), c"pids.max")?;
         let written = rustix::io::write(file, text.as_bytes())?;
         if written == text.len() { Ok(()) } else { Err(Errno::IO) }
     }
 
-    /// What a child [joins](join).
+    /// Returns the directory of the cgroup, for [`join_cgroup`].
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 }
 
-fn open_to_write(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
+fn open_for_writing(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// In the child, before it is a user: from here on it counts, and what it starts. System calls only.
-pub fn join(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+/// Moves the calling child into the cgroup, while it has the right to: from here on the child and its
+/// descendants count.
+///
+/// Makes system calls only.
+pub fn join_cgroup(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    // Formatted by hand, because a child must not allocate.
     let mut digits = [0; 10];
-    let mut at = digits.len();
-    let mut number = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
-    while number > 0 && at > 0 {
-        at -= 1;
-        digits[at] = b'0' + u8::try_from(number % 10).unwrap_or(0);
-        number /= 10;
+    let mut start = digits.len();
+    let mut pid = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
+    while pid > 0 && start > 0 {
+        start -= 1;
+        digits[start] = b'0' + u8::try_from(pid % 10).unwrap_or(0);
+        pid /= 10;
     }
-    rustix::io::write(open_to_write(directory, c"cgroup.procs")?, &digits[at..]).map(drop)
+    rustix::io::write(open_for_writing(directory, c"cgroup.procs")?, &digits[start..]).map(drop)
 }
 
 #[cfg(test)]
@@ -79,11 +84,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_writes_its_number() {
+    fn joining_process_writes_its_pid() {
         let dir = tempfile::tempdir().unwrap();
         let procs = dir.path().join("cgroup.procs");
         std::fs::write(&procs, "").unwrap();
-        join(std::fs::File::open(dir.path()).unwrap().as_fd()).unwrap();
+        join_cgroup(std::fs::File::open(dir.path()).unwrap().as_fd()).unwrap();
         assert_eq!(std::fs::read_to_string(procs).unwrap(), std::process::id().to_string());
     }
 }

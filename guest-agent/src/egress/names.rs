@@ -1,4 +1,4 @@
-//! Which name stands at which address. Policy without I/O.
+//! The table of allowed names and their loopback addresses, without I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -6,46 +6,50 @@ use std::rc::Rc;
 
 use chitin_protocol::Endpoint;
 
-use super::dns::message::Found;
+use super::dns::message::Lookup;
 
-/// 127.64.0.0/10: addresses of the loopback interface that nothing else uses.
-const FIRST: u32 = u32::from_be_bytes([127, 64, 0, 0]);
+/// The first address of 127.64.0.0/10, loopback addresses that nothing else uses.
+const FIRST_ADDRESS: u32 = u32::from_be_bytes([127, 64, 0, 0]);
 
-/// Names that get an address. Each takes up to 300 bytes here, and only a workload that makes names below a wildcard up
-/// needs more. None is taken back: an address that somebody still remembers must not become another host's.
+/// The most names that get an address. Each takes up to 300 bytes here, and only a workload that
+/// invents names below a wildcard needs more. Addresses are never reused: one that a program still
+/// remembers must not become another host's.
 const MAX_NAMES: usize = 4096;
 
-/// Refused names that the host is told of. A workload that tries more is known by then.
+/// The most denied names that are reported to the host. A workload that tries more has been noticed
+/// by then.
 const MAX_DENIED: usize = 1024;
 
-/// Names and their addresses.
 #[derive(Default)]
-pub struct Names {
+pub struct NameTable {
+    /// The endpoints that may be dialled now.
     endpoints: Vec<Endpoint>,
+    /// The names that have an address. The first one has the address after [`FIRST_ADDRESS`].
     names: Vec<Rc<str>>,
+    /// The number of a name, from 1: its distance from [`FIRST_ADDRESS`].
     numbers: BTreeMap<Rc<str>, usize>,
     denied: BTreeSet<String>,
 }
 
-impl Names {
-    /// From now on these are what may be dialled. Addresses stay.
+impl NameTable {
+    /// Replaces the endpoints that may be dialled. Names keep their addresses.
     pub fn allow(&mut self, endpoints: Vec<Endpoint>) {
         self.endpoints = endpoints;
     }
 
-    /// The ports that anything is at, each once.
+    /// Returns the ports of all endpoints.
     pub fn ports(&self) -> BTreeSet<u16> {
         self.endpoints.iter().map(|endpoint| endpoint.port).collect()
     }
 
-    /// Looks a name up, and gives it an address if it has none.
-    pub fn find(&mut self, name: &str) -> Found {
+    /// Looks up a name, and assigns it an address if it has none.
+    pub fn look_up(&mut self, name: &str) -> Lookup {
         if !self.endpoints.iter().any(|endpoint| endpoint.matches_host(name)) {
-            return Found::Nothing;
+            return Lookup::NoSuchName;
         }
         let number = match self.numbers.get(name) {
             Some(number) => *number,
-            None if self.names.len() >= MAX_NAMES => return Found::NoRoom,
+            None if self.names.len() >= MAX_NAMES => return Lookup::NoAddressLeft,
             None => {
                 let name: Rc<str> = name.into();
                 self.names.push(name.clone());
@@ -53,22 +57,23 @@ impl Names {
                 self.names.len()
             }
         };
-        u32::try_from(number)
-            .map_or(Found::NoRoom, |number| Found::Address(Ipv4Addr::from_bits(FIRST + number)))
+        u32::try_from(number).map_or(Lookup::NoAddressLeft, |number| {
+            Lookup::Address(Ipv4Addr::from_bits(FIRST_ADDRESS + number))
+        })
     }
 
-    /// Whether the host is to be told that this name was refused: once.
-    pub fn denied(&mut self, name: &str) -> bool {
+    /// Records a denied name, and returns whether the host has to be told. It is told once.
+    pub fn record_denied(&mut self, name: &str) -> bool {
         self.denied.len() < MAX_DENIED && self.denied.insert(name.to_owned())
     }
 
-    /// What a connection to this address is meant for, if that may be.
-    pub fn at(&self, address: Ipv4Addr, port: u16) -> Option<&str> {
+    /// Returns the host that a connection to this address is meant for, if that endpoint is allowed.
+    pub fn find_host(&self, address: Ipv4Addr, port: u16) -> Option<&str> {
         let name = match address {
-            // Programs do not ask for it: `/etc/hosts` says where it is.
+            // Programs do not query this name, because `/etc/hosts` has it.
             Ipv4Addr::LOCALHOST => "localhost",
             _ => {
-                let number = usize::try_from(address.to_bits().checked_sub(FIRST)?).ok()?;
+                let number = usize::try_from(address.to_bits().checked_sub(FIRST_ADDRESS)?).ok()?;
                 self.names.get(number.checked_sub(1)?)?
             }
         };
@@ -83,8 +88,8 @@ impl Names {
 mod tests {
     use super::*;
 
-    fn names(endpoints: &[(&str, bool, u16)]) -> Names {
-        let mut names = Names::default();
+    fn name_table(endpoints: &[(&str, bool, u16)]) -> NameTable {
+        let mut names = NameTable::default();
         let endpoint =
             |&(host, wildcard, port): &(&str, _, _)| Endpoint { host: host.into(), wildcard, port };
         names.allow(endpoints.iter().map(endpoint).collect());
@@ -92,54 +97,57 @@ mod tests {
     }
 
     #[test]
-    fn a_name_keeps_its_address_and_leads_back_from_it() {
+    fn name_keeps_its_address_in_both_directions() {
         let mut names =
-            names(&[("a.test", false, 443), ("a.test", false, 80), ("b.test", true, 443)]);
+            name_table(&[("a.test", false, 443), ("a.test", false, 80), ("b.test", true, 443)]);
         let first = Ipv4Addr::new(127, 64, 0, 1);
         let second = Ipv4Addr::new(127, 64, 0, 2);
         assert_eq!(names.ports().into_iter().collect::<Vec<_>>(), [80, 443]);
-        assert_eq!(names.find("a.test"), Found::Address(first));
-        assert_eq!(names.find("x.b.test"), Found::Address(second));
-        assert_eq!(names.find("a.test"), Found::Address(first));
-        assert_eq!(names.find("b.test"), Found::Nothing);
-        assert_eq!(names.find(""), Found::Nothing);
-        assert_eq!((names.at(first, 80), names.at(first, 443)), (Some("a.test"), Some("a.test")));
-        // The right name at another's port; addresses of nobody.
-        assert_eq!(names.at(second, 80), None);
-        for nobody in
+        assert_eq!(names.look_up("a.test"), Lookup::Address(first));
+        assert_eq!(names.look_up("x.b.test"), Lookup::Address(second));
+        assert_eq!(names.look_up("a.test"), Lookup::Address(first));
+        assert_eq!(names.look_up("b.test"), Lookup::NoSuchName);
+        assert_eq!(names.look_up(""), Lookup::NoSuchName);
+        assert_eq!(
+            (names.find_host(first, 80), names.find_host(first, 443)),
+            (Some("a.test"), Some("a.test"))
+        );
+        // The port of another name; addresses that no name has.
+        assert_eq!(names.find_host(second, 80), None);
+        for unassigned in
             [[127, 64, 0, 0], [127, 64, 0, 3], [127, 0, 0, 1], [127, 127, 255, 255], [1, 1, 1, 1]]
         {
-            assert_eq!(names.at(nobody.into(), 443), None);
+            assert_eq!(names.find_host(unassigned.into(), 443), None);
         }
-        // What is no longer allowed is no longer there, and comes back at the same place.
+        // A name that is not allowed any more does not exist any more.
         names.allow(vec![]);
-        assert_eq!(names.at(first, 443), None);
-        assert_eq!(names.find("a.test"), Found::Nothing);
+        assert_eq!(names.find_host(first, 443), None);
+        assert_eq!(names.look_up("a.test"), Lookup::NoSuchName);
     }
 
     #[test]
-    fn localhost_is_where_it_always_is() {
-        let names = names(&[("localhost", false, 80), ("a.test", false, 443)]);
-        assert_eq!(names.at(Ipv4Addr::LOCALHOST, 80), Some("localhost"));
-        assert_eq!(names.at(Ipv4Addr::LOCALHOST, 443), None);
+    fn localhost_keeps_its_usual_address() {
+        let names = name_table(&[("localhost", false, 80), ("a.test", false, 443)]);
+        assert_eq!(names.find_host(Ipv4Addr::LOCALHOST, 80), Some("localhost"));
+        assert_eq!(names.find_host(Ipv4Addr::LOCALHOST, 443), None);
     }
 
     #[test]
-    fn names_end_where_the_table_does() {
-        let mut names = names(&[("test", true, 1)]);
+    fn name_beyond_the_table_gets_no_address() {
+        let mut names = name_table(&[("test", true, 1)]);
         for number in 0..MAX_NAMES {
-            assert!(matches!(names.find(&format!("{number}.test")), Found::Address(_)));
+            assert!(matches!(names.look_up(&format!("{number}.test")), Lookup::Address(_)));
         }
-        assert_eq!(names.find("one-more.test"), Found::NoRoom);
-        assert!(matches!(names.find("0.test"), Found::Address(_)));
+        assert_eq!(names.look_up("one-more.test"), Lookup::NoAddressLeft);
+        assert!(matches!(names.look_up("0.test"), Lookup::Address(_)));
     }
 
     #[test]
-    fn a_refused_name_is_told_once_and_not_for_ever() {
-        let mut names = names(&[]);
-        assert!(names.denied("a") && !names.denied("a"));
+    fn denied_names_are_reported_once_up_to_a_limit() {
+        let mut names = name_table(&[]);
+        assert!(names.record_denied("a") && !names.record_denied("a"));
         assert_eq!(
-            (0..5000).filter(|number| names.denied(&number.to_string())).count(),
+            (0..5000).filter(|number| names.record_denied(&number.to_string())).count(),
             MAX_DENIED - 1
         );
     }

@@ -1,181 +1,207 @@
-//! A connection on the loopback interface and the stream that goes on with it: a pump for both directions, each of which
-//! ends on its own.
+//! A pump for both directions between a TCP socket of the loopback interface and a stream. Each
+//! direction ends separately.
 //!
 //! ```text
-//!   connecting ──▶ open ──┬── the socket's end read:  End sent ──┐
-//!                         └── End read:  the socket's half shut ─┴──▶ closed
-//!          anything fails, or the stream is reset ──▶ the socket is reset
+//!   connecting ──▶ open ──┬── end of the socket read:  End sent ────────────┐
+//!                         └── End received:  the socket's half shut down ──┴──▶ closed
+//!          any failure, or a reset of the stream ──▶ the socket is reset
 //! ```
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId, ToHost};
+use chitin_protocol::{Connection, Failure, Guest, MAX_DATA, StreamId, ToHost};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, sockopt};
 
-use super::pump::Step;
-use crate::failure;
+use super::pump::Progress;
+use crate::error::make_failure;
+use crate::log_line;
 
-/// A connection that is being made for the host.
-struct Connecting {
+/// A request of the host's whose connection is not established yet.
+struct PendingConnect {
     request: u32,
     port: u16,
 }
 
-/// A connection and what waits for it, bounded by the stream's window.
-pub struct Link {
+/// A socket and the bytes that wait for it, bounded by the stream's window.
+pub struct SocketPump {
     socket: OwnedFd,
-    connecting: Option<Connecting>,
+    pending_connect: Option<PendingConnect>,
     readable: bool,
     writable: bool,
     broken: bool,
     waiting: VecDeque<u8>,
     /// The socket has been read to its end.
-    read: bool,
-    /// The stream has come to its end; and the socket has been told.
+    read_to_end: bool,
+    /// The host has sent its last byte.
     ended: bool,
-    shut: bool,
+    /// The writing half of the socket has been shut down.
+    shut_down: bool,
 }
 
-impl Link {
-    /// Of a socket that is connected and does not block.
-    pub fn new(socket: OwnedFd) -> Result<Link, Errno> {
-        // Small writes are not to wait for an acknowledgement that the other side delays.
+impl SocketPump {
+    /// Pumps a connected, non-blocking socket.
+    pub fn new(socket: OwnedFd) -> Result<SocketPump, Errno> {
+        // Small writes should not wait for an acknowledgement that the other side delays.
         sockopt::set_tcp_nodelay(&socket, true)?;
-        // Until all has gone well, closing it is a reset.
+        // Until both directions have ended, closing the socket resets the connection.
         sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
-        Ok(Link {
+        Ok(SocketPump {
             socket,
-            connecting: None,
+            pending_connect: None,
             readable: true,
             writable: true,
             broken: false,
             waiting: VecDeque::new(),
-            read: false,
+            read_to_end: false,
             ended: false,
-            shut: false,
+            shut_down: false,
         })
     }
 
-    /// Of a socket that is about to be connected with this port, for a request of the host's.
-    pub fn connecting(socket: OwnedFd, request: u32, port: u16) -> Result<Link, Errno> {
-        let mut link = Link::new(socket)?;
-        link.connecting = Some(Connecting { request, port });
-        (link.readable, link.writable) = (false, false);
-        Ok(link)
+    /// Pumps a socket that is being connected to `port` for a request of the host's.
+    pub fn new_connecting(socket: OwnedFd, request: u32, port: u16) -> Result<SocketPump, Errno> {
+        let mut pump = SocketPump::new(socket)?;
+        pump.pending_connect = Some(PendingConnect { request, port });
+        (pump.readable, pump.writable) = (false, false);
+        Ok(pump)
     }
 
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Takes note of an event. Whether something is wrong is the socket's to say, not the event's: under gVisor one whose both
-    /// ends have closed has every flag there is, also while there is something to be read.
-    pub fn wake(&mut self, readable: bool, writable: bool, doubtful: bool) {
+    /// Records an event. An error flag is only a reason to ask the socket: under gVisor a socket whose
+    /// two ends have closed reports every flag, even while there is something left to read.
+    pub fn wake(&mut self, readable: bool, writable: bool, has_error: bool) {
         self.readable |= readable;
         self.writable |= writable;
-        if doubtful && self.connecting.is_none() {
-            self.broken |= self.error().is_err();
+        if has_error && self.pending_connect.is_none() {
+            self.broken |= self.take_error().is_err();
         }
     }
 
-    /// Takes bytes of the stream over and says how many have left for the socket already.
-    pub fn take(&mut self, bytes: &[u8]) -> usize {
+    /// Accepts bytes of the stream, and returns how many have reached the socket already.
+    pub fn accept_data(&mut self, bytes: &[u8]) -> usize {
         let mut sent = 0;
         while self.waiting.is_empty() && self.writable && sent < bytes.len() {
-            sent += self.put(Some(&bytes[sent..]));
+            let outcome = rustix::net::send(&self.socket, &bytes[sent..], SendFlags::NOSIGNAL);
+            sent += self.record_send(outcome);
         }
         self.waiting.extend(&bytes[sent..]);
         sent
     }
 
-    /// The host has sent its last byte.
-    pub fn end(&mut self) {
+    /// Records that the host has sent its last byte.
+    pub fn accept_end(&mut self) {
         self.ended = true;
     }
 
-    /// Moves what can be moved, one frame at most from the socket.
+    /// Moves what can be moved, and one frame at most from the socket.
     pub fn step(
         &mut self,
         connection: &mut Connection<Guest>,
         stream: StreamId,
         scratch: &mut [u8],
-    ) -> Step {
-        if let Some(step) = self.connect(connection, stream) {
-            return step;
+    ) -> Progress {
+        if let Some(progress) = self.finish_connect(connection, stream) {
+            return progress;
         }
+        let mut moved = self.write_waiting(connection, stream);
+        if self.ended && self.waiting.is_empty() && !self.shut_down && !self.broken {
+            self.shut_down = true;
+            self.broken |= rustix::net::shutdown(&self.socket, Shutdown::Write).is_err();
+            moved = true;
+        }
+        moved |= self.read_frame(connection, stream, scratch);
+        if self.broken {
+            connection.reset_stream(stream);
+            return Progress::Finished;
+        }
+        if self.read_to_end && self.shut_down {
+            // The kernel has all bytes and delivers them after the socket is closed.
+            let _ = sockopt::set_socket_linger(&self.socket, None);
+            return Progress::Finished;
+        }
+        if moved { Progress::Moved } else { Progress::Waiting }
+    }
+
+    /// Writes the bytes that wait, and returns whether any were written.
+    fn write_waiting(&mut self, connection: &mut Connection<Guest>, stream: StreamId) -> bool {
         let mut moved = false;
         while self.writable && !self.waiting.is_empty() && !self.broken {
-            let count = self.put(None);
+            let bytes = self.waiting.as_slices().0;
+            let outcome = rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL);
+            let count = self.record_send(outcome);
             self.waiting.drain(..count);
             connection.return_credit(stream, count);
             moved |= count > 0;
         }
-        if self.ended && self.waiting.is_empty() && !self.shut && !self.broken {
-            self.shut = true;
-            self.broken |= rustix::net::shutdown(&self.socket, Shutdown::Write).is_err();
-            moved = true;
-        }
-        let room = connection.send_capacity(stream).min(MAX_DATA);
-        // What is broken off has an end to be read, once the error was.
-        if self.readable && !self.read && !self.broken && room > 0 {
-            match rustix::io::read(&self.socket, &mut scratch[..room]) {
-                Ok(0) => {
-                    self.read = true;
-                    connection.end_stream(stream);
-                }
-                Ok(count) => {
-                    connection.send_data(stream, &scratch[..count]);
-                }
-                Err(Errno::AGAIN) => self.readable = false,
-                Err(Errno::INTR) => {}
-                Err(_) => self.broken = true,
-            }
-            moved |= self.readable;
-        }
-        if self.broken {
-            connection.reset_stream(stream);
-            return Step::Finished;
-        }
-        if self.read && self.shut {
-            // All of it has been handed to the kernel, which delivers it.
-            let _ = sockopt::set_socket_linger(&self.socket, None);
-            return Step::Finished;
-        }
-        if moved { Step::Moved } else { Step::Waiting }
+        moved
     }
 
-    /// Sees what has become of a connection that is being made. `None`: there is one to use.
-    fn connect(&mut self, connection: &mut Connection<Guest>, stream: StreamId) -> Option<Step> {
-        if self.connecting.is_some() && !self.writable {
-            return Some(Step::Waiting);
+    /// Reads one frame from the socket, and returns whether there may be more.
+    fn read_frame(
+        &mut self,
+        connection: &mut Connection<Guest>,
+        stream: StreamId,
+        scratch: &mut [u8],
+    ) -> bool {
+        let room = connection.send_capacity(stream).min(MAX_DATA);
+        // A broken socket is not read: after its error has been taken, it would report an end.
+        if !self.readable || self.read_to_end || self.broken || room == 0 {
+            return false;
         }
-        let Connecting { request, port } = self.connecting.take()?;
-        let outcome = self.error();
+        match rustix::io::read(&self.socket, &mut scratch[..room]) {
+            Ok(0) => {
+                self.read_to_end = true;
+                connection.end_stream(stream);
+            }
+            Ok(count) => {
+                connection.send_data(stream, &scratch[..count]);
+            }
+            Err(Errno::AGAIN) => self.readable = false,
+            Err(Errno::INTR) => {}
+            Err(_) => self.broken = true,
+        }
+        self.readable
+    }
+
+    /// Answers the host's request once the connection is established or has failed. Returns `None` if
+    /// the socket can be used.
+    fn finish_connect(
+        &mut self,
+        connection: &mut Connection<Guest>,
+        stream: StreamId,
+    ) -> Option<Progress> {
+        if self.pending_connect.is_some() && !self.writable {
+            return Some(Progress::Waiting);
+        }
+        let PendingConnect { request, port } = self.pending_connect.take()?;
+        let outcome = self.take_error();
         let failed = outcome.is_err();
-        let result = outcome.map_err(|errno| refused(port, errno));
+        let result = outcome.map_err(|errno| make_connect_failure(port, errno));
         if let Err(error) = connection.send_message(&ToHost::Done { request, result }) {
-            crate::log(error);
+            log_line(error);
         }
         if !failed {
             self.readable = true;
             return None;
         }
         connection.reset_stream(stream);
-        Some(Step::Finished)
+        Some(Progress::Finished)
     }
 
-    /// What has happened to the socket; it says so once.
-    fn error(&self) -> Result<(), Errno> {
+    /// Takes the socket's pending error, which it reports once.
+    fn take_error(&self) -> Result<(), Errno> {
         sockopt::socket_error(&self.socket)?
     }
 
-    /// Sends these bytes, or what waits, and says how many.
-    fn put(&mut self, bytes: Option<&[u8]>) -> usize {
-        let bytes = bytes.unwrap_or(self.waiting.as_slices().0);
-        match rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+    /// Records the outcome of a send, and returns the number of bytes sent.
+    fn record_send(&mut self, outcome: Result<usize, Errno>) -> usize {
+        match outcome {
             Ok(count) => return count,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => self.writable = false,
@@ -188,9 +214,9 @@ impl Link {
     }
 }
 
-/// Why the host's connection could not be made.
-pub fn refused(port: u16, errno: Errno) -> chitin_protocol::Failure {
-    failure("connect to port", port.to_string().as_bytes(), errno)
+/// Makes the failure of a connection that the host has asked for.
+pub fn make_connect_failure(port: u16, errno: Errno) -> Failure {
+    make_failure("connect to port", port.to_string().as_bytes(), errno)
 }
 
 #[cfg(test)]
@@ -204,8 +230,9 @@ mod tests {
 
     use super::*;
 
-    /// A link whose host has ended its half, and the socket at the other end of it.
-    fn half_closed() -> (Link, TcpStream, Connection<Guest>, Connection<Host>, StreamId) {
+    /// Returns a pump whose host has ended its half, and the socket at the other end.
+    fn half_closed_pump() -> (SocketPump, TcpStream, Connection<Guest>, Connection<Host>, StreamId)
+    {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         near.set_nonblocking(true).unwrap();
@@ -213,15 +240,15 @@ mod tests {
         let (mut guest, mut host) = (Connection::<Guest>::new(), Connection::<Host>::new());
         let stream = host.open_stream(Direction::Both).unwrap();
         guest.accept_stream(stream, Direction::Both).unwrap();
-        let mut link = Link::new(near.into()).unwrap();
-        link.end();
-        assert_eq!(link.step(&mut guest, stream, &mut [0; MAX_DATA]), Step::Moved);
+        let mut pump = SocketPump::new(near.into()).unwrap();
+        pump.accept_end();
+        assert_eq!(pump.step(&mut guest, stream, &mut [0; MAX_DATA]), Progress::Moved);
         assert_eq!(far.read(&mut [0]).unwrap(), 0);
-        (link, far, guest, host, stream)
+        (pump, far, guest, host, stream)
     }
 
-    /// What has arrived at the host, and whether it ended well.
-    fn arrived(guest: &mut Connection<Guest>, host: &mut Connection<Host>) -> (Vec<u8>, bool) {
+    /// Returns the bytes that have arrived at the host, and whether the stream has ended.
+    fn receive_all(guest: &mut Connection<Guest>, host: &mut Connection<Host>) -> (Vec<u8>, bool) {
         let sent = guest.pending_output().to_vec();
         host.input_buffer()[..sent.len()].copy_from_slice(&sent);
         host.commit_input(sent.len());
@@ -237,22 +264,22 @@ mod tests {
     }
 
     #[test]
-    fn every_flag_at_once_is_no_reset_while_there_is_something_to_read() {
-        let (mut link, mut far, mut guest, mut host, stream) = half_closed();
+    fn readable_socket_with_error_flag_is_not_reset() {
+        let (mut pump, mut far, mut guest, mut host, stream) = half_closed_pump();
         far.write_all(b"the answer").unwrap();
         drop(far);
-        link.wake(true, true, true);
-        while link.step(&mut guest, stream, &mut [0; MAX_DATA]) == Step::Moved {}
-        assert_eq!(arrived(&mut guest, &mut host), (b"the answer".to_vec(), true));
+        pump.wake(true, true, true);
+        while pump.step(&mut guest, stream, &mut [0; MAX_DATA]) == Progress::Moved {}
+        assert_eq!(receive_all(&mut guest, &mut host), (b"the answer".to_vec(), true));
     }
 
     #[test]
-    fn a_reset_is_one() {
-        let (mut link, far, mut guest, mut host, stream) = half_closed();
+    fn socket_reset_resets_the_stream() {
+        let (mut pump, far, mut guest, mut host, stream) = half_closed_pump();
         sockopt::set_socket_linger(&far, Some(Duration::ZERO)).unwrap();
         drop(far);
-        link.wake(true, true, true);
-        assert_eq!(link.step(&mut guest, stream, &mut [0; MAX_DATA]), Step::Finished);
-        assert_eq!(arrived(&mut guest, &mut host), (Vec::new(), false));
+        pump.wake(true, true, true);
+        assert_eq!(pump.step(&mut guest, stream, &mut [0; MAX_DATA]), Progress::Finished);
+        assert_eq!(receive_all(&mut guest, &mut host), (Vec::new(), false));
     }
 }

@@ -1,4 +1,5 @@
-//! As much of DNS as a stub resolver asks for: one question, one address (RFC 1035, section 4).
+//! As much of the DNS message format as a stub resolver uses: one question, one address (RFC 1035,
+//! section 4).
 //!
 //! ```text
 //!   0       2       4       6         8         10        12
@@ -7,76 +8,78 @@
 //!   └───────┴───────┴───────┴─────────┴─────────┴─────────┴────────┴──────┴───────┴─ ─ ─ ─ ─ ─ ─
 //! ```
 //!
-//! The question is copied into the answer as it came: resolvers compare it, upper and lower case included.
+//! The question is copied into the answer unchanged: resolvers compare it, upper and lower case
+//! included.
 
 use std::net::Ipv4Addr;
 
-const HEADER: usize = 12;
+const HEADER_LEN: usize = 12;
 
-/// Longest name on the wire, with a length before each label and the root's behind them (RFC 1035, 2.3.4).
-const MAX_NAME: usize = 255;
+/// The longest name on the wire, with a length before each label and the empty label of the root at
+/// the end (RFC 1035, 2.3.4).
+const MAX_NAME_LEN: usize = 255;
 
-/// Longest question that is answered; one with EDNS and a padding that nobody needs here is still shorter.
+/// The longest query that is answered. One with EDNS and padding is still shorter.
 pub const MAX_QUERY: usize = 1232;
 
-/// Seconds. An address stands for its name as long as the sandbox lives; a minute is what resolvers are used to.
+/// The TTL of an answer in seconds. An address stands for its name as long as the sandbox lives; a
+/// minute is a usual value.
 const TTL: u32 = 60;
 
-/// In the flags: this is an answer; more than that follows; recursion was asked for; recursion is to be had.
-const ANSWER: u16 = 1 << 15;
+/// Header flags: this is a response (QR); the operation; recursion desired; recursion available.
+const RESPONSE: u16 = 1 << 15;
 const OPCODE: u16 = 0xf << 11;
 const RECURSION_DESIRED: u16 = 1 << 8;
 const RECURSION_AVAILABLE: u16 = 1 << 7;
 
-/// Answer codes.
+/// Response codes.
 const NO_ERROR: u16 = 0;
 const FORMAT_ERROR: u16 = 1;
 const SERVER_FAILURE: u16 = 2;
-const NO_SUCH_NAME: u16 = 3;
+const NAME_ERROR: u16 = 3;
 const NOT_IMPLEMENTED: u16 = 4;
 
 const TYPE_A: u16 = 1;
 const CLASS_IN: u16 = 1;
 
-/// What is known of a name.
+/// The result of looking up a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
-    /// It stands at this address.
+pub enum Lookup {
     Address(Ipv4Addr),
-    /// There is no such name, as far as this sandbox goes.
-    Nothing,
-    /// It may be used, and there is no address left for it.
-    NoRoom,
+    /// The name does not exist in this sandbox.
+    NoSuchName,
+    /// The name is allowed, and no address is left for it.
+    NoAddressLeft,
 }
 
-/// What to answer; `None` where an answer could only do harm. `find` is asked for names in lower case that hold letters,
-/// digits, `-`, `_` and dots.
-pub fn answer(query: &[u8], find: impl FnOnce(&str) -> Found) -> Option<Vec<u8>> {
-    let flags = number(query, 2)?;
-    // An answer to an answer is how two servers talk to each other for ever.
-    if query.len() < HEADER || flags & ANSWER != 0 {
+/// Answers a query, or returns `None` if an answer could only do harm. `look_up` gets names in lower
+/// case that consist of letters, digits, `-`, `_` and dots.
+pub fn answer_query(query: &[u8], look_up: impl FnOnce(&str) -> Lookup) -> Option<Vec<u8>> {
+    let flags = read_u16(query, 2)?;
+    // Answers to responses would let two servers talk to each other forever.
+    if query.len() < HEADER_LEN || flags & RESPONSE != 0 {
         return None;
     }
     if flags & OPCODE != 0 {
-        return Some(reply(query, &[], NOT_IMPLEMENTED, None));
+        return Some(write_response(query, &[], NOT_IMPLEMENTED, None));
     }
     let Some(question) = Question::read(query) else {
-        return Some(reply(query, &[], FORMAT_ERROR, None));
+        return Some(write_response(query, &[], FORMAT_ERROR, None));
     };
     if question.class != CLASS_IN {
-        return Some(reply(query, question.bytes, NOT_IMPLEMENTED, None));
+        return Some(write_response(query, question.bytes, NOT_IMPLEMENTED, None));
     }
-    let found = question.name().map_or(Found::Nothing, |name| find(&name));
+    let found = question.host_name().map_or(Lookup::NoSuchName, |name| look_up(&name));
     let (code, address) = match found {
-        Found::Address(address) => (NO_ERROR, Some(address).filter(|_| question.kind == TYPE_A)),
-        Found::Nothing => (NO_SUCH_NAME, None),
-        Found::NoRoom => (SERVER_FAILURE, None),
+        Lookup::Address(address) => (NO_ERROR, Some(address).filter(|_| question.kind == TYPE_A)),
+        Lookup::NoSuchName => (NAME_ERROR, None),
+        Lookup::NoAddressLeft => (SERVER_FAILURE, None),
     };
-    Some(reply(query, question.bytes, code, address))
+    Some(write_response(query, question.bytes, code, address))
 }
 
 struct Question<'a> {
-    /// As it came.
+    /// The question as received.
     bytes: &'a [u8],
     kind: u16,
     class: u16,
@@ -84,27 +87,28 @@ struct Question<'a> {
 
 impl Question<'_> {
     fn read(query: &[u8]) -> Option<Question<'_>> {
-        if number(query, 4)? != 1 {
+        if read_u16(query, 4)? != 1 {
             return None;
         }
-        let mut end = HEADER;
+        let mut end = HEADER_LEN;
         loop {
             let length = usize::from(*query.get(end)?);
             end += 1 + length;
-            // 64 and more is a pointer, and there is nothing before a question to point at.
-            if length >= 64 || end - HEADER > MAX_NAME {
+            // A length of 64 and more is a pointer, and nothing precedes a question to point at.
+            if length >= 64 || end - HEADER_LEN > MAX_NAME_LEN {
                 return None;
             }
             if length == 0 {
                 break;
             }
         }
-        let bytes = query.get(HEADER..end + 4)?;
-        Some(Question { bytes, kind: number(query, end)?, class: number(query, end + 2)? })
+        let bytes = query.get(HEADER_LEN..end + 4)?;
+        Some(Question { bytes, kind: read_u16(query, end)?, class: read_u16(query, end + 2)? })
     }
 
-    /// `None` for a name that no host has: bytes that are no host name's, or the root.
-    fn name(&self) -> Option<String> {
+    /// Returns the name in lower case, or `None` if no host can have it: it has other bytes than those
+    /// of a host name, or is the root.
+    fn host_name(&self) -> Option<String> {
         let mut labels = self.bytes.get(..self.bytes.len() - 4)?;
         let mut name = String::with_capacity(labels.len());
         while let Some((&length, rest)) = labels.split_first().filter(|(length, _)| **length > 0) {
@@ -123,26 +127,26 @@ impl Question<'_> {
     }
 }
 
-fn reply(query: &[u8], question: &[u8], code: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
-    let flags = number(query, 2).unwrap_or(0);
-    let mut reply = Vec::with_capacity(HEADER + question.len() + 16);
-    reply.extend_from_slice(&query[..2]);
-    let flags = ANSWER | (flags & (OPCODE | RECURSION_DESIRED)) | RECURSION_AVAILABLE | code;
+fn write_response(query: &[u8], question: &[u8], code: u16, address: Option<Ipv4Addr>) -> Vec<u8> {
+    let flags = read_u16(query, 2).unwrap_or(0);
+    let mut response = Vec::with_capacity(HEADER_LEN + question.len() + 16);
+    response.extend_from_slice(&query[..2]);
+    let flags = RESPONSE | (flags & (OPCODE | RECURSION_DESIRED)) | RECURSION_AVAILABLE | code;
     for field in [flags, u16::from(!question.is_empty()), u16::from(address.is_some()), 0, 0] {
-        reply.extend_from_slice(&field.to_be_bytes());
+        response.extend_from_slice(&field.to_be_bytes());
     }
-    reply.extend_from_slice(question);
+    response.extend_from_slice(question);
     if let Some(address) = address {
-        // The name is the one at offset 12.
-        reply.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1]);
-        reply.extend_from_slice(&TTL.to_be_bytes());
-        reply.extend_from_slice(&[0, 4]);
-        reply.extend_from_slice(&address.octets());
+        // A pointer to the name at offset 12, type A, class IN.
+        response.extend_from_slice(&[0xc0, 12, 0, 1, 0, 1]);
+        response.extend_from_slice(&TTL.to_be_bytes());
+        response.extend_from_slice(&[0, 4]);
+        response.extend_from_slice(&address.octets());
     }
-    reply
+    response
 }
 
-fn number(bytes: &[u8], at: usize) -> Option<u16> {
+fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 

@@ -3,8 +3,14 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::lockdown::seccomp::allowlist::{CHECKED, Group};
 
-/// What the kernel would do: runs the program over a `seccomp_data`, and counts its instructions.
-fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> (u32, usize) {
+/// Runs the filter over a `seccomp_data` as the kernel does. Returns the result and the number of
+/// instructions.
+fn run_filter(
+    filter: &Filter,
+    architecture: u32,
+    number: u32,
+    arguments: [u64; 6],
+) -> (u32, usize) {
     let mut data = [number.to_le_bytes(), architecture.to_le_bytes()].concat();
     data.extend(0_u64.to_le_bytes());
     data.extend(arguments.into_iter().flat_map(u64::to_le_bytes));
@@ -33,12 +39,12 @@ fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> 
     unreachable!()
 }
 
-fn answer(number: libc::c_long, arguments: [u64; 6]) -> u32 {
-    run(&Filter::default_deny(), X86_64, u32::try_from(number).unwrap(), arguments).0
+fn evaluate(number: libc::c_long, arguments: [u64; 6]) -> u32 {
+    run_filter(&Filter::default_deny(), X86_64, u32::try_from(number).unwrap(), arguments).0
 }
 
 #[test]
-fn what_is_listed_is_allowed_and_nothing_else() {
+fn default_deny_allows_listed_calls_only() {
     let filter = Filter::default_deny();
     let listed: BTreeMap<u32, &str> =
         ALLOWED.iter().flat_map(|group| group.calls).map(|call| (call.number, call.name)).collect();
@@ -57,66 +63,74 @@ fn what_is_listed_is_allowed_and_nothing_else() {
             assert!(!listed.contains_key(&number));
             continue;
         }
-        let expected = if listed.contains_key(&number) { ALLOW } else { fail(Errno::PERM) };
-        let (value, count) = run(&filter, X86_64, number, [0; 6]);
+        let expected = if listed.contains_key(&number) { ALLOW } else { fail_with(Errno::PERM) };
+        let (value, count) = run_filter(&filter, X86_64, number, [0; 6]);
         assert_eq!(value, expected, "{number} {:?}", listed.get(&number));
         assert!(count <= 16, "{number} takes {count} instructions");
     }
     for number in [LAST + 1, 1000, 0x4000_0000, 0x4000_0029, u32::MAX] {
-        assert_eq!(run(&filter, X86_64, number, [0; 6]).0, fail(Errno::NOSYS), "{number:#x}");
+        assert_eq!(
+            run_filter(&filter, X86_64, number, [0; 6]).0,
+            fail_with(Errno::NOSYS),
+            "{number:#x}"
+        );
     }
     // AUDIT_ARCH_I386.
-    assert_eq!(run(&filter, 0x4000_0003, 1, [0; 6]).0, KILL);
+    assert_eq!(run_filter(&filter, 0x4000_0003, 1, [0; 6]).0, KILL);
 }
 
 #[test]
-fn arguments_are_looked_at() {
-    let eperm = fail(Errno::PERM);
-    let socket = |domain: u64, protocol| answer(libc::SYS_socket, [domain, 1, protocol, 0, 0, 0]);
+fn default_deny_checks_arguments() {
+    let eperm = fail_with(Errno::PERM);
+    let socket = |domain: u64, protocol| evaluate(libc::SYS_socket, [domain, 1, protocol, 0, 0, 0]);
     for domain in [1, 2, 10] {
         assert_eq!(socket(domain, 0), ALLOW);
     }
-    // The kernel takes an int: the upper half is nothing.
+    // The kernel takes an int and ignores the upper half.
     assert_eq!(socket(1 << 32 | 2, 0), ALLOW);
     assert_eq!(socket(16, 0), ALLOW);
     for (domain, protocol) in
         [(16, 15), (40, 0), (1 << 32 | 40, 0), (17, 0), (38, 0), (0, 0), (29, 0)]
     {
-        assert_eq!(socket(domain, protocol), fail(Errno::AFNOSUPPORT), "{domain} {protocol}");
+        assert_eq!(socket(domain, protocol), fail_with(Errno::AFNOSUPPORT), "{domain} {protocol}");
     }
-    let clone = |flags| answer(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]);
+    let clone = |flags| evaluate(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]);
     assert_eq!((clone(17), clone(0x3d_0f00), clone(0x120_0011)), (ALLOW, ALLOW, ALLOW));
     for namespace in
         [0x2_0000, 0x200_0000, 0x400_0000, 0x800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000]
     {
         assert_eq!(clone(namespace | 17), eperm, "{namespace:#x}");
     }
-    assert_eq!(answer(libc::SYS_clone3, [0; 6]), fail(Errno::NOSYS));
-    let ioctl = |request| answer(libc::SYS_ioctl, [0, request, 0, 0, 0, 0]);
+    assert_eq!(evaluate(libc::SYS_clone3, [0; 6]), fail_with(Errno::NOSYS));
+    let ioctl = |request| evaluate(libc::SYS_ioctl, [0, request, 0, 0, 0, 0]);
     assert_eq!((ioctl(0x5401), ioctl(0x5413)), (ALLOW, ALLOW));
     assert_eq!((ioctl(0x5412), ioctl(1 << 32 | 0x5412), ioctl(0x541c)), (eperm, eperm, eperm));
-    let personality = |persona| answer(libc::SYS_personality, [persona, 0, 0, 0, 0, 0]);
+    let personality = |persona| evaluate(libc::SYS_personality, [persona, 0, 0, 0, 0, 0]);
     assert_eq!((personality(0), personality(0xffff_ffff)), (ALLOW, ALLOW));
     // ADDR_NO_RANDOMIZE.
     assert_eq!(personality(0x4_0000), eperm);
 }
 
 #[test]
-fn a_search_of_any_size_finds_its_range() {
-    // Long enough that a half is further away than a branch can jump.
+fn binary_search_of_any_size_finds_the_range() {
+    // The longest are further apart than a branch can jump.
     for len in [1, 2, 3, 100, 511, 512, 2000] {
         let ranges: Vec<_> = (0..len).map(|number| (number * 2, Action::Return(number))).collect();
         let mut code = vec![instruction(LOAD, NUMBER)];
-        search(&ranges, &mut code);
+        assemble_search(&ranges, &mut code);
         let filter = Filter(code);
         for number in 0..len * 2 {
-            assert_eq!(run(&filter, X86_64, number, [0; 6]).0, number / 2, "{number} of {len}");
+            assert_eq!(
+                run_filter(&filter, X86_64, number, [0; 6]).0,
+                number / 2,
+                "{number} of {len}"
+            );
         }
     }
 }
 
 #[test]
-fn dangerous_calls_are_not_on_the_list() {
+fn dangerous_calls_are_denied() {
     for call in [
         libc::SYS_ptrace,
         libc::SYS_process_vm_readv,
@@ -156,12 +170,12 @@ fn dangerous_calls_are_not_on_the_list() {
         libc::SYS_quotactl,
         libc::SYS_acct,
     ] {
-        assert_eq!(answer(call, [0; 6]), fail(Errno::PERM), "{call}");
+        assert_eq!(evaluate(call, [0; 6]), fail_with(Errno::PERM), "{call}");
     }
 }
 
 #[test]
-fn the_documented_list_is_this_one() {
+fn documented_allowlist_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/policy.md");
     let text = std::fs::read_to_string(path).unwrap();
     let mut expected = String::new();
