@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use ::vsock::VsockStream;
 use rustix::event::Timespec;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::Shutdown;
@@ -14,7 +15,7 @@ use crate::error::{Context, SystemError};
 /// Both directions of the channel, non-blocking, on descriptors above 2.
 pub enum Channel {
     /// The connection of a microVM.
-    Vsock(OwnedFd),
+    Vsock(VsockStream),
     /// The descriptors that a container's agent was started with.
     Stdio { input: OwnedFd, output: OwnedFd },
 }

@@ -1,10 +1,10 @@
 //! The vsock connection to the host, made in three steps with other work in between.
 //!
 //! ```text
-//!   UnconnectedSocket ──start_connect──▶ OwnedFd ──await_connection──▶ connected
+//!   UnconnectedSocket ──start_connect──▶ VsockStream ──await_connection──▶ connected
 //! ```
 //!
-//! The socket is opened
+//! The crate's own `VsockStream::connect` does all three at once and waits. Here the socket is opened
 //! before the agent's seccomp filter forbids that, and the host answers while the agent makes the file
 //! systems or, on the channel after a freeze, once a template has been restored.
 
@@ -15,8 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_send_buffer_size_force, socket_error};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-
-use libc::VMADDR_CID_HOST;
+use vsock::{VMADDR_CID_HOST, VsockAddr, VsockSocket, VsockStream};
 
 use crate::error::{Context, SystemError};
 use crate::syscall::check_result;
@@ -39,16 +38,12 @@ const SO_VM_SOCKETS_CONNECT_TIMEOUT_NEW: libc::c_int = 8;
 /// A century. The kernel counts the timeout in ticks, so the largest number would overflow.
 const UNLIMITED_TIMEOUT_S: i64 = 100 * 366 * 86_400;
 
-#[expect(clippy::cast_possible_truncation, reason = "both constants are small")]
-const FAMILY: libc::sa_family_t = libc::AF_VSOCK as libc::sa_family_t;
-#[expect(clippy::cast_possible_truncation, reason = "a few bytes")]
-const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 #[expect(clippy::cast_possible_truncation, reason = "16 bytes")]
 const TIMEVAL_LEN: libc::socklen_t = size_of::<libc::timeval>() as libc::socklen_t;
 
 /// A non-blocking vsock socket that is not connected yet. The agent's own seccomp filter does not let
 /// it open more of them later.
-pub struct UnconnectedSocket(OwnedFd);
+pub struct UnconnectedSocket(VsockSocket);
 
 impl UnconnectedSocket {
     pub fn open() -> Result<UnconnectedSocket, SystemError> {
@@ -58,23 +53,16 @@ impl UnconnectedSocket {
                 .context("open", "a vsock socket")?;
         set_socket_send_buffer_size_force(&socket, SEND_BUFFER_LEN)
             .context("enlarge the send buffer of", "a vsock socket")?;
-        Ok(UnconnectedSocket(socket))
+        Ok(UnconnectedSocket(VsockSocket::from(socket)))
     }
 
     /// Starts to connect to the host. The answer arrives while other work is done.
-    pub fn start_connect(self) -> Result<OwnedFd, SystemError> {
+    pub fn start_connect(self) -> Result<VsockStream, SystemError> {
+        let host = VsockAddr::new(VMADDR_CID_HOST, VSOCK_PORT);
         let object = format_args!("vsock {VMADDR_CID_HOST}:{VSOCK_PORT}");
-        // SAFETY: all-zero is a valid `sockaddr_vm`.
-        let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-        address.svm_family = FAMILY;
-        address.svm_cid = VMADDR_CID_HOST;
-        address.svm_port = VSOCK_PORT;
-        // SAFETY: `address` is a `sockaddr_vm` of the length given, and outlives the call.
-        let result =
-            unsafe { libc::connect(self.0.as_raw_fd(), (&raw const address).cast(), ADDRESS_LEN) };
-        match check_result(result) {
-            Ok(()) | Err(Errno::INPROGRESS) => Ok(self.0),
-            Err(errno) => Err(errno).context("connect to", object),
+        match self.0.connect(&host).map_err(|error| Errno::from_io_error(&error)) {
+            Ok(()) | Err(Some(Errno::INPROGRESS)) => Ok(VsockStream::from(OwnedFd::from(self.0))),
+            Err(errno) => Err(errno.unwrap_or(Errno::IO)).context("connect to", object),
         }
     }
 
@@ -97,7 +85,10 @@ impl UnconnectedSocket {
 }
 
 /// Waits for the host's answer, without a limit if `timeout` is `None`.
-pub fn await_connection(stream: &OwnedFd, timeout: Option<Timespec>) -> Result<(), SystemError> {
+pub fn await_connection(
+    stream: &VsockStream,
+    timeout: Option<Timespec>,
+) -> Result<(), SystemError> {
     let object = format_args!("vsock {VMADDR_CID_HOST}:{VSOCK_PORT}");
     let mut poll = [PollFd::new(stream, PollFlags::OUT)];
     let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, timeout.as_ref()))
