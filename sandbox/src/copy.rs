@@ -8,17 +8,21 @@ use chitin_tree::Summary;
 use tokio_util::io::SyncIoBridge;
 
 use crate::Error;
-use crate::inner::{Answer, Inner};
+use crate::session::{Answer, Session};
 
 /// The most entries of one copy out. A hostile guest could name empty files for ever; each costs an inode here.
 const MAX_ENTRIES: u64 = 1_000_000;
 
-pub(crate) async fn copy_in(inner: &Inner, source: &Path, target: &Path) -> Result<Summary, Error> {
-    let stream = inner.channel.open_writer().ok_or(Error::TooManyStreams)?;
-    let request = inner.channel.name();
+pub(crate) async fn copy_in(
+    session: &Session,
+    source: &Path,
+    target: &Path,
+) -> Result<Summary, Error> {
+    let stream = session.channel.open_writer().ok_or(Error::TooManyStreams)?;
+    let request = session.channel.name();
     let put =
         ToGuest::Put { request, path: target.as_os_str().as_bytes().into(), stream: stream.id() };
-    let answer = inner.ask(request, &put)?;
+    let answer = session.ask(request, &put)?;
     let root = source.to_owned();
     let sending = tokio::task::spawn_blocking(move || {
         let mut bridge = SyncIoBridge::new(stream);
@@ -31,7 +35,7 @@ pub(crate) async fn copy_in(inner: &Inner, source: &Path, target: &Path) -> Resu
         sent
     });
     let sent = finished(sending).await;
-    let answer = answered(inner, answer).await?;
+    let answer = answered(session, answer).await?;
     let what = || format!("{} to {}", source.display(), target.display());
     match (sent, answer) {
         // When the agent refuses, sending breaks off too: the agent's reason is the cause.
@@ -45,24 +49,24 @@ pub(crate) async fn copy_in(inner: &Inner, source: &Path, target: &Path) -> Resu
 }
 
 pub(crate) async fn copy_out(
-    inner: &Inner,
+    session: &Session,
     source: &Path,
     target: &Path,
 ) -> Result<Summary, Error> {
-    let stream = inner.channel.open_reader().ok_or(Error::TooManyStreams)?;
-    let request = inner.channel.name();
+    let stream = session.channel.open_reader().ok_or(Error::TooManyStreams)?;
+    let request = session.channel.name();
     let get =
         ToGuest::Get { request, path: source.as_os_str().as_bytes().into(), stream: stream.id() };
-    let answer = inner.ask(request, &get)?;
+    let answer = session.ask(request, &get)?;
     let dest = target.to_owned();
     // A guest's files live in its memory: more than that is a lie told with sparse or endless files.
-    let options = chitin_tree::ReceiveOptions::host(inner.memory_bytes, MAX_ENTRIES);
+    let options = chitin_tree::ReceiveOptions::host(session.memory_bytes, MAX_ENTRIES);
     let receiving = tokio::task::spawn_blocking(move || {
         let mut bridge = SyncIoBridge::new(stream);
         chitin_tree::receive(&mut bridge, &dest, &options)
     });
     let received = finished(receiving).await;
-    let answer = answered(inner, answer).await?;
+    let answer = answered(session, answer).await?;
     let what = || format!("{} to {}", source.display(), target.display());
     match (received, answer) {
         (Err(error), _) if !error.is_broken_stream() => {
@@ -80,10 +84,10 @@ pub(crate) async fn copy_out(
 }
 
 /// What the agent says of a copy; an error is that of the channel.
-async fn answered(inner: &Inner, answer: Answer) -> Result<Result<(), Failure>, Error> {
+async fn answered(session: &Session, answer: Answer) -> Result<Result<(), Failure>, Error> {
     match answer.await {
         Ok(answer) => Ok(answer),
-        Err(_) => Err(inner.why_closed().await),
+        Err(_) => Err(session.why_closed().await),
     }
 }
 

@@ -15,14 +15,14 @@ use chitin_protocol::{Secret, ToGuest};
 use chitin_spec::DeliveryKind;
 
 use crate::Error;
-use crate::inner::Inner;
+use crate::session::Session;
 
 /// How long an agent may take to answer. One that does not must not keep the other credentials from what is to become of them.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The credentials of a running sandbox.
 pub(crate) struct DeliveredCredentials {
-    inner: Arc<Inner>,
+    session: Arc<Session>,
     /// How each is delivered.
     deliveries: Vec<(String, DeliveryKind)>,
     bound: Vec<RotatingCredential>,
@@ -43,7 +43,7 @@ impl fmt::Debug for DeliveredCredentials {
 
 impl DeliveredCredentials {
     pub fn new(
-        inner: Arc<Inner>,
+        session: Arc<Session>,
         fetched: &FetchedCredentials,
         audit: Arc<AuditLog>,
     ) -> DeliveredCredentials {
@@ -51,7 +51,7 @@ impl DeliveredCredentials {
         let (bound, proxy, endpoint) =
             (fetched.rotating.clone(), fetched.proxy.clone(), fetched.aws_server.clone());
         DeliveredCredentials {
-            inner,
+            session,
             deliveries,
             bound,
             proxy,
@@ -76,7 +76,7 @@ impl DeliveredCredentials {
             DeliveryKind::Endpoint => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
             DeliveryKind::Proxy => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
             DeliveryKind::Memory | DeliveryKind::Env => {
-                let request = self.inner.channel.name();
+                let request = self.session.channel.name();
                 self.ask(name, request, ToGuest::Revoke { request, name: name.into() }).await?;
             }
         }
@@ -151,13 +151,13 @@ impl DeliveredCredentials {
             DeliveryKind::Env => chitin_protocol::Delivery::Env,
             DeliveryKind::Memory => chitin_protocol::Delivery::Memory,
         };
-        let request = self.inner.channel.name();
+        let request = self.session.channel.name();
         let secret = Secret { request, name: name.into(), value: value.to_bytes(), delivery };
         self.ask(name, request, ToGuest::Secret(secret)).await
     }
 
     async fn ask(&self, name: &str, request: u32, message: ToGuest) -> Result<(), Error> {
-        let asking = self.inner.request(request, &message);
+        let asking = self.session.request(request, &message);
         tokio::time::timeout(ANSWER_LIMIT, asking).await.unwrap_or_else(|_| {
             let reason = format!("the agent has not answered within {} s", ANSWER_LIMIT.as_secs());
             Err(Error::Secret { name: name.into(), reason })

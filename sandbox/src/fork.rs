@@ -54,8 +54,8 @@ impl Sandbox {
             return Err(Error::ForkCount { count });
         }
         let origin = self.origin.take().ok_or(Error::NotForkable)?;
-        let request = self.inner.channel.name();
-        if let Err(error) = self.inner.request(request, &ToGuest::Freeze { request }).await {
+        let request = self.session.channel.name();
+        if let Err(error) = self.session.request(request, &ToGuest::Freeze { request }).await {
             self.origin = Some(origin);
             return Err(error);
         }

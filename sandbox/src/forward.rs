@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::inner::Inner;
+use crate::session::Session;
 
 /// Connections at once on one port: a quarter of the streams that a sandbox has, so that commands and files find some left.
 const MAX_CONNECTIONS: usize = 64;
@@ -23,8 +23,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    pub(crate) fn new(inner: Arc<Inner>, listener: TcpListener, port: u16) -> Forward {
-        Forward { task: tokio::spawn(accept(inner, listener, port)) }
+    pub(crate) fn new(session: Arc<Session>, listener: TcpListener, port: u16) -> Forward {
+        Forward { task: tokio::spawn(accept(session, listener, port)) }
     }
 }
 
@@ -34,31 +34,31 @@ impl Drop for Forward {
     }
 }
 
-async fn accept(inner: Arc<Inner>, listener: TcpListener, port: u16) {
+async fn accept(session: Arc<Session>, listener: TcpListener, port: u16) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this task, and with it what runs.
     let mut connections = JoinSet::new();
     while let Ok(permit) = room.clone().acquire_owned().await {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = inner.channel.closed() => return,
+            _ = session.channel.closed() => return,
         };
         while connections.try_join_next().is_some() {}
         let Ok((client, _)) = accepted else {
             tokio::time::sleep(PAUSE).await;
             continue;
         };
-        let inner = inner.clone();
+        let session = session.clone();
         connections.spawn(async move {
-            serve(&inner, client, port).await;
+            serve(&session, client, port).await;
             drop(permit);
         });
     }
 }
 
-async fn serve(inner: &Inner, mut client: TcpStream, port: u16) {
+async fn serve(session: &Session, mut client: TcpStream, port: u16) {
     let _ = client.set_nodelay(true);
-    let spliced = match inner.connect(port).await {
+    let spliced = match session.connect(port).await {
         Ok(tunnel) => {
             splice(tunnel, &mut client, &Allowance::default(), &Counts::default()).await.is_ok()
         }

@@ -35,11 +35,11 @@ pub mod doctor;
 mod error;
 mod fork;
 mod forward;
-mod inner;
 mod phases;
 mod pool;
 mod process;
 mod sandbox;
+mod session;
 mod template;
 mod trust_store;
 

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use crate::Error;
 use crate::channel::{StreamReader, StreamWriter};
-use crate::inner::Inner;
+use crate::session::Session;
 
 /// The user every workload is, unless told otherwise: `agent` of the root image.
 const AGENT_UID: u32 = 1000;
@@ -28,7 +28,7 @@ const ENVIRONMENT: [(&str, &str); 5] = [
 /// A command to run in a sandbox, in the manner of [`std::process::Command`].
 #[derive(Debug)]
 pub struct Command {
-    inner: Arc<Inner>,
+    session: Arc<Session>,
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     cwd: OsString,
@@ -36,14 +36,14 @@ pub struct Command {
 }
 
 impl Command {
-    pub(crate) fn new(inner: Arc<Inner>, program: OsString) -> Command {
-        let more = inner.environment.get().into_iter().flatten();
+    pub(crate) fn new(session: Arc<Session>, program: OsString) -> Command {
+        let more = session.environment.get().into_iter().flatten();
         let env = ENVIRONMENT
             .iter()
             .chain(more)
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
-        Command { inner, argv: vec![program], env, cwd: HOME.into(), stdin: false }
+        Command { session, argv: vec![program], env, cwd: HOME.into(), stdin: false }
     }
 
     /// Adds one argument.
@@ -82,7 +82,7 @@ impl Command {
     /// # Errors
     /// If command and environment are too long for one message, or too many streams are open.
     pub fn spawn(self) -> Result<Process, Error> {
-        let channel = &self.inner.channel;
+        let channel = &self.session.channel;
         let open_reader = || channel.open_reader().ok_or(Error::TooManyStreams);
         let stdin = match self.stdin {
             true => Some(channel.open_writer().ok_or(Error::TooManyStreams)?),
@@ -113,7 +113,7 @@ impl Command {
             stdin,
             stdout: Some(stdout),
             stderr: Some(stderr),
-            inner: self.inner,
+            session: self.session,
         })
     }
 
@@ -158,7 +158,7 @@ pub struct Process {
     pub stderr: Option<StreamReader>,
     name: u32,
     ended: oneshot::Receiver<(Exit, Usage)>,
-    inner: Arc<Inner>,
+    session: Arc<Session>,
 }
 
 impl Process {
@@ -169,12 +169,12 @@ impl Process {
     pub async fn wait(&mut self) -> Result<(Exit, Usage), Error> {
         match (&mut self.ended).await {
             Ok(ended) => Ok(ended),
-            Err(_) => Err(self.inner.why_closed().await),
+            Err(_) => Err(self.session.why_closed().await),
         }
     }
 
     /// Sends a signal (a Linux number) to the command and what it started, unless it has ended.
     pub fn signal(&self, signal: u8) {
-        self.inner.channel.signal(self.name, signal);
+        self.session.channel.signal(self.name, signal);
     }
 }

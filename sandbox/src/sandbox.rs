@@ -45,7 +45,7 @@ use crate::credential_delivery::DeliveredCredentials;
 use crate::dial_requests::DialRequests;
 use crate::fork::Origin;
 use crate::forward::Forward;
-use crate::inner::Inner;
+use crate::session::Session;
 use crate::template::{self, Manifest, Templates};
 use crate::trust_store::trust;
 use crate::{
@@ -297,12 +297,12 @@ impl Builder {
         };
         let mut sandbox = self.attach(launched, &plan.spec, started);
         sandbox.chosen = chosen;
-        let inner = sandbox.inner.clone();
+        let session = sandbox.session.clone();
         let up = self.finish(sandbox, plan, fetched).await;
         if up.is_err() {
             // What does not answer may not end by itself either. Why it failed says more than that this does.
-            inner.channel.close();
-            let _ = inner.instance.lock().await.stop().await;
+            session.channel.close();
+            let _ = session.instance.lock().await.stop().await;
         }
         up
     }
@@ -438,7 +438,7 @@ impl Builder {
         let finishing = async {
             let sandbox = self.up(sandbox, plan.spec.restore, &fetched).await?;
             if let Some(proxy) = &fetched.proxy {
-                trust(&sandbox.inner, proxy).await?;
+                trust(&sandbox.session, proxy).await?;
             }
             if !plan.confined {
                 sandbox.confine().await?;
@@ -474,33 +474,33 @@ impl Builder {
         if copy {
             // It is the first thing that a copy is told, and not before it listens: the time is in it.
             sandbox.up().await?;
-            sandbox.inner.reseed()?;
+            sandbox.session.reseed()?;
         }
         let audit = Arc::new(self.egress.open_audit()?);
         self.egress.record_deliveries(&audit, fetched.deliveries())?;
-        let handed = DeliveredCredentials::new(sandbox.inner.clone(), fetched, audit.clone());
+        let handed = DeliveredCredentials::new(sandbox.session.clone(), fetched, audit.clone());
         for CredentialValue { name, delivery, value } in &fetched.values {
-            let request = sandbox.inner.channel.name();
+            let request = sandbox.session.channel.name();
             let secret = Secret {
                 request,
                 name: name.clone(),
                 value: value.to_bytes(),
                 delivery: *delivery,
             };
-            answers.push(sandbox.inner.ask(request, &ToGuest::Secret(secret))?);
+            answers.push(sandbox.session.ask(request, &ToGuest::Secret(secret))?);
         }
         if self.egress.is_on() || fetched.aws_server.is_some() {
-            let channel = sandbox.inner.channel.clone();
+            let channel = sandbox.session.channel.clone();
             let (proxy, keys) = (fetched.proxy.clone(), fetched.aws_server.clone());
             let broker = Broker::new(&self.egress, audit, proxy, keys);
             let (endpoints, broker) = (broker.wire(), Arc::new(broker));
             sandbox.broker = Some(tokio::spawn(broker.serve(DialRequests::of(&channel))));
             let request = channel.name();
-            answers.push(sandbox.inner.ask(request, &ToGuest::Egress { request, endpoints })?);
+            answers.push(sandbox.session.ask(request, &ToGuest::Egress { request, endpoints })?);
         }
         sandbox.up().await?;
         for answer in answers {
-            sandbox.inner.answered(answer).await?;
+            sandbox.session.answered(answer).await?;
         }
         sandbox.handed = Some(Arc::new(handed));
         Ok(sandbox)
@@ -539,8 +539,8 @@ impl Builder {
         }
         // What a copy starts first is started once here, so that the saved kernel knows the way.
         sandbox.trial(&warming.first).await?;
-        let request = sandbox.inner.channel.name();
-        sandbox.inner.request(request, &ToGuest::Freeze { request }).await?;
+        let request = sandbox.session.channel.name();
+        sandbox.session.request(request, &ToGuest::Freeze { request }).await?;
         let files = draft.files()?;
         let binding = self.restore(&mut spec)?;
         sandbox.save(&Request::Snapshot { binding }, &files).await?;
@@ -548,7 +548,7 @@ impl Builder {
         (spec.template, spec.record) = (false, true);
         let copy = self.launch(&spec, Some(&draft.saved()?), Instant::now())?;
         copy.up().await?;
-        copy.inner.reseed()?;
+        copy.session.reseed()?;
         copy.trial(&warming.first).await?;
         copy.record(&draft.new_state()?, &draft.key()?).await?;
 
@@ -677,7 +677,7 @@ impl Builder {
     /// A sandbox whose time counts from `started`.
     fn attach(&self, mut launched: Launched, spec: &VmSpec, started: Instant) -> Sandbox {
         let reported = launched.instance.monitor().map(|monitor| monitor.reported.clone());
-        let inner = Arc::new(Inner {
+        let session = Arc::new(Session {
             channel: Channel::new(launched.stream),
             spawned: launched.spawned,
             reported,
@@ -687,8 +687,8 @@ impl Builder {
             timeout: self.timeout.map(|limit| (started + limit, limit)),
             reseeded: std::sync::Mutex::default(),
         });
-        let clock = inner.timeout.map(|(deadline, _)| {
-            let channel = inner.channel.clone();
+        let clock = session.timeout.map(|(deadline, _)| {
+            let channel = session.channel.clone();
             tokio::spawn(async move {
                 tokio::time::sleep_until(deadline).await;
                 channel.close();
@@ -698,7 +698,7 @@ impl Builder {
         let policy = self.policy.clone();
         let (chosen, origin) = (SelectedTier::microvm(), self.forkable.then(origin));
         Sandbox {
-            inner,
+            session,
             clock,
             broker: None,
             keeper: None,
@@ -730,7 +730,7 @@ impl Builder {
 
 /// A running sandbox. Dropping it ends it.
 pub struct Sandbox {
-    pub(crate) inner: Arc<Inner>,
+    pub(crate) session: Arc<Session>,
     clock: Option<tokio::task::JoinHandle<()>>,
     /// Dials for it.
     broker: Option<tokio::task::JoinHandle<()>>,
@@ -772,7 +772,7 @@ impl Sandbox {
 
     /// A command to run in the sandbox, as the user `agent`. Any number may run at once.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        Command::new(self.inner.clone(), program.as_ref().to_owned())
+        Command::new(self.session.clone(), program.as_ref().to_owned())
     }
 
     /// Copies a file, link or directory of the host to `target`, an absolute path that it becomes. What is there is
@@ -785,7 +785,7 @@ impl Sandbox {
         source: impl AsRef<Path>,
         target: impl AsRef<Path>,
     ) -> Result<Summary, Error> {
-        copy::copy_in(&self.inner, source.as_ref(), target.as_ref()).await
+        copy::copy_in(&self.session, source.as_ref(), target.as_ref()).await
     }
 
     /// Copies a file or directory of the sandbox, an absolute path, to `target`, which it becomes.
@@ -798,7 +798,7 @@ impl Sandbox {
         source: impl AsRef<Path>,
         target: impl AsRef<Path>,
     ) -> Result<Summary, Error> {
-        copy::copy_out(&self.inner, source.as_ref(), target.as_ref()).await
+        copy::copy_out(&self.session, source.as_ref(), target.as_ref()).await
     }
 
     /// Copies what the policy shares for writing back to where it came from. To be called when the workload has succeeded; files
@@ -821,8 +821,8 @@ impl Sandbox {
         for file in &policy.files {
             self.copy_in(&file.source, &file.path).await?;
         }
-        let confine = policy.confine(self.inner.channel.name(), self.chosen.boundary());
-        self.inner.request(confine.request, &ToGuest::Confine(confine)).await
+        let confine = policy.confine(self.session.channel.name(), self.chosen.boundary());
+        self.session.request(confine.request, &ToGuest::Confine(confine)).await
     }
 
     /// Takes a credential back from the running sandbox, for good: in memory, it is emptied also where a process has inherited it;
@@ -847,22 +847,22 @@ impl Sandbox {
     /// # Errors
     /// [`Error::Guest`] if nobody listens there.
     pub async fn connect(&self, port: u16) -> Result<Tunnel, Error> {
-        self.inner.connect(port).await
+        self.session.connect(port).await
     }
 
     /// Leads every connection that `listener` accepts to this port of the sandbox, until what comes back is dropped or the
     /// sandbox ends. A connection that nobody takes in the sandbox is reset.
     pub fn forward(&self, listener: TcpListener, port: u16) -> Forward {
-        Forward::new(self.inner.clone(), listener, port)
+        Forward::new(self.session.clone(), listener, port)
     }
 
     /// Where the time has gone so far.
     pub fn phases(&self) -> Phases {
-        let seen = self.inner.channel.seen();
-        let entered = self.inner.reported.as_ref().and_then(|reported| reported.borrow().entered);
-        let since = |moment: Option<u64>| moment.map(|at| at.saturating_sub(self.inner.spawned));
+        let seen = self.session.channel.seen();
+        let entered = self.session.reported.as_ref().and_then(|reported| reported.borrow().entered);
+        let since = |moment: Option<u64>| moment.map(|at| at.saturating_sub(self.session.spawned));
         Phases {
-            spawned: self.inner.spawned,
+            spawned: self.session.spawned,
             entered_ns: since(entered),
             kernel_ns: since(seen.ready.map(|at| at.saturating_sub(seen.agent_took))),
             agent_ns: since(seen.ready),
@@ -879,18 +879,18 @@ impl Sandbox {
     /// What the monitor is jailed in, and what of a jail this host does not have; `None` if it was told to do without, or
     /// has not said so yet, or is none.
     pub fn jail(&self) -> Option<Jail> {
-        self.inner.reported.as_ref().and_then(|reported| reported.borrow().jail.clone())
+        self.session.reported.as_ref().and_then(|reported| reported.borrow().jail.clone())
     }
 
     /// Waits for the agent.
     async fn up(&self) -> Result<(), Error> {
-        let limit = self.inner.instance.lock().await.start_limit();
-        match tokio::time::timeout(limit, self.inner.channel.ready()).await {
+        let limit = self.session.instance.lock().await.start_limit();
+        match tokio::time::timeout(limit, self.session.channel.ready()).await {
             Ok(Ok(())) => {
-                self.inner.instance.lock().await.answered();
+                self.session.instance.lock().await.answered();
                 Ok(())
             }
-            Ok(Err(_)) => Err(self.inner.why_closed().await),
+            Ok(Err(_)) => Err(self.session.why_closed().await),
             Err(_) => Err(Error::BootTimeout { limit }),
         }
     }
@@ -906,7 +906,7 @@ impl Sandbox {
 
     /// Has the frozen guest saved, which ends it.
     pub(crate) async fn save(&self, request: &Request, files: &GuestFiles) -> Result<(), Error> {
-        let mut instance = self.inner.instance.lock().await;
+        let mut instance = self.session.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
         let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
         if frozen.is_err() {
@@ -918,7 +918,7 @@ impl Sandbox {
 
     /// Has written down what the guest has used so far, which ends it.
     async fn record(&self, state: &File, key: &File) -> Result<(), Error> {
-        let mut instance = self.inner.instance.lock().await;
+        let mut instance = self.session.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::NoMicrovm)?;
         Ok(monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await?)
     }
@@ -937,12 +937,12 @@ impl Sandbox {
         if let Some(keys) = &self.keys {
             keys.revoke();
         }
-        self.inner.channel.close();
+        self.session.channel.close();
         if let Some(broker) = self.broker.take() {
             // It has nothing to wait for but to write down what it did.
             let _ = broker.await;
         }
-        let stopped = self.inner.instance.lock().await.stop().await;
+        let stopped = self.session.instance.lock().await.stop().await;
         let mut troubles = match self.keeper.take() {
             Some(keeper) => keeper.revoke_all().await,
             None => Vec::new(),
@@ -964,7 +964,7 @@ impl Drop for Sandbox {
         if let Some(following) = self.following.take() {
             following.abort();
         }
-        self.inner.channel.close();
+        self.session.channel.close();
         if let Some(clock) = self.clock.take() {
             clock.abort();
         }

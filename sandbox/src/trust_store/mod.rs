@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use crate::inner::Inner;
+use crate::session::Session;
 use crate::{Error, copy};
 
 /// Where Debian and its relatives keep all certificates that are trusted; OpenSSL, Go and curl look there.
@@ -66,12 +66,12 @@ const SCRATCH: Place = Place {
 };
 
 /// Adds the authority to what the sandbox's programs trust, and has every command use it.
-pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
+pub(crate) async fn trust(session: &Session, proxy: &Proxy) -> Result<(), Error> {
     let failed =
         |source| Error::Host { what: "add the sandbox's authority to its certificates", source };
     let dir = tempfile::tempdir().map_err(failed)?;
     let path = dir.path().join("bundle");
-    let mut bundle = match copy::copy_out(inner, Path::new(BUNDLE), &path).await {
+    let mut bundle = match copy::copy_out(session, Path::new(BUNDLE), &path).await {
         Ok(_) => read(&path).map_err(failed)?,
         // An image may have none.
         Err(Error::Guest(failure)) if failure.errno == Errno::NOENT.raw_os_error() => Vec::new(),
@@ -87,19 +87,19 @@ pub(crate) async fn trust(inner: &Inner, proxy: &Proxy) -> Result<(), Error> {
         fs::write(path, content).map_err(failed)?;
         fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
     }
-    let place = match copy::copy_in(inner, &joined, Path::new(SYSTEM.bundle)).await {
+    let place = match copy::copy_in(session, &joined, Path::new(SYSTEM.bundle)).await {
         Ok(_) => SYSTEM,
         Err(Error::Guest(failure)) if failure.errno == Errno::ROFS.raw_os_error() => {
-            copy::copy_in(inner, &joined, Path::new(SCRATCH.bundle)).await?;
+            copy::copy_in(session, &joined, Path::new(SCRATCH.bundle)).await?;
             SCRATCH
         }
         Err(error) => return Err(error),
     };
-    copy::copy_in(inner, &keystore, Path::new(place.keystore)).await?;
+    copy::copy_in(session, &keystore, Path::new(place.keystore)).await?;
     let variables =
         VARIABLES.map(|name| (name, place.bundle)).into_iter().chain([(JAVA, place.java)]);
     // A second time, for a sandbox that is the same, changes nothing.
-    let _ = inner.environment.set(variables.collect());
+    let _ = session.environment.set(variables.collect());
     Ok(())
 }
 

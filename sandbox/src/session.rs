@@ -24,7 +24,7 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What a sandbox shares with its processes.
 #[derive(Debug)]
-pub(crate) struct Inner {
+pub(crate) struct Session {
     pub channel: Channel,
     pub memory_bytes: u64,
     pub instance: Mutex<Box<dyn Instance>>,
@@ -40,7 +40,7 @@ pub(crate) struct Inner {
     pub reseeded: std::sync::Mutex<Option<Answer>>,
 }
 
-impl Inner {
+impl Session {
     /// Asks the agent and waits for its answer.
     pub async fn request(&self, request: u32, message: &ToGuest) -> Result<(), Error> {
         let answer = self.ask(request, message)?;
