@@ -1,9 +1,9 @@
 use std::future::Future;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream as StdStream;
 use std::time::Duration;
 
-use chitin_protocol::{Guest, WINDOW};
+use chitin_protocol::{Event, Exit, Fault, Guest, ToHost, Unexpected, Usage, WINDOW};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
