@@ -1,18 +1,4 @@
-//! Templates: sandboxes that were booted, warmed up and saved, to be copied in a fraction of the time a boot takes.
-//!
-//! ```text
-//!   TEMPLATES/           $CHITIN_TEMPLATES, else $XDG_DATA_HOME/chitin/templates
-//!     key                32 random bytes, mode 0600: what every template here is authenticated with
-//!     NAME/
-//!       template.json    what it is, for people
-//!       state            registers and devices, with a MAC (see `vmm/src/state.rs`)
-//!       memory           guest memory, sparse; mapped copy-on-write by every copy
-//!       seal             a MAC that ties `memory` to `state`
-//! ```
-//!
-//! The MAC of the state is verified before anything in it is read. Memory is too large to be hashed at every start, so
-//! the seal covers its identity instead: device, inode, size, and the times of its last change, of which the last
-//! (`ctime`) cannot be set by anybody. A memory file that was written to, replaced or moved is refused.
+//! The directory of a user's templates.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -22,85 +8,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use chitin_tiers::GuestFiles;
 use hmac::{Hmac, Mac};
-use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
+
+use super::{Manifest, TemplateError};
 
 pub(crate) const KEY_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
 
 /// Longest name of a template.
-const MAX_NAME: usize = 64;
+pub(super) const MAX_NAME: usize = 64;
 
 /// Largest `template.json` that is read.
 const MAX_MANIFEST: u64 = 64 * 1024;
-
-/// What can be wrong with a template.
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    /// The name could not be a directory's.
-    #[error(
-        "`{0}` is no name of a template: letters, digits, `.`, `_` and `-`, at most {MAX_NAME}, the first one not `.` or `-`"
-    )]
-    Name(String),
-    /// There is no template of that name.
-    #[error("there is no template `{name}` in {}: `chitin template ls` shows those there are", dir.display())]
-    Missing {
-        /// The name.
-        name: String,
-        /// Where it was looked for.
-        dir: PathBuf,
-    },
-    /// A file of it cannot be used.
-    #[error("{operation} {}", path.display())]
-    File {
-        /// What was tried.
-        operation: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// `template.json` is not one of ours.
-    #[error("{} is damaged: build the template again", path.display())]
-    Manifest {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: serde_json::Error,
-    },
-    /// The memory file is not the one that was sealed.
-    #[error(
-        "the memory of template `{0}` was changed, replaced or moved, or the key is another: build the template again"
-    )]
-    Seal(String),
-    /// There is no place for templates.
-    #[error("no home directory: name a directory for templates in CHITIN_TEMPLATES")]
-    NoHome,
-}
-
-/// What a template is: the content of its `template.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Its name.
-    pub name: String,
-    /// The version of Chitin that built it.
-    pub chitin: String,
-    /// When, seconds since 1970 UTC.
-    pub created: u64,
-    /// Virtual CPUs.
-    pub vcpus: u8,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-    /// The command that warmed it up.
-    pub warm_up: Option<String>,
-    /// The digest of the policy it was built under.
-    #[serde(default)]
-    pub policy: Option<String>,
-    /// Bytes that the memory file takes on disk.
-    pub memory_bytes: u64,
-}
-
 /// The place where a user's templates are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Templates {
@@ -377,99 +297,6 @@ fn check_name(name: &str) -> Result<(), TemplateError> {
     }
     Err(TemplateError::Name(name.into()))
 }
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn templates() -> (tempfile::TempDir, Templates) {
-        let dir = tempfile::tempdir().unwrap();
-        let templates = Templates { dir: dir.path().join("templates") };
-        (dir, templates)
-    }
-
-    fn build(templates: &Templates, name: &str) -> Manifest {
-        let draft = templates.draft(name).unwrap();
-        let files = draft.files().unwrap();
-        (&files.memory).write_all(b"memory").unwrap();
-        (&files.state).write_all(&[7; 100]).unwrap();
-        draft.saved().unwrap();
-        (&draft.new_state().unwrap()).write_all(&[8; 100]).unwrap();
-        let manifest = Manifest {
-            name: name.into(),
-            chitin: "0".into(),
-            created: 1,
-            vcpus: 1,
-            memory_mib: 64,
-            warm_up: None,
-            policy: None,
-            memory_bytes: 0,
-        };
-        draft.publish(manifest).unwrap()
-    }
-
-    #[test]
-    fn they_are_listed_inspected_replaced_and_removed() {
-        let (_dir, templates) = templates();
-        assert_eq!(templates.list().unwrap(), []);
-        let (b, a) = (build(&templates, "b"), build(&templates, "a.1"));
-        assert_eq!(templates.list().unwrap(), [a, b.clone()]);
-        assert_eq!(templates.inspect("b").unwrap(), b);
-        build(&templates, "b");
-        templates.open("b").unwrap();
-        templates.remove("b").unwrap();
-        assert!(matches!(templates.inspect("b"), Err(TemplateError::Missing { .. })));
-        assert!(matches!(templates.remove("b"), Err(TemplateError::Missing { .. })));
-    }
-
-    #[test]
-    fn a_draft_that_is_dropped_leaves_nothing() {
-        let (_dir, templates) = templates();
-        let draft = templates.draft("x").unwrap();
-        draft.files().unwrap();
-        drop(draft);
-        let left: Vec<_> =
-            fs::read_dir(&templates.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, ["key"]);
-    }
-
-    #[test]
-    fn names_are_file_names_and_no_paths() {
-        for bad in
-            ["", ".", "..", "../x", "a/b", ".hidden", "-x", "key", "a b", "ä", &"x".repeat(65)]
-        {
-            assert!(matches!(check_name(bad), Err(TemplateError::Name(_))), "{bad}");
-        }
-        for good in ["a", "py3.11", "A_b-c"] {
-            check_name(good).unwrap();
-        }
-    }
-
-    #[test]
-    fn memory_that_was_touched_is_refused() {
-        let (_dir, templates) = templates();
-        let touch: [fn(&Path); 4] = [
-            |dir| fs::write(dir.join("memory"), "MEMORY").unwrap(),
-            |dir| {
-                fs::copy(dir.join("memory"), dir.join("copy")).unwrap();
-                fs::rename(dir.join("copy"), dir.join("memory")).unwrap();
-            },
-            |dir| {
-                fs::remove_file(dir.join("state")).unwrap();
-                fs::write(dir.join("state"), [9; 100]).unwrap();
-            },
-            |dir| fs::write(dir.parent().unwrap().join("key"), [1; 32]).unwrap(),
-        ];
-        for touch in touch {
-            build(&templates, "t");
-            templates.open("t").unwrap();
-            let dir = templates.dir.join("t");
-            for file in ["memory", "state"] {
-                use std::os::unix::fs::PermissionsExt;
-                fs::set_permissions(dir.join(file), fs::Permissions::from_mode(0o600)).unwrap();
-            }
-            touch(&dir);
-            assert!(matches!(templates.open("t"), Err(TemplateError::Seal(_))));
-        }
-    }
-}
+#[path = "store_test.rs"]
+mod tests;
