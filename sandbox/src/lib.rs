@@ -26,6 +26,7 @@
 #![forbid(unsafe_code)]
 
 pub mod audit;
+mod builder;
 mod channel;
 mod cleanup;
 mod copy;
@@ -43,6 +44,7 @@ mod session;
 mod template;
 mod trust_store;
 
+pub use builder::{Builder, ECHO, Warming};
 pub use channel::{StreamReader, StreamWriter, Tunnel};
 pub use chitin_broker::egress::EgressError;
 pub use chitin_policy::{self as policy, Policy, PolicyError};
@@ -62,5 +64,5 @@ pub use forward::Forward;
 pub use phases::Phases;
 pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, Output, Process};
-pub use sandbox::{Builder, ECHO, Sandbox, Warming};
+pub use sandbox::Sandbox;
 pub use template::{Manifest, TemplateError, Templates};
