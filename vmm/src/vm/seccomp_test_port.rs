@@ -27,13 +27,13 @@ impl BusDevice for SeccompTestPort {
     }
 }
 
-/// Makes a system call that no thread may make.
+/// Makes a system call that no thread may make, or a fault of the monitor itself.
 pub(super) fn make_forbidden_call(letter: u8) {
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let read_exec = libc::PROT_READ | libc::PROT_EXEC;
     // SAFETY: no pointer but to static strings and null is passed, and no memory in use is remapped: the
     // page of `mmap` is new, and `mprotect` gets an empty range. Without a filter `execve` of a
-    // directory fails.
+    // directory fails. Nothing is ever mapped at address 1: reading it ends the process.
     unsafe {
         match letter {
             b'S' => drop(libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)),
@@ -45,6 +45,9 @@ pub(super) fn make_forbidden_call(letter: u8) {
             b'K' => drop(libc::ioctl(0, 0xae01, 0)),
             b'T' => drop(libc::ioctl(2, libc::TIOCSTI, c"x".as_ptr())),
             b'R' => drop(libc::kill(1, 0)),
+            b'F' => {
+                ptr::without_provenance::<u8>(1).read_volatile();
+            }
             _ => {}
         }
     }

@@ -59,6 +59,15 @@ fn forbidden_call_kills_the_monitor_and_is_named() {
 }
 
 #[test]
+fn fault_of_the_monitor_is_reported_by_its_signal() {
+    // A handler of SIGSEGV would make a forbidden call, and hide the fault.
+    for letter in [b'F', b'f'] {
+        let error = request_call(letter, true).expect("a fault ends the monitor");
+        assert!(error.contains("the monitor was killed (signal 11)"), "{error}");
+    }
+}
+
+#[test]
 fn forbidden_call_succeeds_without_a_jail() {
     // The test above therefore observes the filters, and not calls that fail anyway.
     for letter in [b'S', b's'] {
