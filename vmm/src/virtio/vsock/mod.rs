@@ -1,15 +1,15 @@
 //! The vsock device: the guest's one way out.
 //!
 //! A guest gets one connection in its life, from any port of its own to port [`CHANNEL_PORT`] of the host. It is joined to
-//! the channel, byte by byte; whatever else it tries is answered with a reset. See [`muxer`] for the connection and
+//! the channel, byte by byte; whatever else it tries is answered with a reset. See [`connection`] for the connection and
 //! [`credit`] for flow control.
 //!
 //! A guest that becomes a template closes that connection and asks for another one. It gets no answer in this life: it is
 //! saved with the request pending, and each guest restored from it finds it granted, and joined to a channel of its own.
 //! To the guest the time between is a connection that took a moment. Nothing is reset and nothing is polled.
 
+pub mod connection;
 pub mod credit;
-pub mod muxer;
 pub mod packet;
 
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,7 +22,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use super::queue::{ActiveQueue, Completion, Position};
 use super::{Activation, Flow, GuestFault, NotQuiescent, QueueHandler, Ready, VirtioDevice};
 use crate::state::machine::ConnectionRequest;
-use muxer::Muxer;
+use connection::Muxer;
 
 /// Where a device finds its channel, which may come later than everything else, but once.
 pub type ChannelSlot = Arc<OnceLock<Arc<UnixStream>>>;

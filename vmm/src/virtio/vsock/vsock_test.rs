@@ -5,8 +5,8 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::connection::MAX_ANSWERS;
 use super::credit::BUFFER_BYTES;
-use super::muxer::MAX_ANSWERS;
 use super::packet::{
     Address, HEADER_BYTES, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };

@@ -2,7 +2,7 @@
 
 use chitin_vmm::arch::x86_64::layout::{DEVICE_HOLE, image_address};
 use chitin_vmm::virtio::vsock::CHANNEL_PORT;
-use chitin_vmm::virtio::vsock::muxer::MAX_ANSWERS;
+use chitin_vmm::virtio::vsock::connection::MAX_ANSWERS;
 use chitin_vmm::virtio::vsock::packet::{
     Address, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
 };
