@@ -1,4 +1,4 @@
-//! An ELF file as a guest kernel.
+//! The loader of guest kernels: the input as an ELF file.
 #![no_main]
 
 use std::fs::File;
@@ -13,14 +13,15 @@ use vm_memory::GuestAddress;
 const RAM_BYTES: u64 = 64 << 20;
 
 fuzz_target!(|data: &[u8]| {
-    // The first byte makes the file longer than its contents, in pages, so that segments of many pages are cheap.
+    // The first byte extends the file by so many pages, so that segments of many pages need little
+    // input.
     let Some((pages, data)) = data.split_first() else { return };
     let mut file: File = tempfile::tempfile_in("/dev/shm").expect("a file");
     file.write_all(data).expect("write a file");
     file.set_len(data.len() as u64 + u64::from(*pages) * 4096).expect("extend a file");
     if let Ok(kernel) = KernelImage::read(&file, HIGH_START, GuestAddress(RAM_BYTES)) {
         let ram = memory::create(RAM_BYTES).expect("memory");
-        kernel.map(&file, &ram).expect("a kernel whose headers are right can be mapped");
+        kernel.map(&file, &ram).expect("a kernel with valid headers can be mapped");
         assert!((HIGH_START..GuestAddress(RAM_BYTES)).contains(&kernel.entry()));
     }
 });

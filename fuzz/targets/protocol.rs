@@ -9,13 +9,13 @@ use libfuzzer_sys::fuzz_target;
 fn drive<R: Role>(data: &[u8]) {
     let mut choices = Choices(data);
     let mut connection = Connection::<R>::new();
-    let (piece, habits) = (usize::from(choices.byte()) + 1, choices.byte());
+    let (piece, habits) = (usize::from(choices.take_u8()) + 1, choices.take_u8());
     let first = if R::OPENS_ODD { 2 } else { 1 };
     let mut next = first;
     let mut own = None;
     while !choices.is_empty() {
         let space = connection.input_buffer();
-        let bytes = choices.bytes(piece.min(space.len()));
+        let bytes = choices.take_bytes(piece.min(space.len()));
         space[..bytes.len()].copy_from_slice(bytes);
         connection.commit_input(bytes.len());
         loop {
@@ -34,7 +34,9 @@ fn drive<R: Role>(data: &[u8]) {
                     own = connection.open_stream(direction).or(own);
                 }
                 Ok(Some(Event::Data { stream, bytes })) => consumed = Some((stream, bytes.len())),
-                Ok(Some(Event::Established { .. })) => own = connection.open_stream(Direction::Both),
+                Ok(Some(Event::Established { .. })) => {
+                    own = connection.open_stream(Direction::Both)
+                }
                 Ok(Some(_)) => {}
             }
             if let Some((stream, count)) = consumed.filter(|_| habits & 4 != 0) {

@@ -117,7 +117,7 @@ async fn nothing_is_left_of_five_hundred_microvms() {
         .enumerate()
         .map(|(at, attack)| {
             let path = dir.path().join(format!("guest-{at}"));
-            attack.program().write(&File::create(&path).unwrap()).unwrap();
+            attack.program().write_elf(&File::create(&path).unwrap()).unwrap();
             path
         })
         .collect();

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use chitin_vmm::control::{EndReason, Event, MAX_LOG_BYTES, Message};
+use chitin_vmm::virtio::GuestFault;
 use chitin_vmm::{VmSpec, spec};
 use rustix::net::{
     AddressFamily, SocketFlags, SocketType, socketpair, sockopt::set_socket_send_buffer_size,
@@ -26,100 +28,90 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::program::Program;
 use crate::{PING, PONG};
 
-/// How long one guest may take. The longest takes three seconds where KVM only emulates.
-const LIMIT: Duration = Duration::from_secs(30);
-/// How long a monitor may take to be gone after it has reported the end.
-const GONE_LIMIT: Duration = Duration::from_secs(5);
+/// The time limit of one guest. The longest takes three seconds where KVM only emulates.
+const GUEST_LIMIT: Duration = Duration::from_secs(30);
+/// The time limit of a monitor to exit after it has reported the end.
+const EXIT_LIMIT: Duration = Duration::from_secs(5);
 /// Room for an event with the longest log, each byte of which may take six in JSON.
-const MAX_EVENT: usize = MAX_LOG_BYTES * 6 + 4096;
+const MAX_EVENT_BYTES: usize = MAX_LOG_BYTES * 6 + 4096;
 
-/// What is in a guest's directory, from its start to its end.
+/// The files in a guest's directory, from its start to its end.
 const FILES: [&str; 3] = ["root.img", "stderr", "vmlinux"];
 
-/// What the host does with the channel.
+/// The behavior of the host's end of the channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Host {
-    /// Reads everything, and answers each ping.
-    Answers,
+pub enum HostBehavior {
+    /// Reads everything and answers each ping.
+    AnswersPings,
     /// Never reads.
-    Silent,
+    NeverReads,
 }
 
-/// How a guest and its monitor ended.
+/// The end of a guest and of its monitor.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Who ended the guest.
+    /// The cause of the guest's end.
     pub reason: EndReason,
-    /// Why, where the reason does not say it.
+    /// Details of the cause, if the reason does not say it all.
     pub detail: Option<String>,
-    /// The guest's last words.
+    /// The guest's log.
     pub log: String,
-    /// How many rules it broke.
+    /// The number of faults.
     pub faults: u64,
-    /// The first of them.
-    pub fault: Option<String>,
-    /// The most memory that the monitor had resident, with the guest's.
+    /// The first fault.
+    pub fault: Option<GuestFault>,
+    /// The most memory that the monitor had resident, including the guest's.
     pub peak_kib: u64,
 }
 
-/// A monitor that runs a guest.
-pub struct Guest {
+/// A monitor that runs a hostile guest.
+pub struct HostileGuest {
     child: Child,
     control: UnixDatagram,
     channel: UnixStream,
     reader: Option<JoinHandle<()>>,
-    /// Bytes that have come from the guest.
-    pub heard: Arc<AtomicU64>,
+    received_bytes: Arc<AtomicU64>,
     dir: TempDir,
 }
 
-impl Guest {
-    /// Starts a monitor for a program, and gives it the channel.
+impl HostileGuest {
+    /// Starts a monitor for a program, with a channel.
     ///
     /// # Errors
-    /// Something of the host's fails.
-    pub fn start(monitor: &Path, program: Program, host: Host) -> Result<Self> {
+    /// An operation of the host fails.
+    pub fn start(monitor: &Path, program: Program, behavior: HostBehavior) -> Result<Self> {
         let dir = tempfile::tempdir().context("make a directory")?;
         let kernel = dir.path().join("vmlinux");
         let file = File::create(&kernel).context("create the program's file")?;
-        program.write(&file).context("write the program")?;
+        program.write_elf(&file).context("write the program")?;
         let root_image = dir.path().join("root.img");
-        image(&root_image).context("write a root image")?;
+        write_root_image(&root_image).context("write a root image")?;
 
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .context("make a control socket")?;
-        let stderr = File::create(dir.path().join("stderr")).context("create a file")?;
-        let mut command = Command::new(monitor);
-        // By its directory a process that is left is found.
-        command
-            .stdin(theirs)
-            .stdout(stderr.try_clone()?)
-            .stderr(stderr)
-            .current_dir(&dir)
-            .env("TMPDIR", dir.path());
-        let child = command.spawn().with_context(|| format!("start {}", monitor.display()))?;
-        drop(command);
-        let control = UnixDatagram::from(ours);
-        control.set_read_timeout(Some(LIMIT)).context("set up the control socket")?;
+        let (child, control) = spawn_monitor(monitor, &dir)?;
+        control.set_read_timeout(Some(GUEST_LIMIT)).context("set up the control socket")?;
         let (channel, theirs) = UnixStream::pair().context("make a channel")?;
-        if host == Host::Silent {
-            // As little as can be is on its way to a host that does not read.
+        if behavior == HostBehavior::NeverReads {
+            // With the smallest buffer, little is on the way to a host that does not read.
             set_socket_send_buffer_size(&theirs, 1).context("make the channel's buffer small")?;
         }
-        let heard = Arc::default();
-        let mut guest = Self { child, control, channel, reader: None, heard, dir };
+        let received_bytes = Arc::default();
+        let mut guest = Self { child, control, channel, reader: None, received_bytes, dir };
         let spec = VmSpec { memory_mib: spec::MIN_MEMORY_MIB, ..VmSpec::new(kernel, root_image) };
-        guest.send(&spec, theirs.into())?;
-        if host == Host::Answers {
+        guest.send_spec(&spec, theirs.into())?;
+        if behavior == HostBehavior::AnswersPings {
             let channel = guest.channel.try_clone().context("share the channel")?;
-            let heard = Arc::clone(&guest.heard);
-            guest.reader = Some(thread::spawn(move || answer(channel, &heard)));
+            let received_bytes = Arc::clone(&guest.received_bytes);
+            guest.reader = Some(thread::spawn(move || answer_pings(channel, &received_bytes)));
         }
         Ok(guest)
     }
 
-    fn send(&self, spec: &VmSpec, channel: OwnedFd) -> Result<()> {
+    /// Returns how many bytes have come from the guest.
+    pub fn received_bytes(&self) -> u64 {
+        self.received_bytes.load(Ordering::Relaxed)
+    }
+
+    fn send_spec(&self, spec: &VmSpec, channel: OwnedFd) -> Result<()> {
         let json = serde_json::to_vec(spec).context("write the specification")?;
         self.control
             .send_with_fd(&json[..], channel.as_raw_fd())
@@ -131,27 +123,20 @@ impl Guest {
     /// Waits for the end.
     ///
     /// # Errors
-    /// The monitor does not report one in time, does not exit properly, complains, or leaves something behind.
-    pub fn outcome(mut self) -> Result<Outcome> {
-        let ended = self.ended();
-        if ended.is_err() {
-            // It is ours, and has not been waited for.
+    /// The monitor does not report the end in time, does not exit properly, prints something, or
+    /// leaves something behind.
+    pub fn wait(mut self) -> Result<Outcome> {
+        let end = self.receive_end();
+        if end.is_err() {
             let _ = self.child.kill();
         }
-        let (status, peak_kib) = self.gone()?;
-        let complaints = fs::read(self.dir.path().join("stderr")).context("read standard error")?;
-        let complaints = String::from_utf8_lossy(&complaints);
-        let event =
-            ended.with_context(|| format!("{status}; its standard error: {complaints:?}"))?;
-        ensure!(status.success(), "the monitor ended with {status}: {complaints}");
-        ensure!(complaints.is_empty(), "the monitor complains: {complaints}");
-        let left = processes_in(self.dir.path())?;
-        ensure!(left.is_empty(), "left behind: {left:?}");
-        let mut files = fs::read_dir(&self.dir)?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect::<Result<Vec<_>>>()?;
-        files.sort();
-        ensure!(files == FILES, "files left behind: {files:?}");
+        let (status, peak_kib) = self.wait_for_exit()?;
+        let stderr = fs::read(self.dir.path().join("stderr")).context("read standard error")?;
+        let stderr = String::from_utf8_lossy(&stderr);
+        let event = end.with_context(|| format!("{status}; its standard error: {stderr:?}"))?;
+        ensure!(status.success(), "the monitor ended with {status}: {stderr}");
+        ensure!(stderr.is_empty(), "the monitor printed: {stderr}");
+        self.check_nothing_left()?;
         match event {
             Event::Ended { reason, detail, log, faults, fault } => {
                 Ok(Outcome { reason, detail, log, faults, fault, peak_kib })
@@ -160,20 +145,21 @@ impl Guest {
         }
     }
 
-    /// Has the monitor end the guest.
+    /// Closes the channel, which makes the monitor end the guest, and waits for the end.
     ///
     /// # Errors
-    /// As for [`outcome`](Self::outcome).
+    /// As for [`wait`](Self::wait).
     pub fn stop(self) -> Result<Outcome> {
         self.channel.shutdown(Shutdown::Both).context("close the channel")?;
-        self.outcome()
+        self.wait()
     }
 
-    fn ended(&self) -> Result<Event> {
-        let mut packet = vec![0; MAX_EVENT];
+    /// Receives events until the last one.
+    fn receive_end(&self) -> Result<Event> {
+        let mut packet = vec![0; MAX_EVENT_BYTES];
         loop {
             let count = self.control.recv(&mut packet).context("wait for the guest's end")?;
-            ensure!(count > 0, "the monitor ended without a word");
+            ensure!(count > 0, "the monitor ended without an event");
             let event = serde_json::from_slice(&packet[..count]).context("read an event")?;
             match event {
                 Message::Event(Event::Entered { .. }) | Message::Template(_) => {}
@@ -182,42 +168,81 @@ impl Guest {
         }
     }
 
-    /// Waits for the process, and returns what it used.
-    fn gone(&mut self) -> Result<(ExitStatus, u64)> {
-        let pid = libc::pid_t::try_from(self.child.id()).context("a process number")?;
-        let deadline = Instant::now() + GONE_LIMIT;
+    /// Waits for the monitor's process. Returns its status and its peak memory.
+    fn wait_for_exit(&mut self) -> Result<(ExitStatus, u64)> {
+        let deadline = Instant::now() + EXIT_LIMIT;
         let result = loop {
-            let mut status = 0;
-            // SAFETY: numbers, for which all zeros are valid.
-            let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-            // SAFETY: both are valid for writing. The process is a child that nobody else waits for.
-            let waited =
-                unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
-            match waited {
-                0 if Instant::now() > deadline => {
-                    let _ = self.child.kill();
-                    bail!("the monitor is still there after the guest's end");
-                }
-                0 => thread::sleep(Duration::from_millis(2)),
-                waited if waited == pid => {
-                    break (
-                        ExitStatus::from_raw(status),
-                        u64::try_from(usage.ru_maxrss).unwrap_or(u64::MAX),
-                    );
-                }
-                _ => return Err(io::Error::last_os_error()).context("wait for the monitor"),
+            if let Some(result) = poll_exit(&self.child).context("wait for the monitor")? {
+                break result;
             }
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+                bail!("the monitor does not exit after the guest's end");
+            }
+            thread::sleep(Duration::from_millis(2));
         };
-        // With the monitor gone the channel has ended, and so does whoever reads it.
+        // The channel has ended with the monitor, so its reader returns.
         if let Some(reader) = self.reader.take() {
             ensure!(reader.join().is_ok(), "the channel's reader failed");
         }
         Ok(result)
     }
+
+    /// Checks that the monitor has left no process and no file.
+    fn check_nothing_left(&self) -> Result<()> {
+        let processes = processes_in(self.dir.path())?;
+        ensure!(processes.is_empty(), "processes left behind: {processes:?}");
+        let mut files = fs::read_dir(&self.dir)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<Vec<_>>>()?;
+        files.sort();
+        ensure!(files == FILES, "files left behind: {files:?}");
+        Ok(())
+    }
 }
 
-/// The image of an empty file system: nothing looks into it, but the monitor checks what it says of itself.
-fn image(path: &Path) -> io::Result<()> {
+/// Starts a monitor in a directory, by which a process that it leaves behind is found. Returns its
+/// control socket.
+fn spawn_monitor(monitor: &Path, dir: &TempDir) -> Result<(Child, UnixDatagram)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .context("make a control socket")?;
+    let stderr = File::create(dir.path().join("stderr")).context("create a file")?;
+    let child = Command::new(monitor)
+        .stdin(theirs)
+        .stdout(stderr.try_clone()?)
+        .stderr(stderr)
+        .current_dir(dir)
+        .env("TMPDIR", dir.path())
+        .spawn()
+        .with_context(|| format!("start {}", monitor.display()))?;
+    Ok((child, UnixDatagram::from(ours)))
+}
+
+/// Returns the status and the peak memory of a process that has exited. The standard library does
+/// not report the latter.
+fn poll_exit(child: &Child) -> io::Result<Option<(ExitStatus, u64)>> {
+    let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+    let mut status = 0;
+    let mut usage = MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: both pointers are valid for writes. The process is a child that nothing else waits
+    // for, so that `pid` still names it.
+    let waited = unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) };
+    match waited {
+        0 => Ok(None),
+        waited if waited == pid => {
+            // SAFETY: the call has returned a process, and then it has filled `usage`.
+            let usage = unsafe { usage.assume_init() };
+            let peak_kib = u64::try_from(usage.ru_maxrss).unwrap_or(u64::MAX);
+            Ok(Some((ExitStatus::from_raw(status), peak_kib)))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Writes the image of an empty file system. Nothing looks into it, but the monitor checks its
+/// superblock.
+fn write_root_image(path: &Path) -> io::Result<()> {
     let file = File::create(path)?;
     file.set_len(2 << 20)?;
     file.write_all_at(&0xe0f5_e1e2u32.to_le_bytes(), 1024)?;
@@ -226,18 +251,18 @@ fn image(path: &Path) -> io::Result<()> {
 }
 
 /// Reads a channel to its end, and answers pings.
-fn answer(mut channel: UnixStream, heard: &AtomicU64) {
+fn answer_pings(mut channel: UnixStream, received_bytes: &AtomicU64) {
     let mut bytes = vec![0; 64 * 1024];
     while let Ok(count @ 1..) = channel.read(&mut bytes) {
-        heard.fetch_add(count as u64, Ordering::Relaxed);
-        // Sent in one packet, and with nothing behind it.
+        received_bytes.fetch_add(count as u64, Ordering::Relaxed);
+        // A ping is sent in one packet, with nothing after it.
         if bytes[..count].ends_with(PING) && channel.write_all(PONG).is_err() {
             break;
         }
     }
 }
 
-/// Processes whose working directory is this.
+/// Returns the processes whose working directory is this.
 fn processes_in(dir: &Path) -> Result<Vec<PathBuf>> {
     let dir = fs::canonicalize(dir)?;
     let processes = fs::read_dir("/proc")

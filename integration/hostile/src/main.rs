@@ -1,69 +1,82 @@
-//! `cargo xtask hostile`: has guests attack the monitor, and prints what became of each.
+//! `cargo xtask hostile`: lets guests attack the monitor, and prints the outcome of each attack.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use chitin_hostile::attacks::{self, Attack, CARRIED_ON, CUT_OFF, Expected};
-use chitin_hostile::driver::{Driver, TRANSMIT, data};
-use chitin_hostile::host::{Guest, Host, Outcome};
+use chitin_hostile::driver::{Driver, TRANSMIT, payload_header};
+use chitin_hostile::host::{HostBehavior, HostileGuest, Outcome};
 use chitin_hostile::program::Program;
 use chitin_vmm::EndReason;
 
-/// The most that a monitor may have resident, with what its guest touches: three times what the largest takes.
+/// The most memory that a monitor may have resident, with the guest's: three times the largest that
+/// was measured.
 const MAX_PEAK_KIB: u64 = 48 * 1024;
 
-/// How long the guest beside the hostile ones may be silent. It speaks every 50 ms where KVM only emulates.
+/// The longest silence of the bystander. It sends every 50 ms where KVM only emulates.
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 
-/// Guests that come and go before it is looked at what they leave: a descriptor lost with each would show.
-const LIVES: usize = 500;
+/// Harmless guests run one after the other to look for leaks: a descriptor lost with each would
+/// show.
+const LEAK_TEST_GUESTS: usize = 500;
+
+/// The exit code of a failure other than an attack's.
+const EXIT_ERROR: u8 = 125;
 
 fn main() -> ExitCode {
-    match run() {
+    match run_from_args() {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("hostile: {error:#}");
-            ExitCode::from(125)
+            ExitCode::from(EXIT_ERROR)
         }
     }
 }
 
-/// Whether everything came out as expected.
-fn run() -> Result<bool> {
+/// Returns whether every attack had the expected outcome.
+fn run_from_args() -> Result<bool> {
     let mut args = std::env::args_os().skip(1);
     let monitor = PathBuf::from(args.next().context("usage: chitin-hostile MONITOR [FILTER]")?);
     let filter = args.next().unwrap_or_default();
-    let filter = filter.to_str().context("a filter of text")?;
+    let filter = filter.to_str().context("the filter is not UTF-8")?;
     let attacks = attacks::all();
     let chosen: Vec<&Attack> =
         attacks.iter().filter(|attack| attack.name.contains(filter)).collect();
     ensure!(!chosen.is_empty(), "no attack has `{filter}` in its name");
 
-    let bystander = Guest::start(&monitor, heartbeat(), Host::Answers)?;
-    let mut pulse = Pulse { heard: Arc::clone(&bystander.heard), last: 0 };
-    pulse.beats().context("before any attack")?;
+    let failed = run_attacks(&monitor, &chosen)?;
+    if filter.is_empty() {
+        let start = Instant::now();
+        check_leaks(&monitor)?;
+        let name = format!("{LEAK_TEST_GUESTS} guests, one after the other");
+        println!("{name:<58} nothing left ({:.1} s)", start.elapsed().as_secs_f64());
+    }
+    Ok(failed == 0)
+}
+
+/// Runs attacks beside a guest that keeps the rules. Returns how many failed.
+fn run_attacks(monitor: &Path, attacks: &[&Attack]) -> Result<usize> {
+    let mut bystander = Bystander::start(monitor)?;
     let mut failed = 0;
     let mut peak_kib = 0;
     println!("{:<58} outcome", "attack");
-    for attack in &chosen {
+    for attack in attacks {
         let start = Instant::now();
-        let result = Guest::start(&monitor, attack.program(), attack.host).and_then(Guest::outcome);
-        let verdict = result.and_then(|outcome| {
+        let result = run_guest(monitor, attack).and_then(|outcome| {
             peak_kib = peak_kib.max(outcome.peak_kib);
-            judge(attack.expected, &outcome)?;
-            pulse.beats()?;
-            Ok(in_words(&outcome))
+            check_outcome(attack.expected, &outcome)?;
+            bystander.wait_for_heartbeat()?;
+            Ok(outcome)
         });
-        match verdict {
-            Ok(words) => {
-                println!("{:<58} {words} ({:.1} s)", attack.name, start.elapsed().as_secs_f64())
+        match result {
+            Ok(outcome) => {
+                let (outcome, seconds) = (describe(&outcome), start.elapsed().as_secs_f64());
+                println!("{:<58} {outcome} ({seconds:.1} s)", attack.name);
             }
             Err(error) => {
                 failed += 1;
@@ -71,57 +84,46 @@ fn run() -> Result<bool> {
             }
         }
     }
-    let end = bystander.stop().context("the guest beside them")?;
-    ensure!(
-        end.reason == EndReason::Stopped && end.faults == 0,
-        "the guest beside them was disturbed: {end:?}"
-    );
+    let heartbeats = bystander.stop()?;
     println!(
-        "{} attacks, {failed} failed; at most {} MiB resident; the guest beside them spoke {} times",
-        chosen.len(),
+        "{} attacks, {failed} failed; at most {} MiB resident; {heartbeats} heartbeats of the bystander",
+        attacks.len(),
         peak_kib / 1024,
-        pulse.last
     );
-    if filter.is_empty() {
-        let start = Instant::now();
-        many(&monitor)?;
-        println!(
-            "{:<58} nothing left ({:.1} s)",
-            format!("{LIVES} guests, one after the other"),
-            start.elapsed().as_secs_f64()
-        );
-    }
-    Ok(failed == 0)
+    Ok(failed)
 }
 
-/// Runs many guests, and compares what this process and the host have before and after.
-fn many(monitor: &Path) -> Result<()> {
+fn run_guest(monitor: &Path, attack: &Attack) -> Result<Outcome> {
+    HostileGuest::start(monitor, attack.program(), attack.host)?.wait()
+}
+
+/// Runs many guests, and compares the resources of this process and of the host before and after.
+fn check_leaks(monitor: &Path) -> Result<()> {
     let harmless = attacks::harmless();
-    let before = (count("/proc/self/fd")?, cgroups()?);
-    for life in 0..LIVES {
-        let outcome =
-            Guest::start(monitor, harmless.program(), harmless.host).and_then(Guest::outcome);
-        let judged = outcome.and_then(|outcome| judge(harmless.expected, &outcome));
-        judged.with_context(|| format!("guest {life} of {LIVES}"))?;
+    let before = (count_entries("/proc/self/fd")?, chitin_cgroups());
+    for number in 0..LEAK_TEST_GUESTS {
+        run_guest(monitor, &harmless)
+            .and_then(|outcome| check_outcome(harmless.expected, &outcome))
+            .with_context(|| format!("guest {number} of {LEAK_TEST_GUESTS}"))?;
     }
-    let after = (count("/proc/self/fd")?, cgroups()?);
+    let after = (count_entries("/proc/self/fd")?, chitin_cgroups());
     ensure!(
         before == after,
-        "descriptors and cgroups before {LIVES} guests: {before:?}, after: {after:?}"
+        "descriptors and cgroups before {LEAK_TEST_GUESTS} guests: {before:?}, after: {after:?}"
     );
     Ok(())
 }
 
-fn count(dir: &str) -> Result<usize> {
+fn count_entries(dir: &str) -> Result<usize> {
     Ok(fs::read_dir(dir).with_context(|| format!("list {dir}"))?.count())
 }
 
-/// Cgroups of ours, wherever they are mounted.
-fn cgroups() -> Result<Vec<PathBuf>> {
+/// Returns the cgroups of all hierarchies with `chitin` in their name.
+fn chitin_cgroups() -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut dirs = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(dir) = dirs.pop() {
-        // One that is not there, or no longer, has nothing in it.
+        // A directory that cannot be listed has been removed meanwhile, or there are no cgroups.
         for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 dirs.push(entry.path());
@@ -132,20 +134,20 @@ fn cgroups() -> Result<Vec<PathBuf>> {
         }
     }
     found.sort();
-    Ok(found)
+    found
 }
 
-fn judge(expected: Expected, outcome: &Outcome) -> Result<()> {
+fn check_outcome(expected: Expected, outcome: &Outcome) -> Result<()> {
     let Outcome { reason, detail, log, fault, peak_kib, .. } = outcome;
-    let (detail, fault) = (detail.as_deref(), fault.as_deref());
+    let reset_with = |words| *reason == EndReason::Reset && log == words;
     let right = match expected {
-        Expected::Harmless => *reason == EndReason::Reset && log == CARRIED_ON && fault.is_none(),
-        Expected::CarriedOn(why) => {
-            *reason == EndReason::Reset && log == CARRIED_ON && fault == Some(why)
-        }
-        Expected::CutOff(why) => *reason == EndReason::Reset && log == CUT_OFF && fault == why,
-        Expected::Ended(why) => {
-            *reason == EndReason::Fault && detail == Some(why) && fault == Some(why)
+        Expected::Harmless => reset_with(CARRIED_ON) && fault.is_none(),
+        Expected::CarriedOn(expected) => reset_with(CARRIED_ON) && *fault == Some(expected),
+        Expected::CutOff(expected) => reset_with(CUT_OFF) && *fault == expected,
+        Expected::Ended(expected) => {
+            *reason == EndReason::Fault
+                && *fault == Some(expected)
+                && *detail == Some(expected.to_string())
         }
     };
     if !right {
@@ -155,54 +157,70 @@ fn judge(expected: Expected, outcome: &Outcome) -> Result<()> {
     Ok(())
 }
 
-fn in_words(outcome: &Outcome) -> String {
+/// Describes an outcome in a few words.
+fn describe(outcome: &Outcome) -> String {
     let mut words = match outcome.reason {
         EndReason::Fault => "ended".to_owned(),
         _ => outcome.log.clone(),
     };
     if let Some(fault) = &outcome.fault {
-        words.push_str(&format!("; GuestFault: {fault}"));
+        words.push_str(&format!("; {fault}"));
     }
     if outcome.faults > 1 {
-        words.push_str(&format!(" and {} more", outcome.faults - 1));
+        words.push_str(&format!(", and {} more", outcome.faults - 1));
     }
     words
 }
 
-/// A guest that keeps the rules, and says so all the time.
-fn heartbeat() -> Program {
+/// A guest that keeps the rules and sends one byte after the other, its heartbeats.
+struct Bystander {
+    guest: HostileGuest,
+    heartbeats: u64,
+}
+
+impl Bystander {
+    /// Starts it and waits for the first heartbeat.
+    fn start(monitor: &Path) -> Result<Self> {
+        let guest = HostileGuest::start(monitor, heartbeat_program(), HostBehavior::AnswersPings)?;
+        let mut this = Self { guest, heartbeats: 0 };
+        this.wait_for_heartbeat().context("before any attack")?;
+        Ok(this)
+    }
+
+    /// Waits for a heartbeat after the last one that was seen.
+    fn wait_for_heartbeat(&mut self) -> Result<()> {
+        let deadline = Instant::now() + SILENCE_LIMIT;
+        loop {
+            let heartbeats = self.guest.received_bytes();
+            if heartbeats > self.heartbeats {
+                self.heartbeats = heartbeats;
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the bystander has fallen silent");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Stops it and checks that nothing disturbed it. Returns the number of its heartbeats.
+    fn stop(self) -> Result<u64> {
+        let end = self.guest.stop().context("stop the bystander")?;
+        let undisturbed = end.reason == EndReason::Stopped && end.faults == 0;
+        ensure!(undisturbed, "the bystander was disturbed: {end:?}");
+        Ok(self.heartbeats)
+    }
+}
+
+fn heartbeat_program() -> Program {
     let mut program = Program::new();
     let mut driver = Driver::vsock(0);
     driver.start(&mut program);
     driver.connect(&mut program);
-    driver.spread(&mut program, &[&data(b".").to_bytes()[..], b"."].concat());
-    program.forever(|program| {
-        program.add16(driver.available(TRANSMIT), 1);
-        driver.kick(program, TRANSMIT);
-        driver.taken(program, TRANSMIT);
+    driver.fill_transmit_ring(&mut program, &[&payload_header(b".").to_bytes()[..], b"."].concat());
+    program.repeat_forever(|program| {
+        program.add_to_u16(driver.available_index(TRANSMIT), 1);
+        driver.notify(program, TRANSMIT);
+        driver.wait_until_used(program, TRANSMIT);
         program.repeat(20_000, |_| {});
     });
     program
-}
-
-/// What is heard of it.
-struct Pulse {
-    heard: Arc<AtomicU64>,
-    last: u64,
-}
-
-impl Pulse {
-    /// Waits until there is more to be heard than the last time.
-    fn beats(&mut self) -> Result<()> {
-        let deadline = Instant::now() + SILENCE_LIMIT;
-        loop {
-            let now = self.heard.load(Ordering::Relaxed);
-            if now > self.last {
-                self.last = now;
-                return Ok(());
-            }
-            ensure!(Instant::now() < deadline, "the guest beside it has fallen silent");
-            thread::sleep(Duration::from_millis(2));
-        }
-    }
 }

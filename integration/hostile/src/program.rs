@@ -1,8 +1,9 @@
-//! Programs for a guest without a kernel: a few forms of x86-64 instructions, and the ELF file that the monitor's loader
-//! takes.
+//! Programs for a guest without a kernel: an assembler for a few x86-64 instructions, and the ELF
+//! file that the monitor loads.
 //!
-//! A program starts in 64-bit mode with the lowest GiB mapped to itself; the first thing it does is to map the devices
-//! as well. Nothing here uses interrupts, a stack or SSE, so that it runs on any `/dev/kvm`, also on one that only emulates.
+//! A program starts in 64-bit mode with the lowest GiB mapped to itself. It first maps the devices
+//! as well. No program uses interrupts, a stack or SSE, so that it runs on any `/dev/kvm`, even on
+//! one that only emulates.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,37 +12,49 @@ use std::os::unix::fs::FileExt;
 
 use chitin_vmm::arch::x86_64::layout;
 
-/// Where code starts: the lowest address that the loader allows.
+/// The address of the code: the lowest that the loader allows.
 const CODE: u64 = layout::HIGH_START.0;
-/// A page directory for the GiB that the devices are in.
+/// The page directory for the GiB with the devices.
 const DEVICE_TABLE: u64 = 0x3f_f000;
-/// And one for the GiB that the root image is in.
+/// The page directory for the GiB with the root image.
 const IMAGE_TABLE: u64 = 0x3f_e000;
-/// The end of what a program can have in memory from the start; all of it is one segment.
+/// The end of the memory that a program can fill before it runs, which is one segment of the ELF
+/// file.
 pub const IMAGE_END: u64 = 0x200_0000;
-/// The end of the guest's memory: the least that a microVM has.
+/// The end of the guest's memory, which is the smallest that a microVM can have.
 pub const RAM_END: u64 = 64 << 20;
 
-const ELF_BYTES: u64 = 4096;
+/// The offset of the segment in the ELF file.
+const SEGMENT_OFFSET: u64 = 4096;
+const PRESENT_WRITABLE: u64 = 0b11;
 const PRESENT_WRITABLE_LARGE: u64 = 0b1000_0011;
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// `je` and `jne` with a displacement of 32 bits, and `jmp`.
+const JUMP_IF_EQUAL: &[u8] = &[0x0f, 0x84];
+const JUMP_UNLESS_EQUAL: &[u8] = &[0x0f, 0x85];
+const JUMP: &[u8] = &[0xe9];
+
+/// The deepest nesting of loops.
+const LOOP_REGISTERS: u8 = 4;
 
 /// The size of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Width {
-    /// One byte.
+    /// 8 bits.
     W8,
-    /// Two.
+    /// 16 bits.
     W16,
-    /// Four.
+    /// 32 bits.
     W32,
-    /// Eight.
+    /// 64 bits.
     W64,
 }
 
-/// A program as it is written, one instruction after the other.
+/// A program under construction: each method appends instructions.
 ///
-/// `RAX` holds addresses, `RCX` values, `RBX` what was loaded; `R12` to `R15` count loops, by depth.
+/// `RAX` holds addresses, `RCX` values and `RBX` the value loaded last. `R12` to `R15` count loops,
+/// by depth.
 #[derive(Default)]
 pub struct Program {
     code: Vec<u8>,
@@ -49,11 +62,8 @@ pub struct Program {
     depth: u8,
 }
 
-/// The most loops in one another.
-const LOOP_REGISTERS: u8 = 4;
-
 impl Program {
-    /// A program that has mapped the devices and the root image.
+    /// Begins a program, which maps the devices and the root image first.
     pub fn new() -> Self {
         let mut this = Self::default();
         let tables = [
@@ -63,16 +73,16 @@ impl Program {
         for (table, start) in tables {
             let pages = (0..512)
                 .map(|page: u64| (start + page * LARGE_PAGE_BYTES) | PRESENT_WRITABLE_LARGE);
-            this.data(table, pages.flat_map(u64::to_le_bytes).collect::<Vec<u8>>());
-            // In the table that the monitor made, which has the first GiB only.
+            this.put_data(table, pages.flat_map(u64::to_le_bytes).collect::<Vec<u8>>());
+            // The monitor's page directory pointer table has entries for the first GiB only.
             let entry = layout::PAGE_TABLES.0 + 4096 + (start >> 30) * 8;
-            this.store(Width::W64, entry, table | 0b11);
+            this.store(Width::W64, entry, table | PRESENT_WRITABLE);
         }
         this
     }
 
     /// Puts bytes into memory before the program runs.
-    pub fn data(&mut self, address: u64, bytes: impl Into<Vec<u8>>) {
+    pub fn put_data(&mut self, address: u64, bytes: impl Into<Vec<u8>>) {
         let bytes = bytes.into();
         assert!(
             address >= CODE && address + bytes.len() as u64 <= IMAGE_END,
@@ -83,9 +93,10 @@ impl Program {
 
     /// Writes a value.
     pub fn store(&mut self, width: Width, address: u64, value: u64) {
-        self.address(address);
-        self.value(value);
-        self.code.extend_from_slice(match width {
+        self.emit_address(address);
+        self.emit_value(value);
+        // mov [rax], cl; mov [rax], cx; mov [rax], ecx; mov [rax], rcx
+        self.emit(match width {
             Width::W8 => &[0x88, 0x08],
             Width::W16 => &[0x66, 0x89, 0x08],
             Width::W32 => &[0x89, 0x08],
@@ -93,10 +104,11 @@ impl Program {
         });
     }
 
-    /// Reads a value, which is in `RBX` then.
+    /// Reads a value into `RBX`.
     pub fn load(&mut self, width: Width, address: u64) {
-        self.address(address);
-        self.code.extend_from_slice(match width {
+        self.emit_address(address);
+        // movzx ebx, byte [rax]; movzx ebx, word [rax]; mov ebx, [rax]; mov rbx, [rax]
+        self.emit(match width {
             Width::W8 => &[0x0f, 0xb6, 0x18],
             Width::W16 => &[0x0f, 0xb7, 0x18],
             Width::W32 => &[0x8b, 0x18],
@@ -105,103 +117,109 @@ impl Program {
     }
 
     /// Adds to the 16 bits at an address.
-    pub fn add16(&mut self, address: u64, value: u16) {
-        self.address(address);
-        self.code.extend_from_slice(&[0x66, 0x81, 0x00]);
-        self.code.extend_from_slice(&value.to_le_bytes());
+    pub fn add_to_u16(&mut self, address: u64, value: u16) {
+        self.emit_address(address);
+        // add word [rax], value
+        self.emit(&[0x66, 0x81, 0x00]);
+        self.emit(&value.to_le_bytes());
     }
 
-    /// Writes the counter of the innermost loop, 32 bits of it, which goes down to one.
-    pub fn store_counter(&mut self, address: u64) {
-        self.address(address);
-        let register = self.loop_register(self.depth.checked_sub(1).expect("in a loop"));
-        self.code.extend_from_slice(&[0x44, 0x89, register << 3]);
+    /// Writes the low 32 bits of the innermost loop's counter, which counts down to one.
+    pub fn store_loop_counter(&mut self, address: u64) {
+        self.emit_address(address);
+        let register = loop_register(self.depth.checked_sub(1).expect("in a loop"));
+        // mov [rax], r12d to r15d
+        self.emit(&[0x44, 0x89, register << 3]);
     }
 
     /// Waits while the 16 bits at an address have this value.
     pub fn wait_while(&mut self, address: u64, value: u16) {
         let start = self.code.len();
         self.load(Width::W16, address);
-        self.compare(value.into());
-        self.jump(&[0x0f, 0x84], start);
+        self.emit_compare(value.into());
+        self.emit_jump(JUMP_IF_EQUAL, start);
     }
 
     /// Waits until the 16 bits at an address have this value.
     pub fn wait_until(&mut self, address: u64, value: u16) {
         let start = self.code.len();
         self.load(Width::W16, address);
-        self.compare(value.into());
-        self.jump(&[0x0f, 0x85], start);
+        self.emit_compare(value.into());
+        self.emit_jump(JUMP_UNLESS_EQUAL, start);
     }
 
     /// Waits until the 16 bits at two addresses are the same.
-    pub fn wait_equal(&mut self, one: u64, other: u64) {
+    pub fn wait_until_same(&mut self, one: u64, other: u64) {
         let start = self.code.len();
         self.load(Width::W16, one);
         // mov rdx, rbx
-        self.code.extend_from_slice(&[0x48, 0x89, 0xda]);
+        self.emit(&[0x48, 0x89, 0xda]);
         self.load(Width::W16, other);
         // cmp rbx, rdx
-        self.code.extend_from_slice(&[0x48, 0x39, 0xd3]);
-        self.jump(&[0x0f, 0x85], start);
+        self.emit(&[0x48, 0x39, 0xd3]);
+        self.emit_jump(JUMP_UNLESS_EQUAL, start);
     }
 
-    /// Waits until the bits of `mask` of the 32 at an address are what `value` says.
-    pub fn wait_for(&mut self, address: u64, mask: u32, value: u32) {
+    /// Waits until the bits of `mask`, in the 32 bits at an address, equal `value`.
+    pub fn wait_for_bits(&mut self, address: u64, mask: u32, value: u32) {
         let start = self.code.len();
         self.load(Width::W32, address);
-        self.mask(mask.into());
-        self.compare(value.into());
-        self.jump(&[0x0f, 0x85], start);
+        self.emit_mask(mask.into());
+        self.emit_compare(value.into());
+        self.emit_jump(JUMP_UNLESS_EQUAL, start);
     }
 
-    /// Ends the guest, with `complaint` as its last words, unless what is read is `value`.
+    /// Ends the guest with `complaint` as its log, unless the value at an address is `value`.
     pub fn expect(&mut self, width: Width, address: u64, value: u64, complaint: &str) {
         self.load(width, address);
-        self.compare(value);
-        self.unless_equal(complaint);
+        self.emit_compare(value);
+        self.end_unless_equal(complaint);
     }
 
-    /// The same, for some of 32 bits.
+    /// Ends the guest with `complaint` as its log, unless the bits of `mask`, in the 32 bits at an
+    /// address, equal `value`.
     pub fn expect_bits(&mut self, address: u64, mask: u32, value: u32, complaint: &str) {
         self.load(Width::W32, address);
-        self.mask(mask.into());
-        self.compare(value.into());
-        self.unless_equal(complaint);
+        self.emit_mask(mask.into());
+        self.emit_compare(value.into());
+        self.end_unless_equal(complaint);
     }
 
-    /// Does something again and again.
+    /// Runs `body` so many times.
     pub fn repeat(&mut self, times: u64, body: impl FnOnce(&mut Self)) {
-        let register = self.loop_register(self.depth);
+        let register = loop_register(self.depth);
         self.depth += 1;
-        self.code.extend_from_slice(&[0x49, 0xb8 | register]);
-        self.code.extend_from_slice(&times.to_le_bytes());
+        // mov r12 to r15, times
+        self.emit(&[0x49, 0xb8 | register]);
+        self.emit(&times.to_le_bytes());
         let start = self.code.len();
         body(self);
-        self.code.extend_from_slice(&[0x49, 0xff, 0xc8 | register]);
-        self.jump(&[0x0f, 0x85], start);
+        // dec r12 to r15
+        self.emit(&[0x49, 0xff, 0xc8 | register]);
+        self.emit_jump(JUMP_UNLESS_EQUAL, start);
         self.depth -= 1;
     }
 
-    /// Does something for ever.
-    pub fn forever(&mut self, body: impl FnOnce(&mut Self)) {
+    /// Runs `body` for ever.
+    pub fn repeat_forever(&mut self, body: impl FnOnce(&mut Self)) {
         let start = self.code.len();
         body(self);
-        self.jump(&[0xe9], start);
+        self.emit_jump(JUMP, start);
     }
 
-    /// Reads 8, 16 and 32 bits from a port, then writes as many to it.
-    pub fn port(&mut self, port: u16) {
-        self.code.push(0xba);
-        self.code.extend_from_slice(&u32::from(port).to_le_bytes());
-        // in al, in ax, in eax, and the same out.
-        for form in [&[0xec][..], &[0x66, 0xed], &[0xed], &[0xee], &[0x66, 0xef], &[0xef]] {
-            self.code.extend_from_slice(form);
+    /// Reads 8, 16 and 32 bits from an I/O port, then writes them back.
+    pub fn access_port(&mut self, port: u16) {
+        // mov edx, port
+        self.emit(&[0xba]);
+        self.emit(&u32::from(port).to_le_bytes());
+        // in al, dx; in ax, dx; in eax, dx; out dx, al; out dx, ax; out dx, eax
+        for instruction in [&[0xec][..], &[0x66, 0xed], &[0xed], &[0xee], &[0x66, 0xef], &[0xef]] {
+            self.emit(instruction);
         }
     }
 
-    /// Makes `words` what the monitor reports as the guest's last messages.
-    pub fn say(&mut self, words: &str) {
+    /// Makes `words` the log that the monitor reports, in the format of the kernel's ramoops.
+    pub fn write_log(&mut self, words: &str) {
         let mut zone = b"DBGC".to_vec();
         let length = u32::try_from(words.len()).expect("few words").to_le_bytes();
         zone.extend_from_slice(&length);
@@ -214,91 +232,104 @@ impl Program {
         }
     }
 
-    /// Ends the guest: an invalid instruction without a table of handlers is a triple fault.
-    pub fn end(&mut self) {
-        self.code.extend_from_slice(&[0x0f, 0x0b]);
+    /// Ends the guest with a triple fault: an invalid instruction without an interrupt table.
+    pub fn end_guest(&mut self) {
+        // ud2
+        self.emit(&[0x0f, 0x0b]);
     }
 
     /// Writes the program as an ELF file.
     ///
     /// # Errors
-    /// As of the file.
-    pub fn write(mut self, file: &File) -> io::Result<()> {
-        self.end();
-        let mut header = vec![0; 120];
-        let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, b"\x7fELF\x02\x01\x01");
-        put(16, &2u16.to_le_bytes());
-        put(18, &62u16.to_le_bytes());
-        put(24, &CODE.to_le_bytes());
-        put(32, &64u64.to_le_bytes());
-        put(54, &56u16.to_le_bytes());
-        put(56, &1u16.to_le_bytes());
-        // The one segment: load, its place in the file, its address, its size in the file and in memory.
-        put(64, &1u32.to_le_bytes());
-        put(72, &ELF_BYTES.to_le_bytes());
-        for (at, value) in [(80, CODE), (88, CODE), (96, IMAGE_END - CODE), (104, IMAGE_END - CODE)]
-        {
-            put(at, &value.to_le_bytes());
-        }
-        file.set_len(ELF_BYTES + IMAGE_END - CODE)?;
-        file.write_all_at(&header, 0)?;
+    /// The file cannot be written.
+    pub fn write_elf(mut self, file: &File) -> io::Result<()> {
+        self.end_guest();
         assert!(
             (self.code.len() as u64) < IMAGE_TABLE - CODE,
             "a program of {} bytes",
             self.code.len()
         );
-        file.write_all_at(&self.code, ELF_BYTES)?;
+        file.set_len(SEGMENT_OFFSET + IMAGE_END - CODE)?;
+        file.write_all_at(&elf_header(), 0)?;
+        file.write_all_at(&self.code, SEGMENT_OFFSET)?;
         for (address, bytes) in &self.data {
-            file.write_all_at(bytes, ELF_BYTES + address - CODE)?;
+            file.write_all_at(bytes, SEGMENT_OFFSET + address - CODE)?;
         }
         Ok(())
     }
 
-    fn unless_equal(&mut self, complaint: &str) {
-        // The complaint is written beside the way, and jumped over.
-        let mut aside = Self { depth: self.depth, ..Self::default() };
-        aside.say(complaint);
-        aside.end();
-        self.code.extend_from_slice(&[0x0f, 0x84]);
-        let length = i32::try_from(aside.code.len()).expect("a short complaint");
-        self.code.extend_from_slice(&length.to_le_bytes());
-        self.code.extend_from_slice(&aside.code);
+    fn end_unless_equal(&mut self, complaint: &str) {
+        // The code for the complaint is jumped over if the values are equal.
+        let mut failure = Self { depth: self.depth, ..Self::default() };
+        failure.write_log(complaint);
+        failure.end_guest();
+        self.emit(JUMP_IF_EQUAL);
+        let length = i32::try_from(failure.code.len()).expect("a short complaint");
+        self.emit(&length.to_le_bytes());
+        self.emit(&failure.code);
     }
 
-    /// `R12` to `R15`, as the low bits of their numbers.
-    fn loop_register(&self, depth: u8) -> u8 {
-        assert!(depth < LOOP_REGISTERS, "too many loops in one another");
-        4 + depth
+    fn emit(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
     }
 
-    fn address(&mut self, address: u64) {
-        self.code.extend_from_slice(&[0x48, 0xb8]);
-        self.code.extend_from_slice(&address.to_le_bytes());
+    fn emit_address(&mut self, address: u64) {
+        // mov rax, address
+        self.emit(&[0x48, 0xb8]);
+        self.emit(&address.to_le_bytes());
     }
 
-    fn value(&mut self, value: u64) {
-        self.code.extend_from_slice(&[0x48, 0xb9]);
-        self.code.extend_from_slice(&value.to_le_bytes());
+    fn emit_value(&mut self, value: u64) {
+        // mov rcx, value
+        self.emit(&[0x48, 0xb9]);
+        self.emit(&value.to_le_bytes());
     }
 
-    fn mask(&mut self, mask: u64) {
-        self.value(mask);
+    fn emit_mask(&mut self, mask: u64) {
+        self.emit_value(mask);
         // and rbx, rcx
-        self.code.extend_from_slice(&[0x48, 0x21, 0xcb]);
+        self.emit(&[0x48, 0x21, 0xcb]);
     }
 
-    fn compare(&mut self, value: u64) {
-        self.value(value);
+    fn emit_compare(&mut self, value: u64) {
+        self.emit_value(value);
         // cmp rbx, rcx
-        self.code.extend_from_slice(&[0x48, 0x39, 0xcb]);
+        self.emit(&[0x48, 0x39, 0xcb]);
     }
 
-    fn jump(&mut self, opcode: &[u8], to: usize) {
-        self.code.extend_from_slice(opcode);
+    fn emit_jump(&mut self, opcode: &[u8], to: usize) {
+        self.emit(opcode);
         let next = i64::try_from(self.code.len() + 4).expect("a short program");
         let distance =
             i32::try_from(i64::try_from(to).expect("a short program") - next).expect("near");
-        self.code.extend_from_slice(&distance.to_le_bytes());
+        self.emit(&distance.to_le_bytes());
     }
+}
+
+/// Returns the low three bits of the number of `R12` to `R15`.
+fn loop_register(depth: u8) -> u8 {
+    assert!(depth < LOOP_REGISTERS, "loops are nested too deeply");
+    4 + depth
+}
+
+/// Makes an ELF header with one program header.
+fn elf_header() -> Vec<u8> {
+    let mut header = vec![0; 120];
+    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
+    // Class, byte order and version; type (executable) and machine (x86-64); entry; offset, size
+    // and number of program headers.
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(24, &CODE.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &1u16.to_le_bytes());
+    // The one segment: type (load), offset, addresses, and sizes in the file and in memory.
+    put(64, &1u32.to_le_bytes());
+    put(72, &SEGMENT_OFFSET.to_le_bytes());
+    for (at, value) in [(80, CODE), (88, CODE), (96, IMAGE_END - CODE), (104, IMAGE_END - CODE)] {
+        put(at, &value.to_le_bytes());
+    }
+    header
 }

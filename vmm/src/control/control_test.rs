@@ -1,6 +1,7 @@
 use super::super::message::*;
 use super::*;
 use crate::jail::Jail;
+use crate::virtio::GuestFault;
 
 #[test]
 fn events_are_these_bytes_on_the_wire() {
@@ -10,6 +11,13 @@ fn events_are_these_bytes_on_the_wire() {
         log: "x".into(),
         faults: 0,
         fault: None,
+    };
+    let faulty = Event::Ended {
+        reason: EndReason::Fault,
+        detail: None,
+        log: String::new(),
+        faults: 2,
+        fault: Some(GuestFault::UsedRing { queue: 1 }),
     };
     for (event, json) in [
         (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
@@ -21,6 +29,10 @@ fn events_are_these_bytes_on_the_wire() {
             r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"cgroup":null,"without":["x"]}}"#,
         ),
         (ended, r#"{"event":"ended","reason":"reset","detail":null,"log":"x","faults":0}"#),
+        (
+            faulty,
+            r#"{"event":"ended","reason":"fault","detail":null,"log":"","faults":2,"fault":{"used_ring":{"queue":1}}}"#,
+        ),
         (Event::Failed { error: "no".into() }, r#"{"event":"failed","error":"no"}"#),
     ] {
         assert_eq!(serde_json::to_string(&event).unwrap(), json);

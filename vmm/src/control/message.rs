@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::jail::Jail;
+use crate::virtio::GuestFault;
 
 /// What a monitor tells its host, one JSON object per packet (or per line, when it runs standalone).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,9 +28,9 @@ pub enum Event {
         /// How often the guest broke a rule of a device, whether or not that was the end of it.
         #[serde(default)]
         faults: u64,
-        /// The first rule that it broke, in words.
+        /// The first rule that it broke.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        fault: Option<String>,
+        fault: Option<GuestFault>,
     },
     /// The guest never started, or what was asked for could not be done. The last event.
     Failed {

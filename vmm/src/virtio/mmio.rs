@@ -1,15 +1,18 @@
 //! The virtio-mmio transport, version 2 only.
 //!
 //! ```text
-//!            ACKNOWLEDGE      DRIVER       FEATURES_OK         DRIVER_OK
-//!   reset ─────────────▶ ack ────────▶ driver ──────────▶ features ──────────▶ running ── the handler exists
-//!     ▲                                 │ negotiates       │ sets up queues       │
-//!     │                                 ▼                  ▼                      ▼
-//!     └──── status 0, from anywhere ◀── FAILED (by the driver) ◀── NEEDS_RESET (by the device, after a fault)
+//!            ACKNOWLEDGE     DRIVER       FEATURES_OK         DRIVER_OK
+//!   reset ─────────────▶ ack ───────▶ driver ──────────▶ features ─────────▶ running: handler exists
+//!     ▲                                │ negotiates       │ sets up queues      │
+//!     │                                ▼                  ▼                     ▼
+//!     └─── status 0, from anywhere ◀── FAILED (set by driver) ◀── NEEDS_RESET (set after a fault)
 //! ```
 //!
-//! Bits of the status are only ever added, one step at a time. What a state does not allow is a [`GuestFault`]: counted, and
-//! without effect. Source: VIRTIO 1.2, sections 2.1, 3.1 and 4.2.
+//! Bits of the status are only ever added, one step at a time. An access that the current status
+//! does not allow is a [`GuestFault`]: it is counted and has no effect. Source: VIRTIO 1.2,
+//! sections 2.1, 3.1 and 4.2.
+
+mod snapshot;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -28,87 +31,96 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
     VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
     VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_SHM_SEL, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{ActiveQueue, Position};
+use super::queue::{ActiveQueue, QueuePosition};
 use super::{
-    Activation, COMMON_FEATURES, FaultCounter, GuestFault, Interrupt, NotQuiescent, QueueHandler,
-    Signal, VirtioDevice,
+    Activation, COMMON_FEATURES, FaultCounter, GuestFault, Interrupt, QueueHandler, Signal,
+    VirtioDevice,
 };
 use crate::bus::BusDevice;
 use crate::memory::GuestRam;
-use crate::state::Malformed;
-use crate::state::machine::{DeviceState, QueueState};
+use crate::state::machine::ConnectionRequest;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"CHTN");
 
-/// Where the driver finds a queue's notification register, from the device's start.
+/// The offset of the register that a driver writes to notify a queue.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
+// Each constant is the value of the whole status register after that step.
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
 const FEATURES_OK: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
 
-/// Where a device is in the guest.
+/// The address and the interrupt line of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
+pub struct MmioDeviceInfo {
     /// The start of its registers.
     pub address: GuestAddress,
     /// Its line of the I/O APIC.
     pub irq: u32,
 }
 
-/// What the transport (on a vCPU) and the running half (on the VMM thread) share, without a lock.
-pub struct Shared {
+/// The registers that the transport (on a vCPU) and the running half (on the VMM thread) share,
+/// without a lock.
+pub struct SharedRegisters {
     status: AtomicU32,
-    interrupts: AtomicU32,
-    line: EventFd,
-    /// Counts what the guest does wrong, on either side.
+    interrupt_status: AtomicU32,
+    /// The eventfd that KVM turns into an interrupt.
+    irq: EventFd,
+    /// Counts the guest's faults, on either side.
     pub faults: Arc<FaultCounter>,
 }
 
-impl Shared {
-    /// State for a device whose interrupt is raised by writing to `line`.
-    pub fn new(line: EventFd) -> Arc<Self> {
-        let (status, interrupts) = (AtomicU32::new(0), AtomicU32::new(0));
-        Arc::new(Self { status, interrupts, line, faults: Arc::default() })
+impl SharedRegisters {
+    /// Makes the registers of a device whose interrupt is raised by writing to `irq`.
+    pub fn new(irq: EventFd) -> Arc<Self> {
+        let (status, interrupt_status) = (AtomicU32::new(0), AtomicU32::new(0));
+        Arc::new(Self { status, interrupt_status, irq, faults: Arc::default() })
     }
 
-    /// Tells the driver that the device is of no use until it is reset.
-    pub fn needs_reset(&self, fault: GuestFault) {
+    /// Counts a fault and tells the driver that the device has to be reset.
+    pub fn set_needs_reset(&self, fault: GuestFault) {
         self.faults.count(fault);
         let before = self.status.fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
         if before & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.trigger(Signal::Config);
         }
     }
+
+    fn raise_irq(&self) {
+        // A write fails if the counter is full. Then the line has been raised, and KVM has not
+        // taken it yet.
+        let _ = self.irq.write(1);
+    }
 }
 
-impl Interrupt for Shared {
+impl Interrupt for SharedRegisters {
     fn trigger(&self, signal: Signal) {
         let bit = match signal {
             Signal::Queue => VIRTIO_MMIO_INT_VRING,
             Signal::Config => VIRTIO_MMIO_INT_CONFIG,
         };
-        self.interrupts.fetch_or(bit, Ordering::SeqCst);
-        // Full means that the line has been raised and KVM has not taken it yet.
-        let _ = self.line.write(1);
+        self.interrupt_status.fetch_or(bit, Ordering::SeqCst);
+        self.raise_irq();
     }
 }
 
-/// The VMM thread, as the transport sees it.
+/// The way from the transport to the VMM thread, which runs the device's [`QueueHandler`].
 pub trait Worker: Send {
-    /// Takes over a device's running half and serves it.
+    /// Passes a running half to the VMM thread, with the eventfd of its notifications.
     fn start(&self, handler: Box<dyn QueueHandler>, kick: Arc<EventFd>);
-    /// Drops the running half, if there is one, and returns when it is gone: nothing touches the queues any more.
+    /// Drops the running half, if there is one. When this returns, nothing accesses the queues any
+    /// more.
     fn stop(&self);
 }
 
@@ -122,27 +134,27 @@ struct QueueRegisters {
     used: u64,
 }
 
-/// A device's registers.
+/// The registers of a device.
 pub struct MmioTransport<W> {
     device: Box<dyn VirtioDevice>,
     worker: W,
     ram: Arc<GuestRam>,
-    shared: Arc<Shared>,
+    shared: Arc<SharedRegisters>,
     kick: Arc<EventFd>,
     queues: Vec<QueueRegisters>,
-    queue_select: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
+    queue_sel: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
     driver_features: u64,
 }
 
 impl<W: Worker> MmioTransport<W> {
-    /// Registers for a device. `kick` is the descriptor at which notifications of its queues arrive.
+    /// Makes the registers of a device. Notifications of its queues arrive at `kick`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         worker: W,
         ram: Arc<GuestRam>,
-        shared: Arc<Shared>,
+        shared: Arc<SharedRegisters>,
         kick: Arc<EventFd>,
     ) -> Self {
         let mut this = Self {
@@ -152,12 +164,12 @@ impl<W: Worker> MmioTransport<W> {
             ram,
             shared,
             kick,
-            queue_select: 0,
-            device_features_select: 0,
-            driver_features_select: 0,
+            queue_sel: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
             driver_features: 0,
         };
-        this.forget();
+        this.reset_registers();
         this
     }
 
@@ -169,14 +181,14 @@ impl<W: Worker> MmioTransport<W> {
         self.device.features() | COMMON_FEATURES
     }
 
-    /// Back to the state before any driver.
-    fn forget(&mut self) {
+    /// Restores the state before any driver.
+    fn reset_registers(&mut self) {
         for (queue, size) in self.queues.iter_mut().zip(self.device.queue_sizes()) {
             *queue = QueueRegisters { size: u32::from(*size), ..Default::default() };
         }
-        (self.queue_select, self.device_features_select, self.driver_features_select) = (0, 0, 0);
+        (self.queue_sel, self.device_features_sel, self.driver_features_sel) = (0, 0, 0);
         self.driver_features = 0;
-        self.shared.interrupts.store(0, Ordering::SeqCst);
+        self.shared.interrupt_status.store(0, Ordering::SeqCst);
         self.shared.status.store(0, Ordering::SeqCst);
     }
 
@@ -186,16 +198,16 @@ impl<W: Worker> MmioTransport<W> {
             VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.device.kind(),
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => half(self.features(), self.device_features_select),
+            VIRTIO_MMIO_DEVICE_FEATURES => feature_word(self.features(), self.device_features_sel),
             VIRTIO_MMIO_QUEUE_NUM_MAX => self
-                .selected()
+                .selected_queue()
                 .and_then(|index| self.device.queue_sizes().get(index))
                 .map_or(0, |size| (*size).into()),
             VIRTIO_MMIO_QUEUE_READY => self
-                .selected()
+                .selected_queue()
                 .and_then(|index| self.queues.get(index))
                 .map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupts.load(Ordering::SeqCst),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupt_status.load(Ordering::SeqCst),
             VIRTIO_MMIO_STATUS => self.status(),
             // The configuration never changes.
             VIRTIO_MMIO_CONFIG_GENERATION => 0,
@@ -207,42 +219,42 @@ impl<W: Worker> MmioTransport<W> {
 
     fn write_register(&mut self, register: u32, value: u32) -> Result<(), GuestFault> {
         let status = self.status();
-        let fault = GuestFault::OutOfOrder { offset: register.into(), status };
+        let fault = GuestFault::RegisterWrite { offset: register.into(), status };
         match register {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES if status == DRIVER => match self.driver_features_select {
-                0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(value),
-                1 => {
-                    self.driver_features =
-                        self.driver_features & 0xffff_ffff | u64::from(value) << 32
-                }
-                // There are no features beyond 64; none may be set.
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES if status == DRIVER => match self.driver_features_sel {
+                0 => set_low(&mut self.driver_features, value),
+                1 => set_high(&mut self.driver_features, value),
+                // There are no features beyond 64, so none may be set.
                 _ if value == 0 => {}
                 _ => return Err(fault),
             },
-            VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
-            // Handled in KVM for a busy queue.
-            VIRTIO_MMIO_QUEUE_NOTIFY => return self.notify(value),
+            VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
+            // KVM handles the notifications of a busy queue.
+            VIRTIO_MMIO_QUEUE_NOTIFY => return self.notify_queue(value),
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.shared.interrupts.fetch_and(!value, Ordering::SeqCst);
+                self.shared.interrupt_status.fetch_and(!value, Ordering::SeqCst);
             }
             VIRTIO_MMIO_STATUS => return self.write_status(value),
             VIRTIO_MMIO_QUEUE_NUM..=VIRTIO_MMIO_QUEUE_USED_HIGH => {
                 return self.write_queue_register(register, value).ok_or(fault);
             }
-            // The shared memory selector, which selects nothing.
-            virtio_bindings::virtio_mmio::VIRTIO_MMIO_SHM_SEL => {}
+            // There are no shared memory regions to select.
+            VIRTIO_MMIO_SHM_SEL => {}
             _ => return Err(fault),
         }
         Ok(())
     }
 
-    /// `None` if there is no such register, or the queue is not there to be changed.
+    /// Writes a register of the selected queue. Returns `None` if there is no such register, or if
+    /// the queue does not exist or cannot be changed now.
     fn write_queue_register(&mut self, register: u32, value: u32) -> Option<()> {
         let setting_up = self.status() == FEATURES_OK;
-        let queue =
-            self.selected().and_then(|index| self.queues.get_mut(index)).filter(|_| setting_up)?;
+        let queue = self
+            .selected_queue()
+            .and_then(|index| self.queues.get_mut(index))
+            .filter(|_| setting_up)?;
         if register == VIRTIO_MMIO_QUEUE_READY && value == 0 {
             queue.ready = false;
             return Some(());
@@ -250,19 +262,16 @@ impl<W: Worker> MmioTransport<W> {
         if queue.ready {
             return None;
         }
-        let value64 = u64::from(value);
-        let low = |address: &mut u64| *address = *address & !0xffff_ffff | value64;
-        let high = |address: &mut u64| *address = *address & 0xffff_ffff | value64 << 32;
         match register {
-            // Checked when the driver says it is done.
+            // Size and addresses are checked when the driver sets `DRIVER_OK`.
             VIRTIO_MMIO_QUEUE_NUM => queue.size = value,
             VIRTIO_MMIO_QUEUE_READY => queue.ready = true,
-            VIRTIO_MMIO_QUEUE_DESC_LOW => low(&mut queue.descriptors),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => high(&mut queue.descriptors),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => low(&mut queue.available),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => high(&mut queue.available),
-            VIRTIO_MMIO_QUEUE_USED_LOW => low(&mut queue.used),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => high(&mut queue.used),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.descriptors, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.descriptors, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.available, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.available, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used, value),
             _ => return None,
         }
         Some(())
@@ -272,7 +281,7 @@ impl<W: Worker> MmioTransport<W> {
         let status = self.status();
         if value == 0 {
             self.worker.stop();
-            self.forget();
+            self.reset_registers();
             return Ok(());
         }
         if value & VIRTIO_CONFIG_S_FAILED != 0 {
@@ -282,176 +291,114 @@ impl<W: Worker> MmioTransport<W> {
         }
         match (status, value) {
             (0, ACKNOWLEDGE) | (ACKNOWLEDGE, DRIVER) => {}
-            (DRIVER, FEATURES_OK) => {
-                // A driver finds the bit not set and gives up, as the specification wants it.
-                let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
-                if !modern || self.driver_features & !self.features() != 0 {
-                    return Err(GuestFault::Status { from: status, to: value });
-                }
-            }
-            (FEATURES_OK, DRIVER_OK) => {
-                let queues =
-                    self.build_queues(&[]).inspect_err(|fault| self.shared.needs_reset(*fault))?;
-                self.shared.status.store(DRIVER_OK, Ordering::SeqCst);
-                let faults = Arc::clone(&self.shared.faults);
-                let activation =
-                    Activation { features: self.driver_features, queues, request: None, faults };
-                self.worker.start(self.device.activate(activation), Arc::clone(&self.kick));
-                return Ok(());
-            }
-            // Written again, as drivers do.
+            // A driver whose features are refused reads the status back and finds the bit clear.
+            (DRIVER, FEATURES_OK) if self.accepts_features() => {}
+            (FEATURES_OK, DRIVER_OK) => return self.start_device(),
+            // Drivers write the current status again.
             (from, to) if from == to => {}
-            (from, to) => return Err(GuestFault::Status { from, to }),
+            (from, to) => return Err(GuestFault::StatusTransition { from, to }),
         }
         self.shared.status.store(value, Ordering::SeqCst);
         Ok(())
     }
 
-    /// Every queue, checked: sizes, alignment, and rings that are in guest memory. They start at `positions`, or where a
-    /// driver starts.
-    fn build_queues(&self, positions: &[Position]) -> Result<Vec<ActiveQueue>, GuestFault> {
+    /// Returns whether the driver has accepted the modern interface, and no feature that was not
+    /// offered.
+    fn accepts_features(&self) -> bool {
+        let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
+        modern && self.driver_features & !self.features() == 0
+    }
+
+    /// Starts the running half after the driver has set `DRIVER_OK`.
+    fn start_device(&mut self) -> Result<(), GuestFault> {
+        let queues =
+            self.build_queues(&[]).inspect_err(|fault| self.shared.set_needs_reset(*fault))?;
+        self.shared.status.store(DRIVER_OK, Ordering::SeqCst);
+        self.activate(queues, None);
+        Ok(())
+    }
+
+    fn activate(&mut self, queues: Vec<ActiveQueue>, request: Option<ConnectionRequest>) {
+        let faults = Arc::clone(&self.shared.faults);
+        let activation = Activation { features: self.driver_features, queues, request, faults };
+        self.worker.start(self.device.activate(activation), Arc::clone(&self.kick));
+    }
+
+    /// Builds the running queues. They start at `positions`, or at zero as a driver starts.
+    fn build_queues(&self, positions: &[QueuePosition]) -> Result<Vec<ActiveQueue>, GuestFault> {
+        let positions =
+            positions.iter().copied().chain(std::iter::repeat(QueuePosition::default()));
         let sizes = self.device.queue_sizes().iter();
-        (0u16..)
-            .zip(self.queues.iter())
-            .zip(sizes)
-            .map(|((index, registers), max)| {
-                let start = positions.get(usize::from(index)).copied().unwrap_or_default();
-                let rings = GuestFault::Rings { queue: index };
-                let size = u16::try_from(registers.size).map_err(|_| rings)?;
-                let mut queue = Queue::new(*max).map_err(|_| rings)?;
-                queue
-                    .try_set_size(size)
-                    .and_then(|()| {
-                        queue.try_set_desc_table_address(GuestAddress(registers.descriptors))
-                    })
-                    .and_then(|()| {
-                        queue.try_set_avail_ring_address(GuestAddress(registers.available))
-                    })
-                    .and_then(|()| queue.try_set_used_ring_address(GuestAddress(registers.used)))
-                    .map_err(|_| rings)?;
-                queue.set_event_idx(self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-                queue.set_ready(registers.ready);
-                queue.set_next_avail(start.next_available);
-                queue.set_next_used(start.next_used);
-                if !queue.is_valid(&*self.ram) {
-                    return Err(rings);
-                }
-                let interrupt: Arc<dyn Interrupt> = Arc::clone(&self.shared) as _;
-                Ok(ActiveQueue::new(
-                    index,
-                    queue,
-                    Arc::clone(&self.ram),
-                    interrupt,
-                    Arc::clone(&self.kick),
-                ))
+        (0..)
+            .zip(self.queues.iter().zip(sizes))
+            .zip(positions)
+            .map(|((index, (registers, max_size)), position)| {
+                self.build_queue(index, registers, *max_size, position)
             })
             .collect()
     }
 
-    /// Everything that has to be known to go on, of a guest whose vCPUs stand still. `handler` is the running half, if
-    /// there is one.
-    ///
-    /// # Errors
-    /// The device is in the middle of something.
-    pub fn save(&self, handler: Option<&dyn QueueHandler>) -> Result<DeviceState, NotQuiescent> {
-        let status = self.status();
-        if status & (VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED) != 0 {
-            return Err(NotQuiescent("a device has failed"));
+    /// Builds one running queue after checking its size, its alignment, and that its rings are in
+    /// guest memory.
+    fn build_queue(
+        &self,
+        index: u16,
+        registers: &QueueRegisters,
+        max_size: u16,
+        position: QueuePosition,
+    ) -> Result<ActiveQueue, GuestFault> {
+        let unusable = GuestFault::UnusableQueue { queue: index };
+        let size = u16::try_from(registers.size).map_err(|_| unusable)?;
+        let mut queue = Queue::new(max_size).map_err(|_| unusable)?;
+        queue
+            .try_set_size(size)
+            .and_then(|()| queue.try_set_desc_table_address(GuestAddress(registers.descriptors)))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(registers.available)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(registers.used)))
+            .map_err(|_| unusable)?;
+        queue.set_event_idx(self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        queue.set_ready(registers.ready);
+        queue.set_next_avail(position.next_available);
+        queue.set_next_used(position.next_used);
+        if !queue.is_valid(&*self.ram) {
+            return Err(unusable);
         }
-        let (positions, request) = match handler {
-            Some(handler) if status == DRIVER_OK => handler.save()?,
-            None if status != DRIVER_OK => (vec![Position::default(); self.queues.len()], None),
-            _ => return Err(NotQuiescent("a device is being started or reset")),
-        };
-        let queues = self.queues.iter().zip(positions).map(|(registers, position)| QueueState {
-            size: registers.size,
-            ready: registers.ready,
-            rings: [registers.descriptors, registers.available, registers.used],
-            next_available: position.next_available,
-            next_used: position.next_used,
-        });
-        Ok(DeviceState {
-            status,
-            interrupts: self.shared.interrupts.load(Ordering::SeqCst),
-            features: self.driver_features,
-            selected: [self.queue_select, self.device_features_select, self.driver_features_select],
-            queues: queues.collect(),
-            request,
-        })
+        let (ram, kick) = (Arc::clone(&self.ram), Arc::clone(&self.kick));
+        let interrupt: Arc<dyn Interrupt> = Arc::clone(&self.shared) as _;
+        Ok(ActiveQueue::new(index, queue, ram, interrupt, kick))
     }
 
-    /// Puts the registers into a saved state and starts the running half, as the driver once did: with the same checks,
-    /// because it was a guest that chose what is in them.
-    ///
-    /// # Errors
-    /// No driver could have brought the device into this state.
-    pub fn restore(&mut self, state: &DeviceState) -> Result<(), Malformed> {
-        let DeviceState { status, interrupts, features, selected, queues, request } = state;
-        // Until a driver says that it is done with them, it may have chosen any: then they are checked.
-        let agreed = *status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
-        if ![0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK].contains(status)
-            || agreed && features & !self.features() != 0
-            || queues.len() != self.queues.len()
-        {
-            return Err(Malformed("a device is in no state that it can be in"));
-        }
-        for (registers, saved) in self.queues.iter_mut().zip(queues) {
-            let [descriptors, available, used] = saved.rings;
-            *registers = QueueRegisters {
-                size: saved.size,
-                ready: saved.ready,
-                descriptors,
-                available,
-                used,
-            };
-        }
-        [self.queue_select, self.device_features_select, self.driver_features_select] = *selected;
-        self.driver_features = *features;
-        self.shared.status.store(*status, Ordering::SeqCst);
-        self.shared.interrupts.store(*interrupts, Ordering::SeqCst);
-        if *status == DRIVER_OK {
-            let positions: Vec<_> = queues
-                .iter()
-                .map(|queue| Position {
-                    next_available: queue.next_available,
-                    next_used: queue.next_used,
-                })
-                .collect();
-            let queues =
-                self.build_queues(&positions).map_err(|_| Malformed("a queue is not in memory"))?;
-            let faults = Arc::clone(&self.shared.faults);
-            let activation = Activation { features: *features, queues, request: *request, faults };
-            self.worker.start(self.device.activate(activation), Arc::clone(&self.kick));
-        }
-        if *interrupts != 0 {
-            // The edge may have been on its way to the interrupt controller when that was saved. Once too often is harmless.
-            let _ = self.shared.line.write(1);
-        }
-        Ok(())
-    }
-
-    fn notify(&self, value: u32) -> Result<(), GuestFault> {
+    fn notify_queue(&self, value: u32) -> Result<(), GuestFault> {
         let exists = usize::try_from(value).is_ok_and(|index| index < self.queues.len());
         if !exists || self.status() != DRIVER_OK {
-            return Err(GuestFault::Notify { queue: value });
+            return Err(GuestFault::Notification { queue: value });
         }
-        // Full means that the device has not looked since; it will.
+        // A write fails if the counter is full, and then the handler is about to be called.
         let _ = self.kick.write(1);
         Ok(())
     }
 
-    fn selected(&self) -> Option<usize> {
-        usize::try_from(self.queue_select).ok()
+    fn selected_queue(&self) -> Option<usize> {
+        usize::try_from(self.queue_sel).ok()
     }
 }
 
-fn half(features: u64, select: u32) -> u32 {
-    #[expect(clippy::cast_possible_truncation, reason = "which is what is asked for")]
-    match select {
+/// Returns the 32 bits of the features that a driver has selected.
+fn feature_word(features: u64, selected: u32) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "the driver reads half of the bits")]
+    match selected {
         0 => features as u32,
         1 => (features >> 32) as u32,
         _ => 0,
     }
+}
+
+fn set_low(value: &mut u64, low: u32) {
+    *value = *value & !0xffff_ffff | u64::from(low);
+}
+
+fn set_high(value: &mut u64, high: u32) {
+    *value = *value & 0xffff_ffff | u64::from(high) << 32;
 }
 
 impl<W: Worker> BusDevice for MmioTransport<W> {
@@ -474,7 +421,7 @@ impl<W: Worker> BusDevice for MmioTransport<W> {
                 .map(|value| data.copy_from_slice(&value.to_le_bytes()))
         };
         if result.is_none() {
-            self.shared.faults.count(GuestFault::Register { offset, bytes: data.len() });
+            self.shared.faults.count(GuestFault::RegisterAccess { offset, bytes: data.len() });
         }
     }
 
@@ -484,8 +431,8 @@ impl<W: Worker> BusDevice for MmioTransport<W> {
             .filter(|offset| offset % 4 == 0 && *offset < VIRTIO_MMIO_CONFIG);
         let result = match (register, <[u8; 4]>::try_from(data)) {
             (Some(register), Ok(value)) => self.write_register(register, u32::from_le_bytes(value)),
-            // No configuration of ours can be written.
-            _ => Err(GuestFault::Register { offset, bytes: data.len() }),
+            // The configuration space is read-only.
+            _ => Err(GuestFault::RegisterAccess { offset, bytes: data.len() }),
         };
         if let Err(fault) = result {
             self.shared.faults.count(fault);

@@ -63,8 +63,8 @@ impl VmInit {
 
     /// Writes the command line, the MP table, the entropy seed and `struct boot_params`.
     fn write_boot_parameters(&self) -> Result<(), MonitorError> {
-        let windows: Vec<_> = self.devices.slots.iter().map(|slot| slot.window).collect();
-        let cmdline = cmdline::command_line(&windows, self.spec.console)
+        let virtio_devices: Vec<_> = self.devices.slots.iter().map(|slot| slot.info).collect();
+        let cmdline = cmdline::command_line(&virtio_devices, self.spec.console)
             .map_err(MonitorError::CommandLine)?;
         let VmSpec { vcpus, .. } = self.spec;
         Ok(boot::write_boot_data(&self.memory.ram, self.spec.memory_bytes(), vcpus, &cmdline)?)

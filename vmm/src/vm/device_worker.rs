@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::end::End;
 use super::loop_signals::LoopSignals;
 use crate::control::EndReason;
-use crate::virtio::mmio::Shared;
+use crate::virtio::mmio::SharedRegisters;
 use crate::virtio::{Flow, GuestFault, QueueHandler, Ready};
 
 /// Event data of a notification of the driver. The sources of the device follow.
@@ -21,7 +21,7 @@ const FIRST_SOURCE: u32 = 1;
 pub(super) struct DeviceWorker {
     handler: Box<dyn QueueHandler>,
     kick: Arc<EventFd>,
-    shared: Arc<Shared>,
+    shared: Arc<SharedRegisters>,
     signals: Rc<LoopSignals>,
     /// If set, the sources are watched for output as well.
     blocked: bool,
@@ -34,7 +34,7 @@ impl DeviceWorker {
     pub fn new(
         handler: Box<dyn QueueHandler>,
         kick: Arc<EventFd>,
-        shared: Arc<Shared>,
+        shared: Arc<SharedRegisters>,
         signals: Rc<LoopSignals>,
     ) -> Self {
         Self { handler, kick, shared, signals, blocked: false, broken: false }
@@ -80,13 +80,13 @@ impl DeviceWorker {
     fn handle_result(&mut self, result: Result<Flow, GuestFault>) {
         match result {
             Ok(Flow::Continue) => {}
-            Ok(Flow::Waiting) => self.signals.set_frozen(),
+            Ok(Flow::AwaitSnapshot) => self.signals.set_frozen(),
             Ok(Flow::Stop(why)) => {
-                self.signals.set_end(End::with_detail(EndReason::Stopped, why.to_owned()));
+                self.signals.set_end(End::with_detail(EndReason::Stopped, why.to_string()));
             }
             Err(fault) => {
                 self.broken = true;
-                self.shared.needs_reset(fault);
+                self.shared.set_needs_reset(fault);
                 if !self.handler.survives_reset() {
                     self.signals.set_end(End::with_detail(EndReason::Fault, fault.to_string()));
                 }

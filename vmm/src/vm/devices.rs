@@ -14,14 +14,14 @@ use crate::console::{Console, Line};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, Shared, Window};
+use crate::virtio::mmio::{MmioDeviceInfo, MmioTransport, NOTIFY_OFFSET, SharedRegisters};
 
 /// One virtio device: its place in the guest, and both ways to it.
 pub(super) struct VirtioSlot {
     /// The registers' address and the interrupt line.
-    pub window: Window,
-    /// The state that vCPUs and the VMM thread share without a lock.
-    pub shared: Arc<Shared>,
+    pub info: MmioDeviceInfo,
+    /// The registers that vCPUs and the VMM thread share without a lock.
+    pub shared: Arc<SharedRegisters>,
     transport: Arc<Mutex<MmioTransport<WorkerHandle>>>,
 }
 
@@ -63,7 +63,7 @@ impl Devices {
 
         let line = create_eventfd()?;
         vm.interrupt(&line, irq)?;
-        let shared = Shared::new(line);
+        let shared = SharedRegisters::new(line);
         let kick = Arc::new(create_eventfd()?);
         if let Some(queue) = device.busy_queue() {
             vm.notify(&kick, GuestAddress(address.0 + NOTIFY_OFFSET), queue.into())?;
@@ -73,7 +73,7 @@ impl Devices {
             MmioTransport::new(device, worker, Arc::clone(ram), Arc::clone(&shared), kick);
         let transport = Arc::new(Mutex::new(transport));
         self.buses.mmio.insert(address.0, layout::VIRTIO_MMIO_BYTES, Arc::clone(&transport) as _);
-        self.slots.push(VirtioSlot { window: Window { address, irq }, shared, transport });
+        self.slots.push(VirtioSlot { info: MmioDeviceInfo { address, irq }, shared, transport });
         Ok(())
     }
 

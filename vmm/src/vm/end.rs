@@ -1,6 +1,7 @@
 //! The end of a guest.
 
 use crate::control::{EndReason, Event, TemplateEvent};
+use crate::virtio::GuestFault;
 
 /// The end of a guest: the party that ended it, and an explanation where there is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ pub struct Ended {
     /// The number of device rules that the guest broke.
     pub faults: u64,
     /// The first rule that the guest broke.
-    pub fault: Option<String>,
+    pub fault: Option<GuestFault>,
     /// The template that was written instead of letting the guest continue, if the host asked for one.
     pub template: Option<TemplateEvent>,
 }

@@ -19,7 +19,7 @@ use super::stopper::Stopper;
 use super::vcpu::VcpuContext;
 use crate::control::{Command, Control, ControlError, EndReason, Event, Message, TemplateEvent};
 use crate::virtio::QueueHandler;
-use crate::virtio::mmio::Shared;
+use crate::virtio::mmio::SharedRegisters;
 
 /// The most ready descriptors that are taken at a time. There are some ten: queues, the channel, and the
 /// reasons to stop.
@@ -50,7 +50,7 @@ pub(super) struct EventLoop {
     manager: EventManager<Subscriber>,
     requests: Rc<DeviceRequests>,
     /// The devices, by index.
-    devices: Vec<Arc<Shared>>,
+    devices: Vec<Arc<SharedRegisters>>,
     /// The workers of enabled devices, by the index of the device.
     workers: HashMap<usize, SubscriberId>,
     signals: Rc<LoopSignals>,
@@ -65,7 +65,7 @@ impl EventLoop {
     /// Creates the loop of a guest whose devices are not enabled yet.
     pub fn new(
         host: HostInterface,
-        devices: Vec<Arc<Shared>>,
+        devices: Vec<Arc<SharedRegisters>>,
         requests: Rc<DeviceRequests>,
         vcpus: Arc<VcpuContext>,
     ) -> Result<Self, MonitorError> {

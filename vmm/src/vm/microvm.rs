@@ -16,6 +16,7 @@ use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::ramoops;
 use crate::spec::VmSpec;
+use crate::virtio::GuestFault;
 use crate::virtio::vsock::ChannelSlot;
 
 /// A complete microVM. [`boot`](super::boot) and [`restore`](super::restore) make one.
@@ -58,10 +59,10 @@ impl MicroVm {
     }
 
     /// Returns the number of device rules that the guest broke, and the first of them.
-    pub fn device_faults(&self) -> (u64, Option<String>) {
+    pub fn device_faults(&self) -> (u64, Option<GuestFault>) {
         let faults = || self.devices.iter().map(|device| &device.shared.faults);
         let first = faults().find_map(|faults| faults.first());
-        (faults().map(|faults| faults.total()).sum(), first.map(|fault| fault.to_string()))
+        (faults().map(|faults| faults.total()).sum(), first)
     }
 
     /// Releases the VM, then its memory. If a vCPU is stuck in the host kernel it still uses the memory,

@@ -63,7 +63,7 @@ impl<'a> Snapshotter<'a> {
         })?;
         let end = self.microvm.context.events.end();
         if end.is_some_and(|End { reason, .. }| *reason != EndReason::Stopped) {
-            return Err(NotQuiescent("the guest has ended").into());
+            return Err(NotQuiescent::GuestEnded.into());
         }
         let devices = self.save_devices()?;
         let fds = self.vcpus.iter().map(|vcpu| &vcpu.fd);

@@ -3,13 +3,13 @@
 use linux_loader::cmdline::{Cmdline, Error};
 
 use super::layout::{CMDLINE_BYTES, LOG, LOG_BYTES, VIRTIO_MMIO_BYTES};
-use crate::virtio::mmio::Window;
+use crate::virtio::mmio::MmioDeviceInfo;
 
 /// The command line of a guest with these virtio-mmio devices.
 ///
 /// # Errors
 /// It does not fit into [`CMDLINE_BYTES`](super::layout::CMDLINE_BYTES).
-pub fn command_line(devices: &[Window], console: bool) -> Result<String, Error> {
+pub fn command_line(devices: &[MmioDeviceInfo], console: bool) -> Result<String, Error> {
     let mut line = Cmdline::new(CMDLINE_BYTES)?;
     // A guest ends itself by a triple fault, which is an exit of KVM and needs no device, ...
     line.insert_str("reboot=t")?;
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn devices_are_announced_and_the_console_only_when_asked_for() {
-        let devices = [Window { address: GuestAddress(0xd000_0000), irq: 5 }];
+        let devices = [MmioDeviceInfo { address: GuestAddress(0xd000_0000), irq: 5 }];
         let line = command_line(&devices, false).unwrap();
         assert!(
             line.contains("virtio_mmio.device=4K@0xd0000000:5") && !line.contains("console=ttyS0")

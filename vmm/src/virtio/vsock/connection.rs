@@ -1,552 +1,471 @@
-//! One connection between the guest and the channel, and a reset for everything else.
+//! The one connection between the guest and the channel. Everything else is refused with a reset.
 //!
 //! ```text
-//!           REQUEST to port 1024           SHUTDOWN (both), RST, a broken rule
-//!   Idle ─────────────────────────▶ Open ───────────────────────────────────▶ Closing ──▶ Closed
-//!                                    │                                          delivers what the guest sent
-//!                                    └── each direction may end by itself: SHUTDOWN (send) ⇄ end of stream
+//!          REQUEST to the channel      SHUTDOWN (both)    all delivered, RST sent
+//!   Idle ─────────────────────────▶ Open ───────▶ Closing ───────────────────────▶ Closed
+//!                                    │               │                               ▲
+//!                                    │  RST, fault   │         all delivered         │
+//!                                    └───────────────┴──▶ Draining ──────────────────┘
 //!
-//!   In a guest that becomes a template:
-//!           SHUTDOWN (both) or RST           REQUEST                      saved, restored
-//!   Open ──────────────────────────▶ Closed ─────────▶ Closed, waiting ─ ─ ─ ─ ─ ─ ─ ─ ─ ─▶ Open, to another channel
+//!   From any state with a channel, when the host closes it: HostGone
 //! ```
 //!
-//! Nothing here blocks and nothing grows: payload for a host that does not read is kept up to the window the guest was
-//! given ([`BUFFER_BYTES`]), answers up to [`MAX_ANSWERS`], and then the guest's packets stay in its own queue.
+//! In `Open`, each direction can end by itself: a SHUTDOWN (send) of the guest shuts down the
+//! channel's write half once the bytes before it are delivered, and the end of the channel's stream
+//! becomes a SHUTDOWN (send) to the guest.
+//!
+//! A guest that becomes a template may request a second connection once it has closed the first.
+//! That request is the [`Successor`] of the connection. It gets no answer here: the guest is saved
+//! in `Closed` with the request, and each guest restored from it begins in `Idle`, accepts the
+//! request, and is `Open` with a channel of its own.
+//!
+//! Nothing here blocks and nothing grows. Payload for a host that does not read is buffered up to
+//! the guest's credit ([`BUFFER_BYTES`](super::credit::BUFFER_BYTES)), and control packets up to
+//! [`MAX_PENDING_CONTROL`]; after that the guest's packets stay in its queue.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Write};
+use std::io;
+use std::mem;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::credit::{BUFFER_BYTES, Credit};
-use super::packet::{
-    Address, HEADER_BYTES, HEADER_LEN, Header, MAX_PAYLOAD_BYTES, Op, SHUTDOWN_BOTH,
-    SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
-};
-use super::{CHANNEL_PORT, EMPTY, GUEST_CID, HOST_CID};
+use super::host_channel::HostChannel;
+use super::packet::{CHANNEL_ADDR, HEADER_BYTES, HEADER_LEN, Header, Op, TYPE_STREAM, VsockAddr};
+use super::stream::Stream;
+use super::{CHANNEL_PORT, GUEST_CID, HOST_CID};
 use crate::state::machine::ConnectionRequest;
-use crate::virtio::queue::{Chain, Completion};
-use crate::virtio::{FaultCounter, Flow, GuestFault, NotQuiescent, Ready};
+use crate::virtio::chain::{Buffers, Chain};
+use crate::virtio::queue::Completion;
+use crate::virtio::{FaultCounter, Flow, GuestFault, NotQuiescent, PacketFault, Ready, StopReason};
 
-/// How many answers wait for a driver that gives no buffers. A guest that floods us with packets to be refused stalls
-/// itself instead of growing this list.
-pub const MAX_ANSWERS: usize = 32;
+/// The most control packets that wait for a receive buffer. A guest that floods the device with
+/// packets to be refused, and provides no buffers, stalls itself instead of growing the list.
+pub const MAX_PENDING_CONTROL: usize = 32;
 
-enum Link {
-    /// No connection yet.
-    Idle,
-    /// The guest's port, and its flow control.
-    Open(Connection),
-    /// There was one.
-    Closed,
-}
-
-struct Connection {
-    guest: Address,
-    credit: Credit,
-    /// The host will send no more, and whether the guest knows.
-    host_done: bool,
-    /// The guest takes no more, or sends no more; and what of that the channel has been told.
-    guest_shutdown: u32,
-    applied_shutdown: u32,
-    /// A window was asked for, and not yet given.
-    asked_for_credit: bool,
-}
-
-/// Joins packets and the channel.
-pub struct Muxer {
-    link: Link,
-    channel: Option<Arc<UnixStream>>,
-    spent: Arc<AtomicBool>,
+/// The connection, and what the guest is told about it.
+pub struct Connection {
+    state: State,
+    /// Whether the guest becomes a template, and so may have a [`Successor`].
+    is_template: bool,
+    /// Set when the guest has connected; see [`Vsock`](super::Vsock).
+    used: Arc<AtomicBool>,
+    /// Packets without payload that wait for a receive buffer. They are sent before any payload.
+    pending_control: VecDeque<Header>,
     faults: Arc<FaultCounter>,
-    /// Headers to be sent before any payload.
-    answers: VecDeque<Header>,
-    /// Payload of the guest that the channel did not take yet; at most [`BUFFER_BYTES`].
-    backlog: VecDeque<u8>,
-    /// Edge-triggered readiness: true until a call says otherwise.
-    readable: bool,
-    writable: bool,
-    /// Whether a second connection is left waiting, and the one that is.
-    template: bool,
-    waiting: Option<ConnectionRequest>,
-    /// The guest ended its connection itself, keeping the rules.
-    left: bool,
-    /// A packet was left in the queue because `answers` is full.
-    stalled: bool,
-    stop: Option<&'static str>,
 }
 
-impl Muxer {
-    /// A muxer before any connection; it takes one unless `spent`. For a `template` it keeps the second one waiting.
+/// The states of the drawing above.
+enum State {
+    /// The guest has not connected.
+    Idle(HostChannel),
+    /// The guest and the host exchange bytes.
+    Open(Stream),
+    /// The guest has shut down both directions. It gets a reset as confirmation when the host has
+    /// all of its bytes.
+    Closing(Stream, Successor),
+    /// The guest has no connection any more, and the host does not have all of its bytes yet.
+    Draining(HostChannel, Successor),
+    /// The connection is closed and the channel is shut down, or there never was a channel.
+    Closed(Successor),
+    /// The host has closed the channel, which stops the guest.
+    HostGone,
+}
+
+/// The connection after this one, which a guest that becomes a template requests before it is
+/// saved.
+#[derive(Clone, Copy, Debug)]
+enum Successor {
+    /// There may be none: the guest becomes no template, or a fault ended its connection.
+    Refused,
+    /// The guest may request one.
+    Allowed,
+    /// The guest has requested one and waits.
+    Requested(ConnectionRequest),
+}
+
+impl Connection {
+    /// Makes the connection of a guest that has not requested any. It is refused if there is no
+    /// channel, or if `used`.
     pub fn new(
         channel: Option<Arc<UnixStream>>,
-        template: bool,
-        spent: Arc<AtomicBool>,
+        is_template: bool,
+        used: Arc<AtomicBool>,
         faults: Arc<FaultCounter>,
     ) -> Self {
-        Self {
-            link: if spent.load(Ordering::Relaxed) || channel.is_none() {
-                Link::Closed
-            } else {
-                Link::Idle
-            },
-            channel,
-            spent,
-            faults,
-            answers: VecDeque::new(),
-            backlog: VecDeque::new(),
-            readable: true,
-            writable: true,
-            template,
-            waiting: None,
-            left: false,
-            stalled: false,
-            stop: None,
-        }
+        let state = match channel {
+            Some(socket) if !used.load(Ordering::Relaxed) => State::Idle(HostChannel::new(socket)),
+            _ => State::Closed(Successor::Refused),
+        };
+        Self { state, is_template, used, pending_control: VecDeque::new(), faults }
     }
 
-    /// The channel, as long as it is of use.
+    /// Returns whether the guest has ever connected.
+    pub fn is_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Returns the channel's socket as long as it is of use.
     pub fn channel(&self) -> Option<&UnixStream> {
-        self.channel.as_deref()
+        self.state.channel().map(HostChannel::socket)
     }
 
-    /// Whether the guest still has a purpose.
+    /// Returns whether the channel has refused output.
+    pub fn is_blocked(&self) -> bool {
+        self.state.channel().is_some_and(HostChannel::is_blocked)
+    }
+
+    /// Returns whether the host has all bytes that came from the guest.
+    pub fn is_drained(&self) -> bool {
+        self.state.channel().is_none_or(HostChannel::is_drained)
+    }
+
+    /// Returns the consequence of the state for the guest.
     pub fn flow(&self) -> Flow {
-        match self.stop {
-            Some(why) => Flow::Stop(why),
-            None if self.save().is_ok() => Flow::Waiting,
-            None => Flow::Continue,
+        match self.state {
+            State::HostGone => Flow::Stop(StopReason::ChannelClosed),
+            _ if self.save().is_ok() => Flow::AwaitSnapshot,
+            _ => Flow::Continue,
         }
     }
 
-    /// The connection that waits, when nothing else is going on.
+    /// Returns the request that waits for the guest to be saved and restored.
     ///
     /// # Errors
-    /// What is going on.
+    /// There is none, or something else is going on.
     pub fn save(&self) -> Result<ConnectionRequest, NotQuiescent> {
-        if !matches!(self.link, Link::Closed) || self.channel.is_some() || !self.backlog.is_empty()
-        {
-            return Err(NotQuiescent("the guest has not closed its connection"));
-        }
-        let request =
-            self.waiting.ok_or(NotQuiescent("the guest has not asked for a new connection"))?;
-        if !self.answers.is_empty() {
-            return Err(NotQuiescent("the guest has not taken the answers to what it sent"));
+        let State::Closed(successor) = self.state else {
+            return Err(NotQuiescent::ConnectionOpen);
+        };
+        let Successor::Requested(request) = successor else { return Err(NotQuiescent::NoRequest) };
+        if !self.pending_control.is_empty() {
+            return Err(NotQuiescent::PendingReplies);
         }
         Ok(request)
     }
 
-    /// Answers the request of a guest that was saved with it.
-    pub fn grant(&mut self, request: ConnectionRequest) {
-        if self.channel.is_some() && matches!(self.link, Link::Idle) {
-            let guest = Address { cid: GUEST_CID, port: request.port };
-            self.open(guest, request.buf_alloc, request.fwd_cnt);
-        }
+    /// Accepts the request that the guest was saved with.
+    pub fn accept(&mut self, request: ConnectionRequest) {
+        self.open(VsockAddr { cid: GUEST_CID, port: request.port }, request);
     }
 
-    /// Whether the channel did not take all of what it was given.
-    pub fn is_blocked(&self) -> bool {
-        !self.writable && self.channel.is_some()
-    }
-
-    /// Whether everything that came from the guest is with the host.
-    pub fn is_drained(&self) -> bool {
-        self.backlog.is_empty() || self.channel.is_none()
-    }
-
-    /// Notes what the channel is ready for.
+    /// Handles the readiness of the channel.
     pub fn on_channel(&mut self, ready: Ready) {
-        self.readable |= ready.readable;
-        self.writable |= ready.writable;
+        let Some(channel) = self.state.channel_mut() else { return };
+        channel.record_ready(ready);
         if ready.hung_up {
-            match &self.link {
-                // With our sending half shut, a host that only ends its own looks the same: reading tells.
-                Link::Open(open) if open.applied_shutdown & SHUTDOWN_SEND != 0 => {
-                    self.readable = true
+            match &mut self.state {
+                // With the write half shut down, a host that only ends its stream looks like one
+                // that is gone. A read finds out.
+                State::Open(stream) if stream.is_write_half_shut() => {
+                    let readable = Ready { readable: true, ..Ready::default() };
+                    stream.channel.record_ready(readable);
                 }
-                _ => self.host_is_gone(),
+                _ => self.state = State::HostGone,
             }
         }
     }
 
-    /// Gives kept payload to the channel.
+    /// Sends buffered payload to the channel, and does what had to wait for that.
     pub fn flush(&mut self) {
-        while self.writable && !self.backlog.is_empty() {
-            let Some(mut channel) = self.channel.as_deref() else { return };
-            let (front, _) = self.backlog.as_slices();
-            match channel.write(front) {
-                Ok(count) => {
-                    self.backlog.drain(..count);
-                    if let Link::Open(connection) = &mut self.link {
-                        connection.credit.forward(u32::try_from(count).unwrap_or(u32::MAX));
-                    }
-                }
-                Err(error) => self.on_write_error(error.kind()),
-            }
-        }
-        if self.backlog.is_empty() {
-            // What a burst took is not kept for the guest's whole life.
-            self.backlog = VecDeque::new();
-            match self.link {
-                Link::Idle => {}
-                Link::Open(_) => self.finish_shutdown(),
-                Link::Closed => self.drop_channel(),
-            }
-        }
+        let Some(channel) = self.state.channel_mut() else { return };
+        let flushed = channel.flush();
+        self.record_forwarded(flushed);
+        self.finish_delivery();
     }
 
-    /// Takes one packet from the guest.
-    ///
-    /// # Errors
-    /// Never: a packet that breaks a rule is dropped or answered, and the queue lives on.
-    pub fn on_packet(
-        &mut self,
-        _queue: u16,
-        chain: &mut Chain<'_>,
-    ) -> Result<Completion, GuestFault> {
-        if self.answers.len() >= MAX_ANSWERS {
-            self.stalled = true;
-            return Ok(Completion::Stop);
+    /// Returns whether there is room for the answers to one more packet.
+    pub fn has_room(&self) -> bool {
+        self.pending_control.len() < MAX_PENDING_CONTROL
+    }
+
+    /// Handles one packet of the guest. A packet that breaks a rule is counted, and refused or
+    /// dropped; it never stops the queue. Without [room](Self::has_room) for answers the packet
+    /// stays in the queue.
+    pub fn handle_packet(&mut self, chain: &mut Chain<'_>) -> Completion {
+        if !self.has_room() {
+            return Completion::Stop;
         }
         let mut bytes = [0; HEADER_BYTES];
-        if chain.readable.take(&mut bytes).is_none() {
-            self.faults.count(GuestFault::Packet("shorter than a header"));
-            return Ok(EMPTY);
+        if chain.readable.read_bytes(&mut bytes).is_none() {
+            self.faults.count(PacketFault::ShortHeader);
+            return Completion::EMPTY;
         }
         let header = Header::parse(&bytes);
-        if let Err(why) = self.on_header(&header, chain) {
-            self.faults.count(GuestFault::Packet(why));
-            if self.is_ours(&header) {
-                self.close();
+        if let Err(fault) = self.handle_header(&header, &mut chain.readable) {
+            self.faults.count(fault);
+            if self.state.stream_of(&header).is_some() {
+                // Its bytes may be incomplete now: the stream cannot go on.
+                self.drain(Successor::Refused);
             }
-            self.refuse(&header);
+            // A reset is never answered, or two sides could go on for ever.
+            if header.op != Some(Op::Rst) && header.source.cid == GUEST_CID {
+                self.pending_control.push_back(header.refusal());
+            }
         }
-        Ok(EMPTY)
+        Completion::EMPTY
     }
 
-    fn on_header(&mut self, header: &Header, chain: &mut Chain<'_>) -> Result<(), &'static str> {
-        if header.source.cid != GUEST_CID {
-            return Err("from another context");
-        }
-        if header.destination.cid != HOST_CID {
-            return Err("to a context that is not here");
-        }
-        if header.kind != TYPE_STREAM {
-            return Err("of a type that is not offered");
-        }
-        let op = header.op.ok_or("of an unknown operation")?;
+    fn handle_header(
+        &mut self,
+        header: &Header,
+        payload: &mut Buffers<'_>,
+    ) -> Result<(), PacketFault> {
+        let op = check_header(header)?;
         if op == Op::Request {
-            return self.on_request(header);
+            return self.handle_request(header);
         }
-        if self.waiting.is_some_and(|request| request.port == header.source.port) {
-            // It does not wait any longer, or is confused: either way the request is gone.
-            self.waiting = None;
-            return if op == Op::Reset {
-                Ok(())
-            } else {
-                Err("on a connection that was not granted")
-            };
+        if self.withdraw_request(header.source.port) {
+            // The guest has given the request up, or is confused about it.
+            return if op == Op::Rst { Ok(()) } else { Err(PacketFault::NotAccepted) };
         }
-        let Link::Open(connection) = &mut self.link else { return Err("without a connection") };
-        if connection.guest != header.source || header.destination.port != CHANNEL_PORT {
-            return Err("for a connection that does not exist");
+        if !self.state.is_connected() {
+            return Err(PacketFault::NotConnected);
         }
-        connection.learn(header.buf_alloc, header.fwd_cnt);
+        let Some(stream) = self.state.stream_of(header) else {
+            return Err(PacketFault::UnknownConnection);
+        };
+        stream.record_announcement(header.buf_alloc, header.fwd_cnt);
         match op {
-            Op::Data => return self.on_data(header, chain),
-            Op::Shutdown => {
-                connection.guest_shutdown |= header.flags & SHUTDOWN_BOTH;
-                self.finish_shutdown();
+            Op::Rw => {
+                let payload = stream.check_payload(header, payload)?;
+                let sent = stream.channel.send(payload);
+                self.record_forwarded(sent);
             }
-            Op::Reset => {
-                self.left = true;
-                self.close();
+            Op::Shutdown => self.handle_shutdown(header.flags),
+            Op::Rst => {
+                let successor = self.successor_after_close();
+                self.drain(successor);
             }
             Op::CreditRequest => {
-                let answer = connection.header(Op::CreditUpdate);
-                self.answers.push_back(answer);
+                let update = stream.make_header(Op::CreditUpdate);
+                self.pending_control.push_back(update);
             }
-            Op::Response => return Err("a response that nobody asked for"),
-            // Every packet carries the guest's window; this one nothing else.
+            Op::Response => return Err(PacketFault::UnexpectedResponse),
+            // The credit that it carries has been recorded. A request does not get here.
             Op::CreditUpdate | Op::Request => {}
         }
         Ok(())
     }
 
-    fn on_request(&mut self, header: &Header) -> Result<(), &'static str> {
+    fn handle_request(&mut self, header: &Header) -> Result<(), PacketFault> {
         if header.destination.port != CHANNEL_PORT {
-            return Err("a connection to a port that is not open");
+            return Err(PacketFault::ClosedPort);
         }
-        let (port, Header { buf_alloc, fwd_cnt, .. }) = (header.source.port, *header);
-        match &self.link {
-            Link::Idle => self.open(header.source, buf_alloc, fwd_cnt),
-            // Closed, or closing: the host may not have read the last of it.
-            Link::Open(open) if !self.template || open.guest_shutdown != SHUTDOWN_BOTH => {
-                return Err("a second connection");
+        let Header { source, buf_alloc, fwd_cnt, .. } = *header;
+        let request = ConnectionRequest { port: source.port, buf_alloc, fwd_cnt };
+        if let State::Idle(_) = self.state {
+            self.open(source, request);
+            return Ok(());
+        }
+        match self.state.successor_mut() {
+            None | Some(Successor::Refused) => Err(PacketFault::SecondConnection),
+            Some(Successor::Requested(_)) => Err(PacketFault::ThirdConnection),
+            Some(successor) => {
+                *successor = Successor::Requested(request);
+                Ok(())
             }
-            Link::Closed if !self.template || !self.left => return Err("a second connection"),
-            _ if self.waiting.is_some() => return Err("a third connection"),
-            _ => self.waiting = Some(ConnectionRequest { port, buf_alloc, fwd_cnt }),
         }
-        Ok(())
     }
 
-    fn open(&mut self, guest: Address, buf_alloc: u32, fwd_cnt: u32) {
-        let mut connection = Connection {
-            guest,
-            credit: Credit::default(),
-            host_done: false,
-            guest_shutdown: 0,
-            applied_shutdown: 0,
-            asked_for_credit: false,
-        };
-        connection.learn(buf_alloc, fwd_cnt);
-        self.answers.push_back(connection.header(Op::Response));
-        self.link = Link::Open(connection);
-        self.spent.store(true, Ordering::Relaxed);
+    /// Withdraws the request that waits, if it came from this port. Returns whether there was one.
+    fn withdraw_request(&mut self, port: u32) -> bool {
+        match self.state.successor_mut() {
+            Some(successor) if successor.is_requested_by(port) => {
+                *successor = Successor::Allowed;
+                true
+            }
+            _ => false,
+        }
     }
 
-    fn on_data(&mut self, header: &Header, chain: &mut Chain<'_>) -> Result<(), &'static str> {
-        let Link::Open(connection) = &mut self.link else { return Err("without a connection") };
-        let len = usize::try_from(header.len).unwrap_or(usize::MAX);
-        let problem = if len > chain.readable.len() {
-            Some("longer than its buffers")
-        } else if len > MAX_PAYLOAD_BYTES {
-            Some("longer than any packet")
-        } else if connection.guest_shutdown & SHUTDOWN_SEND != 0 {
-            Some("payload after the end")
-        } else if connection.credit.receive(header.len).is_err() {
-            Some("payload beyond the window")
-        } else {
-            None
-        };
-        if let Some(why) = problem {
-            // The stream has a hole now: it cannot go on, and whoever gets the error ends it.
-            return Err(why);
-        }
-        let mut payload = chain.readable.split(len);
-        while self.backlog.is_empty() && self.writable && !payload.is_empty() {
-            let Some(channel) = self.channel.as_deref() else { break };
-            match payload.write_to(channel.as_fd()) {
-                Ok(count) => {
-                    if let Link::Open(connection) = &mut self.link {
-                        connection.credit.forward(u32::try_from(count).unwrap_or(u32::MAX));
-                    }
+    fn handle_shutdown(&mut self, flags: u32) {
+        if let State::Open(stream) = &mut self.state {
+            stream.shut_down(flags);
+            if stream.is_closed_by_guest() {
+                let successor = self.successor_after_close();
+                if let State::Open(stream) = mem::replace(&mut self.state, State::HostGone) {
+                    self.state = State::Closing(stream, successor);
                 }
-                Err(error) => self.on_write_error(error.kind()),
             }
         }
-        if self.channel.is_some() {
-            payload.append_to(&mut self.backlog);
-            debug_assert!(self.backlog.len() <= BUFFER_BYTES as usize);
-        }
-        Ok(())
+        self.finish_delivery();
     }
 
-    /// Whether there is something to send to the guest, as far as can be told without reading the channel.
+    /// Opens the connection from `guest` if none was made yet.
+    fn open(&mut self, guest: VsockAddr, request: ConnectionRequest) {
+        self.state = match mem::replace(&mut self.state, State::HostGone) {
+            State::Idle(channel) => {
+                let mut stream = Stream::new(channel, guest);
+                stream.record_announcement(request.buf_alloc, request.fwd_cnt);
+                self.pending_control.push_back(stream.make_header(Op::Response));
+                self.used.store(true, Ordering::Relaxed);
+                State::Open(stream)
+            }
+            state => state,
+        };
+    }
+
+    /// Ends the connection at once. The host still gets the bytes that were received.
+    fn drain(&mut self, successor: Successor) {
+        self.state = match mem::replace(&mut self.state, State::HostGone) {
+            State::Open(stream) | State::Closing(stream, _) => {
+                State::Draining(stream.channel, successor)
+            }
+            state => state,
+        };
+        self.flush();
+    }
+
+    /// Does what had to wait until the host has all bytes of the guest: ends its stream, or closes
+    /// the channel.
+    fn finish_delivery(&mut self) {
+        let successor = match &mut self.state {
+            State::Open(stream) => return stream.finish_to_host(),
+            State::Closing(stream, successor) if stream.channel.is_drained() => {
+                // A guest that closes a connection waits for a reset as confirmation.
+                let confirmation = stream.make_header(Op::Rst);
+                self.pending_control.push_back(confirmation);
+                stream.channel.shut_down(Shutdown::Both);
+                *successor
+            }
+            State::Draining(channel, successor) if channel.is_drained() => {
+                channel.shut_down(Shutdown::Both);
+                *successor
+            }
+            _ => return,
+        };
+        self.state = State::Closed(successor);
+    }
+
+    /// Records how many bytes the channel took. An error means that the host is gone.
+    fn record_forwarded(&mut self, sent: io::Result<u32>) {
+        match (sent, &mut self.state) {
+            (Ok(bytes), State::Open(stream) | State::Closing(stream, _)) => {
+                stream.credit.record_forwarded(bytes);
+            }
+            (Ok(_), _) => {}
+            (Err(_), state) => *state = State::HostGone,
+        }
+    }
+
+    /// Returns whether the guest may have another connection after it has closed this one itself.
+    fn successor_after_close(&self) -> Successor {
+        match self.state {
+            State::Closing(_, successor) => successor,
+            _ if self.is_template => Successor::Allowed,
+            _ => Successor::Refused,
+        }
+    }
+
+    /// Returns whether there may be something to send to the guest. Only a read of the channel
+    /// tells for certain.
     pub fn has_output(&self) -> bool {
-        !self.answers.is_empty()
-            || match &self.link {
-                Link::Open(connection) => {
-                    connection.credit.owes_update() || connection.wants(self.readable)
-                }
+        !self.pending_control.is_empty()
+            || match &self.state {
+                State::Open(stream) | State::Closing(stream, _) => stream.has_output(),
                 _ => false,
             }
     }
 
-    /// Fills one buffer of the guest with the next packet.
+    /// Fills one receive buffer with the next packet for the guest.
     ///
     /// # Errors
-    /// The buffer has no room for any packet.
-    pub fn next_packet(
+    /// The buffer is too small for any packet.
+    pub fn fill_buffer(
         &mut self,
         queue: u16,
         chain: &mut Chain<'_>,
     ) -> Result<Completion, GuestFault> {
         let bytes = chain.writable.len();
-        let short = GuestFault::Short { queue, head: chain.head, bytes };
-        // Room for a header alone would be used up without ever carrying the payload that waits.
+        let too_small = GuestFault::BufferTooSmall { queue, head: chain.head, bytes };
+        // A buffer for a header alone would be used up without ever carrying the payload that
+        // waits.
         if bytes <= HEADER_BYTES {
-            return Err(short);
+            return Err(too_small);
         }
-        if let Some(header) = self.answers.pop_front() {
-            return put(header, chain).ok_or(short);
-        }
-        let Link::Open(connection) = &mut self.link else { return Ok(Completion::Stop) };
-        if connection.wants(self.readable) {
-            let room =
-                u32::try_from((bytes - HEADER_BYTES).min(MAX_PAYLOAD_BYTES)).unwrap_or(u32::MAX);
-            let window = connection.credit.window().min(room);
-            if window == 0 {
-                connection.asked_for_credit = true;
-                let request = connection.header(Op::CreditRequest);
-                return put(request, chain).ok_or(short);
-            }
-            let Some(channel) = self.channel.as_deref() else { return Ok(Completion::Stop) };
-            let mut place = chain.writable.split(HEADER_BYTES);
-            let mut payload = chain.writable.split(window as usize);
-            match payload.read_from(channel.as_fd()) {
-                Ok(0) => {
-                    connection.host_done = true;
-                    let mut end = connection.header(Op::Shutdown);
-                    end.flags = SHUTDOWN_SEND;
-                    place.put(&end.to_bytes()).ok_or(short)?;
-                    return Ok(Completion::Done { len: HEADER_LEN });
-                }
-                Ok(count) => {
-                    let count = u32::try_from(count).unwrap_or(u32::MAX);
-                    let mut data = connection.header(Op::Data);
-                    data.len = count;
-                    connection.credit.send(count);
-                    place.put(&data.to_bytes()).ok_or(short)?;
-                    return Ok(Completion::Done { len: count.saturating_add(HEADER_LEN) });
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {
-                    return Ok(Completion::Stop);
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
-                Err(_) => {
-                    self.host_is_gone();
-                    return Ok(Completion::Stop);
-                }
-            }
-            // Nothing came after all; `chain` lost its front to `place`, which can still carry an update.
-            let Link::Open(connection) = &mut self.link else { return Ok(Completion::Stop) };
-            if connection.credit.owes_update() {
-                let update = connection.header(Op::CreditUpdate);
-                place.put(&update.to_bytes()).ok_or(short)?;
-                return Ok(Completion::Done { len: HEADER_LEN });
-            }
+        let mut header_space = chain.writable.split_front(HEADER_BYTES);
+        let Some(header) = self.next_packet(&mut chain.writable) else {
             return Ok(Completion::Stop);
-        }
-        if connection.credit.owes_update() {
-            let update = connection.header(Op::CreditUpdate);
-            return put(update, chain).ok_or(short);
-        }
-        Ok(Completion::Stop)
+        };
+        header_space.write_bytes(&header.to_bytes()).ok_or(too_small)?;
+        Ok(Completion::Done { len: HEADER_LEN.saturating_add(header.len) })
     }
 
-    /// Whether packets were left for want of room that there is now.
-    pub fn take_stall(&mut self) -> bool {
-        let resume = self.stalled && self.answers.len() < MAX_ANSWERS;
-        if resume {
-            self.stalled = false;
+    /// Returns the header of the next packet, whose payload is in `payload_space` then.
+    fn next_packet(&mut self, payload_space: &mut Buffers<'_>) -> Option<Header> {
+        if let Some(header) = self.pending_control.pop_front() {
+            return Some(header);
         }
-        resume
+        let (State::Open(stream) | State::Closing(stream, _)) = &mut self.state else {
+            return None;
+        };
+        stream.next_packet(payload_space).unwrap_or_else(|_| {
+            self.state = State::HostGone;
+            None
+        })
     }
+}
 
-    /// Answers a packet that nobody wants with a reset; a reset itself with nothing, or two sides could go on for ever.
-    fn refuse(&mut self, header: &Header) {
-        if header.op == Some(Op::Reset) || header.source.cid != GUEST_CID {
-            return;
-        }
-        self.answers.push_back(Header {
-            source: header.destination,
-            destination: header.source,
-            len: 0,
-            kind: header.kind,
-            op: Some(Op::Reset),
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
-        });
+/// Checks the fields of a header that do not depend on the connection. Returns the operation.
+fn check_header(header: &Header) -> Result<Op, PacketFault> {
+    if header.source.cid != GUEST_CID {
+        return Err(PacketFault::SourceCid);
     }
+    if header.destination.cid != HOST_CID {
+        return Err(PacketFault::DestinationCid);
+    }
+    if header.socket_type != TYPE_STREAM {
+        return Err(PacketFault::SocketType);
+    }
+    header.op.ok_or(PacketFault::UnknownOp)
+}
 
-    /// Does what the guest's shutdown asks for, once what it sent before has been delivered.
-    fn finish_shutdown(&mut self) {
-        let Link::Open(connection) = &mut self.link else { return };
-        let delivered = self.backlog.is_empty();
-        if connection.guest_shutdown == SHUTDOWN_BOTH && delivered {
-            // A guest that says it is done waits for a reset as the confirmation.
-            let answer = connection.header(Op::Reset);
-            self.answers.push_back(answer);
-            self.left = true;
-            self.close();
-            return;
-        }
-        let Some(channel) = self.channel.as_deref() else { return };
-        let due = connection.guest_shutdown & !connection.applied_shutdown;
-        // A channel that is gone is found out by the next read or write.
-        if due & SHUTDOWN_SEND != 0 && delivered {
-            let _ = channel.shutdown(Shutdown::Write);
-            connection.applied_shutdown |= SHUTDOWN_SEND;
-        }
-        if due & SHUTDOWN_RECEIVE != 0 {
-            let _ = channel.shutdown(Shutdown::Read);
-            connection.applied_shutdown |= SHUTDOWN_RECEIVE;
+impl State {
+    fn channel(&self) -> Option<&HostChannel> {
+        match self {
+            State::Idle(channel) | State::Draining(channel, _) => Some(channel),
+            State::Open(stream) | State::Closing(stream, _) => Some(&stream.channel),
+            State::Closed(_) | State::HostGone => None,
         }
     }
 
-    /// The connection is over: the host reads what is left and then the end.
-    fn close(&mut self) {
-        self.link = Link::Closed;
-        self.flush();
-    }
-
-    /// Whether a packet names the connection that is open.
-    fn is_ours(&self, header: &Header) -> bool {
-        let host = Address { cid: HOST_CID, port: CHANNEL_PORT };
-        matches!(&self.link, Link::Open(open) if open.guest == header.source && header.destination == host)
-    }
-
-    fn drop_channel(&mut self) {
-        if let Some(channel) = self.channel.take() {
-            let _ = channel.shutdown(Shutdown::Both);
+    fn channel_mut(&mut self) -> Option<&mut HostChannel> {
+        match self {
+            State::Idle(channel) | State::Draining(channel, _) => Some(channel),
+            State::Open(stream) | State::Closing(stream, _) => Some(&mut stream.channel),
+            State::Closed(_) | State::HostGone => None,
         }
     }
 
-    fn on_write_error(&mut self, kind: ErrorKind) {
-        match kind {
-            ErrorKind::WouldBlock => self.writable = false,
-            ErrorKind::Interrupted => {}
-            _ => self.host_is_gone(),
+    fn successor_mut(&mut self) -> Option<&mut Successor> {
+        match self {
+            State::Closing(_, successor)
+            | State::Draining(_, successor)
+            | State::Closed(successor) => Some(successor),
+            State::Idle(_) | State::Open(_) | State::HostGone => None,
         }
     }
 
-    fn host_is_gone(&mut self) {
-        if self.channel.take().is_some() {
-            self.backlog = VecDeque::new();
-            self.link = Link::Closed;
-            self.stop = Some("the host closed the channel");
+    fn is_connected(&self) -> bool {
+        matches!(self, State::Open(_) | State::Closing(..))
+    }
+
+    /// Returns the connection that a packet belongs to.
+    fn stream_of(&mut self, header: &Header) -> Option<&mut Stream> {
+        match self {
+            State::Open(stream) | State::Closing(stream, _) => {
+                let ends = (header.source, header.destination);
+                (ends == (stream.guest, CHANNEL_ADDR)).then_some(stream)
+            }
+            _ => None,
         }
     }
 }
 
-impl Connection {
-    /// Takes note of the guest's window.
-    fn learn(&mut self, buf_alloc: u32, fwd_cnt: u32) {
-        self.credit.learn(buf_alloc, fwd_cnt);
-        // Only a window ends the wait for one: a guest that answers with none is not asked again, or both would go on
-        // asking and answering.
-        self.asked_for_credit &= self.credit.window() == 0;
+impl Successor {
+    fn is_requested_by(&self, port: u32) -> bool {
+        matches!(self, Self::Requested(request) if request.port == port)
     }
-
-    /// A header of this connection, with the latest word on our window.
-    fn header(&mut self, op: Op) -> Header {
-        Header {
-            source: Address { cid: HOST_CID, port: CHANNEL_PORT },
-            destination: self.guest,
-            len: 0,
-            kind: TYPE_STREAM,
-            op: Some(op),
-            flags: 0,
-            buf_alloc: BUFFER_BYTES,
-            fwd_cnt: self.credit.tell(),
-        }
-    }
-
-    /// Whether payload from the host can go to the guest, or a window can be asked for.
-    fn wants(&self, readable: bool) -> bool {
-        let open = !self.host_done && self.guest_shutdown & SHUTDOWN_RECEIVE == 0;
-        open && readable && (self.credit.window() > 0 || !self.asked_for_credit)
-    }
-}
-
-fn put(header: Header, chain: &mut Chain<'_>) -> Option<Completion> {
-    chain.writable.put(&header.to_bytes())?;
-    Some(Completion::Done { len: HEADER_LEN })
 }
