@@ -26,6 +26,7 @@ use bollard::query_parameters::{
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use chitin_spec::TierKind;
+use chitin_vmm::error_chain;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -106,7 +107,7 @@ impl DockerTier {
             Ok(Err(error)) => {
                 return Err(missing(format!(
                     "no Docker daemon answers at {address}: {}",
-                    chain(&error)
+                    error_chain(&error)
                 )));
             }
             Err(_) => {
@@ -159,21 +160,6 @@ fn connect(address: &str) -> Result<Docker, bollard::errors::Error> {
         true => Docker::connect_with_unix(address, REQUEST_LIMIT, API_DEFAULT_VERSION),
         false => Docker::connect_with_http(address, REQUEST_LIMIT, API_DEFAULT_VERSION),
     }
-}
-
-/// An error and its causes as one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !line.contains(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        cause = error.source();
-    }
-    line
 }
 
 impl Tier for DockerTier {
@@ -245,7 +231,7 @@ impl DockerTier {
 
 impl Daemon {
     fn failed(&self, error: &bollard::errors::Error) -> Error {
-        Error::Container { engine: self.implementation.clone(), reason: chain(error) }
+        Error::Container { engine: self.implementation.clone(), reason: error_chain(error) }
     }
 
     /// Starts one. The daemon makes what it was asked for, also if whoever asked does not wait for it any more: then that is
@@ -454,7 +440,7 @@ impl Container {
                     what: format!(
                         "the container {id} of {}: {}",
                         self.implementation,
-                        chain(&error)
+                        error_chain(&error)
                     ),
                 })
             }
@@ -489,7 +475,7 @@ impl Instance for Container {
                     format!(
                         "the {} daemon no longer answers, and ends the container when it is started again ({})",
                         self.implementation,
-                        chain(error)
+                        error_chain(error)
                     )
                 }
                 (Ok(_), Some(broken)) => {
@@ -550,7 +536,8 @@ async fn bridge(
                 Ok(LogOutput::StdErr { message }) => log.push(&message),
                 Ok(LogOutput::StdIn { .. }) => {}
                 Err(error) => {
-                    *broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(chain(&error));
+                    *broken.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Some(error_chain(&error));
                     return;
                 }
             }

@@ -7,6 +7,7 @@ pub mod arch;
 pub mod bus;
 pub mod console;
 pub mod control;
+mod error_chain;
 pub mod image;
 pub mod jail;
 pub mod kernel;
@@ -22,17 +23,6 @@ pub mod virtio;
 pub mod vm;
 
 pub use control::{EndReason, Event, Message, Request, TemplateEvent};
+pub use error_chain::{error_chain, printable};
 pub use spec::{SpecError, VmSpec};
 pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper, VmResources};
-
-/// An error and its causes as one line, for people.
-pub fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    line.replace('\n', " ")
-}

@@ -20,7 +20,7 @@ use chitin_vmm::jail::{
 };
 use chitin_vmm::signals::TerminationSignals;
 use chitin_vmm::{
-    Event, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, one_line, probe,
+    Event, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, error_chain, probe,
 };
 use serde::Serialize;
 
@@ -121,7 +121,7 @@ fn report_jail_support() -> ExitCode {
             print_json(&support);
             exit_code(support.usable)
         }
-        Err(error) => fail_usage(&one_line(&error)),
+        Err(error) => fail_usage(&error_chain(&error)),
     }
 }
 
@@ -129,7 +129,7 @@ fn report_jail_support() -> ExitCode {
 fn run_controlled() -> ExitCode {
     let control = match Control::from_stdin() {
         Ok(control) => Rc::new(control),
-        Err(error) => return fail_usage(&one_line(&error)),
+        Err(error) => return fail_usage(&error_chain(&error)),
     };
     let emit = {
         let control = Rc::clone(&control);
@@ -248,7 +248,7 @@ fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Message))
             ExitCode::SUCCESS
         }
         Err(error) => {
-            emit(Event::Failed { error: one_line(&error) }.into());
+            emit(Event::Failed { error: error_chain(&error) }.into());
             ExitCode::FAILURE
         }
     }

@@ -10,7 +10,7 @@ use crate::arch::x86_64::saved::{
     ChipState, LAPIC_WORDS, Timekeeping, VcpuState, Vectors, XSAVE_WORDS,
 };
 use crate::control::TemplateFiles;
-use crate::{Monitor, VmSpec, one_line};
+use crate::{Monitor, VmSpec, error_chain};
 
 const MEMORY_MIB: u32 = 64;
 const IMAGE_BYTES: u64 = 2 << 20;
@@ -117,7 +117,7 @@ fn a_state_cut_off_anywhere_is_refused() {
             matches!(error, StateError::Length { found, .. } if found == length),
             "{length}: {error}"
         );
-        assert!(one_line(&error).contains("build it again"));
+        assert!(error_chain(&error).contains("build it again"));
     }
     let longer = [bytes.as_slice(), &[0]].concat();
     assert!(matches!(open(&longer, &key(7)), Err(StateError::Length { .. })));
@@ -254,7 +254,7 @@ fn complaint(state: &[u8], memory_bytes: u64, spec: impl FnOnce(&mut VmSpec)) ->
         ..VmSpec::new("", image.path())
     };
     spec(&mut asked);
-    one_line(&Monitor::builder().spec(asked).template(files).build().err().unwrap())
+    error_chain(&Monitor::builder().spec(asked).template(files).build().err().unwrap())
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use serde::{Deserialize, Serialize};
 
 use super::{ChildAccess, ForkResult, Jail, fork_into_namespaces};
-use crate::one_line;
+use crate::error_chain;
 use crate::signals::TerminationSignals;
 use crate::spec::VmSpec;
 
@@ -35,11 +35,11 @@ pub fn probe_jail(signals: &TerminationSignals) -> JailSupport {
     };
     let spec = VmSpec::new("", "");
     match fork_into_namespaces(&spec) {
-        Err(error) => JailSupport::unusable(one_line(&error)),
+        Err(error) => JailSupport::unusable(error_chain(&error)),
         Ok(ForkResult::Child(child)) => {
             let support = match child.enter_jail(ChildAccess::for_spec(&spec, true)) {
                 Ok(jail) => JailSupport { usable: true, reason: None, jail: Some(jail) },
-                Err(error) => JailSupport::unusable(one_line(&error)),
+                Err(error) => JailSupport::unusable(error_chain(&error)),
             };
             let json = serde_json::to_vec(&support).unwrap_or_default();
             std::process::exit(writer.write_all(&json).is_err().into());

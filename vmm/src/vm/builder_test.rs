@@ -2,9 +2,9 @@ use std::io::{Seek, Write};
 use std::path::Path;
 
 use super::*;
+use crate::error_chain;
 use crate::image::ImageError;
 use crate::kernel::KernelError;
-use crate::one_line;
 use crate::spec::SpecError;
 
 fn build_error(spec: VmSpec) -> MonitorError {
@@ -51,7 +51,7 @@ fn unusable_file_is_named_in_one_line() {
     for (kernel, image, named, expected) in cases {
         let error = build_error(VmSpec::new(kernel, image));
         assert!(expected(&error), "{error:?}");
-        let line = one_line(&error);
+        let line = error_chain(&error);
         assert!(line.contains(&named.display().to_string()) && !line.contains('\n'), "{line}");
     }
 }

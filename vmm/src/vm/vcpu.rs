@@ -12,8 +12,8 @@ use super::vcpu_events::VcpuEvents;
 use crate::arch::x86_64::saved::Timekeeping;
 use crate::bus::Buses;
 use crate::control::EndReason;
+use crate::error_chain;
 use crate::kvm::save::resume;
-use crate::one_line;
 
 /// The most MMIO fragments of one instruction that are completed for a vCPU that is to be quiesced: KVM
 /// splits an access that crosses a page, and no other.
@@ -90,7 +90,7 @@ impl Vcpu {
         if let Some(time) = self.time.take()
             && let Err(error) = resume(&self.fd, time)
         {
-            return End::with_detail(EndReason::Kvm, one_line(&error));
+            return End::with_detail(EndReason::Kvm, error_chain(&error));
         }
         if self.index == 0 {
             context.events.record_entry();

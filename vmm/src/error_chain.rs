@@ -1,0 +1,70 @@
+//! The printer of error chains for every program of the host.
+
+use std::error::Error;
+
+/// Returns an error and its causes as one line that a terminal can show.
+///
+/// A cause that the line already contains is left out: some libraries repeat their source in their
+/// own text. Control characters are escaped, see [`printable`].
+pub fn error_chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        source = cause.source();
+    }
+    printable(&line)
+}
+
+/// Escapes control characters except the tab.
+///
+/// Text from a guest, or text that holds a path, may contain escape sequences that a terminal would
+/// obey.
+pub fn printable(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && c != '\t' {
+            safe.extend(c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{operation}")]
+    struct Failed {
+        operation: &'static str,
+        source: io::Error,
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(printable("a\u{1b}[2Jb\u{9b}c\td"), "a\\u{1b}[2Jb\\u{9b}c\td");
+    }
+
+    #[test]
+    fn chain_is_one_line() {
+        let not_found = || io::Error::from(io::ErrorKind::NotFound);
+        let error = Failed { operation: "write\nreport.json", source: not_found() };
+        assert_eq!(error_chain(&error), "write\\nreport.json: entity not found");
+    }
+
+    #[test]
+    fn repeated_cause_is_left_out() {
+        let source = io::Error::from(io::ErrorKind::NotFound);
+        let error = Failed { operation: "open a: entity not found", source };
+        assert_eq!(error_chain(&error), "open a: entity not found");
+    }
+}
