@@ -1,10 +1,9 @@
 //! The error of the benchmark tool.
 
-use std::error::Error as _;
 use std::io;
 use std::process::ExitStatus;
 
-use chitin::{Exit, TierKind, Unavailable};
+use chitin::{Exit, TierKind, Unavailable, error_chain};
 
 use crate::peer::PeerError;
 
@@ -57,27 +56,11 @@ impl BenchError {
 
     /// Returns the error and its causes as one line.
     pub fn line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            line.push_str(": ");
-            line.push_str(&error.to_string());
-            cause = error.source();
-        }
-        printable(&line)
+        error_chain(self)
     }
 
     /// Prints the error to standard error.
     pub fn print(&self) {
         eprintln!("chitin-bench: {}", self.line());
     }
-}
-
-/// Escapes control characters, which a terminal would obey.
-pub fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(
-            |c| if c.is_control() && c != '\t' { c.escape_default().collect() } else { vec![c] },
-        )
-        .collect()
 }

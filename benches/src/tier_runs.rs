@@ -7,13 +7,15 @@ use std::process::Stdio;
 use std::time::Instant;
 
 use chitin::doctor::Availability;
-use chitin::{Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, Unavailable};
+use chitin::{
+    Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, Unavailable, printable,
+};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
 use crate::args::{Common, GuestArgs, Workload};
-use crate::error::{BenchError, printable};
+use crate::error::BenchError;
 use crate::stats::{self, Figures, MILLISECOND, Row, elapsed_ns, ns_between, print_rows, scale};
 use crate::tier_selection::TierSelection;
 use crate::turns::new_progress_bar;

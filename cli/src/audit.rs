@@ -1,82 +1,87 @@
-//! `chitin audit`: attacks sandboxes from inside and says what held.
+//! `chitin audit`: attacks sandboxes from inside and reports which promises held.
 
 use std::io;
 use std::path::PathBuf;
 
 use chitin::audit::{self, Finding, PROPERTIES, Verdict};
 use chitin::doctor::Availability;
-use chitin::{Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, Unavailable};
+use chitin::{
+    Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, Unavailable, printable,
+};
 use serde::Serialize;
 
-use crate::failure::{CHITIN_FAILED, Failure, printable};
+use crate::error::{CHITIN_FAILED, CliError};
 use crate::report::write_json;
-use crate::tiers::{Tiers, announce};
+use crate::tier_selection::{TierSelection, warn_if_weaker};
 
-/// A promised property did not hold.
+/// The exit code if a promised property did not hold.
 const BROKEN: u8 = 1;
 
 /// Arguments of `chitin audit`.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Exit code: 0 if everything held that is promised, 1 if not, 125 if the audit could not be made. With `--tier all`
-a tier that this host does not have is named and left out: 0 says that at least one was attacked, and that all held that were.
+    after_help = "With -v, every attack is shown. With `--tier all`, a tier that is unavailable on \
+this host is named and
+skipped.
+
+Exit code: 0 if every promise of every attacked tier held, 1 if one did not, 125 if an audit could
+not be finished or no tier was attacked.
 
 Examples:
   chitin audit
-  chitin audit --tier nanoclaw
+  chitin audit --tier nanoclaw -v
   chitin audit --tier all --json audit.json
-  chitin audit --document                       # what is promised, as docs/tiers.md"
+  chitin audit --document > docs/tiers.md       # the promises themselves"
 )]
 pub struct Args {
-    /// Which tier to attack: ironclaw, nanoclaw, nemoclaw, or all that this host has
+    /// Tier to attack: ironclaw, nanoclaw, nemoclaw, or all
     #[arg(long, value_name = "T", default_value = "ironclaw")]
-    tier: Tiers,
+    tier: TierSelection,
 
     /// Memory of each sandbox in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u64,
 
-    /// Show every attack
-    #[arg(long, short)]
-    verbose: bool,
-
     /// Write every attack as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Only print what is promised, in Markdown
-    #[arg(long, conflicts_with_all = ["tier", "json", "verbose"])]
+    /// Print what each tier promises, as Markdown, and attack nothing
+    #[arg(long, conflicts_with_all = ["tier", "json"])]
     document: bool,
 }
 
 #[derive(Serialize)]
 struct Report {
     chitin: &'static str,
-    tiers: Vec<Tier>,
+    tiers: Vec<TierAudit>,
 }
 
-/// What came of a tier.
+/// The audit of one tier.
 #[derive(Serialize)]
-struct Tier {
+struct TierAudit {
     tier: TierKind,
-    /// What it is made of here; none if it was not attacked.
+    /// The implementation on this host; none if the tier was not attacked.
     #[serde(flatten)]
     capabilities: Option<Capabilities>,
-    wall: Option<Boundary>,
-    /// Why this host does not have it.
-    not_here: Option<Unavailable>,
-    /// Why the audit of it could not be finished.
+    /// The boundary of its sandboxes.
+    #[serde(rename = "wall")]
+    boundary: Option<Boundary>,
+    /// The reason for which this host does not have the tier.
+    #[serde(rename = "not_here")]
+    unavailable: Option<Unavailable>,
+    /// The reason for which the audit could not be finished.
     failed: Option<String>,
     findings: Vec<Finding>,
 }
 
-impl Tier {
-    fn new(tier: TierKind) -> Tier {
-        Tier {
+impl TierAudit {
+    fn new(tier: TierKind) -> TierAudit {
+        TierAudit {
             tier,
             capabilities: None,
-            wall: None,
-            not_here: None,
+            boundary: None,
+            unavailable: None,
             failed: None,
             findings: Vec::new(),
         }
@@ -86,110 +91,108 @@ impl Tier {
         self.findings.iter().any(|finding| finding.verdict == Verdict::Broken)
     }
 
-    /// What its column says of a property.
-    fn cell(&self, property: &str) -> &'static str {
+    /// Returns the cell of a property in the column of this tier.
+    fn to_cell(&self, property: &str) -> &'static str {
         let found = self.findings.iter().find(|finding| finding.property == property);
-        match (found, &self.not_here) {
-            (Some(finding), _) => word(finding.verdict),
-            (None, Some(_)) => "not here",
+        match (found, &self.unavailable) {
+            (Some(finding), _) => verdict_word(finding.verdict),
+            (None, Some(_)) => "unavailable",
             (None, None) => "NOT TRIED",
         }
     }
 
-    fn column(&self) -> String {
+    /// Returns the heading of the column.
+    fn to_heading(&self) -> String {
         self.tier.to_string().to_uppercase()
     }
 }
 
-pub async fn run(args: &Args) -> Result<u8, Failure> {
+/// Attacks the selected tiers and prints what held.
+pub async fn run_audit(args: &Args, is_verbose: bool) -> Result<u8, CliError> {
     if args.document {
         print!("{}", audit::document());
         return Ok(0);
     }
     let mut tiers = Vec::new();
-    for kind in args.tier.list() {
-        tiers.push(attack(args, kind).await?);
+    for kind in args.tier.to_vec() {
+        tiers.push(attack_tier(args, kind, is_verbose).await?);
     }
-    if args.tier == Tiers::All {
+    if args.tier == TierSelection::All {
         println!();
-        // Standard output that is closed is nobody's to complain about.
-        let _ = table(&tiers, &mut io::stdout());
+        // A closed standard output is no reason to complain.
+        let _ = write_table(&tiers, &mut io::stdout());
     }
     for tier in &tiers {
         if let Some(reason) = &tier.failed {
-            eprintln!(
-                "chitin: {}: the audit could not be finished: {}",
-                tier.tier,
-                printable(reason)
-            );
+            let reason = printable(reason);
+            eprintln!("chitin: {}: the audit could not be finished: {reason}", tier.tier);
         }
-        if let Some(unavailable) = &tier.not_here {
-            eprintln!(
-                "chitin: {} was not attacked: {}",
-                tier.tier,
-                printable(&unavailable.to_string())
-            );
+        if let Some(unavailable) = &tier.unavailable {
+            let reason = printable(&unavailable.to_string());
+            eprintln!("chitin: {} was not attacked: {reason}", tier.tier);
         }
     }
-    let code = exit_code(&tiers);
+    let code = choose_exit_code(&tiers);
     if let Some(path) = &args.json {
         write_json(path, &Report { chitin: env!("CARGO_PKG_VERSION"), tiers })?;
     }
     Ok(code)
 }
 
-fn exit_code(tiers: &[Tier]) -> u8 {
-    let attacked = tiers.iter().any(|tier| !tier.findings.is_empty());
-    match tiers.iter().any(Tier::is_broken) {
+fn choose_exit_code(tiers: &[TierAudit]) -> u8 {
+    let is_attacked = tiers.iter().any(|tier| !tier.findings.is_empty());
+    match tiers.iter().any(TierAudit::is_broken) {
         true => BROKEN,
-        false if !attacked || tiers.iter().any(|tier| tier.failed.is_some()) => CHITIN_FAILED,
+        false if !is_attacked || tiers.iter().any(|tier| tier.failed.is_some()) => CHITIN_FAILED,
         false => 0,
     }
 }
 
-/// Attacks one tier, and shows each finding as it comes. Of several, one that cannot be had or fails does not keep the others
-/// from being attacked.
-async fn attack(args: &Args, kind: TierKind) -> Result<Tier, Failure> {
-    let mut tier = Tier::new(kind);
-    let all = args.tier == Tiers::All;
-    if all {
-        tier.not_here = Availability::find(kind, &Artifacts::locate()).await.unavailable;
-        if let Some(unavailable) = &tier.not_here {
-            println!("{kind:<9} not here: {}", printable(&unavailable.to_string()));
+/// Attacks one tier and prints each finding as it comes.
+///
+/// If all tiers are selected, one that is unavailable or fails does not stop the others.
+async fn attack_tier(args: &Args, kind: TierKind, is_verbose: bool) -> Result<TierAudit, CliError> {
+    let mut tier = TierAudit::new(kind);
+    let is_one_of_many = args.tier == TierSelection::All;
+    if is_one_of_many {
+        tier.unavailable = Availability::find(kind, &Artifacts::locate()).await.unavailable;
+        if let Some(unavailable) = &tier.unavailable {
+            println!("{kind:<9} unavailable: {}", printable(&unavailable.to_string()));
             return Ok(tier);
         }
     }
     let builder = Sandbox::builder().tier(kind).memory_mib(args.memory);
-    let done = |chosen: &SelectedTier, finding: Finding| {
+    let on_finding = |selected: &SelectedTier, finding: Finding| {
         if tier.capabilities.is_none() {
-            introduce(chosen, all);
-            tier.capabilities = Some(chosen.capabilities.clone());
-            tier.wall = Some(chosen.boundary());
+            print_tier(selected, is_one_of_many);
+            tier.capabilities = Some(selected.capabilities.clone());
+            tier.boundary = Some(selected.boundary());
         }
-        show(&finding, all.then_some(kind), args.verbose);
+        print_finding(&finding, is_one_of_many.then_some(kind), is_verbose);
         tier.findings.push(finding);
     };
-    match audit::audit(&builder, done).await {
-        Err(error) if all => tier.failed = Some(Failure::from(error).line()),
+    match audit::audit(&builder, on_finding).await {
+        Err(error) if is_one_of_many => tier.failed = Some(CliError::from(error).line()),
         outcome => outcome?,
     }
     Ok(tier)
 }
 
-/// Says what is attacked.
-fn introduce(chosen: &SelectedTier, all: bool) {
-    announce(chosen);
-    let Capabilities { implementation, version, .. } = &chosen.capabilities;
-    let is = printable(&format!("{implementation} {version}"));
-    match all {
-        true => println!("{:<9} {is}", chosen.tier),
+/// Prints the implementation that is attacked: a line if it is one of many, else the headings.
+fn print_tier(selected: &SelectedTier, is_one_of_many: bool) {
+    warn_if_weaker(selected);
+    let Capabilities { implementation, version, .. } = &selected.capabilities;
+    let program = printable(&format!("{implementation} {version}"));
+    match is_one_of_many {
+        true => println!("{:<9} {program}", selected.tier),
         false => {
-            println!("{:<20} {:<13} EVIDENCE ({is})", "PROPERTY", chosen.name().to_uppercase())
+            let heading = selected.name().to_uppercase();
+            println!("{:<20} {heading:<13} EVIDENCE ({program})", "PROPERTY");
         }
     }
 }
 
-fn word(verdict: Verdict) -> &'static str {
+fn verdict_word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Held => "held",
         Verdict::Broken => "BROKEN",
@@ -197,9 +200,9 @@ fn word(verdict: Verdict) -> &'static str {
     }
 }
 
-/// Shows a finding, and of which tier, if there are several.
-fn show(finding: &Finding, tier: Option<TierKind>, verbose: bool) {
-    let evidence = match (finding.verdict, verbose) {
+/// Prints a finding, below the name of its tier if there are several.
+fn print_finding(finding: &Finding, tier: Option<TierKind>, is_verbose: bool) {
+    let evidence = match (finding.verdict, is_verbose) {
         (Verdict::Held, false) => format!("{} attacks failed", finding.attacks.len()),
         (Verdict::Held, true) => String::new(),
         _ => finding.evidence.clone(),
@@ -208,10 +211,10 @@ fn show(finding: &Finding, tier: Option<TierKind>, verbose: bool) {
     println!(
         "{tier}{:<20} {:<13} {}",
         finding.property,
-        word(finding.verdict),
+        verdict_word(finding.verdict),
         printable(&evidence)
     );
-    if verbose {
+    if is_verbose {
         for attack in &finding.attacks {
             let outcome = if attack.succeeded { "SUCCEEDED" } else { "failed" };
             let line = format!("{}: {outcome}: {}", attack.tried, attack.seen);
@@ -220,33 +223,31 @@ fn show(finding: &Finding, tier: Option<TierKind>, verbose: bool) {
     }
 }
 
-/// Property by tier, and under it whatever is not simply held.
-fn table(tiers: &[Tier], out: &mut impl io::Write) -> io::Result<()> {
+/// Writes a table, property by tier, and below it the evidence of each verdict other than `held`.
+fn write_table(tiers: &[TierAudit], out: &mut impl io::Write) -> io::Result<()> {
     let row = |first: &str, cells: &mut dyn Iterator<Item = String>| {
         let cells: Vec<String> = cells.map(|cell| format!("{cell:<18}")).collect();
         format!("{first:<20} {}", cells.join(" ")).trim_end().to_owned()
     };
-    writeln!(out, "{}", row("PROPERTY", &mut tiers.iter().map(Tier::column)))?;
-    let made_of = |tier: &Tier| tier.capabilities.as_ref().map(|is| is.implementation.clone());
-    let made_of = |tier: &Tier| printable(&made_of(tier).unwrap_or_else(|| "-".into()));
-    writeln!(out, "{}", row("", &mut tiers.iter().map(made_of)))?;
+    writeln!(out, "{}", row("PROPERTY", &mut tiers.iter().map(TierAudit::to_heading)))?;
+    let implementation = |tier: &TierAudit| match &tier.capabilities {
+        Some(capabilities) => printable(&capabilities.implementation),
+        None => "-".into(),
+    };
+    writeln!(out, "{}", row("", &mut tiers.iter().map(implementation)))?;
     for property in &PROPERTIES {
-        let cells = &mut tiers.iter().map(|tier| tier.cell(property.name).to_owned());
+        let cells = &mut tiers.iter().map(|tier| tier.to_cell(property.name).to_owned());
         writeln!(out, "{}", row(property.name, cells))?;
     }
     for tier in tiers {
-        if let Some(unavailable) = &tier.not_here {
-            writeln!(out, "{}: not here: {}", tier.tier, printable(&unavailable.to_string()))?;
+        if let Some(unavailable) = &tier.unavailable {
+            let reason = printable(&unavailable.to_string());
+            writeln!(out, "{}: unavailable: {reason}", tier.tier)?;
         }
         for finding in tier.findings.iter().filter(|finding| finding.verdict != Verdict::Held) {
+            let (property, verdict) = (finding.property, verdict_word(finding.verdict));
             let evidence = printable(&finding.evidence);
-            writeln!(
-                out,
-                "{}: {}: {}: {evidence}",
-                tier.tier,
-                finding.property,
-                word(finding.verdict)
-            )?;
+            writeln!(out, "{}: {property}: {verdict}: {evidence}", tier.tier)?;
         }
     }
     Ok(())
@@ -256,58 +257,58 @@ fn table(tiers: &[Tier], out: &mut impl io::Write) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn tier(kind: TierKind, verdicts: &[Verdict]) -> Tier {
+    fn new_audit(kind: TierKind, verdicts: &[Verdict]) -> TierAudit {
         let findings = PROPERTIES.iter().zip(verdicts).map(|(property, verdict)| Finding {
             property: property.name,
             verdict: *verdict,
             evidence: "seen".into(),
             attacks: Vec::new(),
         });
-        Tier { findings: findings.collect(), ..Tier::new(kind) }
+        TierAudit { findings: findings.collect(), ..TierAudit::new(kind) }
     }
 
-    fn missing(kind: TierKind) -> Tier {
+    fn new_unavailable(kind: TierKind) -> TierAudit {
         let unavailable = Unavailable { reason: "no daemon".into(), remedy: "start it".into() };
-        Tier { not_here: Some(unavailable), ..Tier::new(kind) }
+        TierAudit { unavailable: Some(unavailable), ..TierAudit::new(kind) }
     }
 
     #[test]
-    fn what_is_promised_is_written_down() {
+    fn committed_promises_are_current() {
         let committed = include_str!("../../docs/tiers.md");
         assert_eq!(
             committed,
             chitin::audit::document(),
-            "write it anew: chitin audit --document > docs/tiers.md"
+            "update it: chitin audit --document > docs/tiers.md"
         );
     }
 
     #[test]
-    fn one_break_is_1_and_nothing_attacked_is_a_failure() {
-        let held = || tier(TierKind::Nanoclaw, &[Verdict::Held, Verdict::NotPromised]);
-        let failed = || Tier { failed: Some("why".into()), ..held() };
-        let broken = || tier(TierKind::Nemoclaw, &[Verdict::Held, Verdict::Broken]);
-        assert_eq!(exit_code(&[missing(TierKind::Ironclaw), held()]), 0);
-        assert_eq!(exit_code(&[missing(TierKind::Ironclaw)]), CHITIN_FAILED);
-        assert_eq!(exit_code(&[held(), failed()]), CHITIN_FAILED);
-        assert_eq!(exit_code(&[held(), failed(), broken()]), BROKEN);
+    fn broken_promise_exits_with_1_and_no_attack_with_125() {
+        let held = || new_audit(TierKind::Nanoclaw, &[Verdict::Held, Verdict::NotPromised]);
+        let failed = || TierAudit { failed: Some("why".into()), ..held() };
+        let broken = || new_audit(TierKind::Nemoclaw, &[Verdict::Held, Verdict::Broken]);
+        assert_eq!(choose_exit_code(&[new_unavailable(TierKind::Ironclaw), held()]), 0);
+        assert_eq!(choose_exit_code(&[new_unavailable(TierKind::Ironclaw)]), CHITIN_FAILED);
+        assert_eq!(choose_exit_code(&[held(), failed()]), CHITIN_FAILED);
+        assert_eq!(choose_exit_code(&[held(), failed(), broken()]), BROKEN);
     }
 
     #[test]
-    fn every_tier_has_a_column_whatever_came_of_it() {
+    fn table_has_a_column_for_every_tier() {
         let tiers = [
-            missing(TierKind::Ironclaw),
-            tier(TierKind::Nanoclaw, &[Verdict::Held; PROPERTIES.len()]),
-            tier(TierKind::Nemoclaw, &[Verdict::Broken]),
+            new_unavailable(TierKind::Ironclaw),
+            new_audit(TierKind::Nanoclaw, &[Verdict::Held; PROPERTIES.len()]),
+            new_audit(TierKind::Nemoclaw, &[Verdict::Broken]),
         ];
         let mut text = Vec::new();
-        table(&tiers, &mut text).unwrap();
+        write_table(&tiers, &mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
         let lines: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["PROPERTY", "IRONCLAW", "NANOCLAW", "NEMOCLAW"]);
-        assert_eq!(lines[2], ["host", "files", "not", "here", "held", "BROKEN"]);
-        assert_eq!(lines[3], ["host", "processes", "not", "here", "held", "NOT", "TRIED"]);
-        assert!(text.contains("\nironclaw: not here: no daemon: start it\n"), "{text}");
+        assert_eq!(lines[2], ["host", "files", "unavailable", "held", "BROKEN"]);
+        assert_eq!(lines[3], ["host", "processes", "unavailable", "held", "NOT", "TRIED"]);
+        assert!(text.contains("\nironclaw: unavailable: no daemon: start it\n"), "{text}");
         assert!(text.contains("\nnemoclaw: host files: BROKEN: seen\n"), "{text}");
     }
 }

@@ -1,11 +1,13 @@
-use chitin::doctor::Availability;
+//! `chitin doctor`: reports which tiers this host can run.
+
+use chitin::doctor::{Availability, Diagnosis};
 use chitin::{Artifacts, TierKind};
 
-use crate::failure::Failure;
+use crate::error::CliError;
 
 /// Arguments of `chitin doctor`.
 #[derive(clap::Args)]
-#[command(after_help = "Exit code: 0 if microVMs run here, 1 if not.
+#[command(after_help = "Exit code: 0 if microVMs run on this host, 1 if not.
 
 Examples:
   chitin doctor
@@ -16,34 +18,39 @@ pub struct Args {
     json: bool,
 }
 
-pub async fn run(args: &Args) -> Result<u8, Failure> {
+/// Examines the host and prints the result.
+pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
     let diagnosis = chitin::doctor::diagnose(&Artifacts::locate()).await;
     if args.json {
-        let json = serde_json::to_string_pretty(&diagnosis).map_err(|error| Failure::Io {
-            what: "encode the diagnosis".into(),
-            source: error.into(),
-        })?;
+        let json = serde_json::to_string_pretty(&diagnosis)
+            .map_err(|error| CliError::io("encode the diagnosis")(error.into()))?;
         println!("{json}");
     } else {
-        for check in &diagnosis.checks {
-            println!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
-        }
-        for Availability { tier, capabilities, unavailable } in &diagnosis.tiers {
-            match (capabilities, unavailable) {
-                (Some(found), _) => {
-                    println!("{tier}: ready ({} {})", found.implementation, found.version);
-                    for other in &found.short_of {
-                        println!("  {other}");
-                    }
-                }
-                // Its reasons stand above.
-                (None, _) if *tier == TierKind::Ironclaw => {
-                    println!("{tier}: not on this host, for the reasons marked NO");
-                }
-                (None, Some(unavailable)) => println!("{tier}: not on this host: {unavailable}"),
-                (None, None) => {}
-            }
-        }
+        print_text(&diagnosis);
     }
     Ok(if diagnosis.ironclaw { 0 } else { 1 })
+}
+
+fn print_text(diagnosis: &Diagnosis) {
+    for check in &diagnosis.checks {
+        println!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
+    }
+    for Availability { tier, capabilities, unavailable } in &diagnosis.tiers {
+        match (capabilities, unavailable) {
+            (Some(found), _) => {
+                println!("{tier}: available ({} {})", found.implementation, found.version);
+                for other in &found.short_of {
+                    println!("  {other}");
+                }
+            }
+            // The checks above give the reasons.
+            (None, _) if *tier == TierKind::Ironclaw => {
+                println!("{tier}: not available on this host, for the reasons marked NO");
+            }
+            (None, Some(unavailable)) => {
+                println!("{tier}: not available on this host: {unavailable}");
+            }
+            (None, None) => {}
+        }
+    }
 }

@@ -3,87 +3,128 @@
 
 mod audit;
 mod doctor;
-mod failure;
-mod jail;
-mod machine;
+mod error;
+mod jail_args;
+mod logging;
+mod machine_args;
 mod policy;
 mod report;
 mod run;
 mod template;
-mod tiers;
+mod tier_selection;
 
 use std::process::exit;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::failure::{CHITIN_FAILED, Failure};
+use crate::error::{CHITIN_FAILED, CliError};
+use crate::logging::LogArgs;
 
-/// Run untrusted agent code behind a hardware wall.
+/// Run untrusted agent code in sandboxes with a hardware boundary.
 #[derive(Parser)]
-#[command(name = "chitin", version, arg_required_else_help = true)]
+#[command(
+    name = "chitin",
+    version,
+    arg_required_else_help = true,
+    after_help = "Examples:
+  chitin doctor
+  chitin run -- python3 -c 'print(6 * 7)'
+  chitin run --allow api.example.com:443 --copy-in agent.py:/work/ -- python3 agent.py
+  chitin template build py --warm-up 'python3 -c \"import json, ssl\"'
+  chitin run --template py -- python3 -c 'print(1)'
+
+`chitin COMMAND --help` describes a command and has more examples.
+
+Environment:
+  CHITIN_LOG        log filter if -v is not given: info, debug, chitin_broker=trace, …
+  CHITIN_ARTIFACTS  directory of the guest kernel and the root image
+  CHITIN_TEMPLATES  directory of the templates"
+)]
 struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
+
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a command in a sandbox of its own
+    /// Run one command in a new sandbox
     Run(Box<run::Args>),
-    /// Sandboxes that were booted and saved, to start copies of
+    /// Build, list, show and remove templates: booted and saved sandboxes to start copies of
     #[command(subcommand)]
     Template(template::Command),
-    /// What a sandbox may do, in a file
+    /// Check policies: files that say what a sandbox may do
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Say what this host can do, and why not
+    /// Report which tiers this host can run, and the reason for each that it cannot
     Doctor(doctor::Args),
-    /// Attack sandboxes from inside, and say what held
+    /// Attack sandboxes from inside and report which promises held
     Audit(audit::Args),
 }
 
 fn main() {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) if !error.use_stderr() => {
-            // Help or version was asked for. A closed pipe is no reason to complain.
-            let _ = error.print();
-            exit(0);
-        }
-        Err(error) => {
-            if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-                let _ = error.print();
-                exit(CHITIN_FAILED.into());
-            }
-            eprintln!("chitin: {}", failure::usage_line(&error));
-            exit(CHITIN_FAILED.into());
-        }
-    };
-    // `exit` instead of a return: the thread that reads standard input may be blocked in it for ever.
-    exit(match execute(cli.command) {
+    let cli = Cli::try_parse().unwrap_or_else(|error| exit(report_usage(&error).into()));
+    // `exit` instead of a return: the thread that reads standard input may be blocked for ever.
+    exit(match execute(cli) {
         Ok(code) => code.into(),
-        Err(failure) => {
-            failure.print();
-            failure.exit_code().into()
+        Err(error) => {
+            error.print();
+            error.exit_code().into()
         }
     });
 }
 
-fn execute(command: Command) -> Result<u8, Failure> {
-    // One thread does: all the work is moving bytes.
+/// Prints help, version or a usage error, and returns the exit code.
+fn report_usage(error: &clap::Error) -> u8 {
+    let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if is_help || !error.use_stderr() {
+        // A closed pipe is no reason to complain.
+        let _ = error.print();
+    } else {
+        eprintln!("chitin: {}", error::usage_line(error));
+    }
+    if error.use_stderr() { CHITIN_FAILED } else { 0 }
+}
+
+fn execute(cli: Cli) -> Result<u8, CliError> {
+    cli.log.install()?;
+    // One thread is enough: all the work is moving bytes.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|source| Failure::Io { what: "start the runtime".into(), source })?;
+        .map_err(CliError::io("start the async runtime"))?;
     let code = runtime.block_on(async {
-        match command {
-            Command::Run(args) => run::run(*args).await,
-            Command::Template(command) => template::run(command).await,
-            Command::Policy(command) => policy::run(command),
-            Command::Doctor(args) => doctor::run(&args).await,
-            Command::Audit(args) => audit::run(&args).await,
+        match cli.command {
+            Command::Run(args) => run::run_command(*args).await,
+            Command::Template(command) => template::execute(command).await,
+            Command::Policy(command) => policy::execute(command),
+            Command::Doctor(args) => doctor::print_diagnosis(&args).await,
+            Command::Audit(args) => audit::run_audit(&args, cli.log.is_verbose()).await,
         }
     });
     runtime.shutdown_background();
     code
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn options_do_not_conflict() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_after_the_program_belong_to_it() {
+        let cli = Cli::try_parse_from(["chitin", "run", "-v", "--", "ls", "-v", "-vv"]).unwrap();
+        assert_eq!(cli.log.verbosity(), 1);
+        let cli = Cli::try_parse_from(["chitin", "-vv", "run", "ls", "-v"]).unwrap();
+        assert_eq!(cli.log.verbosity(), 2);
+    }
 }

@@ -1,21 +1,21 @@
-//! `chitin policy`: look at a policy before it is used.
+//! `chitin policy`: inspects a policy before it is used.
 
 use std::path::PathBuf;
 
 use chitin::Policy;
 
-use crate::failure::Failure;
+use crate::error::CliError;
 
-/// What to do with policies.
+/// Commands about policies.
 #[derive(clap::Subcommand)]
-#[command(after_help = "What a policy can say, with examples, is in docs/policy.md.
+#[command(after_help = "docs/policy.md describes policies, with examples.
 
 Examples:
   chitin policy check scraper.yaml
   chitin policy schema > policy.schema.json
   chitin run --policy scraper.yaml -- python3 scrape.py")]
 pub enum Command {
-    /// Say in words what a policy allows, and what keeps it on which tier
+    /// Explain in words what a policy allows, and what enforces it on each tier
     Check {
         /// The policy
         #[arg(value_name = "FILE")]
@@ -25,7 +25,8 @@ pub enum Command {
     Schema,
 }
 
-pub fn run(command: Command) -> Result<u8, Failure> {
+/// Executes a command about policies.
+pub fn execute(command: Command) -> Result<u8, CliError> {
     match command {
         Command::Check { file } => {
             print!("{}", Policy::load(file).map_err(chitin::Error::from)?.explain());

@@ -1,66 +1,67 @@
-//! The record of one run, for programs.
+//! The JSON record of one run.
 
 use std::path::Path;
 
 use chitin::{Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::error::CliError;
 
-/// What `--report` writes.
+/// The content of `--report`.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The version of Chitin.
     pub chitin: &'static str,
-    /// How the sandbox was isolated, or was to be.
+    /// The tier of the sandbox, or the one that was asked for if none was started.
     pub tier: String,
-    /// By what, and why that; none if none was started.
+    /// The implementation of the tier and the reason for its choice; none if none was started.
     pub isolation: Option<Isolation>,
-    /// What it was held to.
-    pub policy: Option<Governed>,
+    /// The policy that was enforced.
+    pub policy: Option<PolicyRecord>,
     /// Program and arguments, lossy where they are not UTF-8.
     pub command: Vec<String>,
-    /// What `chitin run` exits with.
+    /// The exit code of `chitin run`.
     pub exit_code: u8,
-    /// How the workload ended, if it did.
+    /// The end of the workload, if it ended.
     pub exit: Option<Exit>,
-    /// What it used.
+    /// The resources that it used.
     pub usage: Option<Usage>,
-    /// What failed, if Chitin did.
+    /// The error of Chitin, if it failed.
     pub error: Option<String>,
-    /// What the monitor was jailed in.
+    /// The jail of the monitor.
     pub jail: JailReport,
-    /// Where the time went, nanoseconds since the monitor was started.
+    /// The phases of the run, in nanoseconds since the start of the monitor.
     pub phases: Phases,
 }
 
-/// Whether there was a jail, and what it was like.
+/// The jail of the monitor.
 #[derive(Debug, Serialize)]
 pub struct JailReport {
     /// False with `--no-jail`.
     pub on: bool,
-    /// As the monitor reports it when the guest is entered; none before, and without a jail.
+    /// The jail as the monitor reports it when it enters the guest; none before, and without a
+    /// jail.
     #[serde(flatten)]
     pub closed: Option<Jail>,
 }
 
-/// Which policy a run was held to.
+/// The policy of a run.
 #[derive(Debug, Serialize)]
-pub struct Governed {
+pub struct PolicyRecord {
     /// The file.
     pub file: String,
     /// SHA-256 of its bytes, in hexadecimal.
     pub digest: String,
     /// Its profile.
     pub profile: &'static str,
-    /// What it is for.
+    /// The plugin that it is for.
     pub plugin: Option<String>,
 }
 
-impl Governed {
-    /// Names a policy.
-    pub fn of(policy: &Policy) -> Governed {
-        Governed {
+impl PolicyRecord {
+    /// Identifies a policy.
+    pub fn new(policy: &Policy) -> PolicyRecord {
+        PolicyRecord {
             file: policy.origin.clone(),
             digest: policy.digest.clone(),
             profile: policy.profile.name(),
@@ -69,56 +70,52 @@ impl Governed {
     }
 }
 
-/// What a tier is made of here, and why it is that one.
+/// The implementation of a tier on this host, and the reason for its choice.
 #[derive(Debug, Serialize)]
 pub struct Isolation {
-    /// The program behind it.
+    /// The program that implements it.
     pub implementation: String,
-    /// Its version.
+    /// The version of the program.
     pub version: String,
-    /// Why this one, in a sentence.
+    /// The reason for this choice, as one sentence.
     pub why: String,
-    /// What the tier would rather be made of, and why each is not it.
+    /// Preferred implementations, and the reason against each.
     pub short_of: Vec<String>,
-    /// What was asked for before it, and what each lacks.
+    /// Tiers that were asked for first, and the reason against each.
     pub passed_over: Vec<RejectedTier>,
 }
 
 impl Isolation {
-    /// Of a sandbox's choice.
-    pub fn of(chosen: &SelectedTier) -> Isolation {
+    /// Describes the tier of a sandbox.
+    pub fn new(selected: &SelectedTier) -> Isolation {
         Isolation {
-            implementation: chosen.capabilities.implementation.clone(),
-            version: chosen.capabilities.version.clone(),
-            why: chosen.why(),
-            short_of: chosen.capabilities.short_of.clone(),
-            passed_over: chosen.passed_over.clone(),
+            implementation: selected.capabilities.implementation.clone(),
+            version: selected.capabilities.version.clone(),
+            why: selected.why(),
+            short_of: selected.capabilities.short_of.clone(),
+            passed_over: selected.passed_over.clone(),
         }
     }
 }
 
-impl Report {
-    /// Writes it as JSON; a former report stays whole until the new one is.
-    pub fn write(&self, path: &Path) -> Result<(), Failure> {
-        write_json(path, self)
-    }
-}
-
-/// Writes a value as indented JSON, by way of a temporary name beside it.
-pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
-    let failed = |source| Failure::Io { what: format!("write {}", path.display()), source };
-    let mut json = serde_json::to_vec_pretty(value).map_err(|error| failed(error.into()))?;
+/// Writes a value as indented JSON.
+///
+/// A regular file is replaced by rename, so that an earlier report stays whole until the new one
+/// is.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CliError> {
+    let failed = || CliError::io(format!("write {}", path.display()));
+    let mut json = serde_json::to_vec_pretty(value).map_err(|error| failed()(error.into()))?;
     json.push(b'\n');
-    // A device or a pipe, /dev/stdout for one, has no beside.
+    // A device or a pipe, such as /dev/stdout, cannot be replaced.
     if path.exists() && !path.is_file() {
-        return std::fs::write(path, json).map_err(failed);
+        return std::fs::write(path, json).map_err(failed());
     }
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
     std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, path)).map_err(
         |error| {
             let _ = std::fs::remove_file(&temporary);
-            failed(error)
+            failed()(error)
         },
     )
 }

@@ -1,78 +1,77 @@
-//! `chitin template`: build, list, look at and remove templates.
+//! `chitin template`: builds, lists, shows and removes templates.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use chitin::{Manifest, Policy, Sandbox, Templates, Warming};
 
-use crate::failure::Failure;
-use crate::machine::Machine;
+use crate::error::CliError;
+use crate::machine_args::MachineArgs;
 
-/// What to do with templates.
+/// Commands about templates.
 #[derive(clap::Subcommand)]
 #[command(
-    after_help = "Templates are in $CHITIN_TEMPLATES, else in chitin/templates below the user's data directory.
+    after_help = "Templates are stored in $CHITIN_TEMPLATES, or else in chitin/templates in the \
+user's data directory.
 
 Examples:
   chitin template build py --warm-up 'python3 -c \"import json, ssl\"'
   chitin run --template py -- python3 -c 'print(1)'
-  chitin template ls"
+  chitin template ls
+  chitin template inspect py | jq .warm_up"
 )]
 pub enum Command {
-    /// Boot, warm up, and save
+    /// Boot a sandbox, warm it up, and save it
     Build(BuildArgs),
-    /// List them
+    /// List the templates
     Ls,
-    /// Show one as JSON
-    Inspect(Name),
-    /// Remove one
-    Rm(Name),
+    /// Print a template as JSON
+    Inspect(NameArg),
+    /// Remove a template
+    Rm(NameArg),
 }
 
 /// Arguments of `chitin template build`.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:
+  chitin template build py --warm-up 'python3 -c \"import json, ssl\"'
+  chitin template build py --warm-up 'python3 -c \"import ssl\"' --first 'python3 -c \"print(1)\"'
+  chitin template build server --warm-up \"$(cat examples/warm-python.sh)\" --memory 512")]
 pub struct BuildArgs {
     #[command(flatten)]
-    name: Name,
+    name: NameArg,
 
-    /// Run this in a shell before saving; what it leaves running is frozen and goes on in each copy
+    /// Run this shell command before saving; processes that it leaves running continue in each copy
     #[arg(long, value_name = "CMD")]
     warm_up: Option<String>,
 
-    /// What copies will run first, if known: the pages it uses are made ready in each copy
+    /// Shell command that copies are expected to run first: the pages that it uses are prepared in
+    /// each copy
     #[arg(long, value_name = "CMD")]
     first: Option<String>,
 
-    /// Hold the warm-up to this policy; copies are started with the same, and get its credentials only then
+    /// Enforce this policy during the warm-up. Copies must be started with the same policy, and
+    /// receive its credentials only then
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
 
     #[command(flatten)]
-    machine: Machine,
+    machine: MachineArgs,
 }
 
-/// Which one.
+/// The name of a template.
 #[derive(clap::Args)]
-pub struct Name {
-    /// The template's name
+pub struct NameArg {
+    /// Name of the template
     #[arg(value_name = "NAME")]
     name: String,
 }
 
-pub async fn run(command: Command) -> Result<u8, Failure> {
+/// Executes a command about templates.
+pub async fn execute(command: Command) -> Result<u8, CliError> {
     let templates = Templates::locate().map_err(chitin::Error::from)?;
     match command {
-        Command::Build(args) => {
-            let mut builder = args.machine.shape(Sandbox::builder().templates(templates));
-            if let Some(policy) = &args.policy {
-                builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
-            }
-            let first =
-                args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
-            let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
-            let manifest = builder.build_template(&args.name.name, &warming).await?;
-            println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
-        }
+        Command::Build(args) => build_template(args, templates).await?,
         Command::Ls => {
             let list = templates.list().map_err(chitin::Error::from)?;
             println!(
@@ -81,23 +80,33 @@ pub async fn run(command: Command) -> Result<u8, Failure> {
             );
             list.iter().for_each(print_line);
         }
-        Command::Inspect(Name { name }) => {
+        Command::Inspect(NameArg { name }) => {
             let manifest = templates.inspect(&name).map_err(chitin::Error::from)?;
-            let json = serde_json::to_string_pretty(&manifest).map_err(|error| Failure::Io {
-                what: "encode the template".into(),
-                source: error.into(),
-            })?;
+            let json = serde_json::to_string_pretty(&manifest)
+                .map_err(|error| CliError::io("encode the template")(error.into()))?;
             println!("{json}");
         }
-        Command::Rm(Name { name }) => templates.remove(&name).map_err(chitin::Error::from)?,
+        Command::Rm(NameArg { name }) => templates.remove(&name).map_err(chitin::Error::from)?,
     }
     Ok(0)
+}
+
+async fn build_template(args: BuildArgs, templates: Templates) -> Result<(), CliError> {
+    let mut builder = args.machine.apply_to(Sandbox::builder().templates(templates));
+    if let Some(policy) = &args.policy {
+        builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
+    }
+    let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
+    let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
+    let manifest = builder.build_template(&args.name.name, &warming).await?;
+    println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
+    Ok(())
 }
 
 fn print_line(manifest: &Manifest) {
     let created = SystemTime::UNIX_EPOCH + Duration::from_secs(manifest.created);
     let age = SystemTime::now().duration_since(created).unwrap_or_default();
-    // Two units say enough: 3h 5m.
+    // Two units are precise enough: 3h 5m.
     let age = humantime::format_duration(Duration::from_secs(age.as_secs())).to_string();
     let age = age.split(' ').take(2).collect::<Vec<_>>().join(" ");
     println!(

@@ -232,7 +232,7 @@ mod nemoclaw {
                 outcome.stderr.contains(&format!("chitin: {tier} was not attacked: ")),
                 "{outcome:?}"
             );
-            assert!(outcome.text().contains(&format!("\n{tier}: not here: ")), "{outcome:?}");
+            assert!(outcome.text().contains(&format!("\n{tier}: unavailable: ")), "{outcome:?}");
         }
         assert_eq!(report["tiers"].as_array().unwrap().len(), 3, "{report}");
         assert!(

@@ -57,6 +57,7 @@ pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, GuestEnd, RejectedTier, SelectedTier, Unavailable,
 };
 pub use chitin_vmm::jail::Jail;
+pub use chitin_vmm::{error_chain, printable};
 pub use cleanup::wait_for_cleanup;
 pub use error::Error;
 pub use fork::MAX_FORKS;

@@ -139,11 +139,11 @@ fn what_is_no_pair_of_keys_stops_the_run_before_it_starts(on: On) {
     refused("--secret-endpoint AWS", "--secret-endpoint AWS: there is no --secret AWS=SRC");
     refused(
         "--secret AWS=env:KEYS_HERE --secret-env AWS --secret-endpoint AWS",
-        "in another way already",
+        "already delivers AWS",
     );
     refused(
         "--secret AWS=env:KEYS_HERE@api.example.com --secret-endpoint AWS",
-        "in another way already",
+        "already delivers AWS",
     );
     refused(
         "--allow localhost:9911 --secret AWS=env:KEYS_HERE --secret-endpoint AWS",

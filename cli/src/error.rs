@@ -1,0 +1,88 @@
+//! The error of the CLI and its exit code.
+
+use std::io;
+
+use chitin::{error_chain, printable};
+
+/// The exit code if Chitin itself failed. The workload may never have run.
+pub const CHITIN_FAILED: u8 = 125;
+
+/// The exit code if the time limit was reached.
+const TIMED_OUT: u8 = 124;
+
+/// Lines of the guest kernel's log that an error shows.
+const LOG_LINES: usize = 25;
+
+/// A command that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The library reports it.
+    #[error(transparent)]
+    Sandbox(#[from] chitin::Error),
+    /// An operation on a file, pipe or terminal of the host failed.
+    #[error("{operation}")]
+    Io { operation: String, source: io::Error },
+    /// `--env =VALUE`.
+    #[error("--env {argument}: the name of the variable is empty")]
+    EmptyVariable { argument: String },
+    /// `--env NAME` of a variable that this process does not have.
+    #[error("--env {name}: {name} is not set on this host: give a value, {name}=VALUE")]
+    UnsetVariable { name: String },
+    /// An option about a secret that no `--secret` defines.
+    #[error("{option} {name}: there is no --secret {name}=SRC: add it")]
+    UnknownSecret { option: &'static str, name: String },
+    /// An option about a placeholder of a secret that has none.
+    #[error("{option} {name}: there is no --secret {name}=SRC@HOST: add it")]
+    UnknownPlaceholder { option: &'static str, name: String },
+    /// Two options that deliver the same secret.
+    #[error("{option} {name}: another option already delivers {name}: remove one of them")]
+    DeliveredTwice { option: &'static str, name: String },
+    /// A log filter that cannot be parsed.
+    #[error("CHITIN_LOG: `{filter}` is not a log filter such as `info` or `chitin_broker=debug`")]
+    LogFilter { filter: String },
+}
+
+impl CliError {
+    /// Returns a function that adds the failed operation to an I/O error.
+    pub fn io(operation: impl Into<String>) -> impl FnOnce(io::Error) -> CliError {
+        move |source| CliError::Io { operation: operation.into(), source }
+    }
+
+    /// Returns the exit code that reports this error.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            CliError::Sandbox(chitin::Error::Timeout { .. }) => TIMED_OUT,
+            _ => CHITIN_FAILED,
+        }
+    }
+
+    /// Returns the error and its causes as one line.
+    pub fn line(&self) -> String {
+        error_chain(self)
+    }
+
+    /// Prints the error to standard error, and the last messages of the guest kernel if there are
+    /// any.
+    pub fn print(&self) {
+        eprintln!("chitin: {}", self.line());
+        if let CliError::Sandbox(error) = self
+            && let Some(log) = error.guest_log()
+        {
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("chitin: last messages of the guest kernel:");
+            for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+                eprintln!("  | {}", printable(line));
+            }
+        }
+    }
+}
+
+/// Returns a usage error of clap as one line.
+pub fn usage_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    // The first paragraph is the error; usage and a pointer to the help follow.
+    let words: Vec<&str> =
+        text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    let line = words.join(" ");
+    format!("{}; see `chitin --help` and `chitin run --help`", line.trim_start_matches("error: "))
+}

@@ -1,0 +1,29 @@
+//! The option `--no-jail`.
+
+/// Options about the jail of the monitor.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct JailArgs {
+    /// Do not jail the monitor: a guest that takes over its monitor then has your files, your
+    /// network and your user. For hosts that have no jail (`chitin doctor` gives the reason), and
+    /// for debugging
+    #[arg(long)]
+    no_jail: bool,
+}
+
+impl JailArgs {
+    /// Returns whether the monitor is jailed.
+    pub fn is_jailed(self) -> bool {
+        !self.no_jail
+    }
+
+    /// Prints a warning if the monitor is not jailed, and returns whether it is.
+    pub fn warn_if_unjailed(self) -> bool {
+        if self.no_jail {
+            eprintln!(
+                "chitin: WARNING: --no-jail: the monitor is not jailed; a guest that takes it over \
+                 has everything this user has"
+            );
+        }
+        self.is_jailed()
+    }
+}

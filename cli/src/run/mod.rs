@@ -1,0 +1,248 @@
+//! `chitin run`: one command in one sandbox, with standard streams, signals and an exit code like
+//! any other command.
+
+mod args;
+mod secrets;
+mod signals;
+mod stdio;
+mod values;
+
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
+use std::num::NonZeroU64;
+use std::time::Instant;
+
+use chitin::{
+    Builder, EgressLimits, Exit, Forward, Jail, Phases, Policy, Sandbox, SecretSpec, SelectedTier,
+    StartError, TierKind, Usage,
+};
+use tokio::net::TcpListener;
+
+pub use self::args::Args;
+use self::secrets::collect_secrets;
+use self::signals::Signals;
+use self::stdio::{Deadline, attend_process};
+use self::values::{CopySpec, PortPair, parse_env};
+use crate::error::{CHITIN_FAILED, CliError};
+use crate::report::{Isolation, JailReport, PolicyRecord, Report, write_json};
+use crate::tier_selection::warn_if_weaker;
+
+/// The exit code of a shell for a command that signal 0 ended; the number of the signal is added.
+const SIGNALED: u8 = 128;
+
+/// The state of a run, which the report describes even if the run fails.
+#[derive(Default)]
+struct Progress {
+    selected: Option<SelectedTier>,
+    ended: Option<(Exit, Usage)>,
+    phases: Phases,
+    jail: Option<Jail>,
+    deadline: Option<Deadline>,
+}
+
+/// Runs the command, writes the report, and returns the exit code.
+pub async fn run_command(args: Args) -> Result<u8, CliError> {
+    let mut progress = Progress::default();
+    let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
+    let record = policy.as_ref().map(PolicyRecord::new);
+    let wanted =
+        args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
+    let outcome = run_sandbox(&args, policy, &mut progress).await;
+    if let Some(path) = &args.report {
+        let report = new_report(&args, record, wanted, progress, &outcome);
+        match (write_json(path, &report), &outcome) {
+            (Err(error), Ok(_)) => return Err(error),
+            // Both failed: the first error is returned, the second one is printed.
+            (Err(error), Err(_)) => error.print(),
+            (Ok(()), _) => {}
+        }
+    }
+    outcome
+}
+
+fn new_report(
+    args: &Args,
+    policy: Option<PolicyRecord>,
+    wanted: TierKind,
+    progress: Progress,
+    outcome: &Result<u8, CliError>,
+) -> Report {
+    let (exit, usage) = progress.ended.unzip();
+    Report {
+        chitin: env!("CARGO_PKG_VERSION"),
+        tier: progress.selected.as_ref().map_or_else(|| wanted.to_string(), SelectedTier::name),
+        isolation: progress.selected.as_ref().map(Isolation::new),
+        policy,
+        command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+        exit_code: outcome.as_ref().map_or_else(CliError::exit_code, |code| *code),
+        exit,
+        usage,
+        error: outcome.as_ref().err().map(CliError::line),
+        jail: JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail },
+        phases: progress.phases,
+    }
+}
+
+/// Starts the sandbox, runs the command in it, and ends it.
+async fn run_sandbox(
+    args: &Args,
+    policy: Option<Policy>,
+    progress: &mut Progress,
+) -> Result<u8, CliError> {
+    let env = parse_env(&args.env)?;
+    let secrets = collect_secrets(args)?;
+    // Files and ports are checked before anything is booted for them.
+    check_sources(&args.copy_in)?;
+    let listeners = bind_ports(&args.publish).await?;
+    let mut signals = Signals::listen()?;
+
+    let builder = new_builder(args, policy, secrets);
+    progress.deadline = args
+        .timeout
+        .and_then(|timeout| Instant::now().checked_add(timeout).map(|at| (at, timeout)));
+    let started = tokio::select! {
+        started = builder.start() => Ok(started?),
+        number = signals.next() => Err(number),
+    };
+    let sandbox = match started {
+        Ok(sandbox) => sandbox,
+        Err(number) => {
+            // The unfinished start was dropped, which ends all that it has begun. Credentials that
+            // were issued for it must be revoked before this process ends.
+            chitin::wait_for_cleanup().await;
+            return Ok(SIGNALED + number);
+        }
+    };
+    let selected = sandbox.chosen();
+    warn_if_weaker(selected);
+    progress.selected = Some(selected.clone());
+    let forwards: Vec<Forward> =
+        listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();
+    let outcome = use_sandbox(&sandbox, args, env, &mut signals, progress).await;
+    (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
+    drop(forwards);
+    let (stopped, troubles) = sandbox.end().await;
+    for trouble in troubles {
+        eprintln!("chitin: credentials: {trouble}");
+    }
+    let code = outcome?;
+    stopped?;
+    Ok(code)
+}
+
+fn check_sources(copies: &[CopySpec]) -> Result<(), CliError> {
+    for CopySpec { source, .. } in copies {
+        std::fs::symlink_metadata(source)
+            .map_err(CliError::io(format!("copy in {}", source.display())))?;
+    }
+    Ok(())
+}
+
+async fn bind_ports(publish: &[PortPair]) -> Result<Vec<(TcpListener, u16)>, CliError> {
+    let mut listeners = Vec::new();
+    for PortPair { host, guest } in publish {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *host))
+            .await
+            .map_err(CliError::io(format!("-p {host}:{guest}: listen on 127.0.0.1:{host}")))?;
+        listeners.push((listener, *guest));
+    }
+    Ok(listeners)
+}
+
+/// Translates the arguments.
+fn new_builder(args: &Args, policy: Option<Policy>, secrets: Vec<SecretSpec>) -> Builder {
+    let mut builder = args.machine.apply_to(Sandbox::builder().console(args.console));
+    if let Some(policy) = policy {
+        builder = builder.policy(policy);
+    }
+    builder = builder.fallback(args.fallback.iter().copied());
+    if let Some(tier) = args.tier {
+        builder = builder.tier(tier);
+    }
+    if let Some(timeout) = args.timeout {
+        builder = builder.timeout(timeout);
+    }
+    if let Some(template) = &args.template {
+        builder = builder.template(template);
+    }
+    builder = secrets.into_iter().fold(builder, Builder::secret_spec);
+    builder = args.allow.iter().fold(builder, Builder::allow).allow_private(args.allow_private);
+    if let Some(path) = &args.audit {
+        builder = builder.audit(path);
+    }
+    let default = EgressLimits::default();
+    builder.egress_limits(EgressLimits {
+        connections: args.egress_connections.map_or(default.connections, usize::from),
+        total_bytes: args.egress_bytes.map(NonZeroU64::get),
+        bytes_per_second: args.egress_rate,
+        ..default
+    })
+}
+
+/// Copies in, runs the command, and copies out. A signal at any step ends the run.
+async fn use_sandbox(
+    sandbox: &Sandbox,
+    args: &Args,
+    env: Vec<(OsString, OsString)>,
+    signals: &mut Signals,
+    progress: &mut Progress,
+) -> Result<u8, CliError> {
+    tokio::select! {
+        copied = copy_in(sandbox, &args.copy_in) => copied?,
+        number = signals.next() => return Ok(SIGNALED + number),
+    }
+
+    let mut command =
+        sandbox.command(&args.command[0]).args(&args.command[1..]).current_dir(&args.workdir);
+    for (name, value) in env {
+        command = command.env(name, value);
+    }
+    let process = command.piped_stdin().spawn()?;
+    let attended = attend_process(process, signals, progress.deadline).await?;
+    let Some((exit, usage)) = attended else { return Ok(SIGNALED + signals.last) };
+    let code = to_exit_code(&exit, &args.command[0]);
+    progress.ended = Some((exit, usage));
+
+    tokio::select! {
+        copied = copy_out(sandbox, &args.copy_out, code) => copied.map(|()| code),
+        number = signals.next() => Ok(SIGNALED + number),
+    }
+}
+
+async fn copy_in(sandbox: &Sandbox, copies: &[CopySpec]) -> Result<(), CliError> {
+    for copy in copies {
+        sandbox.copy_in(&copy.source, &copy.target).await?;
+    }
+    Ok(())
+}
+
+async fn copy_out(sandbox: &Sandbox, copies: &[CopySpec], code: u8) -> Result<(), CliError> {
+    if code == 0 {
+        sandbox.copy_back().await?;
+    }
+    for copy in copies {
+        match sandbox.copy_out(&copy.source, &copy.target).await {
+            Ok(_) => {}
+            // A workload that failed may not have written the file, and its exit code tells more.
+            Err(error) if code != 0 => CliError::from(error).print(),
+            Err(error) => return Err(CliError::from(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Returns the exit code of a shell for the end of a command, and prints why one did not start.
+fn to_exit_code(exit: &Exit, program: &OsString) -> u8 {
+    match exit {
+        Exit::Code(code) => *code,
+        Exit::Signal(number) => SIGNALED.saturating_add(*number),
+        Exit::NotStarted { error, failure } => {
+            eprintln!("chitin: start {} in the sandbox: {failure}", program.display());
+            match error {
+                StartError::NotFound => 127,
+                StartError::NotExecutable => 126,
+                StartError::Other => CHITIN_FAILED,
+            }
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The value of `--tier` where several tiers can be meant, and the notice about a weaker tier.
+
+use std::str::FromStr;
+
+use chitin::{SelectedTier, TierKind, printable};
+
+/// Prints a notice if a sandbox is weaker than what was asked for.
+pub fn warn_if_weaker(selected: &SelectedTier) {
+    if selected.is_less() {
+        let notice = format!("running as {}: {}", selected.name(), selected.why());
+        eprintln!("chitin: {}", printable(&notice));
+    }
+}
+
+/// The tiers of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TierSelection {
+    /// This tier, which must be available.
+    One(TierKind),
+    /// Every tier that is available.
+    All,
+}
+
+impl TierSelection {
+    /// Returns the selected tiers, the strongest first.
+    pub fn to_vec(self) -> Vec<TierKind> {
+        match self {
+            TierSelection::One(tier) => vec![tier],
+            TierSelection::All => TierKind::ALL.to_vec(),
+        }
+    }
+}
+
+impl FromStr for TierSelection {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<TierSelection, String> {
+        match text {
+            "all" => Ok(TierSelection::All),
+            _ => text
+                .parse()
+                .map(TierSelection::One)
+                .map_err(|error: String| format!("{error}; `all` is accepted too")),
+        }
+    }
+}
