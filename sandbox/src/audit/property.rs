@@ -1,28 +1,29 @@
-//! What is promised, tier by tier: data.
+//! The properties that each tier promises, as data.
 
 use chitin_spec::Boundary;
 
-/// Which attacks one property is put to.
+/// A property of a sandbox that `chitin audit` attacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Property {
-    /// Its name, in tables and JSON.
+    /// The name in tables and JSON.
     pub name: &'static str,
-    /// What holds, as a sentence about the workload.
+    /// The promise, as a sentence about the workload.
     pub claim: &'static str,
     /// The function of `probes.py` that attacks it.
     pub(super) probe: &'static str,
-    /// What else an attack needs.
+    /// The environment that the attack needs.
     pub(super) setting: Setting,
     /// The tiers that do not promise it, with the reason.
     pub(super) exempt: &'static [(Boundary, &'static str)],
 }
 
-/// What surrounds an attack.
+/// The environment of an attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Setting {
-    /// Nothing.
+    /// Runs in the sandbox of the audit.
     Alone,
-    /// It may take the sandbox with it: it gets one of its own, and the first one has to answer afterwards.
+    /// May end the sandbox. It runs in a separate one, and the sandbox of the audit must still answer
+    /// afterwards.
     Destructive,
 }
 
@@ -34,7 +35,7 @@ const fn destructive(name: &'static str, probe: &'static str, claim: &'static st
     Property { setting: Setting::Destructive, ..alone(name, probe, claim) }
 }
 
-const SHARED_KERNEL: &str = "it runs on the host's own kernel";
+const SHARED_KERNEL: &str = "it runs on the host's kernel";
 
 /// Every property, in the order of the table.
 pub const PROPERTIES: [Property; 19] = [
@@ -43,78 +44,90 @@ pub const PROPERTIES: [Property; 19] = [
     alone(
         "network",
         "network",
-        "It reaches no address, of the host or beyond, and has no interface but the loopback.",
+        "It reaches no address on the host or beyond, and has only the loopback interface.",
     ),
     alone(
         "metadata service",
         "metadata",
-        "It does not reach 169.254.169.254, where clouds hand out credentials.",
+        "It does not reach 169.254.169.254, where clouds serve credentials.",
     ),
     alone(
         "other sandboxes",
         "neighbours",
-        "It does not reach a sandbox beside it: by port, socket, file or shared memory.",
+        "It does not reach another sandbox by port, socket, file or shared memory.",
     ),
     alone("credentials", "credentials", "It cannot find a credential of another sandbox."),
     alone(
         "capabilities",
         "capabilities",
-        "It has no capability but to bind low ports, and gains none.",
+        "It has no capability except to bind low ports, and gains none.",
     ),
-    alone("mounts", "mounts", "It can mount and unmount nothing, nor change its root."),
+    alone("mounts", "mounts", "It cannot mount, unmount or change its root."),
     alone(
         "kernel modules",
         "modules",
-        "It can load neither modules nor kernels, nor open physical memory.",
+        "It cannot load modules or kernels, or open physical memory.",
     ),
-    alone("agent", "agent", "It can neither trace, read nor kill the agent."),
+    alone("agent", "agent", "It cannot trace, read or kill the agent."),
     Property {
         exempt: &[(
             Boundary::Gvisor,
-            "its kernel shows them to everybody, and there is nothing secret in them",
+            "its kernel shows them to every process; they contain no secret",
         )],
         ..alone(
-            "agent's outlines",
+            "agent's mappings",
             "outlines",
-            "It cannot see what the agent has mapped or opened, nor its environment.",
+            "It cannot see the memory map, open files or environment of the agent.",
         )
     },
-    alone("vsock", "vsock", "It can open no vsock: the channel is the agent's."),
-    alone("root file system", "root", "It can write nothing but its scratch directories."),
+    alone("vsock", "vsock", "It cannot open a vsock socket: the channel belongs to the agent."),
+    alone("root file system", "root", "It can write only to its scratch directories."),
     alone(
         "kernel interfaces",
         "kernel_files",
-        "It can change nothing through /proc and /sys, and read no kernel memory there.",
+        "It cannot change settings through /proc and /sys, or read kernel memory there.",
     ),
     alone(
         "system calls",
         "syscalls",
-        "It can make no system call that attacks start with: bpf, io_uring, userfaultfd, perf, keys.",
+        "It cannot make the system calls that attacks begin with: bpf, io_uring, userfaultfd, perf, keys.",
     ),
     Property {
         exempt: &[(Boundary::Namespaces, SHARED_KERNEL)],
-        ..alone("host kernel", "host_kernel", "It does not learn which kernel the host runs.")
+        ..alone("host kernel", "host_kernel", "It does not learn the version of the host's kernel.")
     },
-    destructive("memory", "memory", "When it takes all memory it can get, nobody else notices."),
-    destructive("tasks", "pids", "When it forks without end, nobody else notices."),
-    destructive("disk", "disk", "When it writes without end, nobody else notices."),
+    destructive(
+        "memory",
+        "memory",
+        "When it uses all available memory, other sandboxes and the host are not affected.",
+    ),
+    destructive(
+        "tasks",
+        "pids",
+        "When it forks without end, other sandboxes and the host are not affected.",
+    ),
+    destructive(
+        "disk",
+        "disk",
+        "When it writes without end, other sandboxes and the host are not affected.",
+    ),
 ];
 
 impl Property {
-    /// Why this wall does not promise it; `None`: it does.
-    pub fn exemption(&self, wall: Boundary) -> Option<&'static str> {
-        self.exempt.iter().find(|(exempt, _)| *exempt == wall).map(|(_, reason)| *reason)
+    /// Returns the reason why this boundary does not promise the property, or `None` if it does.
+    pub fn exemption(&self, boundary: Boundary) -> Option<&'static str> {
+        self.exempt.iter().find(|(exempt, _)| *exempt == boundary).map(|(_, reason)| *reason)
     }
 }
 
-/// `docs/tiers.md`: every property and who promises it.
+/// Returns the text of `docs/tiers.md`: every property, and the tiers that promise it.
 pub fn document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
         "# What each tier promises\n\n\
-         Written by `chitin audit --document`. `chitin audit --tier ironclaw|nanoclaw|nemoclaw|all` attacks each property from inside a\n\
-         sandbox and says what held. The tier `ironclaw` is a microVM; `nanoclaw` is gVisor, or a container where that is missing, and\n\
-         then it says so; `nemoclaw` is a container.\n\n",
+         Generated by `chitin audit --document`. `chitin audit --tier ironclaw|nanoclaw|nemoclaw|all` attacks each property from\n\
+         inside a sandbox and reports which of them held. The tier `ironclaw` is a microVM. The tier `nanoclaw` is gVisor; where\n\
+         gVisor is unavailable, it is a container, and the report says so. The tier `nemoclaw` is a container.\n\n",
     );
     let _ = writeln!(
         text,
@@ -123,7 +136,7 @@ pub fn document() -> String {
     );
     let _ = writeln!(text, "|---|---|{}", "---|".repeat(Boundary::ALL.len()));
     for property in &PROPERTIES {
-        let promise = |wall| match property.exemption(wall) {
+        let promise = |boundary| match property.exemption(boundary) {
             None => "held".to_owned(),
             Some(reason) => format!("no: {reason}"),
         };
