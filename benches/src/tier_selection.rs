@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use chitin::TierKind;
+use chitin::{ParseTierError, TierKind};
 
 /// The tiers to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl FromStr for TierSelection {
             _ => text
                 .parse()
                 .map(TierSelection::One)
-                .map_err(|error: String| format!("{error}; `all` is accepted too")),
+                .map_err(|error: ParseTierError| format!("{error}, or `all`")),
         }
     }
 }

@@ -274,11 +274,11 @@ print(error(lambda: connect('localhost', {endless}).recv(1)))"
 #[test]
 fn what_is_no_endpoint_is_refused_in_one_line() {
     for (endpoint, words) in [
-        ("api.example.com", "there is no port"),
+        ("api.example.com", "the port is missing"),
         ("api.example.com:0", "from 1 to 65535"),
         ("api.example.com:70000", "from 1 to 65535"),
-        ("127.0.0.1:80", "an address is nobody in particular"),
-        ("[fd00::1]:80", "an address is nobody in particular"),
+        ("127.0.0.1:80", "an IP address is not accepted"),
+        ("[fd00::1]:80", "an IP address is not accepted"),
         ("*.com:443", "top-level"),
         ("a\u{1b}b:443", "letters, digits"),
         (&format!("{}:443", "a".repeat(65_536)), "at most 253 bytes"),

@@ -48,7 +48,7 @@ fn what_cannot_be_kept_is_refused() {
         "VAULT_ADDR is not set",
     );
     refused("secrets: [{name: A, source: 'vault://kv/a#b'}]\n", "VAULT_ADDR is not set");
-    refused("resorces: {}\n", "p.yaml, line 2, column 1: there is no key `resorces`");
+    refused("resorces: {}\n", "p.yaml, line 2, column 1: unknown key `resorces`");
     refused(
         "sandbox: {filesystem: [{access: read-only, path: /in, source: /nonexistent}]}\n",
         "/nonexistent",
@@ -66,13 +66,14 @@ fn a_check_says_beforehand_what_a_run_will_say() {
         chitin("policy check").arg(&policy.path).outcome()
     };
     let fine = check(RESTRICTED);
-    assert!(fine.ok().contains("On ironclaw all of it is kept:"), "{fine:?}");
+    assert!(fine.ok().contains("On ironclaw, all of it is enforced:"), "{fine:?}");
     let secret = check("secrets: [{name: A, source: 'vault://kv/a#b'}]\n");
     assert!(secret.ok().contains("A from vault://kv/a#b, as a file in memory"), "{secret:?}");
     let egress = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
-    assert!(egress.ok().contains("a broker on this host dials what is listed"), "{egress:?}");
-    check("sandbox:\n  profile: paranoid\n")
-        .refused("p.yaml, line 3, column 12: `paranoid` is none of restricted,");
+    assert!(egress.ok().contains("a broker on this host dials the listed endpoints"), "{egress:?}");
+    check("sandbox:\n  profile: paranoid\n").refused(
+        "p.yaml, line 3, column 12: unknown value `paranoid`, expected one of restricted,",
+    );
     let schema = chitin("policy schema").outcome();
     let schema: Value = serde_json::from_str(schema.ok()).expect("JSON");
     assert_eq!(schema["title"], "Chitin policy");

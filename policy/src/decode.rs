@@ -1,5 +1,7 @@
-//! Nodes into types, by serde, so that the types that document the format and make its schema also read it. An error that
-//! has no place yet gets that of the innermost node it passes.
+//! Deserializes nodes with serde, so that the types that document the format and generate its
+//! schema also read it.
+//!
+//! An error without a location takes that of the innermost node it passes.
 
 use std::fmt::{self, Display};
 
@@ -9,29 +11,29 @@ use serde::de::{
     VariantAccess, Visitor,
 };
 
-use super::yaml::{Node, Place, Problem, Value};
+use super::yaml::{Diagnostic, Location, Node, Value};
 
-/// An error on its way out of the tree.
+/// An error that has or will get a location.
 #[derive(Debug)]
 pub struct Error {
-    place: Option<Place>,
-    what: String,
+    location: Option<Location>,
+    message: String,
 }
 
 impl Error {
-    fn at(self, place: Place) -> Error {
-        Error { place: self.place.or(Some(place)), ..self }
+    fn at(self, location: Location) -> Error {
+        Error { location: self.location.or(Some(location)), ..self }
     }
 
-    /// With a place at last; `root` is for one that never had any.
-    pub fn problem(self, root: Place) -> Problem {
-        Problem::new(self.place.unwrap_or(root), self.what)
+    /// Converts into a diagnostic, at the location `root` if the error has none.
+    pub fn into_diagnostic(self, root: Location) -> Diagnostic {
+        Diagnostic::new(self.location.unwrap_or(root), self.message)
     }
 }
 
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)
+        f.write_str(&self.message)
     }
 }
 
@@ -39,32 +41,32 @@ impl std::error::Error for Error {}
 
 impl serde::de::Error for Error {
     fn custom<T: Display>(message: T) -> Error {
-        Error { place: None, what: message.to_string() }
+        Error { location: None, message: message.to_string() }
     }
 
     fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Error {
         let found = match found {
             Unexpected::Bool(value) => format!("`{value}`"),
             Unexpected::Signed(value) => format!("the number {value}"),
-            Unexpected::Str(value) => format!("the text `{value}`"),
-            Unexpected::Unit => "nothing".into(),
+            Unexpected::Str(value) => format!("the string `{value}`"),
+            Unexpected::Unit => "no value".into(),
             Unexpected::Seq => "a list".into(),
-            Unexpected::Map => "keys and values".into(),
+            Unexpected::Map => "a map".into(),
             other => other.to_string(),
         };
-        Error::custom(format!("{expected} is wanted here, not {found}"))
+        Error::custom(format!("expected {expected}, found {found}"))
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Error {
-        Error::custom(format!("there is no key `{field}` here; there are {}", expected.join(", ")))
+        Error::custom(format!("unknown key `{field}`, expected one of {}", expected.join(", ")))
     }
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Error {
-        Error::custom(format!("`{variant}` is none of {}", expected.join(", ")))
+        Error::custom(format!("unknown value `{variant}`, expected one of {}", expected.join(", ")))
     }
 
     fn missing_field(field: &'static str) -> Error {
-        Error::custom(format!("`{field}` is missing"))
+        Error::custom(format!("the key `{field}` is missing"))
     }
 }
 
@@ -80,15 +82,15 @@ impl<'de> Deserializer<'de> for &'de Node {
             Value::List(items) => visitor.visit_seq(Items(items.iter())),
             Value::Map(entries) => visitor.visit_map(Entries { rest: entries.iter(), value: None }),
         }
-        .map_err(|error| error.at(self.place))
+        .map_err(|error| error.at(self.location))
     }
 
-    /// A key without a value is not an absent key: somebody meant to write something there.
+    /// A key without a value is not an absent key: its value was forgotten.
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         visitor.visit_some(self)
     }
 
-    /// By name only: serde would also take the values as a list.
+    /// Accepts a map only: serde would also accept the values as a list.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _name: &'static str,
@@ -98,9 +100,8 @@ impl<'de> Deserializer<'de> for &'de Node {
         match &self.value {
             Value::Map(_) => self.deserialize_any(visitor),
             other => {
-                let error: Error =
-                    serde::de::Error::invalid_type(other.unexpected(), &"keys and values");
-                Err(error.at(self.place))
+                let error: Error = serde::de::Error::invalid_type(other.unexpected(), &"a map");
+                Err(error.at(self.location))
             }
         }
     }
@@ -110,7 +111,7 @@ impl<'de> Deserializer<'de> for &'de Node {
         _name: &'static str,
         visitor: V,
     ) -> Result<V::Value, Error> {
-        visitor.visit_newtype_struct(self).map_err(|error| error.at(self.place))
+        visitor.visit_newtype_struct(self).map_err(|error| error.at(self.location))
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -120,18 +121,15 @@ impl<'de> Deserializer<'de> for &'de Node {
         visitor: V,
     ) -> Result<V::Value, Error> {
         match &self.value {
-            Value::String(word) => visitor.visit_enum(Word(word)),
-            _ => Err(serde::de::Error::custom(format!(
-                "one of {} is wanted here",
-                variants.join(", ")
-            ))),
+            Value::String(word) => visitor.visit_enum(UnitVariant(word)),
+            _ => Err(serde::de::Error::custom(format!("expected one of {}", variants.join(", ")))),
         }
-        .map_err(|error: Error| error.at(self.place))
+        .map_err(|error: Error| error.at(self.location))
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map identifier ignored_any
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit
+        unit_struct seq tuple tuple_struct map identifier ignored_any
     }
 }
 
@@ -159,7 +157,7 @@ impl<'de> SeqAccess<'de> for Items<'de> {
     ) -> Result<Option<T::Value>, Error> {
         self.0
             .next()
-            .map(|node| seed.deserialize(node).map_err(|error| error.at(node.place)))
+            .map(|node| seed.deserialize(node).map_err(|error| error.at(node.location)))
             .transpose()
     }
 }
@@ -180,20 +178,20 @@ impl<'de> MapAccess<'de> for Entries<'de> {
         self.value = Some(value);
         seed.deserialize(StrDeserializer::new(&key.name))
             .map(Some)
-            .map_err(|error: Error| error.at(key.place))
+            .map_err(|error: Error| error.at(key.location))
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
         let node =
-            self.value.take().ok_or_else(|| serde::de::Error::custom("a value without a key"))?;
-        seed.deserialize(node).map_err(|error| error.at(node.place))
+            self.value.take().ok_or_else(|| serde::de::Error::custom("value without a key"))?;
+        seed.deserialize(node).map_err(|error| error.at(node.location))
     }
 }
 
-/// An enum without data.
-struct Word<'de>(&'de str);
+/// A variant without data.
+struct UnitVariant<'de>(&'de str);
 
-impl<'de> EnumAccess<'de> for Word<'de> {
+impl<'de> EnumAccess<'de> for UnitVariant<'de> {
     type Error = Error;
     type Variant = Self;
 
@@ -202,7 +200,7 @@ impl<'de> EnumAccess<'de> for Word<'de> {
     }
 }
 
-impl<'de> VariantAccess<'de> for Word<'de> {
+impl<'de> VariantAccess<'de> for UnitVariant<'de> {
     type Error = Error;
 
     fn unit_variant(self) -> Result<(), Error> {
@@ -210,11 +208,11 @@ impl<'de> VariantAccess<'de> for Word<'de> {
     }
 
     fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, _seed: T) -> Result<T::Value, Error> {
-        Err(serde::de::Error::custom("no word has a value of its own"))
+        Err(serde::de::Error::custom("this value takes no data"))
     }
 
     fn tuple_variant<V: Visitor<'de>>(self, _len: usize, _visitor: V) -> Result<V::Value, Error> {
-        Err(serde::de::Error::custom("no word has values of its own"))
+        Err(serde::de::Error::custom("this value takes no data"))
     }
 
     fn struct_variant<V: Visitor<'de>>(
@@ -222,6 +220,6 @@ impl<'de> VariantAccess<'de> for Word<'de> {
         _fields: &'static [&'static str],
         _visitor: V,
     ) -> Result<V::Value, Error> {
-        Err(serde::de::Error::custom("no word has fields of its own"))
+        Err(serde::de::Error::custom("this value takes no data"))
     }
 }

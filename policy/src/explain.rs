@@ -1,4 +1,4 @@
-//! A policy in sentences.
+//! Explains a policy in sentences.
 
 use std::fmt::Write;
 
@@ -7,67 +7,69 @@ use chitin_spec::{Delivery, SecretSource, TierKind};
 use super::file::Access;
 use super::{Field, Policy, SyscallFilter, Verdict};
 
-/// What the workload of any policy can read and write; the agent makes it so (`guest-agent/src/root_fs.rs`).
+/// The files that a workload can read and write under any policy. The agent sets them up when it
+/// builds the workload's root.
 const SYSTEM: &str = "the system (/usr, /bin, /sbin, /lib, /lib64, /etc, /opt, /proc, /sys, /dev)";
 const SCRATCH: &str = "/work, /tmp, /var/tmp and /dev/shm";
 
-pub fn explain(policy: &Policy) -> String {
+pub fn explain_policy(policy: &Policy) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
-    let _ = sentences(policy, &mut text);
+    let _ = write_all(policy, &mut text);
     text
 }
 
-fn sentences(policy: &Policy, out: &mut String) -> std::fmt::Result {
+fn write_all(policy: &Policy, out: &mut String) -> std::fmt::Result {
     let plugin = policy.plugin.as_ref().map(|plugin| format!(" for {plugin}")).unwrap_or_default();
     let profile = policy.profile.spec();
     writeln!(
         out,
-        "{}: a policy{plugin}, profile {}: {}.",
+        "{}: policy{plugin}, profile {}: {}.",
         policy.origin, policy.profile, profile.purpose
     )?;
     writeln!(out)?;
-    tier(policy, out)?;
-    files(policy, out)?;
-    network(policy, out)?;
+    write_isolation(policy, out)?;
+    write_files(policy, out)?;
+    write_network(policy, out)?;
     match policy.syscalls {
         SyscallFilter::DefaultDeny => writeln!(
             out,
-            "System calls: those that are listed in docs/policy.md; any other fails with EPERM. No namespaces, no tracing, no \
-             vsock."
+            "System calls: only those listed in docs/policy.md; any other fails with EPERM. \
+             No namespaces, no tracing, no vsock."
         )?,
         SyscallFilter::DefaultAllow => {
             writeln!(
                 out,
-                "System calls: all but io_uring, bpf, perf, userfaultfd, key rings and vsock."
+                "System calls: all except io_uring, bpf, perf, userfaultfd, key rings and vsock."
             )?;
         }
     }
     writeln!(
         out,
-        "Rights: an ordinary user (1000), no new privileges, no capability but binding ports below 1024."
+        "Rights: an ordinary user (1000), no new privileges, no capability but \
+         CAP_NET_BIND_SERVICE."
     )?;
-    secrets(policy, out)?;
-    resources(policy, out)?;
-    table(policy, out)
+    write_credentials(policy, out)?;
+    write_resources(policy, out)?;
+    write_enforcement(policy, out)
 }
 
-fn tier(policy: &Policy, out: &mut String) -> std::fmt::Result {
-    let wall = match policy.runtime {
-        TierKind::Ironclaw => "in a microVM with a kernel of its own (ironclaw)",
+fn write_isolation(policy: &Policy, out: &mut String) -> std::fmt::Result {
+    let isolation = match policy.runtime {
+        TierKind::Ironclaw => "in a microVM with its own kernel (ironclaw)",
         TierKind::Nanoclaw => {
-            "under gVisor or, where runsc is absent, in a hardened container (nanoclaw)"
+            "under gVisor or, where runsc is missing, in a hardened container (nanoclaw)"
         }
         TierKind::Nemoclaw => "in a hardened container of the Docker daemon (nemoclaw)",
     };
-    write!(out, "Isolation: it runs {wall}")?;
+    write!(out, "Isolation: it runs {isolation}")?;
     if policy.fallback.is_empty() {
         write!(out, ", or not at all")?;
     } else {
         write!(
             out,
-            ", or where that cannot be had, as {}",
-            listed(&policy.fallback, TierKind::to_string)
+            "; if that is unavailable, as {}",
+            join_names(&policy.fallback, TierKind::to_string)
         )?;
     }
     match &policy.image {
@@ -76,10 +78,10 @@ fn tier(policy: &Policy, out: &mut String) -> std::fmt::Result {
     }
 }
 
-fn files(policy: &Policy, out: &mut String) -> std::fmt::Result {
+fn write_files(policy: &Policy, out: &mut String) -> std::fmt::Result {
     match policy.files_confined {
-        true => write!(out, "Files: it may read {SYSTEM}")?,
-        false => write!(out, "Files: it may read all of its root image")?,
+        true => write!(out, "Files: it can read {SYSTEM}")?,
+        false => write!(out, "Files: it can read all of its root image")?,
     }
     match policy.limits.disk_mib {
         Some(disk) => writeln!(out, ", and write {SCRATCH}, {disk} MiB in all.")?,
@@ -89,28 +91,29 @@ fn files(policy: &Policy, out: &mut String) -> std::fmt::Result {
         let (path, source) = (file.path.display(), file.source.display());
         match file.access {
             Access::ReadOnly => {
-                writeln!(out, "  It may read {path}, a copy of this host's {source}.")?
+                writeln!(out, "  It can read {path}, a copy of this host's {source}.")?
             }
             Access::ReadWrite => writeln!(
                 out,
-                "  It may change {path}, a copy of this host's {source}, which is replaced by it if the workload succeeds."
+                "  It can change {path}, a copy of this host's {source}, which is replaced if the \
+                 workload succeeds."
             )?,
         }
     }
     Ok(())
 }
 
-fn network(policy: &Policy, out: &mut String) -> std::fmt::Result {
+fn write_network(policy: &Policy, out: &mut String) -> std::fmt::Result {
     match policy.egress.as_slice() {
-        [] => writeln!(out, "Network: none but its own loopback."),
+        [] => writeln!(out, "Network: loopback only."),
         endpoints => {
-            let endpoints = listed(endpoints, ToString::to_string);
-            writeln!(out, "Network: it may connect to {endpoints}, and to nothing else.")
+            let endpoints = join_names(endpoints, ToString::to_string);
+            writeln!(out, "Network: it can connect to {endpoints} only.")
         }
     }
 }
 
-fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
+fn write_credentials(policy: &Policy, out: &mut String) -> std::fmt::Result {
     if policy.secrets.is_empty() && policy.credential_source.is_none() {
         return writeln!(out, "Credentials: none.");
     }
@@ -119,25 +122,24 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
         let source = match &secret.source {
             SecretSource::Env(name) => format!("this host's environment variable {name}"),
             SecretSource::File(path) => format!("this host's file {}", path.display()),
-            SecretSource::Exec(command) => format!("what `{command}` prints on this host"),
+            SecretSource::Exec(command) => format!("the output of `{command}` on this host"),
             SecretSource::Vault(source) => source.to_string(),
         };
         let delivery = match &secret.delivery {
-            Delivery::Memory => {
-                "a file in memory that it finds by the variable NAME_FILE".to_owned()
-            }
-            Delivery::Env => "an environment variable, seen by everything it starts".to_owned(),
-            Delivery::Endpoint => "keys that AWS's SDKs fetch when they need them".to_owned(),
-            Delivery::Proxy(reach) => {
-                let parts = match (reach.query, reach.body) {
+            Delivery::Memory => "a file in memory that the variable NAME_FILE names".to_owned(),
+            Delivery::Env => "an environment variable that its child processes see".to_owned(),
+            Delivery::Endpoint => "access keys that AWS SDKs fetch when they need them".to_owned(),
+            Delivery::Proxy(scope) => {
+                let parts = match (scope.query, scope.body) {
                     (false, false) => "headers",
                     (true, false) => "headers and the query",
                     (false, true) => "headers and the body",
                     (true, true) => "headers, the query and the body",
                 };
-                let hosts = listed(&reach.hosts, ToString::to_string);
+                let hosts = join_names(&scope.hosts, ToString::to_string);
                 format!(
-                    "a placeholder in the variable NAME, which this host replaces in {parts} of requests to {hosts}"
+                    "a placeholder in the variable NAME that this host replaces in {parts} of \
+                     requests to {hosts}"
                 )
             }
         };
@@ -149,17 +151,17 @@ fn secrets(policy: &Policy, out: &mut String) -> std::fmt::Result {
         )?;
     }
     if let Some(source) = &policy.credential_source {
-        let what = source.field.as_ref().map_or("every field by its name", String::as_str);
+        let fields = source.field.as_ref().map_or("every field under its name", String::as_str);
         writeln!(
             out,
-            "  {what} from {}, each as a file in memory that it finds by the variable NAME_FILE.",
+            "  {fields} from {}, each as a file in memory that the variable NAME_FILE names.",
             source.location()
         )?;
     }
     Ok(())
 }
 
-fn resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
+fn write_resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
     let limits = &policy.limits;
     let cpus = if limits.vcpus == 1 { "CPU" } else { "CPUs" };
     let time = match limits.timeout {
@@ -168,15 +170,17 @@ fn resources(policy: &Policy, out: &mut String) -> std::fmt::Result {
     };
     writeln!(
         out,
-        "Resources: {} {cpus}, {} MiB of memory, {} processes and threads; it {time}. Options may ask for less and not for more.",
+        "Resources: {} {cpus}, {} MiB of memory, {} processes and threads; it {time}. Options can \
+         lower this, not raise it.",
         limits.vcpus, limits.memory_mib, limits.pids
     )
 }
 
-/// Which field is kept by what on the tiers that may be used, and which refuse the policy.
-fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
+/// Writes the mechanism that enforces each field on each tier, and the tiers that refuse the
+/// policy.
+fn write_enforcement(policy: &Policy, out: &mut String) -> std::fmt::Result {
     for tier in TierKind::ALL {
-        let wanted = if tier == policy.runtime {
+        let listing = if tier == policy.runtime {
             ""
         } else if policy.fallback.contains(&tier) {
             " (fallback)"
@@ -185,11 +189,11 @@ fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
         };
         writeln!(out)?;
         match policy.check_tier(tier) {
-            Ok(()) => writeln!(out, "On {tier}{wanted} all of it is kept:")?,
-            Err(_) => writeln!(out, "On {tier}{wanted} a run is REFUSED:")?,
+            Ok(()) => writeln!(out, "On {tier}{listing}, all of it is enforced:")?,
+            Err(_) => writeln!(out, "On {tier}{listing}, a run is REFUSED:")?,
         }
         let verdicts = Field::ALL.map(|field| (field, policy.verdict(field, tier)));
-        // A tier that refuses everything says so once.
+        // Print the reason once if the tier refuses every field.
         if let [(_, first @ Verdict::Refused(why)), rest @ ..] = &verdicts
             && rest.iter().all(|(_, verdict)| matches!(verdict, Verdict::Refused(_)))
         {
@@ -199,7 +203,7 @@ fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
         }
         for (field, verdict) in verdicts {
             match verdict {
-                Verdict::Kept(how) => writeln!(out, "  {}: {how}", field.name())?,
+                Verdict::Enforced(how) => writeln!(out, "  {}: {how}", field.name())?,
                 Verdict::Refused(why) => writeln!(out, "  {}: REFUSED: {why}", field.name())?,
             }
         }
@@ -207,7 +211,7 @@ fn table(policy: &Policy, out: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-fn listed<T>(items: &[T], name: impl Fn(&T) -> String) -> String {
+fn join_names<T>(items: &[T], name: impl Fn(&T) -> String) -> String {
     let names: Vec<String> = items.iter().map(name).collect();
     match names.split_last() {
         Some((last, [])) => last.clone(),

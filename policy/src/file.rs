@@ -1,5 +1,7 @@
-//! The file as it is written: one type for the reader, the schema and the documentation. What a field says by itself is checked
-//! here, what it says beside others in [`super::resolve`].
+//! The policy file as it is written. The same types serve the reader, the schema and the
+//! documentation.
+//!
+//! A rule about a single field is checked here, a rule about several fields in [`super::resolve`].
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -7,8 +9,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use chitin_spec::{
-    Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, ParseSecretError, SecretSource, TierKind,
-    VaultSource, check_name, string_type,
+    DeliveryKind, Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, ParseSecretError,
+    SecretSource, TierKind, VaultSource, check_name, string_type,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -18,109 +20,116 @@ use super::profile::{Profile, SyscallFilter};
 /// Longest path, `PATH_MAX` of Linux.
 const MAX_PATH: usize = 4096;
 
-/// Longest label: it stands in a line of a report.
+/// Longest label. A report prints it on one line.
 const MAX_LABEL: usize = 128;
 
-/// The most entries of one list: what each costs (a Landlock rule, a memfd, an address) stays small.
+/// Maximum entries of a list, so that their cost (a Landlock rule, a memfd, an address each) stays
+/// small.
 pub const MAX_ENTRIES: usize = 64;
 
-/// What a sandbox may do.
+/// The rights and resources of a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(title = "Chitin policy")]
 pub struct PolicyFile {
-    /// What this policy is for; it stands in the report and changes nothing.
+    /// Name of the plugin that the policy is for. The report shows it; nothing else depends on it.
     pub plugin: Option<Label>,
-    /// How the sandbox is isolated. Without it `ironclaw`. Never replaced by something weaker that `fallback` does not list.
+    /// Tier that isolates the sandbox (default `ironclaw`). A weaker tier is used only if
+    /// `fallback` lists it.
     pub runtime: Option<TierKind>,
-    /// What else will do, in this order, where `runtime` cannot be had.
+    /// Tiers to try, in order, if `runtime` is unavailable.
     #[schemars(length(max = 2))]
     pub fallback: Option<Vec<TierKind>>,
-    /// A root image on the host, an absolute path; without it the one that was built.
-    pub image: Option<PlainPath>,
-    /// How hard the sandbox is made.
+    /// Absolute path of a root image on the host. The default is the image that Chitin was built
+    /// with.
+    pub image: Option<NormalPath>,
+    /// Hardening of the sandbox.
     pub hardening: Option<Hardening>,
-    /// What the workload may reach.
+    /// Files, network and system calls of the workload.
     pub sandbox: Option<Rules>,
-    /// How much of the machine it gets.
+    /// Share of the machine that the sandbox gets.
     pub resources: Option<Resources>,
-    /// Credentials it is handed.
+    /// Credentials of the workload.
     #[schemars(length(max = MAX_ENTRIES))]
     pub secrets: Option<Vec<SecretRule>>,
 }
 
-/// How hard the sandbox is made.
+/// Hardening of the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Hardening {
-    /// Every capability is dropped but the one to bind ports below 1024. `false` is refused: no workload keeps more.
+    /// Drops every capability except CAP_NET_BIND_SERVICE. `false` is refused: no workload keeps
+    /// more.
     pub strip_agent_capabilities: Option<Always>,
-    /// Nothing can be written but the scratch directories. `false` is refused: no tier has a writable root.
+    /// Makes everything read-only except the scratch directories. `false` is refused: no tier has a
+    /// writable root.
     pub readonly_root_filesystem: Option<Always>,
-    /// A secret of a vault of which each field is a credential, by its name: `vault://MOUNT/PATH`, or `#FIELD` for only that one.
+    /// A Vault secret whose fields become credentials with the names of the fields:
+    /// `vault://MOUNT/PATH`, or `vault://MOUNT/PATH#FIELD` for a single field.
     pub credential_source: Option<VaultSource>,
 }
 
-/// What the workload may reach.
+/// Files, network and system calls of the workload.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rules {
-    /// What holds where this file says nothing, and what it may not loosen. Without it `default`.
+    /// Defaults for keys that are absent, and restrictions that the file cannot loosen (default
+    /// `default`).
     pub profile: Option<Profile>,
-    /// Files and directories of the host that are copied in. With this key, even an empty list, the workload may read
-    /// these and the system, and nothing else.
+    /// Files and directories of the host that are copied in. If the key is present, even with an
+    /// empty list, the workload can read only these and the system.
     #[schemars(length(max = MAX_ENTRIES))]
     pub filesystem: Option<Vec<FileRule>>,
-    /// What it may connect to.
+    /// Permitted connections.
     pub network: Option<Network>,
-    /// Which system calls it may make.
+    /// Permitted system calls.
     pub syscall_filter: Option<SyscallFilter>,
 }
 
-/// A file or directory of the host in the sandbox: a copy, never shared.
+/// A file or directory of the host that the sandbox gets as a copy, never shared.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FileRule {
-    /// What the workload may do with it.
+    /// Access of the workload.
     pub access: Access,
-    /// Where it is in the sandbox. Of `read-write`: below /work or /tmp; of `read-only`: outside of them.
-    pub path: PlainPath,
-    /// Where it is on the host; without it the same path.
-    pub source: Option<PlainPath>,
+    /// Path in the sandbox: below /work or /tmp for `read-write`, outside of them for `read-only`.
+    pub path: NormalPath,
+    /// Path on the host (default: the same path).
+    pub source: Option<NormalPath>,
 }
 
-/// What may be done with a file.
+/// Access to a copied file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
-    /// Copied in.
+    /// Copy it in.
     ReadOnly,
-    /// Copied in, and back to where it came from if the workload succeeds.
+    /// Copy it in, and back to its source if the workload succeeds.
     ReadWrite,
 }
 
-/// What may be connected to.
+/// Permitted connections.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
-    /// `HOST:PORT` or `*.DOMAIN:PORT`, and nothing else.
+    /// Permitted destinations, `HOST:PORT` or `*.DOMAIN:PORT`. Every other one is refused.
     #[schemars(length(max = MAX_ENTRIES))]
     pub allowed_egress: Vec<Endpoint>,
 }
 
-/// How much of the machine the sandbox gets. Options of a command may ask for less and not for more.
+/// Share of the machine that the sandbox gets. Command-line options can lower it, not raise it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Resources {
     /// Virtual CPUs.
     pub vcpus: Option<Bounded<1, MAX_VCPUS>>,
-    /// Memory in MiB, files that the workload writes included.
+    /// Memory in MiB, including files that the workload writes.
     pub memory_mib: Option<Bounded<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
-    /// The sandbox ends after so long, whatever it does: `90s`, `5m`, `1h 30m`.
-    pub timeout: Option<Limit>,
-    /// Processes and threads at once.
+    /// Time after which the sandbox is ended: `90s`, `5m`, `1h 30m`.
+    pub timeout: Option<TimeLimit>,
+    /// Maximum number of processes and threads.
     pub pids: Option<Bounded<1, 4096>>,
-    /// What can be written, in MiB; at most half of the memory, in which it lies.
+    /// Maximum size of written files, in MiB. They lie in memory and may take half of it.
     pub disk_mib: Option<Bounded<1, 8192>>,
 }
 
@@ -128,50 +137,34 @@ pub struct Resources {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SecretRule {
-    /// The name the workload knows it by, an environment variable's.
+    /// Name of the credential: a valid name of an environment variable.
     pub name: SecretName,
     /// `env:VAR`, `file:PATH`, `exec:CMD` or `vault://MOUNT/PATH#FIELD`.
-    pub source: Source,
-    /// How the workload gets it; without it `proxy` where there are hosts, else `memory`.
-    pub delivery: Option<How>,
-    /// The hosts it is for, `HOST:PORT` or `*.DOMAIN:PORT`, each allowed by `allowed_egress`: the value goes to these and does not
-    /// enter the sandbox.
+    pub source: SourceRule,
+    /// Way in which the workload gets it (default: `proxy` if `hosts` is present, else `memory`).
+    pub delivery: Option<DeliveryKind>,
+    /// Hosts that receive the value, `HOST:PORT` or `*.DOMAIN:PORT`, each covered by
+    /// `allowed_egress`. The value does not enter the sandbox.
     pub hosts: Option<Vec<Endpoint>>,
-    /// Where its placeholder is replaced beside headers.
-    pub replaced_in: Option<Vec<Part>>,
+    /// Parts of a request in which the placeholder is replaced in addition to headers.
+    pub replaced_in: Option<Vec<RequestPart>>,
 }
 
-/// A part of a request.
+/// A part of an HTTP request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Part {
-    /// The query of the URL, which servers write to their logs.
+pub enum RequestPart {
+    /// The query of the URL. Servers write it to their logs.
     Query,
-    /// The body, of up to 1 MiB.
+    /// The body, up to 1 MiB.
     Body,
 }
 
-/// How a workload gets a credential.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum How {
-    /// A file in memory that `NAME_FILE` names.
-    Memory,
-    /// The environment variable `NAME`, which everything that the workload starts sees.
-    Env,
-    /// A placeholder in the environment variable `NAME`, replaced on the way to `hosts`.
-    Proxy,
-    /// Keys of AWS, which SDKs fetch from an address in the sandbox when they need them. For one credential.
-    Endpoint,
-}
-
-// ---- values that are checked as they are read ----
-
 string_type!(Label, "Label", r"^[^\u0000-\u001f]{1,128}$");
-string_type!(PlainPath, "PlainPath", r"^/[^/]+(/[^/]+)*$");
-string_type!(Source, "Source", r"^((env|exec):.+|file:/.+|vault://[^/#]+/[^#]+(#.+)?)$");
+string_type!(NormalPath, "NormalPath", r"^/[^/]+(/[^/]+)*$");
+string_type!(SourceRule, "Source", r"^((env|exec):.+|file:/.+|vault://[^/#]+/[^#]+(#.+)?)$");
 string_type!(SecretName, "SecretName", r"^[A-Za-z_][A-Za-z0-9_]{0,127}$");
-string_type!(Limit, "Limit", r"^([0-9]+ ?[a-z]+ ?)+$");
+string_type!(TimeLimit, "TimeLimit", r"^([0-9]+ ?[a-z]+ ?)+$");
 
 /// A label for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,61 +176,61 @@ impl FromStr for Label {
     fn from_str(text: &str) -> Result<Label, String> {
         match text.chars().count() {
             1..=MAX_LABEL => Ok(Label(text.into())),
-            0 => Err("an empty name".into()),
-            _ => Err(format!("a name of more than {MAX_LABEL} characters")),
+            0 => Err("a name must not be empty".into()),
+            _ => Err(format!("a name has at most {MAX_LABEL} characters")),
         }
     }
 }
 
-/// An absolute path that means what it says: no `.`, no `..`, no doubled slash.
+/// An absolute path in normal form: no `.`, no `..`, no repeated or trailing slash.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlainPath(pub PathBuf);
+pub struct NormalPath(pub PathBuf);
 
-impl PlainPath {
-    /// Whether it is this directory or something in it.
+impl NormalPath {
+    /// Returns true if the path is `directory` or lies below it.
     pub fn is_in(&self, directory: &str) -> bool {
         self.0.starts_with(directory)
     }
 }
 
-impl FromStr for PlainPath {
+impl FromStr for NormalPath {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<PlainPath, String> {
+    fn from_str(text: &str) -> Result<NormalPath, String> {
         let path = Path::new(text);
         if !path.is_absolute() {
-            return Err(format!("the path `{text}` is relative: it has to begin with /"));
+            return Err(format!("the path `{text}` is relative: it must begin with /"));
         }
         if path.components().any(|component| component == Component::ParentDir) {
-            return Err(format!("the path `{text}` holds `..`: write where it leads"));
+            return Err(format!("the path `{text}` contains `..`: write its target"));
         }
         let plain: PathBuf = path.components().collect();
         if plain.as_os_str() != text || text == "/" {
             return Err(format!(
-                "the path `{text}` has to be plain: names with one / before each, and none at the end"
+                "the path `{text}` is not in normal form: one / before each name, none at the end"
             ));
         }
         if text.len() > MAX_PATH {
-            return Err(format!("a path of more than {MAX_PATH} bytes"));
+            return Err(format!("a path has at most {MAX_PATH} bytes"));
         }
-        Ok(PlainPath(plain))
+        Ok(NormalPath(plain))
     }
 }
 
-/// Where a credential comes from.
+/// The source of a credential. The path of a file must be absolute and in normal form.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source(pub SecretSource);
+pub struct SourceRule(pub SecretSource);
 
-impl FromStr for Source {
+impl FromStr for SourceRule {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Source, String> {
+    fn from_str(text: &str) -> Result<SourceRule, String> {
         let source: SecretSource =
             text.parse().map_err(|error: ParseSecretError| error.to_string())?;
         if let SecretSource::File(path) = &source {
-            PlainPath::from_str(&path.to_string_lossy())?;
+            NormalPath::from_str(&path.to_string_lossy())?;
         }
-        Ok(Source(source))
+        Ok(SourceRule(source))
     }
 }
 
@@ -254,23 +247,23 @@ impl FromStr for SecretName {
     }
 }
 
-/// A time limit.
+/// A time limit, not zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limit(pub Duration);
+pub struct TimeLimit(pub Duration);
 
-impl FromStr for Limit {
+impl FromStr for TimeLimit {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Limit, String> {
+    fn from_str(text: &str) -> Result<TimeLimit, String> {
         match humantime::parse_duration(text) {
-            Ok(limit) if limit.is_zero() => Err("a time limit of nothing".into()),
-            Ok(limit) => Ok(Limit(limit)),
-            Err(error) => Err(format!("`{text}` is no time such as 90s, 5m or 1h: {error}")),
+            Ok(limit) if limit.is_zero() => Err("a time limit must not be zero".into()),
+            Ok(limit) => Ok(TimeLimit(limit)),
+            Err(error) => Err(format!("`{text}` is not a duration such as 90s, 5m or 1h: {error}")),
         }
     }
 }
 
-/// A number in a range.
+/// An integer from `MIN` to `MAX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bounded<const MIN: u32, const MAX: u32>(pub u32);
 
@@ -281,7 +274,7 @@ impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Bounded<MIN, MAX>
             type Value = i64;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a whole number")
+                f.write_str("an integer")
             }
 
             fn visit_i64<E>(self, number: i64) -> Result<i64, E> {
@@ -291,7 +284,9 @@ impl<'de, const MIN: u32, const MAX: u32> Deserialize<'de> for Bounded<MIN, MAX>
         let number = deserializer.deserialize_i64(Number)?;
         match u32::try_from(number) {
             Ok(number) if (MIN..=MAX).contains(&number) => Ok(Bounded(number)),
-            _ => Err(serde::de::Error::custom(format!("{number} is out of range: {MIN} to {MAX}"))),
+            _ => Err(serde::de::Error::custom(format!(
+                "{number} is out of range: use {MIN} to {MAX}"
+            ))),
         }
     }
 }
@@ -310,14 +305,14 @@ impl<const MIN: u32, const MAX: u32> JsonSchema for Bounded<MIN, MAX> {
     }
 }
 
-/// Something that cannot be switched off; the key is there so that a file can demand it.
+/// A protection that cannot be switched off. The key exists so that a file can demand it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Always;
 
 impl<'de> Deserialize<'de> for Always {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Truth;
-        impl serde::de::Visitor<'_> for Truth {
+        struct OnlyTrue;
+        impl serde::de::Visitor<'_> for OnlyTrue {
             type Value = Always;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -328,12 +323,12 @@ impl<'de> Deserialize<'de> for Always {
                 match value {
                     true => Ok(Always),
                     false => Err(E::custom(
-                        "this cannot be switched off, on any tier: say `true`, or leave it out, which is the same",
+                        "this cannot be switched off on any tier: write `true` or remove the key",
                     )),
                 }
             }
         }
-        deserializer.deserialize_bool(Truth)
+        deserializer.deserialize_bool(OnlyTrue)
     }
 }
 

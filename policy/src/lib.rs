@@ -1,11 +1,11 @@
-//! The policy file: what a sandbox may do.
+//! The policy file: the rights and resources of a sandbox.
 //!
 //! ```text
-//!   text ──yaml──▶ nodes with places ──decode──▶ PolicyFile ──resolve, with its profile──▶ Policy ──▶ what enforces it
+//!   text ──yaml──▶ nodes with locations ──decode──▶ PolicyFile ──resolve, with profile──▶ Policy
 //! ```
 //!
-//! Strict from end to end: what is not understood is an error with line and column, never ignored. No types here know how
-//! anything is enforced; [`tiers`] says by what on which tier.
+//! The reader is strict: anything unknown is an error with line and column, never ignored. No type
+//! here enforces anything; [`tiers`] names the mechanism that enforces each field on each tier.
 #![forbid(unsafe_code)]
 
 mod decode;
@@ -29,15 +29,15 @@ use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-pub use file::{Access, How, Source};
+pub use file::Access;
 pub use profile::{PROFILES, Profile, ProfileSpec, SyscallFilter};
 pub use tiers::{Field, Verdict};
-pub use yaml::Place;
+pub use yaml::Location;
 
 use file::PolicyFile;
-use yaml::{MAX_BYTES, Problem};
+use yaml::{Diagnostic, MAX_BYTES};
 
-/// What is wrong with a policy, or with what is asked for under it.
+/// An invalid policy, or a request that the policy does not permit.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
     /// The file cannot be read.
@@ -45,45 +45,46 @@ pub enum PolicyError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// It does not list that tier.
+    /// The policy does not list the requested tier.
     #[error(
-        "the policy {origin} does not accept the tier {tier}: it would have to be its runtime or in its fallback"
+        "the policy {origin} does not permit the tier {tier}: add it to `fallback`, or choose a \
+         listed tier"
     )]
     Tier {
         /// The file.
         origin: String,
-        /// What was asked for.
+        /// The requested tier.
         tier: TierKind,
     },
-    /// The file is larger than any policy.
-    #[error("the policy {} is larger than {} KiB: is it a policy?", path.display(), MAX_BYTES / 1024)]
+    /// The file exceeds the size limit.
+    #[error("{} is larger than {} KiB: not a policy file", path.display(), MAX_BYTES / 1024)]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
-    /// The file is no text.
-    #[error("the policy {} is not UTF-8, from byte {at} on", path.display())]
-    NoText {
+    /// The file is not UTF-8.
+    #[error("the policy {} is not UTF-8: invalid byte at offset {at}", path.display())]
+    NotUtf8 {
         /// The file.
         path: PathBuf,
-        /// The first byte that is none.
+        /// Offset of the first invalid byte.
         at: usize,
     },
-    /// Something in it is wrong.
-    #[error("{origin}, {place}: {what}")]
+    /// The file breaks a rule of the format.
+    #[error("{origin}, {location}: {message}")]
     Invalid {
         /// The file.
         origin: String,
-        /// Where.
-        place: Place,
-        /// What, and what would be right.
-        what: String,
+        /// Location.
+        location: Location,
+        /// The rule, and a valid alternative.
+        message: String,
     },
-    /// It asks for what this tier cannot do.
-    #[error("the policy {origin} cannot be kept on {tier}: {field}: {why}")]
+    /// The tier cannot enforce a field.
+    #[error("{tier} cannot enforce the policy {origin}: {field}: {why}")]
     Refused {
         /// The file.
         origin: String,
@@ -91,24 +92,25 @@ pub enum PolicyError {
         tier: TierKind,
         /// The field.
         field: &'static str,
-        /// Why.
+        /// Reason.
         why: &'static str,
     },
-    /// More was asked for than it allows.
+    /// The request exceeds a limit of the policy.
     #[error(
-        "{what} {asked} is more than the {allowed} that the policy {origin} allows: ask for less, or change the policy"
+        "{what} {asked} is more than the {allowed} that the policy {origin} allows: lower it, or \
+         change the policy"
     )]
     Exceeded {
         /// The file.
         origin: String,
-        /// What was asked for.
+        /// The limit, as the user knows it.
         what: &'static str,
-        /// How much.
+        /// Requested value.
         asked: String,
-        /// How much there may be.
+        /// Largest permitted value.
         allowed: String,
     },
-    /// A credential was asked for that it does not list.
+    /// The policy does not list the requested credential.
     #[error("secret {name}: the policy {origin} does not list it")]
     Secret {
         /// The file.
@@ -116,9 +118,10 @@ pub enum PolicyError {
         /// The credential.
         name: String,
     },
-    /// An endpoint was asked for that it does not list.
+    /// The policy does not list the requested endpoint.
     #[error(
-        "--allow {endpoint}: the policy {origin} does not list it: ask for less, or change the policy"
+        "--allow {endpoint}: the policy {origin} does not list it: remove the option, or change \
+         the policy"
     )]
     Egress {
         /// The file.
@@ -126,67 +129,68 @@ pub enum PolicyError {
         /// The endpoint.
         endpoint: Endpoint,
     },
-    /// A template was made under something else.
+    /// A template was built under another policy.
     #[error(
-        "the template `{template}` was built under {built}: build it again with `chitin template build --policy`"
+        "the template `{template}` was built under {built}: build it again with \
+         `chitin template build --policy`"
     )]
     Template {
         /// The template.
         template: String,
-        /// What it was built under.
+        /// The policy that it was built under.
         built: String,
     },
 }
 
-/// A file or directory of the host, as the sandbox has it.
+/// A file or directory of the host that the sandbox gets as a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SharedFile {
-    /// What may be done with it.
+pub struct CopiedFile {
+    /// Access of the workload.
     pub access: Access,
-    /// Where it is in the sandbox.
+    /// Path in the sandbox.
     pub path: PathBuf,
-    /// Where it is on the host.
+    /// Path on the host.
     pub source: PathBuf,
 }
 
-/// What a sandbox may do: a file and its profile, resolved.
+/// The rights and resources of a sandbox: a policy file with its profile applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// What the file is called in messages.
+    /// Name of the file in messages.
     pub origin: String,
     /// SHA-256 of the file's bytes, in hexadecimal.
     pub digest: String,
-    /// What it is for.
+    /// Plugin that the policy is for.
     pub plugin: Option<String>,
-    /// Its profile.
+    /// Profile.
     pub profile: Profile,
-    /// How the sandbox is isolated.
+    /// First choice of tier.
     pub runtime: TierKind,
-    /// What else will do, in this order.
+    /// Tiers to try, in order, if `runtime` is unavailable.
     pub fallback: Vec<TierKind>,
-    /// Another root image than the one that was built.
+    /// Root image that replaces the default one.
     pub image: Option<PathBuf>,
-    /// Whether the workload can read nothing but the system and [`files`](Policy::files).
+    /// The workload can read only the system and [`files`](Policy::files).
     pub files_confined: bool,
-    /// What is copied in.
-    pub files: Vec<SharedFile>,
-    /// What may be connected to.
+    /// Files and directories that are copied in.
+    pub files: Vec<CopiedFile>,
+    /// Permitted destinations of connections.
     pub egress: Vec<Endpoint>,
-    /// Which system calls may be made.
+    /// Permitted system calls.
     pub syscalls: SyscallFilter,
-    /// How much of the machine the sandbox gets.
+    /// Share of the machine.
     pub limits: Limits,
-    /// Credentials, each by its name.
+    /// Credentials, with distinct names.
     pub secrets: Vec<SecretSpec>,
-    /// A secret of a vault of which each field is a credential, by the field's name.
+    /// Vault secret whose fields are credentials with the names of the fields.
     pub credential_source: Option<VaultSource>,
 }
 
 impl Policy {
-    /// Reads a file.
+    /// Reads a policy file.
     ///
     /// # Errors
-    /// The file cannot be read, is larger than 64 KiB, or says something wrong.
+    /// Fails if the file cannot be read, is larger than 64 KiB, is not UTF-8, or is invalid.
     pub fn load(path: impl AsRef<Path>) -> Result<Policy, PolicyError> {
         let path = path.as_ref();
         let failed = |source| PolicyError::Read { path: path.to_owned(), source };
@@ -200,46 +204,48 @@ impl Policy {
         match std::str::from_utf8(&bytes) {
             Ok(text) => Policy::parse(text, &path.display().to_string()),
             Err(error) => {
-                Err(PolicyError::NoText { path: path.to_owned(), at: error.valid_up_to() })
+                Err(PolicyError::NotUtf8 { path: path.to_owned(), at: error.valid_up_to() })
             }
         }
     }
 
-    /// Reads a text; `origin` is what messages call it.
+    /// Parses a policy. Messages call the text `origin`.
     ///
     /// # Errors
-    /// [`PolicyError::TooLarge`] and [`PolicyError::Invalid`], with line and column.
+    /// [`PolicyError::TooLarge`], and [`PolicyError::Invalid`] with line and column.
     pub fn parse(text: &str, origin: &str) -> Result<Policy, PolicyError> {
         if text.len() as u64 > MAX_BYTES {
             return Err(PolicyError::TooLarge { path: origin.into() });
         }
         let digest = format!("{:x}", Sha256::digest(text));
-        let resolved = yaml::read(text).and_then(|root| {
-            let file = PolicyFile::deserialize(&root).map_err(|error| error.problem(root.place))?;
-            resolve::resolve(file, &root, origin, digest)
+        let resolved = yaml::parse_document(text).and_then(|root| {
+            let file = PolicyFile::deserialize(&root)
+                .map_err(|error| error.into_diagnostic(root.location))?;
+            resolve::resolve_policy(file, &root, origin, digest)
         });
-        resolved.map_err(|Problem { place, what }| PolicyError::Invalid {
+        resolved.map_err(|Diagnostic { location, message }| PolicyError::Invalid {
             origin: origin.into(),
-            place,
-            what,
+            location,
+            message,
         })
     }
 
-    /// The JSON Schema of the file, for editors.
+    /// Returns the JSON Schema of the file format, for editors.
     pub fn schema() -> String {
         let mut schema = schemars::schema_for!(PolicyFile);
-        NoNull.transform(&mut schema);
+        RemoveNull.transform(&mut schema);
         let mut text = serde_json::to_string_pretty(&schema).unwrap_or_default();
         text.push('\n');
         text
     }
 
-    /// What it allows, in sentences, and what keeps it on which tier.
+    /// Explains in sentences what the policy permits, and the mechanism that enforces it on each
+    /// tier.
     pub fn explain(&self) -> String {
-        explain::explain(self)
+        explain::explain_policy(self)
     }
 
-    /// Whether a tier can keep all of it.
+    /// Checks that a tier can enforce every field.
     ///
     /// # Errors
     /// [`PolicyError::Refused`] for the first field that it cannot.
@@ -253,15 +259,15 @@ impl Policy {
         Ok(())
     }
 
-    /// The tiers that will do, in this order.
+    /// Returns the acceptable tiers, the first choice first.
     pub fn tiers(&self) -> impl Iterator<Item = TierKind> {
         std::iter::once(self.runtime).chain(self.fallback.iter().copied())
     }
 
-    /// The first of the [`tiers`](Policy::tiers) that can keep all of it.
+    /// Returns the first of the [`tiers`](Policy::tiers) that can enforce every field.
     ///
     /// # Errors
-    /// Why `runtime` cannot, if none can.
+    /// Fails with the reason of `runtime` if no tier can.
     pub fn tier(&self) -> Result<TierKind, PolicyError> {
         match self.tiers().find(|tier| self.check_tier(*tier).is_ok()) {
             Some(tier) => Ok(tier),
@@ -269,14 +275,16 @@ impl Policy {
         }
     }
 
-    /// What the agent has to do about it behind a boundary. Of a container, whoever made it bounds processes and disk; of gVisor's,
-    /// whose kernel counts for itself, the agent has the processes bounded.
+    /// Returns the part of the policy that the agent enforces behind a boundary.
+    ///
+    /// The tier limits processes and disk of a container. gVisor's kernel counts processes itself,
+    /// so there the agent sets the limit.
     pub fn confine(&self, request: u32, boundary: Boundary) -> Confine {
-        let counts = match boundary {
+        let limits_tasks = match boundary {
             Boundary::Kvm | Boundary::Gvisor => true,
             Boundary::Namespaces => false,
         };
-        let rule = |file: &SharedFile| FileRule {
+        let rule = |file: &CopiedFile| FileRule {
             path: file.path.as_os_str().as_bytes().into(),
             writable: file.access == Access::ReadWrite,
         };
@@ -287,7 +295,7 @@ impl Policy {
                 SyscallFilter::DefaultDeny => SystemCalls::DefaultDeny,
             },
             files: self.files_confined.then(|| self.files.iter().map(rule).collect()),
-            max_tasks: counts.then_some(self.limits.pids),
+            max_tasks: limits_tasks.then_some(self.limits.pids),
             max_disk: self
                 .limits
                 .disk_mib
@@ -296,13 +304,15 @@ impl Policy {
         }
     }
 
-    /// Whether all that an endpoint means is listed.
+    /// Returns true if the policy permits every name that an endpoint matches.
     pub fn may_reach(&self, endpoint: &Endpoint) -> bool {
         self.egress.iter().any(|listed| listed.covers(endpoint))
     }
 
-    /// What becomes of a number that was asked for beside the policy: it may be less than the policy's, which stands if there is
-    /// none.
+    /// Returns the requested value, or the policy's if there is no request.
+    ///
+    /// # Errors
+    /// [`PolicyError::Exceeded`] if the requested value is larger than the policy's.
     pub fn tighten(
         &self,
         what: &'static str,
@@ -312,35 +322,39 @@ impl Policy {
         let allowed = u64::from(allowed);
         match asked {
             Some(asked) if asked > allowed => {
-                Err(self.exceeded(what, asked.to_string(), allowed.to_string()))
+                Err(self.exceeded_error(what, asked.to_string(), allowed.to_string()))
             }
             asked => Ok(asked.unwrap_or(allowed)),
         }
     }
 
-    /// The same for the time limit.
+    /// Does the same for the time limit.
+    ///
+    /// # Errors
+    /// [`PolicyError::Exceeded`] if the requested limit is longer than the policy's.
     pub fn tighten_timeout(
         &self,
         asked: Option<Duration>,
     ) -> Result<Option<Duration>, PolicyError> {
         match (asked, self.limits.timeout) {
             (Some(asked), Some(allowed)) if asked > allowed => {
-                let words = |limit| humantime::format_duration(limit).to_string();
-                Err(self.exceeded("a time limit of", words(asked), words(allowed)))
+                let format = |limit| humantime::format_duration(limit).to_string();
+                Err(self.exceeded_error("a time limit of", format(asked), format(allowed)))
             }
             (asked, allowed) => Ok(asked.or(allowed)),
         }
     }
 
-    fn exceeded(&self, what: &'static str, asked: String, allowed: String) -> PolicyError {
+    fn exceeded_error(&self, what: &'static str, asked: String, allowed: String) -> PolicyError {
         PolicyError::Exceeded { origin: self.origin.clone(), what, asked, allowed }
     }
 }
 
-/// A key that may be left out may not be left empty; schemars takes an `Option` for both.
-struct NoNull;
+/// Removes `null` from every type: a key may be absent but not empty, and schemars reads an
+/// `Option` as both.
+struct RemoveNull;
 
-impl Transform for NoNull {
+impl Transform for RemoveNull {
     fn transform(&mut self, schema: &mut schemars::Schema) {
         transform_subschemas(self, schema);
         let Some(object) = schema.as_object_mut() else { return };

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::*;
 
-/// The two shapes of the design, letter by letter.
+/// The two manifests of the design, unchanged.
 const FIRST: &str = "\
 runtime: ironclaw
 hardening:
@@ -29,20 +29,20 @@ fn parse(text: &str) -> Policy {
     Policy::parse(text, "p.yaml").unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
-/// Asserts that a text is refused at this line and column, in words that hold `words`.
+/// Asserts that a text is refused at this line and column, with a message that contains `words`.
 #[track_caller]
-fn refused(text: &str, place: (usize, usize), words: &str) {
+fn refused(text: &str, location: (usize, usize), words: &str) {
     match Policy::parse(text, "p.yaml") {
-        Err(PolicyError::Invalid { place: Place { line, column }, what, .. }) => {
-            assert!(what.contains(words), "no `{words}` in `{what}`");
-            assert_eq!((line, column), place, "{what}");
+        Err(PolicyError::Invalid { location: Location { line, column }, message, .. }) => {
+            assert!(message.contains(words), "no `{words}` in `{message}`");
+            assert_eq!((line, column), location, "{message}");
         }
         other => panic!("{other:?}\n{text}"),
     }
 }
 
 #[test]
-fn the_first_shape() {
+fn manifest_with_hardening_is_read() {
     let policy = parse(FIRST);
     assert_eq!((policy.runtime, policy.profile), (TierKind::Ironclaw, Profile::Default));
     let source = VaultSource { mount: "openclaw".into(), path: "creds".into(), field: None };
@@ -52,7 +52,7 @@ fn the_first_shape() {
 }
 
 #[test]
-fn the_second_shape() {
+fn manifest_with_plugin_rules_is_read() {
     let policy = parse(SECOND);
     assert_eq!(policy.plugin.as_deref(), Some("web_scraper"));
     assert_eq!((policy.runtime, policy.profile), (TierKind::Ironclaw, Profile::RestrictedNet));
@@ -60,7 +60,7 @@ fn the_second_shape() {
     let path = PathBuf::from("/shared/config.yaml");
     assert_eq!(
         policy.files,
-        [SharedFile { access: Access::ReadOnly, path: path.clone(), source: path }]
+        [CopiedFile { access: Access::ReadOnly, path: path.clone(), source: path }]
     );
     assert!(policy.files_confined);
     assert_eq!(
@@ -86,7 +86,7 @@ fn the_second_shape() {
 }
 
 #[test]
-fn everything_at_once() {
+fn manifest_with_every_key_is_read() {
     let policy = parse(
         "
 plugin: everything
@@ -136,29 +136,29 @@ secrets:
 }
 
 #[test]
-fn a_profile_fills_in_what_a_file_leaves_out() {
+fn profile_supplies_absent_keys() {
     for spec in &PROFILES {
         let policy = parse(&format!("sandbox: {{profile: {}}}", spec.profile));
         assert_eq!(policy.profile.spec().profile, spec.profile);
         assert_eq!((policy.limits, policy.syscalls), (spec.resources, spec.syscalls));
         assert_eq!(policy.files_confined, spec.files_confined);
-        // And the names of table, file and schema are one.
+        // The table, the file and the schema use the same names.
         assert!(Policy::schema().contains(&format!("\"{}\"", spec.profile.name())));
     }
-    // A list of files confines whatever the profile, also an empty one.
+    // A list of files, even an empty one, confines under any profile.
     assert!(parse("sandbox: {filesystem: []}").files_confined);
     assert!(!parse("plugin: x").files_confined);
-    // Less memory than the profile reckons with takes its share of the files along.
+    // The profile's disk limit shrinks with a smaller memory.
     let small = parse("sandbox: {profile: restricted}\nresources: {memory_mib: 64}");
     assert_eq!(small.limits.disk_mib, Some(32));
 }
 
 #[test]
-fn a_profile_is_not_loosened() {
+fn file_cannot_loosen_its_profile() {
     refused(
         "sandbox:\n  profile: restricted\n  syscall_filter: default_allow\n",
         (3, 19),
-        "demands default_deny",
+        "requires default_deny",
     );
     refused(
         "sandbox:\n  profile: restricted\n  network:\n    allowed_egress: ['a.b:1']\n",
@@ -172,8 +172,8 @@ fn a_profile_is_not_loosened() {
 }
 
 #[test]
-fn what_is_not_known_is_refused_where_it_stands() {
-    refused("runtime: ironclaw\nhardning: {}\n", (2, 1), "no key `hardning`");
+fn unknown_keys_are_refused_with_location() {
+    refused("runtime: ironclaw\nhardning: {}\n", (2, 1), "unknown key `hardning`");
     refused("resources:\n  memory_mb: 1\n", (2, 3), "vcpus, memory_mib, timeout, pids, disk_mib");
     refused(
         "sandbox:\n  filesystem:\n    - access: read-only\n      path: /a\n      mode: 7\n",
@@ -187,62 +187,58 @@ fn what_is_not_known_is_refused_where_it_stands() {
         "restricted, restricted-net, default, trusted",
     );
     refused("sandbox: {syscall_filter: none}\n", (1, 27), "default_allow, default_deny");
-    refused("<<: {runtime: ironclaw}\n", (1, 1), "no key `<<`");
+    refused("<<: {runtime: ironclaw}\n", (1, 1), "unknown key `<<`");
 }
 
 #[test]
-fn a_key_is_given_once() {
+fn duplicate_keys_are_refused() {
     refused(
         "runtime: ironclaw\nplugin: a\nruntime: nemoclaw\n",
         (3, 1),
-        "`runtime` is given twice, first in line 1",
+        "duplicate key `runtime`, first in line 1",
     );
-    refused("resources: {pids: 1, pids: 2}\n", (1, 22), "twice");
-    refused("? [a]\n: 1\n", (1, 3), "a key that is no word");
-    refused("1: 2\n", (1, 1), "a key that is no word");
-    refused("fallback: [nanoclaw, nanoclaw]\n", (1, 22), "there already");
-    refused("runtime: nanoclaw\nfallback: [nanoclaw]\n", (2, 12), "there already");
+    refused("resources: {pids: 1, pids: 2}\n", (1, 22), "duplicate key");
+    refused("? [a]\n: 1\n", (1, 3), "a key must be a string");
+    refused("1: 2\n", (1, 1), "a key must be a string");
+    refused("fallback: [nanoclaw, nanoclaw]\n", (1, 22), "listed twice");
+    refused("runtime: nanoclaw\nfallback: [nanoclaw]\n", (2, 12), "listed twice");
     refused(
         "secrets:\n- {name: A, source: 'env:A'}\n- {name: A, source: 'env:B'}\n",
         (3, 10),
-        "there already",
+        "listed twice",
     );
 }
 
 #[test]
-fn a_type_is_the_fields_own() {
-    refused(
-        "resources: {pids: \"12\"}\n",
-        (1, 19),
-        "a whole number is wanted here, not the text `12`",
-    );
-    refused("resources: {pids: 1.5}\n", (1, 19), "a whole number");
-    refused("resources: {pids: 0x10}\n", (1, 19), "a whole number");
+fn wrong_types_are_refused() {
+    refused("resources: {pids: \"12\"}\n", (1, 19), "expected an integer, found the string `12`");
+    refused("resources: {pids: 1.5}\n", (1, 19), "an integer");
+    refused("resources: {pids: 0x10}\n", (1, 19), "an integer");
     refused("resources: {vcpus: 9}\n", (1, 20), "1 to 8");
     refused("resources: {vcpus: -1}\n", (1, 20), "1 to 8");
-    refused("resources: {memory_mib: 99999999999999999999}\n", (1, 25), "a whole number");
-    refused("resources: {timeout: 90}\n", (1, 22), "not the number 90");
-    refused("resources: {timeout: 0s}\n", (1, 22), "nothing");
+    refused("resources: {memory_mib: 99999999999999999999}\n", (1, 25), "an integer");
+    refused("resources: {timeout: 90}\n", (1, 22), "found the number 90");
+    refused("resources: {timeout: 0s}\n", (1, 22), "zero");
     refused("resources: {timeout: soon}\n", (1, 22), "90s");
-    refused("resources: [1]\n", (1, 12), "not a list");
-    refused("resources:\n", (1, 10), "not nothing");
-    refused("plugin: 7\n", (1, 9), "not the number 7");
-    refused("plugin: [a]\n", (1, 9), "not a list");
-    refused("fallback: nanoclaw\n", (1, 11), "not the text");
+    refused("resources: [1]\n", (1, 12), "found a list");
+    refused("resources:\n", (1, 10), "found no value");
+    refused("plugin: 7\n", (1, 9), "found the number 7");
+    refused("plugin: [a]\n", (1, 9), "found a list");
+    refused("fallback: nanoclaw\n", (1, 11), "found the string");
     refused("runtime: {}\n", (1, 10), "ironclaw, nanoclaw, nemoclaw");
     refused(
         "hardening: {strip_agent_capabilities: yes}\n",
         (1, 39),
-        "`true` is wanted here, not the text `yes`",
+        "expected `true`, found the string `yes`",
     );
     refused("hardening: {readonly_root_filesystem: false}\n", (1, 39), "cannot be switched off");
-    refused("sandbox: {filesystem: [{access: read-only}]}\n", (1, 24), "`path` is missing");
-    refused("just text\n", (1, 1), "not the text");
-    refused("- a\n", (1, 1), "not a list");
+    refused("sandbox: {filesystem: [{access: read-only}]}\n", (1, 24), "the key `path` is missing");
+    refused("just text\n", (1, 1), "found the string");
+    refused("- a\n", (1, 1), "found a list");
 }
 
 #[test]
-fn a_path_means_what_it_says() {
+fn paths_must_be_in_normal_form() {
     let rule =
         |path: &str| format!("sandbox:\n  filesystem:\n  - access: read-only\n    path: {path}\n");
     for (path, words) in [
@@ -250,15 +246,15 @@ fn a_path_means_what_it_says() {
         ("./a", "relative"),
         ("/a/../b", "`..`"),
         ("/..", "`..`"),
-        ("/a/./b", "plain"),
-        ("/a//b", "plain"),
-        ("/a/", "plain"),
-        ("/", "plain"),
+        ("/a/./b", "normal form"),
+        ("/a//b", "normal form"),
+        ("/a/", "normal form"),
+        ("/", "normal form"),
         ("\"/a\\0b\"", "NUL"),
         ("\"/a\\nb\"", "control character"),
-        ("/proc/self", "kernel's"),
-        ("/sys", "kernel's"),
-        ("/dev/shm/x", "kernel's"),
+        ("/proc/self", "belongs to the kernel"),
+        ("/sys", "belongs to the kernel"),
+        ("/dev/shm/x", "belongs to the kernel"),
         ("/work/in", "outside"),
         ("/tmp", "outside"),
     ] {
@@ -273,14 +269,14 @@ fn a_path_means_what_it_says() {
     refused(
         &format!("{}  - access: read-only\n    path: /a/b/c\n", rule("/a/b")),
         (6, 11),
-        "in each other",
+        "contain each other",
     );
     refused("image: root.img\n", (1, 8), "relative");
     refused("secrets: [{name: A, source: 'file:key'}]\n", (1, 29), "relative");
 }
 
 #[test]
-fn endpoints_are_names_with_ports() {
+fn invalid_endpoints_are_refused() {
     let list =
         |endpoint: &str| format!("sandbox: {{network: {{allowed_egress: ['{endpoint}']}}}}\n");
     for bad in [
@@ -310,15 +306,15 @@ fn endpoints_are_names_with_ports() {
 }
 
 #[test]
-fn sources_of_credentials() {
+fn invalid_credential_sources_are_refused() {
     let secret = |source: &str| format!("secrets:\n- name: A\n  source: {source}\n");
     refused(&secret("'vault://'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a/../b'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a%2e%2e/b?x'"), (3, 11), "vault://MOUNT/PATH");
-    refused(&secret("'env:'"), (3, 11), "none of");
-    // What may be a value pasted in is not repeated.
+    refused(&secret("'env:'"), (3, 11), "unknown source");
+    // A text that may be a pasted value is not repeated.
     let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
     assert!(!error.contains("4711"), "{error}");
     refused("secrets: [{name: 1A, source: 'env:A'}]\n", (1, 18), "environment variable");
@@ -326,13 +322,13 @@ fn sources_of_credentials() {
 }
 
 #[test]
-fn what_makes_one_text_mean_another_is_refused() {
-    refused("plugin: &a x\n", (1, 12), "an anchor");
-    refused("plugin: x\nruntime: *a\n", (2, 10), "an alias");
-    refused("resources: &r {}\n", (1, 15), "an anchor");
-    refused("plugin: !!str x\n", (1, 9), "a tag");
-    refused("sandbox: !include other.yaml\n", (1, 10), "a tag");
-    refused("runtime: ironclaw\n---\nruntime: nemoclaw\n", (2, 1), "a second document");
+fn ambiguous_yaml_is_refused() {
+    refused("plugin: &a x\n", (1, 12), "anchors are not allowed");
+    refused("plugin: x\nruntime: *a\n", (2, 10), "aliases are not allowed");
+    refused("resources: &r {}\n", (1, 15), "anchors are not allowed");
+    refused("plugin: !!str x\n", (1, 9), "tags are not allowed");
+    refused("sandbox: !include other.yaml\n", (1, 10), "tags are not allowed");
+    refused("runtime: ironclaw\n---\nruntime: nemoclaw\n", (2, 1), "second document");
     refused("%YAML 1.1\n---\nruntime: ironclaw\n", (1, 1), "directive");
     refused("", (1, 1), "empty");
     refused("# only a comment\n", (1, 1), "empty");
@@ -343,7 +339,7 @@ fn what_makes_one_text_mean_another_is_refused() {
 }
 
 #[test]
-fn no_text_ends_the_process() {
+fn parser_survives_every_mutation() {
     let text = format!(
         "{FIRST}{}",
         SECOND.replace("sandbox:", "secrets: [{name: A, source: 'env:B'}]\nsandbox:")
@@ -365,36 +361,36 @@ fn no_text_ends_the_process() {
 }
 
 #[test]
-fn a_bomb_does_not_go_off() {
+fn expansion_and_depth_bombs_are_refused() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..9 {
         let aliases = vec![format!("*a{}", level - 1); 9].join(", ");
         bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
     }
-    refused(&bomb, (1, 9), "an anchor");
+    refused(&bomb, (1, 9), "anchors are not allowed");
     for deep in ["[".repeat(30_000), "{a: ".repeat(10_000), "- ".repeat(30_000), "a:\n ".repeat(20)]
     {
         let error = Policy::parse(&deep, "p.yaml").unwrap_err();
         assert!(matches!(error, PolicyError::Invalid { .. }), "{error:?}");
     }
     let many = format!("sandbox: {{network: {{allowed_egress: [{}]}}}}", "'a.b:1', ".repeat(65));
-    refused(&many, (1, 37), "64 is the most");
+    refused(&many, (1, 37), "at most 64");
     let long = format!("plugin: {}\n", "x".repeat(60_000));
     refused(&long, (1, 9), "128 characters");
 }
 
 #[test]
-fn a_file_is_read_within_bounds() {
+fn oversized_and_non_utf8_files_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.yaml");
     assert!(matches!(Policy::load(&path), Err(PolicyError::Read { .. })));
     assert!(matches!(Policy::load(dir.path()), Err(PolicyError::Read { .. })));
     std::fs::write(&path, format!("plugin: a\n#{}", "x".repeat(64 * 1024))).unwrap();
     assert!(matches!(Policy::load(&path), Err(PolicyError::TooLarge { .. })));
-    // Endless ones too.
+    // An endless file is refused too.
     assert!(matches!(Policy::load("/dev/zero"), Err(PolicyError::TooLarge { .. })));
     std::fs::write(&path, b"plugin: a\xff\n").unwrap();
-    assert!(matches!(Policy::load(&path), Err(PolicyError::NoText { at: 9, .. })));
+    assert!(matches!(Policy::load(&path), Err(PolicyError::NotUtf8 { at: 9, .. })));
     std::fs::write(&path, FIRST).unwrap();
     let policy = Policy::load(&path).unwrap();
     assert_eq!(policy.origin, path.display().to_string());
@@ -404,7 +400,7 @@ fn a_file_is_read_within_bounds() {
 }
 
 #[test]
-fn the_first_tier_that_can_keep_it_is_taken() {
+fn first_able_tier_is_chosen() {
     assert_eq!(
         parse("runtime: ironclaw\nfallback: [nemoclaw]").tier().unwrap(),
         TierKind::Ironclaw
@@ -418,13 +414,13 @@ fn the_first_tier_that_can_keep_it_is_taken() {
 }
 
 #[test]
-fn files_fit_the_memory() {
+fn disk_limit_must_fit_memory() {
     refused("resources:\n  memory_mib: 128\n  disk_mib: 65\n", (3, 13), "half of its 128 MiB");
     refused("resources: {disk_mib: 200}\n", (1, 23), "half of its 256 MiB");
 }
 
 #[test]
-fn less_may_be_asked_for_and_not_more() {
+fn requests_can_lower_limits_only() {
     let policy = parse("resources: {vcpus: 2, timeout: 10s}");
     assert_eq!(policy.tighten("cpus", None, policy.limits.vcpus).unwrap(), 2);
     assert_eq!(policy.tighten("cpus", Some(1), policy.limits.vcpus).unwrap(), 1);
@@ -440,22 +436,22 @@ fn less_may_be_asked_for_and_not_more() {
 }
 
 #[test]
-fn the_schema_knows_no_null_either() {
+fn schema_has_no_null() {
     assert!(!Policy::schema().contains("\"null\""), "{}", Policy::schema());
 }
 
 #[test]
-fn the_schema_is_the_committed_one() {
+fn committed_schema_is_current() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.schema.json");
     let committed = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(
         committed == Policy::schema(),
-        "docs/policy.schema.json is not current: write it again with `chitin policy schema > docs/policy.schema.json`"
+        "docs/policy.schema.json is outdated: run `chitin policy schema > docs/policy.schema.json`"
     );
 }
 
 #[test]
-fn the_documented_profiles_are_these() {
+fn documented_profiles_match_the_table() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
     let text = std::fs::read_to_string(path).unwrap();
     for ProfileSpec {
@@ -476,7 +472,8 @@ fn the_documented_profiles_are_these() {
             .map_or("unlimited".into(), |limit| humantime::format_duration(limit).to_string());
         let disk = disk_mib.map_or("half of the memory".into(), |disk| format!("{disk} MiB"));
         let line = format!(
-            "| `{profile}` | {purpose} | `{}` | {files} | {egress} | {env} | {vcpus} | {memory_mib} | {disk} | {pids} | {time} |",
+            "| `{profile}` | {purpose} | `{}` | {files} | {egress} | {env} | {vcpus} | {memory_mib} \
+             | {disk} | {pids} | {time} |",
             syscalls.name()
         );
         assert!(text.contains(&line), "docs/policy.md lacks the line\n{line}");
@@ -484,7 +481,7 @@ fn the_documented_profiles_are_these() {
 }
 
 #[test]
-fn the_documented_files_are_policies() {
+fn documented_policies_parse() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
     let text = std::fs::read_to_string(path).unwrap();
     let blocks: Vec<&str> =
@@ -496,16 +493,17 @@ fn the_documented_files_are_policies() {
 }
 
 #[test]
-fn a_credential_is_for_hosts_that_are_allowed() {
+fn proxied_credentials_need_permitted_hosts() {
     let policy = |secret: &str| {
         format!(
-            "sandbox: {{network: {{allowed_egress: ['*.example.com:443']}}}}\nsecrets: [{{name: A, source: 'env:A', {secret}}}]\n"
+            "sandbox: {{network: {{allowed_egress: ['*.example.com:443']}}}}\n\
+             secrets: [{{name: A, source: 'env:A', {secret}}}]\n"
         )
     };
     let kept = parse(&policy("hosts: ['api.example.com:443'], replaced_in: [body]"));
     let hosts = vec!["api.example.com:443".parse().unwrap()];
-    let reach = chitin_spec::ProxyScope { hosts, query: false, body: true };
-    assert_eq!(kept.secrets[0].delivery, chitin_spec::Delivery::Proxy(reach));
+    let scope = chitin_spec::ProxyScope { hosts, query: false, body: true };
+    assert_eq!(kept.secrets[0].delivery, chitin_spec::Delivery::Proxy(scope));
     assert!(
         kept.explain()
             .contains("replaces in headers and the body of requests to api.example.com:443")
@@ -516,17 +514,17 @@ fn a_credential_is_for_hosts_that_are_allowed() {
     };
     refused(
         "hosts: ['api.example.org:443']",
-        "api.example.org:443 is not among the `allowed_egress`",
+        "api.example.org:443 is not covered by `allowed_egress`",
     );
-    refused("hosts: ['api.example.com:8443']", "is not among");
-    refused("hosts: []", "a credential for nobody");
+    refused("hosts: ['api.example.com:8443']", "is not covered");
+    refused("hosts: []", "must not be empty");
     refused("delivery: proxy", "`proxy` needs `hosts`");
-    refused("hosts: ['a.example.com:443'], delivery: endpoint", "leave one of both out");
-    refused("hosts: ['a.example.com:443'], delivery: memory", "leave one of both out");
-    refused("hosts: ['a.example.com:443'], delivery: env", "leave one of both out");
+    refused("hosts: ['a.example.com:443'], delivery: endpoint", "remove one of the two keys");
+    refused("hosts: ['a.example.com:443'], delivery: memory", "remove one of the two keys");
+    refused("hosts: ['a.example.com:443'], delivery: env", "remove one of the two keys");
     refused("hosts: ['a.example.com:443'], replaced_in: [path]", "path");
     refused(
         "delivery: endpoint}, {name: B, source: 'env:B', delivery: endpoint",
-        "A has the one endpoint there is",
+        "only one secret can use `endpoint`, and A does",
     );
 }

@@ -1,5 +1,7 @@
-//! The profiles: data. A policy names one; what it does not say itself is as the profile says, and the profile's locks
-//! (system calls, files, network, credentials) can be tightened by the file and not loosened.
+//! The profiles, as data.
+//!
+//! A policy names a profile. Keys that the file leaves out take the profile's values. The file can
+//! tighten the profile's restrictions (system calls, files, network, credentials), not loosen them.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,61 +10,61 @@ use chitin_spec::Limits;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-/// A profile's name.
+/// The name of a profile.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Profile {
-    /// Code of strangers that computes: no network.
+    /// Untrusted code without network.
     Restricted,
-    /// Code of strangers that needs a few services.
+    /// Untrusted code that needs a few services.
     RestrictedNet,
-    /// What holds without a policy.
+    /// The settings of a sandbox without a policy.
     #[default]
     Default,
-    /// Code of one's own, which needs room.
+    /// Trusted code that needs more resources.
     Trusted,
 }
 
-/// Which system calls a workload may make.
+/// The system calls that a workload may make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SyscallFilter {
-    /// All but those that no workload needs.
+    /// All except those that no workload needs.
     DefaultAllow,
-    /// Those on a list, each with its reason, and no others.
+    /// Only those on a list, each with its reason.
     DefaultDeny,
 }
 
-/// What a profile says.
+/// The settings of a profile.
 #[derive(Debug)]
 pub struct ProfileSpec {
-    /// Its name.
+    /// Name.
     pub profile: Profile,
-    /// Who it is for.
+    /// Intended use.
     pub purpose: &'static str,
-    /// The loosest filter.
+    /// The least strict filter.
     pub syscalls: SyscallFilter,
-    /// Whether only the system and what the policy lists can be read.
+    /// Only the system and the files of the policy are readable.
     pub files_confined: bool,
-    /// Whether endpoints may be listed at all.
+    /// Endpoints may be listed.
     pub egress: bool,
-    /// Whether a credential may be put into the environment.
+    /// Credentials may be delivered in the environment.
     pub env_secrets: bool,
-    /// What the sandbox gets where the file does not say: more is a matter of saying so.
+    /// Limits for keys that the file leaves out. A file may raise them.
     pub resources: Limits,
 }
 
-/// Ample for a script and the tools it calls; a fork bomb is over at once.
+/// Enough for a script and the tools that it calls. A fork bomb reaches it at once.
 const FEW_TASKS: u32 = 256;
 
-/// Ample for a build with as many jobs as eight CPUs take, and the agent's own limit.
+/// Enough for a build with the jobs that eight CPUs take. The agent has the same limit.
 const MANY_TASKS: u32 = 4096;
 
 /// Every profile.
 pub const PROFILES: [ProfileSpec; 4] = [
     ProfileSpec {
         profile: Profile::Restricted,
-        purpose: "code of strangers that computes on what it is given",
+        purpose: "untrusted code that computes on its input",
         syscalls: SyscallFilter::DefaultDeny,
         files_confined: true,
         egress: false,
@@ -70,7 +72,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
         resources: Limits {
             vcpus: 1,
             memory_mib: 256,
-            // One who waits for a result has given up by then.
+            // A caller that waits for a result has given up by then.
             timeout: Some(Duration::from_secs(300)),
             pids: FEW_TASKS,
             disk_mib: Some(64),
@@ -78,7 +80,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
     },
     ProfileSpec {
         profile: Profile::RestrictedNet,
-        purpose: "code of strangers that needs a few services, each by name",
+        purpose: "untrusted code that needs a few services, each listed",
         syscalls: SyscallFilter::DefaultDeny,
         files_confined: true,
         egress: true,
@@ -93,7 +95,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
     },
     ProfileSpec {
         profile: Profile::Default,
-        purpose: "what also holds without a policy",
+        purpose: "the settings without a policy",
         syscalls: SyscallFilter::DefaultAllow,
         files_confined: false,
         egress: true,
@@ -108,7 +110,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
     },
     ProfileSpec {
         profile: Profile::Trusted,
-        purpose: "code of one's own, which needs room",
+        purpose: "trusted code that needs more resources",
         syscalls: SyscallFilter::DefaultAllow,
         files_confined: false,
         egress: true,
@@ -124,7 +126,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
 ];
 
 impl Profile {
-    /// What it says.
+    /// Returns the settings.
     pub fn spec(self) -> &'static ProfileSpec {
         match self {
             Profile::Restricted => &PROFILES[0],
@@ -134,7 +136,7 @@ impl Profile {
         }
     }
 
-    /// Its name in a file.
+    /// Returns the word that a file uses.
     pub fn name(self) -> &'static str {
         match self {
             Profile::Restricted => "restricted",
@@ -152,7 +154,7 @@ impl fmt::Display for Profile {
 }
 
 impl SyscallFilter {
-    /// Its name in a file.
+    /// Returns the word that a file uses.
     pub fn name(self) -> &'static str {
         match self {
             SyscallFilter::DefaultAllow => "default_allow",

@@ -1,94 +1,50 @@
-//! What the fields say beside one another, and with their profile.
+//! Applies a profile to a policy file and checks the rules about several fields.
 
 use std::path::Path;
 
-use chitin_spec::{Delivery, Endpoint, Limits, ProxyScope, SecretSpec, TierKind};
+use chitin_spec::{Delivery, DeliveryKind, Endpoint, Limits, ProxyScope, SecretSpec, TierKind};
 
-use super::file::{Access, FileRule, How, MAX_ENTRIES, Part, PlainPath, PolicyFile, SecretRule};
-use super::profile::Profile;
-use super::yaml::{Node, Problem};
-use super::{Policy, SharedFile};
+use super::file::{
+    Access, FileRule, MAX_ENTRIES, NormalPath, PolicyFile, RequestPart, Resources, SecretRule,
+};
+use super::profile::{Profile, SyscallFilter};
+use super::yaml::{Diagnostic, Node};
+use super::{CopiedFile, Policy};
 
-/// Where a workload may write; `/var/tmp` is `/tmp`.
+/// Directories that a workload can write. `/var/tmp` is `/tmp`.
 const SCRATCH: [&str; 4] = ["/work", "/tmp", "/var/tmp", "/dev/shm"];
 
-/// Of these, those that files may be shared in.
-const SHARED: [&str; 2] = ["/work", "/tmp"];
+/// The scratch directories below which the policy may place writable files.
+const WRITABLE: [&str; 2] = ["/work", "/tmp"];
 
-/// The kernel's, where no files are.
+/// Directories of the kernel, which hold no files.
 const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// Makes a policy of a file.
-pub fn resolve(
+/// Resolves a file to a policy. `root` is the tree that the file was read from.
+pub fn resolve_policy(
     file: PolicyFile,
     root: &Node,
     origin: &str,
     digest: String,
-) -> Result<Policy, Problem> {
+) -> Result<Policy, Diagnostic> {
     let runtime = file.runtime.unwrap_or(TierKind::Ironclaw);
     let fallback = file.fallback.unwrap_or_default();
-    for (index, tier) in fallback.iter().enumerate() {
-        if *tier == runtime || fallback[..index].contains(tier) {
-            return Err(at(
-                root,
-                &["fallback", &index.to_string()],
-                format!("{tier} is there already"),
-            ));
-        }
-    }
+    check_fallback(runtime, &fallback, root)?;
 
-    let rules = file.sandbox;
     let (mut profile, mut files, mut egress, mut syscalls) =
         (Profile::default(), None, Vec::new(), None);
-    if let Some(rules) = rules {
+    if let Some(rules) = file.sandbox {
         profile = rules.profile.unwrap_or_default();
         files = rules.filesystem;
         egress = rules.network.map(|network| network.allowed_egress).unwrap_or_default();
         syscalls = rules.syscall_filter;
     }
-    let spec = profile.spec();
-
-    let syscalls = syscalls.unwrap_or(spec.syscalls);
-    if syscalls < spec.syscalls {
-        let what = format!(
-            "the profile {profile} demands {}: leave this out, or take another profile",
-            spec.syscalls.name()
-        );
-        return Err(at(root, &["sandbox", "syscall_filter"], what));
-    }
-    if !egress.is_empty() && !spec.egress {
-        let what = format!("the profile {profile} has no network: take restricted-net");
-        return Err(at(root, &["sandbox", "network", "allowed_egress"], what));
-    }
-    bounded(egress.len(), root, &["sandbox", "network", "allowed_egress"])?;
-
-    let resources = file.resources;
-    let mut limits = spec.resources;
-    if let Some(resources) = resources {
-        limits = Limits {
-            vcpus: resources.vcpus.map_or(limits.vcpus, |number| number.0),
-            memory_mib: resources.memory_mib.map_or(limits.memory_mib, |number| number.0),
-            timeout: resources.timeout.map(|limit| limit.0).or(limits.timeout),
-            pids: resources.pids.map_or(limits.pids, |number| number.0),
-            // The profile's own makes room for a smaller memory that the file names.
-            disk_mib: resources.disk_mib.map(|number| number.0).or_else(|| {
-                limits
-                    .disk_mib
-                    .map(|disk| disk.min(resources.memory_mib.map_or(disk, |memory| memory.0 / 2)))
-            }),
-        };
-    }
-    if let Some(disk) = limits.disk_mib.filter(|disk| *disk > limits.memory_mib / 2) {
-        let what = format!(
-            "{disk} MiB of files do not fit: they lie in memory, and may take half of its {} MiB",
-            limits.memory_mib
-        );
-        return Err(at(root, &["resources", "disk_mib"], what));
-    }
-
-    let files_confined = spec.files_confined || files.is_some();
-    let files = shared(files.unwrap_or_default(), root)?;
-    let secrets = secrets(file.secrets.unwrap_or_default(), profile, &egress, root)?;
+    let syscalls = resolve_syscalls(syscalls, profile, root)?;
+    check_egress(&egress, profile, root)?;
+    let limits = resolve_limits(file.resources, profile, root)?;
+    let files_confined = profile.spec().files_confined || files.is_some();
+    let files = resolve_files(files.unwrap_or_default(), root)?;
+    let secrets = resolve_secrets(file.secrets.unwrap_or_default(), profile, &egress, root)?;
     Ok(Policy {
         origin: origin.into(),
         digest,
@@ -107,139 +63,217 @@ pub fn resolve(
     })
 }
 
-fn shared(rules: Vec<FileRule>, root: &Node) -> Result<Vec<SharedFile>, Problem> {
-    bounded(rules.len(), root, &["sandbox", "filesystem"])?;
-    let mut files: Vec<SharedFile> = Vec::new();
-    for (index, FileRule { access, path, source }) in rules.into_iter().enumerate() {
-        let shown = path.0.display().to_string();
-        let wrong = |what: String| {
-            Err(at(root, &["sandbox", "filesystem", &index.to_string(), "path"], what))
+fn check_fallback(runtime: TierKind, fallback: &[TierKind], root: &Node) -> Result<(), Diagnostic> {
+    for (index, tier) in fallback.iter().enumerate() {
+        if *tier == runtime || fallback[..index].contains(tier) {
+            let path = ["fallback", &index.to_string()];
+            return Err(diagnostic(root, &path, format!("{tier} is listed twice")));
+        }
+    }
+    Ok(())
+}
+
+fn resolve_syscalls(
+    filter: Option<SyscallFilter>,
+    profile: Profile,
+    root: &Node,
+) -> Result<SyscallFilter, Diagnostic> {
+    let required = profile.spec().syscalls;
+    let filter = filter.unwrap_or(required);
+    if filter < required {
+        let message = format!(
+            "the profile {profile} requires {}: remove this key or choose another profile",
+            required.name()
+        );
+        return Err(diagnostic(root, &["sandbox", "syscall_filter"], message));
+    }
+    Ok(filter)
+}
+
+fn check_egress(egress: &[Endpoint], profile: Profile, root: &Node) -> Result<(), Diagnostic> {
+    let path = ["sandbox", "network", "allowed_egress"];
+    if !egress.is_empty() && !profile.spec().egress {
+        let message = format!("the profile {profile} has no network: choose restricted-net");
+        return Err(diagnostic(root, &path, message));
+    }
+    check_len(egress.len(), root, &path)
+}
+
+fn resolve_limits(
+    resources: Option<Resources>,
+    profile: Profile,
+    root: &Node,
+) -> Result<Limits, Diagnostic> {
+    let mut limits = profile.spec().resources;
+    if let Some(resources) = resources {
+        limits = Limits {
+            vcpus: resources.vcpus.map_or(limits.vcpus, |number| number.0),
+            memory_mib: resources.memory_mib.map_or(limits.memory_mib, |number| number.0),
+            timeout: resources.timeout.map(|limit| limit.0).or(limits.timeout),
+            pids: resources.pids.map_or(limits.pids, |number| number.0),
+            // The profile's default shrinks with a smaller memory that the file names.
+            disk_mib: resources.disk_mib.map(|number| number.0).or_else(|| {
+                limits
+                    .disk_mib
+                    .map(|disk| disk.min(resources.memory_mib.map_or(disk, |memory| memory.0 / 2)))
+            }),
         };
-        if let Some(kernel) = KERNEL.iter().find(|kernel| path.is_in(kernel)) {
-            return wrong(format!("{shown} is in {kernel}, which is the kernel's"));
-        }
-        let strictly_in =
-            |directory: &&&str| path.is_in(directory) && path.0 != Path::new(directory);
-        match access {
-            Access::ReadOnly => {
-                if let Some(scratch) = SCRATCH.iter().find(|scratch| path.is_in(scratch)) {
-                    return wrong(format!(
-                        "{shown} cannot be read-only in {scratch}, which the workload may write: choose a path \
-                         outside of it, and name the host's in `source`"
-                    ));
-                }
-            }
-            Access::ReadWrite => {
-                if SHARED.iter().find(strictly_in).is_none() {
-                    return wrong(format!(
-                        "{shown} cannot be written in the sandbox: choose a path below /work or /tmp, and name the \
-                         host's in `source`"
-                    ));
-                }
-            }
-        }
-        if let Some(other) = files
-            .iter()
-            .find(|other| path.0.starts_with(&other.path) || other.path.starts_with(&path.0))
-        {
-            return wrong(format!("{shown} and {} lie in each other", other.path.display()));
-        }
-        let source = source.map_or_else(|| path.0.clone(), |PlainPath(source)| source);
-        files.push(SharedFile { access, path: path.0, source });
+    }
+    if let Some(disk) = limits.disk_mib.filter(|disk| *disk > limits.memory_mib / 2) {
+        let message = format!(
+            "{disk} MiB of files do not fit: files lie in memory and may take half of its {} MiB",
+            limits.memory_mib
+        );
+        return Err(diagnostic(root, &["resources", "disk_mib"], message));
+    }
+    Ok(limits)
+}
+
+fn resolve_files(rules: Vec<FileRule>, root: &Node) -> Result<Vec<CopiedFile>, Diagnostic> {
+    check_len(rules.len(), root, &["sandbox", "filesystem"])?;
+    let mut files: Vec<CopiedFile> = Vec::new();
+    for (index, rule) in rules.into_iter().enumerate() {
+        check_path(&rule, &files).map_err(|message| {
+            diagnostic(root, &["sandbox", "filesystem", &index.to_string(), "path"], message)
+        })?;
+        let FileRule { access, path: NormalPath(path), source } = rule;
+        let source = source.map_or_else(|| path.clone(), |NormalPath(source)| source);
+        files.push(CopiedFile { access, path, source });
     }
     Ok(files)
 }
 
-fn secrets(
+/// Checks the path in the sandbox. An error says why it is refused, with a remedy.
+fn check_path(rule: &FileRule, earlier: &[CopiedFile]) -> Result<(), String> {
+    let path = &rule.path;
+    let shown = path.0.display();
+    if let Some(kernel) = KERNEL.iter().find(|kernel| path.is_in(kernel)) {
+        return Err(format!("{shown} is in {kernel}, which belongs to the kernel"));
+    }
+    match rule.access {
+        Access::ReadOnly => {
+            if let Some(scratch) = SCRATCH.iter().find(|scratch| path.is_in(scratch)) {
+                return Err(format!(
+                    "{shown} cannot be read-only in {scratch}, which the workload can write: \
+                     choose a path outside of it, and name the host's path in `source`"
+                ));
+            }
+        }
+        Access::ReadWrite => {
+            let is_below =
+                |directory: &&&str| path.is_in(directory) && path.0 != Path::new(directory);
+            if WRITABLE.iter().find(is_below).is_none() {
+                return Err(format!(
+                    "{shown} cannot be written in the sandbox: choose a path below /work or /tmp, \
+                     and name the host's path in `source`"
+                ));
+            }
+        }
+    }
+    let nested =
+        |file: &&CopiedFile| path.0.starts_with(&file.path) || file.path.starts_with(&path.0);
+    match earlier.iter().find(nested) {
+        Some(other) => Err(format!("{shown} and {} contain each other", other.path.display())),
+        None => Ok(()),
+    }
+}
+
+fn resolve_secrets(
     rules: Vec<SecretRule>,
     profile: Profile,
     egress: &[Endpoint],
     root: &Node,
-) -> Result<Vec<SecretSpec>, Problem> {
-    bounded(rules.len(), root, &["secrets"])?;
+) -> Result<Vec<SecretSpec>, Diagnostic> {
+    check_len(rules.len(), root, &["secrets"])?;
     let mut secrets: Vec<SecretSpec> = Vec::new();
     for (index, rule) in rules.into_iter().enumerate() {
         let index = index.to_string();
-        let name = rule.name.0;
-        if secrets.iter().any(|secret| secret.name == name) {
-            return Err(at(
-                root,
-                &["secrets", &index, "name"],
-                format!("the secret {name} is there already"),
-            ));
-        }
-        let delivery = match rule.delivery {
-            Some(How::Env) if !profile.spec().env_secrets => {
-                let what = format!(
-                    "the profile {profile} keeps credentials out of the environment: take memory"
-                );
-                return Err(at(root, &["secrets", &index, "delivery"], what));
-            }
-            Some(How::Env) if rule.hosts.is_some() => {
-                let what =
-                    "what is in the environment is for no hosts: leave one of both out".into();
-                return Err(at(root, &["secrets", &index, "delivery"], what));
-            }
-            Some(How::Env) => Delivery::Env,
-            Some(How::Endpoint) if rule.hosts.is_some() => {
-                let what =
-                    "what is asked for at an endpoint is for no hosts: leave one of both out"
-                        .into();
-                return Err(at(root, &["secrets", &index, "delivery"], what));
-            }
-            Some(How::Endpoint) => {
-                if let Some(other) =
-                    secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint)
-                {
-                    let what = format!("{} has the one endpoint there is", other.name);
-                    return Err(at(root, &["secrets", &index, "delivery"], what));
-                }
-                Delivery::Endpoint
-            }
-            Some(How::Proxy) if rule.hosts.is_none() => {
-                let what = "`proxy` needs `hosts`, which the value is for".into();
-                return Err(at(root, &["secrets", &index, "delivery"], what));
-            }
-            Some(How::Memory) if rule.hosts.is_some() => {
-                let what =
-                    "what is delivered in memory is for no hosts: leave one of both out".into();
-                return Err(at(root, &["secrets", &index, "delivery"], what));
-            }
-            Some(How::Proxy | How::Memory) | None => match rule.hosts {
-                None => Delivery::Memory,
-                Some(hosts) => {
-                    let listed =
-                        |host: &Endpoint| egress.iter().any(|endpoint| endpoint.covers(host));
-                    if let Some(other) = hosts.iter().find(|host| !listed(host)) {
-                        let what = format!("{other} is not among the `allowed_egress`");
-                        return Err(at(root, &["secrets", &index, "hosts"], what));
-                    }
-                    if hosts.is_empty() {
-                        return Err(at(
-                            root,
-                            &["secrets", &index, "hosts"],
-                            "a credential for nobody".into(),
-                        ));
-                    }
-                    bounded(hosts.len(), root, &["secrets", &index, "hosts"])?;
-                    let parts = rule.replaced_in.unwrap_or_default();
-                    let (query, body) = (parts.contains(&Part::Query), parts.contains(&Part::Body));
-                    Delivery::Proxy(ProxyScope { hosts, query, body })
-                }
-            },
-        };
-        secrets.push(SecretSpec { name, source: rule.source.0, delivery });
+        let secret = resolve_secret(rule, profile, egress, &secrets)
+            .map_err(|(key, message)| diagnostic(root, &["secrets", &index, key], message))?;
+        secrets.push(secret);
     }
     Ok(secrets)
 }
 
-fn bounded(len: usize, root: &Node, path: &[&str]) -> Result<(), Problem> {
-    match len {
-        0..=MAX_ENTRIES => Ok(()),
-        _ => Err(at(root, path, format!("{len} entries, and {MAX_ENTRIES} is the most"))),
+/// Resolves one credential. An error names the key of the rule at fault.
+fn resolve_secret(
+    rule: SecretRule,
+    profile: Profile,
+    egress: &[Endpoint],
+    earlier: &[SecretSpec],
+) -> Result<SecretSpec, (&'static str, String)> {
+    let name = rule.name.0;
+    if earlier.iter().any(|secret| secret.name == name) {
+        return Err(("name", format!("the secret {name} is listed twice")));
+    }
+    let fault = |message: String| Err(("delivery", message));
+    let delivery = match (rule.delivery, rule.hosts) {
+        (Some(DeliveryKind::Env), _) if !profile.spec().env_secrets => {
+            return fault(format!(
+                "the profile {profile} keeps credentials out of the environment: choose memory"
+            ));
+        }
+        (
+            Some(kind @ (DeliveryKind::Env | DeliveryKind::Endpoint | DeliveryKind::Memory)),
+            Some(_),
+        ) => {
+            return fault(format!(
+                "`{}` does not use `hosts`: remove one of the two keys",
+                kind.name()
+            ));
+        }
+        (Some(DeliveryKind::Env), None) => Delivery::Env,
+        (Some(DeliveryKind::Endpoint), None) => {
+            let taken = earlier.iter().find(|secret| secret.delivery == Delivery::Endpoint);
+            if let Some(other) = taken {
+                return fault(format!(
+                    "only one secret can use `endpoint`, and {} does",
+                    other.name
+                ));
+            }
+            Delivery::Endpoint
+        }
+        (Some(DeliveryKind::Proxy), None) => {
+            return fault("`proxy` needs `hosts`, which receive the value".into());
+        }
+        (Some(DeliveryKind::Memory) | None, None) => Delivery::Memory,
+        (Some(DeliveryKind::Proxy) | None, Some(hosts)) => {
+            let parts = rule.replaced_in.unwrap_or_default();
+            check_hosts(&hosts, egress).map_err(|message| ("hosts", message))?;
+            Delivery::Proxy(ProxyScope {
+                hosts,
+                query: parts.contains(&RequestPart::Query),
+                body: parts.contains(&RequestPart::Body),
+            })
+        }
+    };
+    Ok(SecretSpec { name, source: rule.source.0, delivery })
+}
+
+/// Checks the hosts that receive a credential: at least one, and each in `allowed_egress`.
+fn check_hosts(hosts: &[Endpoint], egress: &[Endpoint]) -> Result<(), String> {
+    let listed = |host: &Endpoint| egress.iter().any(|endpoint| endpoint.covers(host));
+    if let Some(other) = hosts.iter().find(|host| !listed(host)) {
+        return Err(format!("{other} is not covered by `allowed_egress`"));
+    }
+    match hosts.len() {
+        0 => Err("`hosts` must not be empty".into()),
+        1..=MAX_ENTRIES => Ok(()),
+        len => Err(too_many(len)),
     }
 }
 
-fn at(root: &Node, path: &[&str], what: String) -> Problem {
-    Problem::new(root.place_of(path), what)
+fn check_len(len: usize, root: &Node, path: &[&str]) -> Result<(), Diagnostic> {
+    match len {
+        0..=MAX_ENTRIES => Ok(()),
+        _ => Err(diagnostic(root, path, too_many(len))),
+    }
+}
+
+fn too_many(len: usize) -> String {
+    format!("{len} entries: at most {MAX_ENTRIES} are allowed")
+}
+
+fn diagnostic(root: &Node, path: &[&str], message: String) -> Diagnostic {
+    Diagnostic::new(root.locate(path), message)
 }

@@ -1,11 +1,13 @@
-//! Who keeps which field on which tier. Each field is kept or refused on each tier; the match has no wildcard, so a new field
-//! or tier is a decision here.
+//! The enforcement of each field on each tier.
+//!
+//! Each field is enforced or refused on each tier. The match has no wildcard, so that a new field
+//! or tier needs a decision here.
 
 use chitin_spec::TierKind;
 
 use super::{Policy, SyscallFilter};
 
-/// A field of the file that somebody has to keep.
+/// A field of the file that must be enforced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Field {
     /// `image`
@@ -36,17 +38,17 @@ pub enum Field {
     Secrets,
 }
 
-/// What becomes of a field on a tier.
+/// The treatment of a field on a tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is kept; by what.
-    Kept(&'static str),
-    /// A run is refused; why.
+    /// Enforced by this mechanism.
+    Enforced(&'static str),
+    /// A run is refused for this reason.
     Refused(&'static str),
 }
 
 impl Field {
-    /// All of them, in the order of the file.
+    /// All fields, in the order of the file.
     pub const ALL: [Field; 13] = [
         Field::Image,
         Field::Capabilities,
@@ -63,7 +65,7 @@ impl Field {
         Field::Secrets,
     ];
 
-    /// Its keys in the file.
+    /// Returns the path of the key in the file.
     pub fn name(self) -> &'static str {
         match self {
             Field::Image => "image",
@@ -84,27 +86,30 @@ impl Field {
 }
 
 impl Policy {
-    /// What becomes of a field of this policy on a tier, its profile's part included.
+    /// Returns the treatment of a field of this policy on a tier, including its profile's part.
     pub fn verdict(&self, field: Field, tier: TierKind) -> Verdict {
         match tier {
-            TierKind::Ironclaw => Verdict::Kept(self.microvm(field)),
-            TierKind::Nanoclaw | TierKind::Nemoclaw => Verdict::Kept(self.container(field)),
+            TierKind::Ironclaw => Verdict::Enforced(self.microvm_mechanism(field)),
+            TierKind::Nanoclaw | TierKind::Nemoclaw => {
+                Verdict::Enforced(self.container_mechanism(field))
+            }
         }
     }
 
-    fn microvm(&self, field: Field) -> &'static str {
+    fn microvm_mechanism(&self, field: Field) -> &'static str {
         match field {
             Field::Image => "the guest's root, read-only",
             Field::Filesystem if self.files_confined => {
-                "copies, and the guest kernel's Landlock for all the rest"
+                "copies, and the guest kernel's Landlock for every other file"
             }
-            Field::Filesystem => "nothing of the host is in the guest",
+            Field::Filesystem => "no file of the host is in the guest",
             Field::Egress if !self.egress.is_empty() => {
-                "the guest has no network interface but loopback; a broker on this host dials what is listed"
+                "the guest has no network interface but loopback; a broker on this host dials the \
+                 listed endpoints"
             }
             Field::Egress => "the guest has no network interface but loopback",
-            Field::Vcpus => "the microVM has no more",
-            Field::Memory => "the microVM has no more",
+            Field::Vcpus => "the size of the microVM",
+            Field::Memory => "the size of the microVM",
             Field::Timeout => "this host ends the microVM",
             Field::Pids => "a cgroup of the guest",
             Field::Disk => "the size of the one tmpfs that takes all writes",
@@ -112,54 +117,58 @@ impl Policy {
             | Field::ReadonlyRoot
             | Field::CredentialSource
             | Field::SyscallFilter
-            | Field::Secrets => self.agent(field),
+            | Field::Secrets => self.agent_mechanism(field),
         }
     }
 
-    fn container(&self, field: Field) -> &'static str {
+    fn container_mechanism(&self, field: Field) -> &'static str {
         match field {
-            Field::Image => "the archive of the root that lies beside the image, read-only",
+            Field::Image => "the root archive next to the image, read-only",
             Field::Filesystem if self.files_confined => {
-                "copies, those that are only read in a directory that the image does not have; and Landlock of the kernel below for \
-                 all the rest: without it, as under gVisor, the start is refused"
+                "copies, read-only ones in a directory that the image does not have, and the \
+                 kernel's Landlock for every other file: without Landlock, as under gVisor, the \
+                 start is refused"
             }
-            Field::Filesystem => "nothing of the host is in the container",
+            Field::Filesystem => "no file of the host is in the container",
             Field::Egress if !self.egress.is_empty() => {
-                "the container's network has loopback alone; a broker on this host dials what is listed"
+                "the container's network has loopback only; a broker on this host dials the listed \
+                 endpoints"
             }
-            Field::Egress => "the container's network has loopback alone",
+            Field::Egress => "the container's network has loopback only",
             Field::Vcpus => "a quota of the container's cgroup",
             Field::Memory => "the container's cgroup",
             Field::Timeout => "this host ends the container",
-            Field::Pids => "the container's cgroup; in gVisor, one of its own kernel's",
+            Field::Pids => "the container's cgroup; under gVisor, a cgroup of its kernel",
             Field::Disk => "the sizes of the three tmpfs that take all writes",
             Field::Capabilities
             | Field::ReadonlyRoot
             | Field::CredentialSource
             | Field::SyscallFilter
-            | Field::Secrets => self.agent(field),
+            | Field::Secrets => self.agent_mechanism(field),
         }
     }
 
-    /// What the agent sees to, the same way everywhere.
-    fn agent(&self, field: Field) -> &'static str {
+    /// Returns the mechanism of a field that the agent enforces in the same way on every tier.
+    fn agent_mechanism(&self, field: Field) -> &'static str {
         match field {
             Field::Capabilities => {
-                "the agent drops all but net bind, also from the bounding set, before the workload starts"
+                "the agent drops all but net bind, also from the bounding set, before the workload"
             }
             Field::ReadonlyRoot => {
-                "the workload's root is mounted read-only, and it has no right to mount"
+                "the workload's root is mounted read-only, and the workload cannot mount"
             }
             Field::CredentialSource if self.credential_source.is_some() => {
-                "this host logs in to the vault; the login never enters, and ends with the sandbox"
+                "this host logs in to Vault; the login never enters, and ends with the sandbox"
             }
-            Field::CredentialSource => "there is none",
+            Field::CredentialSource => "not used",
             Field::SyscallFilter => match self.syscalls {
-                SyscallFilter::DefaultDeny => "seccomp: what is not listed fails with EPERM",
-                SyscallFilter::DefaultAllow => "seccomp: what no workload needs fails with ENOSYS",
+                SyscallFilter::DefaultDeny => "seccomp: calls that are not listed fail with EPERM",
+                SyscallFilter::DefaultAllow => {
+                    "seccomp: calls that no workload needs fail with ENOSYS"
+                }
             },
             _ => {
-                "handed over after the start, in memory; not in the image, the command line or a template"
+                "delivered in memory after the start; not in the image, command line or a template"
             }
         }
     }

@@ -1,58 +1,60 @@
-//! YAML to a tree of nodes that know where they stand, with everything refused that makes one text mean another: anchors and
-//! aliases (and with them any bomb), tags, directives, a second document, a key given twice.
+//! Parses YAML into a tree of nodes with their locations.
+//!
+//! Everything that lets one text mean another is refused: anchors and aliases (and with them any
+//! expansion bomb), tags, directives, a second document, a duplicate key.
 
 use std::fmt;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span};
 
-/// A file of policies that says much fits a few KiB. Read no further: the parser's own memory grows with the text.
+/// Largest policy file. A long policy takes a few KiB, and the parser's memory grows with the text.
 pub const MAX_BYTES: u64 = 64 * 1024;
 
-/// Deepest nesting: the format itself needs 5.
+/// Deepest nesting. The format itself needs 5 levels.
 const MAX_DEPTH: usize = 16;
 
-/// A place in the file, both counted from 1.
+/// A position in the file. Lines and columns count from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct Location {
     /// Line.
     pub line: usize,
     /// Column, in characters.
     pub column: usize,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}, column {}", self.line, self.column)
     }
 }
 
-impl From<&Marker> for Place {
-    fn from(marker: &Marker) -> Place {
-        Place { line: marker.line(), column: marker.col() + 1 }
+impl From<&Marker> for Location {
+    fn from(marker: &Marker) -> Location {
+        Location { line: marker.line(), column: marker.col() + 1 }
     }
 }
 
-/// What is wrong, and where.
+/// A diagnostic: a location and a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
-    pub place: Place,
-    pub what: String,
+pub struct Diagnostic {
+    pub location: Location,
+    pub message: String,
 }
 
-impl Problem {
-    pub fn new(place: Place, what: impl Into<String>) -> Problem {
-        Problem { place, what: what.into() }
+impl Diagnostic {
+    pub fn new(location: Location, message: impl Into<String>) -> Diagnostic {
+        Diagnostic { location, message: message.into() }
     }
 }
 
-/// One value.
+/// A value and its location.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Node {
-    pub place: Place,
+    pub location: Location,
     pub value: Value,
 }
 
-/// What a value is, by the core schema of YAML 1.2 without its other bases and its floats, which nothing here takes.
+/// A value by the core schema of YAML 1.2, without other bases and floats, which no field accepts.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Value {
     Null,
@@ -63,41 +65,42 @@ pub enum Value {
     Map(Vec<(Key, Node)>),
 }
 
-/// The key of a map.
+/// A key of a map.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Key {
-    pub place: Place,
+    pub location: Location,
     pub name: String,
 }
 
 impl Node {
-    /// The place of what stands at this path of keys, or of what stands nearest above it.
-    pub fn place_of(&self, path: &[&str]) -> Place {
-        let Some((first, rest)) = path.split_first() else { return self.place };
+    /// Returns the location of the node at a path of keys and indices, or of its nearest ancestor.
+    pub fn locate(&self, path: &[&str]) -> Location {
+        let Some((first, rest)) = path.split_first() else { return self.location };
         match &self.value {
             Value::Map(entries) => match entries.iter().find(|(key, _)| key.name == *first) {
-                Some((_, node)) => node.place_of(rest),
-                None => self.place,
+                Some((_, node)) => node.locate(rest),
+                None => self.location,
             },
             Value::List(items) => {
                 match first.parse::<usize>().ok().and_then(|index| items.get(index)) {
-                    Some(node) => node.place_of(rest),
-                    None => self.place,
+                    Some(node) => node.locate(rest),
+                    None => self.location,
                 }
             }
-            _ => self.place,
+            _ => self.location,
         }
     }
 }
 
-/// A list or map that is not complete yet.
+/// An incomplete list or map.
 enum Open {
-    List(Place, Vec<Node>),
-    Map(Place, Vec<(Key, Node)>, Option<Key>),
+    List(Location, Vec<Node>),
+    /// The key waits for its value.
+    Map(Location, Vec<(Key, Node)>, Option<Key>),
 }
 
-/// Reads one document.
-pub fn read(text: &str) -> Result<Node, Problem> {
+/// Parses one document.
+pub fn parse_document(text: &str) -> Result<Node, Diagnostic> {
     let options = granit_parser::options! {
         disallow_directives: true,
         strict_indentation: true,
@@ -109,36 +112,38 @@ pub fn read(text: &str) -> Result<Node, Problem> {
     let mut root = None;
     for event in Parser::new_from_str_with_options(text, options) {
         let (event, span) =
-            event.map_err(|error| Problem::new(Place::from(error.marker()), error.info()))?;
-        let place = Place::from(&span.start);
+            event.map_err(|error| Diagnostic::new(Location::from(error.marker()), error.info()))?;
+        let location = Location::from(&span.start);
         let node = match event {
             Event::DocumentStart(..) if root.is_some() => {
-                return Err(Problem::new(place, "a second document: a policy is one"));
+                return Err(Diagnostic::new(location, "second document: a policy file has one"));
             }
             Event::Alias(_) | Event::UnresolvedAlias(_) => {
-                return Err(Problem::new(
-                    place,
-                    "an alias: write the value out, nothing here stands for something else",
+                return Err(Diagnostic::new(
+                    location,
+                    "aliases are not allowed: write the value out",
                 ));
             }
             Event::Scalar(text, style, anchor, tag) => {
-                plain(&span, anchor, tag.is_some())?;
-                check_characters(&text, place)?;
-                Node { place, value: scalar(&text, style) }
+                refuse_properties(&span, anchor, tag.is_some())?;
+                check_characters(&text, location)?;
+                Node { location, value: parse_scalar(&text, style) }
             }
             Event::SequenceStart(_, anchor, tag) => {
-                plain(&span, anchor, tag.is_some())?;
-                open(&mut stack, Open::List(place, Vec::new()))?;
+                refuse_properties(&span, anchor, tag.is_some())?;
+                push_open(&mut stack, Open::List(location, Vec::new()))?;
                 continue;
             }
             Event::MappingStart(_, anchor, tag) => {
-                plain(&span, anchor, tag.is_some())?;
-                open(&mut stack, Open::Map(place, Vec::new(), None))?;
+                refuse_properties(&span, anchor, tag.is_some())?;
+                push_open(&mut stack, Open::Map(location, Vec::new(), None))?;
                 continue;
             }
             Event::SequenceEnd | Event::MappingEnd => match stack.pop() {
-                Some(Open::List(place, items)) => Node { place, value: Value::List(items) },
-                Some(Open::Map(place, entries, _)) => Node { place, value: Value::Map(entries) },
+                Some(Open::List(location, items)) => Node { location, value: Value::List(items) },
+                Some(Open::Map(location, entries, _)) => {
+                    Node { location, value: Value::Map(entries) }
+                }
                 None => continue,
             },
             _ => continue,
@@ -148,50 +153,52 @@ pub fn read(text: &str) -> Result<Node, Problem> {
             Some(Open::List(_, items)) => items.push(node),
             Some(Open::Map(_, entries, pending)) => match pending.take() {
                 Some(key) => entries.push((key, node)),
-                None => *pending = Some(key(node, entries)?),
+                None => *pending = Some(take_key(node, entries)?),
             },
         }
     }
-    root.filter(|node| node.value != Value::Null).ok_or_else(|| {
-        Problem::new(Place { line: 1, column: 1 }, "the file is empty: a policy says something")
-    })
+    root.filter(|node| node.value != Value::Null)
+        .ok_or_else(|| Diagnostic::new(Location { line: 1, column: 1 }, "the file is empty"))
 }
 
-fn open(stack: &mut Vec<Open>, what: Open) -> Result<(), Problem> {
-    let (Open::List(place, _) | Open::Map(place, ..)) = &what;
+fn push_open(stack: &mut Vec<Open>, node: Open) -> Result<(), Diagnostic> {
+    let (Open::List(location, _) | Open::Map(location, ..)) = &node;
     if stack.len() >= MAX_DEPTH {
-        return Err(Problem::new(*place, format!("nested deeper than {MAX_DEPTH} levels")));
+        return Err(Diagnostic::new(*location, format!("nested deeper than {MAX_DEPTH} levels")));
     }
     if let Some(Open::Map(_, _, None)) = stack.last() {
-        return Err(Problem::new(*place, "a key that is no word"));
+        return Err(Diagnostic::new(*location, "a key must be a string"));
     }
-    stack.push(what);
+    stack.push(node);
     Ok(())
 }
 
-/// Refuses what is in front of a node.
-fn plain(span: &Span, anchor: usize, tag: bool) -> Result<(), Problem> {
-    let place = Place::from(span.tag_start.as_ref().unwrap_or(&span.start));
+/// Refuses a tag or an anchor in front of a node.
+fn refuse_properties(span: &Span, anchor: usize, tag: bool) -> Result<(), Diagnostic> {
+    let location = Location::from(span.tag_start.as_ref().unwrap_or(&span.start));
     match (tag, anchor) {
-        (true, _) => Err(Problem::new(place, "a tag: types follow from the field, drop the `!…`")),
-        (_, 1..) => Err(Problem::new(place, "an anchor: drop the `&…`, nothing may refer to it")),
+        (true, _) => Err(Diagnostic::new(
+            location,
+            "tags are not allowed: remove the `!…`, each field has one type",
+        )),
+        (_, 1..) => Err(Diagnostic::new(location, "anchors are not allowed: remove the `&…`")),
         _ => Ok(()),
     }
 }
 
-/// Nothing in a policy has a use for them, and a terminal or a path would obey them.
-fn check_characters(text: &str, place: Place) -> Result<(), Problem> {
+/// Refuses control characters: no field needs them, and a terminal or a path would obey them.
+fn check_characters(text: &str, location: Location) -> Result<(), Diagnostic> {
     match text.chars().find(|c| c.is_control()) {
-        Some('\0') => Err(Problem::new(place, "a NUL byte in a text")),
-        Some(c) => Err(Problem::new(
-            place,
-            format!("a control character, {}, in a text", c.escape_default()),
+        Some('\0') => Err(Diagnostic::new(location, "a string must not hold a NUL byte")),
+        Some(c) => Err(Diagnostic::new(
+            location,
+            format!("a string must not hold the control character {}", c.escape_default()),
         )),
         None => Ok(()),
     }
 }
 
-fn scalar(text: &str, style: ScalarStyle) -> Value {
+fn parse_scalar(text: &str, style: ScalarStyle) -> Value {
     if style != ScalarStyle::Plain {
         return Value::String(text.to_owned());
     }
@@ -206,16 +213,16 @@ fn scalar(text: &str, style: ScalarStyle) -> Value {
     }
 }
 
-fn key(node: Node, entries: &[(Key, Node)]) -> Result<Key, Problem> {
-    let place = node.place;
+fn take_key(node: Node, entries: &[(Key, Node)]) -> Result<Key, Diagnostic> {
+    let location = node.location;
     let Value::String(name) = node.value else {
-        return Err(Problem::new(place, "a key that is no word"));
+        return Err(Diagnostic::new(location, "a key must be a string"));
     };
     match entries.iter().find(|(other, _)| other.name == name) {
-        Some((first, _)) => Err(Problem::new(
-            place,
-            format!("`{name}` is given twice, first in line {}", first.place.line),
+        Some((first, _)) => Err(Diagnostic::new(
+            location,
+            format!("duplicate key `{name}`, first in line {}", first.location.line),
         )),
-        None => Ok(Key { place, name }),
+        None => Ok(Key { location, name }),
     }
 }

@@ -1,35 +1,42 @@
-//! How a credential gets to the workload.
+//! The ways in which a credential reaches the workload.
+
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 use crate::endpoint::Endpoint;
 
-/// How the workload gets a credential.
+/// The way in which the workload gets a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Delivery {
-    /// As a sealed file in memory, inherited, that `NAME_FILE` names.
+    /// A sealed file in memory (memfd) that the workload inherits and `NAME_FILE` names.
     Memory,
-    /// As the environment variable `NAME`, which everything that the workload starts sees.
+    /// The environment variable `NAME`. Every process that the workload starts can read it.
     Env,
-    /// Not at all: the environment variable `NAME` is a placeholder, which is replaced on its way to the named hosts.
+    /// No delivery: the environment variable `NAME` holds a placeholder, and the broker replaces
+    /// the placeholder in requests to the named hosts.
     Proxy(ProxyScope),
-    /// When it asks: keys of AWS, which its SDKs fetch from an address of the sandbox's own, again and again. For one credential.
+    /// An address of the sandbox from which AWS SDKs fetch access keys, repeatedly. At most one
+    /// credential of a sandbox is delivered this way.
     Endpoint,
 }
 
-/// How one that was fetched gets there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A [`Delivery`] without its parameters, as a policy names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum DeliveryKind {
-    /// [`Delivery::Memory`]
+    /// A file in memory that the variable `NAME_FILE` names.
     Memory,
-    /// [`Delivery::Env`]
+    /// The environment variable `NAME`. Every process that the workload starts can read it.
     Env,
-    /// [`Delivery::Proxy`]
+    /// A placeholder in the environment variable `NAME` that the broker replaces in requests to
+    /// `hosts`.
     Proxy,
-    /// [`Delivery::Endpoint`]
+    /// AWS access keys that SDKs fetch from an address in the sandbox. At most one credential.
     Endpoint,
 }
 
 impl DeliveryKind {
-    /// In the words of a policy.
+    /// Returns the word that a policy uses.
     pub fn name(self) -> &'static str {
         match self {
             DeliveryKind::Memory => "memory",
@@ -40,13 +47,13 @@ impl DeliveryKind {
     }
 }
 
-/// Where a credential is for.
+/// The requests in which the proxy replaces a credential's placeholder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxyScope {
-    /// The hosts that get it, over TLS at these ports.
+    /// The hosts that receive the value, over TLS at these ports.
     pub hosts: Vec<Endpoint>,
-    /// Whether its placeholder is also replaced in the query of a URL, which servers write to their logs.
+    /// Replace it in the query of a URL as well. Servers write queries to their logs.
     pub query: bool,
-    /// Whether its placeholder is also replaced in bodies of up to 1 MiB.
+    /// Replace it in bodies of up to 1 MiB as well.
     pub body: bool,
 }

@@ -1,6 +1,8 @@
-//! The specification of a sandbox as data: tiers, credentials, endpoints and limits, with their text forms.
+//! The specification of a sandbox as data: tiers, credentials, endpoints and limits, each with its
+//! text form.
 //!
-//! Every other layer imports these types. Nothing here does I/O, and no module imports a layer above it.
+//! Every other layer imports these types. This crate does no I/O and imports no layer but the
+//! constants of the protocol.
 #![forbid(unsafe_code)]
 
 mod delivery;
@@ -12,8 +14,8 @@ mod tier;
 mod vault;
 
 pub use delivery::{Delivery, DeliveryKind, ProxyScope};
-pub use endpoint::{Endpoint, MAX_HOST, is_numeric};
+pub use endpoint::{Endpoint, EndpointError, MAX_HOST, ParseEndpointError, is_numeric};
 pub use limits::{EgressLimits, Limits, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};
-pub use tier::{Boundary, TierKind};
-pub use vault::{SecretId, VaultConfig, VaultLogin, VaultSource};
+pub use tier::{Boundary, ParseTierError, TierKind};
+pub use vault::{ParseVaultSourceError, SecretId, VaultConfig, VaultLogin, VaultSource};

@@ -1,4 +1,4 @@
-//! How much of the machine and of the network a sandbox gets.
+//! The share of the machine and of the network that a sandbox gets.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -14,34 +14,34 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// The most memory of a sandbox.
 pub const MAX_MEMORY_MIB: u32 = 16384;
 
-/// How much of the machine a sandbox gets.
+/// The share of the machine that a sandbox gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// Time until the sandbox is ended.
+    /// Time after which the sandbox is ended.
     pub timeout: Option<Duration>,
-    /// Processes and threads at once.
+    /// Maximum number of processes and threads.
     pub pids: u32,
-    /// What can be written, in MiB; `None`: half of the memory.
+    /// Maximum size of all written files, in MiB. `None` means half of the memory.
     pub disk_mib: Option<u32>,
 }
 
-/// How much egress a sandbox has. What is over is refused or reset, and written down.
+/// The limits on a sandbox's egress. Excess is refused or reset, and written to the audit log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EgressLimits {
-    /// Connections at once, at most 128, which is also the agent's limit.
+    /// Maximum concurrent connections (1–128, default 128; the agent has the same limit).
     pub connections: usize,
-    /// Connections a second, so that a sandbox cannot be used to flood an endpoint with them; four seconds' worth may come
-    /// at once.
+    /// Maximum new connections a second, so that a sandbox cannot flood an endpoint with them.
+    /// Four seconds' worth may arrive at once.
     pub dials_per_second: u32,
-    /// Bytes of one connection, both ways together.
+    /// Maximum bytes of one connection, both directions together.
     pub connection_bytes: Option<u64>,
-    /// Bytes of all connections of the sandbox.
+    /// Maximum bytes of all connections of the sandbox.
     pub total_bytes: Option<u64>,
-    /// Bytes a second of all connections of the sandbox.
+    /// Maximum bytes a second of all connections of the sandbox.
     pub bytes_per_second: Option<NonZeroU64>,
 }
 

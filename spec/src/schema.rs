@@ -1,4 +1,4 @@
-//! Types that a policy file writes as a string.
+//! Types that a policy file writes as strings.
 
 /// Implements `Deserialize` by the `FromStr` of a type, and `JsonSchema` by a pattern.
 #[macro_export]

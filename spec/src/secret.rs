@@ -1,4 +1,4 @@
-//! A credential as it is asked for: its name, its source and its delivery.
+//! The specification of a credential: its name, its source and its delivery.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,46 +7,49 @@ use crate::delivery::{Delivery, ProxyScope};
 use crate::endpoint::Endpoint;
 use crate::vault::VaultSource;
 
-/// Longest name, the same as the agent's.
+/// Longest name. The agent has the same limit.
 const MAX_NAME: usize = 128;
 
-/// Where a credential comes from.
+/// The source of a credential's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SecretSource {
-    /// An environment variable of this process: `env:VAR`.
+    /// `env:VAR`: an environment variable of this process.
     Env(String),
-    /// A file's content, without one final newline: `file:PATH`.
+    /// `file:PATH`: the content of a file, without one final newline.
     File(PathBuf),
-    /// What a shell command prints, without one final newline: `exec:CMD`.
+    /// `exec:CMD`: the output of a shell command, without one final newline.
     Exec(String),
-    /// A field of a secret of a vault, which the environment of this process names and logs in to: `vault://MOUNT/PATH#FIELD`.
+    /// `vault://MOUNT/PATH#FIELD`: a field of a Vault secret. The environment of this process has
+    /// the address and the login.
     Vault(VaultSource),
 }
 
-/// A credential as asked for: `NAME=SOURCE`, or `NAME=SOURCE@HOST,…` for one that is to go to these hosts and never enter.
+/// The specification of a credential: `NAME=SOURCE`, or `NAME=SOURCE@HOST,…` for a credential that
+/// the proxy sends to these hosts and that never enters the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecretSpec {
-    /// The name the workload knows it by.
+    /// Name of the credential in the sandbox.
     pub name: String,
-    /// Where it comes from.
+    /// Source of the value.
     pub source: SecretSource,
-    /// How the workload gets it.
+    /// Way in which the workload gets it.
     pub delivery: Delivery,
 }
 
-/// A specification that cannot be understood.
+/// A text that is not a [`SecretSpec`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSecretError {
     /// There is no `=`.
     #[error("`{0:.80}` is not NAME=SOURCE")]
     NoSource(String),
-    /// The name could not be an environment variable's.
+    /// The name is not a valid name of an environment variable.
     #[error(
-        "the name `{0:.80}` is not an environment variable's: letters, digits and `_`, at most {MAX_NAME}"
+        "`{0:.80}` cannot name an environment variable: \
+         use letters, digits and `_`, at most {MAX_NAME}"
     )]
     Name(String),
-    /// The source is of no known kind.
-    #[error("the source `{0}` is none of env:VAR, file:PATH, exec:CMD, vault://MOUNT/PATH#FIELD")]
+    /// The source has an unknown scheme.
+    #[error("unknown source `{0}`: use env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD")]
     Source(String),
 }
 
@@ -81,15 +84,16 @@ impl FromStr for SecretSource {
                 .parse()
                 .map(SecretSource::Vault)
                 .map_err(|_| ParseSecretError::Source("vault:…".into())),
-            // The text is not repeated if it may be a value somebody pasted in.
+            // The rest of the text may be a pasted value: the error does not repeat it.
             Some((kind, _)) => Err(ParseSecretError::Source(format!("{kind}:…"))),
             None => Err(ParseSecretError::Source("…".into())),
         }
     }
 }
 
-/// What stands behind the last `@`, if all of it is hosts: `HOST` or `HOST:PORT`, 443 if not said. One that has neither a dot nor
-/// a port is none, so that `exec:ssh me@box cat key` is a command.
+/// Splits off the hosts after the last `@` if every one of them is `HOST` or `HOST:PORT` (default
+/// 443). A name with neither a dot nor a port is not a host, so that `exec:ssh me@box cat key`
+/// remains a command.
 fn split_hosts(text: &str) -> Option<(&str, Vec<Endpoint>)> {
     let (source, hosts) = text.rsplit_once('@')?;
     let hosts = hosts.split(',').map(|host| match host.contains(':') {
@@ -99,7 +103,7 @@ fn split_hosts(text: &str) -> Option<(&str, Vec<Endpoint>)> {
     Some((source, hosts.collect::<Option<Vec<_>>>()?))
 }
 
-/// Whether a text can be the name of an environment variable, and so of a credential.
+/// Checks that a text can name an environment variable, and therefore a credential.
 ///
 /// # Errors
 /// [`ParseSecretError::Name`].
@@ -118,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn specifications_parse_or_say_what_is_wrong() {
+    fn secret_spec_parses_or_names_the_fault() {
         let spec: SecretSpec = "API_TOKEN=exec:pass show a=b".parse().unwrap();
         assert_eq!(
             (spec.name.as_str(), spec.source),
@@ -160,7 +164,7 @@ mod tests {
             );
         }
         assert!(long.parse::<SecretSpec>().unwrap_err().to_string().len() < 250);
-        // Ports and names that are none make no host, and the whole a source that is not there.
+        // With an invalid port or name, the text after `@` is a part of the source.
         for hosts in [
             "api.example.com:0",
             "api.example.com:70000",
@@ -173,7 +177,7 @@ mod tests {
                 Delivery::Memory
             );
         }
-        // What may be a pasted value is not echoed.
+        // A text that may be a pasted value is not repeated.
         let error = "A=sk-live-12345".parse::<SecretSpec>().unwrap_err().to_string();
         assert!(!error.contains("12345"), "{error}");
         let error = "A=sk:12345".parse::<SecretSpec>().unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! How a sandbox is isolated: the tier that is asked for, and the boundary that comes of it.
+//! The tiers that isolate a sandbox, and the boundaries that they result in.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,19 +13,19 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "lowercase")]
 #[schemars(rename = "Runtime")]
 pub enum TierKind {
-    /// A microVM with a kernel of its own.
+    /// A microVM with its own kernel.
     Ironclaw,
-    /// gVisor, or a hardened container where runsc is absent.
+    /// gVisor, or a hardened container where runsc is missing.
     Nanoclaw,
     /// A hardened container of a Docker daemon.
     Nemoclaw,
 }
 
 impl TierKind {
-    /// All of them, the strongest first.
+    /// All tiers, the strongest first.
     pub const ALL: [TierKind; 3] = [TierKind::Ironclaw, TierKind::Nanoclaw, TierKind::Nemoclaw];
 
-    /// Its name in files and options.
+    /// Returns the name that files and options use.
     pub fn name(self) -> &'static str {
         match self {
             TierKind::Ironclaw => "ironclaw",
@@ -35,14 +35,16 @@ impl TierKind {
     }
 }
 
-impl FromStr for TierKind {
-    type Err = String;
+/// A text that does not name a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a tier: choose one of {}", TierKind::ALL.map(TierKind::name).join(", "))]
+pub struct ParseTierError;
 
-    fn from_str(text: &str) -> Result<TierKind, String> {
-        let found = TierKind::ALL.into_iter().find(|tier| tier.name() == text);
-        found.ok_or_else(|| {
-            format!("it is none of {}", TierKind::ALL.map(TierKind::name).join(", "))
-        })
+impl FromStr for TierKind {
+    type Err = ParseTierError;
+
+    fn from_str(text: &str) -> Result<TierKind, ParseTierError> {
+        TierKind::ALL.into_iter().find(|tier| tier.name() == text).ok_or(ParseTierError)
     }
 }
 
@@ -52,11 +54,12 @@ impl fmt::Display for TierKind {
     }
 }
 
-/// The isolation boundary of a running sandbox. One tier can have several: `nanoclaw` without gVisor has namespaces alone.
+/// The isolation boundary of a running sandbox. One tier can have several: `nanoclaw` without
+/// gVisor has namespaces only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Boundary {
-    /// A microVM with a kernel of its own.
+    /// A microVM with its own kernel.
     Kvm,
     /// gVisor's kernel in user space.
     Gvisor,
@@ -65,10 +68,10 @@ pub enum Boundary {
 }
 
 impl Boundary {
-    /// All of them, strongest first.
+    /// All boundaries, the strongest first.
     pub const ALL: [Boundary; 3] = [Boundary::Kvm, Boundary::Gvisor, Boundary::Namespaces];
 
-    /// How a person calls it.
+    /// Returns the name for people.
     pub fn name(self) -> &'static str {
         match self {
             Boundary::Kvm => "microVM",

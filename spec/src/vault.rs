@@ -1,4 +1,4 @@
-//! A secret of a vault, and how to log in to that vault.
+//! A secret in a Vault server, and the login to that server.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,41 +8,45 @@ use zeroize::Zeroizing;
 
 use crate::string_type;
 
-/// A place in a vault.
+/// The location of a secret in Vault: `vault://MOUNT/PATH`, or `vault://MOUNT/PATH#FIELD`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VaultSource {
-    /// The mount of the secrets engine.
+    /// Mount path of the secrets engine.
     pub mount: String,
-    /// The path in it.
+    /// Path of the secret below the mount.
     pub path: String,
-    /// The field, if one is meant.
+    /// A single field of the secret. `None` means every field, or the only one.
     pub field: Option<String>,
 }
 
-impl FromStr for VaultSource {
-    type Err = String;
+/// A text that is not a [`VaultSource`]. It may be a pasted value, so the error does not repeat it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a Vault secret: write vault://MOUNT/PATH or vault://MOUNT/PATH#FIELD")]
+pub struct ParseVaultSourceError;
 
-    fn from_str(text: &str) -> Result<VaultSource, String> {
-        // What may be a pasted value is not repeated.
-        let wrong =
-            || "a credential source is vault://MOUNT/PATH or vault://MOUNT/PATH#FIELD".to_owned();
-        let rest = text.strip_prefix("vault://").ok_or_else(wrong)?;
+impl FromStr for VaultSource {
+    type Err = ParseVaultSourceError;
+
+    fn from_str(text: &str) -> Result<VaultSource, ParseVaultSourceError> {
+        let rest = text.strip_prefix("vault://").ok_or(ParseVaultSourceError)?;
         let (rest, field) =
             rest.split_once('#').map_or((rest, None), |(rest, field)| (rest, Some(field)));
-        let (mount, path) = rest.split_once('/').ok_or_else(wrong)?;
-        // What a URL would take for something else is in no name.
-        let plain =
-            |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
-        let name = |part: &str| !matches!(part, "" | "." | "..") && part.bytes().all(plain);
-        if !name(mount) || !path.split('/').all(name) || field == Some("") {
-            return Err(wrong());
+        let (mount, path) = rest.split_once('/').ok_or(ParseVaultSourceError)?;
+        if !is_path_segment(mount) || !path.split('/').all(is_path_segment) || field == Some("") {
+            return Err(ParseVaultSourceError);
         }
         Ok(VaultSource { mount: mount.into(), path: path.into(), field: field.map(str::to_owned) })
     }
 }
 
+/// Returns true if a URL can hold the segment as it is, and does not read it as anything else.
+fn is_path_segment(segment: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'%' | b'?' | b'#' | b'\\');
+    !matches!(segment, "" | "." | "..") && segment.bytes().all(plain)
+}
+
 impl VaultSource {
-    /// Where it is, without the field.
+    /// Returns `vault://MOUNT/PATH`, without the field.
     pub fn location(&self) -> String {
         format!("vault://{}/{}", self.mount, self.path)
     }
@@ -57,41 +61,41 @@ impl fmt::Display for VaultSource {
 
 string_type!(VaultSource, "VaultSource", r"^vault://[^/#]+/[^#]+(#.+)?$");
 
-/// What a vault is and how to log in to it.
+/// The address of a Vault server and the login to it.
 #[derive(Clone)]
 pub struct VaultConfig {
-    /// `http://…` or `https://…`.
+    /// Base URL, `http://…` or `https://…`.
     pub address: String,
-    /// Who we are to it.
+    /// Credentials for the login.
     pub login: VaultLogin,
-    /// The namespace everything is in, if it has any.
+    /// Vault namespace of every request.
     pub namespace: Option<String>,
-    /// A file of PEM certificates to trust instead of the system's.
+    /// PEM file of CA certificates that replace the system's trust store.
     pub ca: Option<PathBuf>,
 }
 
-/// Who we are to a vault.
+/// The credentials of a login.
 #[derive(Clone)]
 pub enum VaultLogin {
-    /// A token that somebody else has got. It is neither renewed nor revoked.
+    /// A token that the caller obtained. Chitin neither renews nor revokes it.
     Token(Zeroizing<String>),
-    /// A role. The token that it gets is renewed, and revoked at the end.
+    /// An AppRole login. Its token is renewed, and revoked at the end.
     AppRole {
-        /// Where the auth method is mounted, usually `approle`.
+        /// Mount path of the auth method, usually `approle`.
         mount: String,
-        /// Which role.
+        /// Role id.
         role_id: Zeroizing<String>,
-        /// What proves it.
+        /// Secret id.
         secret_id: SecretId,
     },
 }
 
-/// What proves that we may take a role.
+/// The secret id of an AppRole login.
 #[derive(Clone)]
 pub enum SecretId {
     /// The secret id itself.
     Plain(Zeroizing<String>),
-    /// A token that wraps it, good for one login.
+    /// A response-wrapping token that holds the secret id, valid for one login.
     Wrapped(Zeroizing<String>),
 }
 

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chitin_protocol::{MAX_DIALS, MAX_ENDPOINTS};
-use chitin_spec::{DeliveryKind, EgressLimits, Endpoint, MAX_HOST, is_numeric};
+use chitin_spec::{DeliveryKind, EgressLimits, Endpoint, MAX_HOST, ParseEndpointError, is_numeric};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -100,18 +100,15 @@ pub struct EgressSpec {
     /// How much of it there is.
     pub limits: EgressLimits,
     /// The first thing that was asked for and makes no sense.
-    pub wrong: Option<String>,
+    pub wrong: Option<ParseEndpointError>,
 }
 
 /// What is wrong with the egress that was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum EgressError {
-    /// An endpoint is none.
-    #[error("{what}")]
-    Endpoint {
-        /// Which, and why.
-        what: String,
-    },
+    /// A requested endpoint is invalid.
+    #[error(transparent)]
+    Endpoint(#[from] ParseEndpointError),
     /// That is a network, not a list.
     #[error("{count} endpoints: a sandbox may reach at most {MAX_ENDPOINTS}")]
     TooMany {
@@ -140,8 +137,8 @@ impl EgressSpec {
 
     /// Whether it makes sense, before anything is started for it.
     pub fn check(&self) -> Result<(), EgressError> {
-        if let Some(what) = &self.wrong {
-            return Err(EgressError::Endpoint { what: what.clone() });
+        if let Some(error) = &self.wrong {
+            return Err(error.clone().into());
         }
         if self.endpoints.len() > MAX_ENDPOINTS {
             return Err(EgressError::TooMany { count: self.endpoints.len() });

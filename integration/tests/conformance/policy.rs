@@ -386,7 +386,7 @@ fn a_check_says_beforehand_what_a_run_will_say(on: On) {
         on.bare("policy check").arg(&policy.path).outcome()
     };
     let fine = check("plugin: x\n");
-    assert!(fine.ok().contains(&format!("On {} all of it is kept:", on.tier)), "{fine:?}");
+    assert!(fine.ok().contains(&format!("On {}, all of it is enforced:", on.tier)), "{fine:?}");
     let egress = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
-    assert!(egress.ok().contains("a broker on this host dials what is listed"), "{egress:?}");
+    assert!(egress.ok().contains("a broker on this host dials the listed endpoints"), "{egress:?}");
 }
