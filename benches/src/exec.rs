@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use chitin::{Exit, Sandbox};
+use chitin::{Exit, Sandbox, TierSelection};
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
@@ -11,7 +11,6 @@ use crate::error::BenchError;
 use crate::peer;
 use crate::report::Report;
 use crate::stats::{self, Figures, MILLISECOND, elapsed_ns, ns_between, print_rows};
-use crate::tier_selection::TierSelection;
 use crate::turns::{RunCount, Turns, measure_in_turns};
 use crate::{plot, tier_runs};
 

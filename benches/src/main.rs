@@ -16,7 +16,6 @@ mod stats;
 mod template;
 mod throughput;
 mod tier_runs;
-mod tier_selection;
 mod turns;
 
 use std::process::exit;

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use chitin::doctor::Availability;
 use chitin::{
-    Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, Unavailable, printable,
+    Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, TierSelection, Unavailable,
+    printable,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
@@ -17,7 +18,6 @@ use tokio::process::Command;
 use crate::args::{Common, GuestArgs, Workload};
 use crate::error::BenchError;
 use crate::stats::{self, Figures, MILLISECOND, Row, elapsed_ns, ns_between, print_rows, scale};
-use crate::tier_selection::TierSelection;
 use crate::turns::new_progress_bar;
 
 /// Runs that are not counted: the first one on a host probes runtimes and unpacks or imports the

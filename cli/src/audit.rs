@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use chitin::audit::{self, Finding, PROPERTIES, Verdict};
 use chitin::doctor::Availability;
 use chitin::{
-    Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, Unavailable, printable,
+    Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, TierSelection, Unavailable,
+    printable,
 };
 use serde::Serialize;
 
 use crate::error::{CHITIN_FAILED, CliError};
 use crate::report::write_json;
-use crate::tier_selection::{TierSelection, warn_if_weaker};
+use crate::weaker_tier::warn_if_weaker;
 
 /// The exit code if a promised property did not hold.
 const BROKEN: u8 = 1;

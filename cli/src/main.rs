@@ -11,7 +11,7 @@ mod policy;
 mod report;
 mod run;
 mod template;
-mod tier_selection;
+mod weaker_tier;
 
 use std::process::exit;
 

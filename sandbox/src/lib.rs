@@ -50,8 +50,8 @@ pub use chitin_broker::egress::EgressError;
 pub use chitin_policy::{self as policy, Policy, PolicyError};
 pub use chitin_protocol::{Exit, StartError, Usage};
 pub use chitin_spec::{
-    Boundary, Delivery, EgressLimits, Endpoint, ParseTierError, ProxyScope, SecretId, SecretSource,
-    SecretSpec, TierKind, VaultConfig, VaultLogin, VaultSource,
+    Boundary, Delivery, EgressLimits, Endpoint, ProxyScope, SecretId, SecretSource, SecretSpec,
+    TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
 };
 pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, GuestEnd, RejectedTier, SelectedTier, Unavailable,

@@ -17,5 +17,5 @@ pub use delivery::{Delivery, DeliveryKind, ProxyScope};
 pub use endpoint::{Endpoint, EndpointError, MAX_HOST, ParseEndpointError, is_numeric};
 pub use limits::{EgressLimits, Limits, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};
-pub use tier::{Boundary, ParseTierError, TierKind};
+pub use tier::{Boundary, ParseTierError, ParseTierSelectionError, TierKind, TierSelection};
 pub use vault::{ParseVaultSourceError, SecretId, VaultConfig, VaultLogin, VaultSource};

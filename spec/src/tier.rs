@@ -54,6 +54,41 @@ impl fmt::Display for TierKind {
     }
 }
 
+/// One tier, or all of them: the value of a `--tier` that can mean several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TierSelection {
+    /// This tier, which must be available.
+    One(TierKind),
+    /// Every tier that is available: `all`.
+    All,
+}
+
+impl TierSelection {
+    /// Returns the selected tiers, the strongest first.
+    pub fn to_vec(self) -> Vec<TierKind> {
+        match self {
+            TierSelection::One(tier) => vec![tier],
+            TierSelection::All => TierKind::ALL.to_vec(),
+        }
+    }
+}
+
+/// A text that is neither a tier nor `all`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{ParseTierError}, or `all`")]
+pub struct ParseTierSelectionError;
+
+impl FromStr for TierSelection {
+    type Err = ParseTierSelectionError;
+
+    fn from_str(text: &str) -> Result<TierSelection, ParseTierSelectionError> {
+        match text {
+            "all" => Ok(TierSelection::All),
+            _ => text.parse().map(TierSelection::One).map_err(|_| ParseTierSelectionError),
+        }
+    }
+}
+
 /// The isolation boundary of a running sandbox. One tier can have several: `nanoclaw` without
 /// gVisor has namespaces only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]

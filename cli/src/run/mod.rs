@@ -25,7 +25,7 @@ use self::stdio::{Deadline, attend_process};
 use self::values::{CopySpec, PortPair, parse_env};
 use crate::error::{CHITIN_FAILED, CliError};
 use crate::report::{Isolation, JailReport, PolicyRecord, Report, write_json};
-use crate::tier_selection::warn_if_weaker;
+use crate::weaker_tier::warn_if_weaker;
 
 /// The exit code of a shell for a command that signal 0 ended; the number of the signal is added.
 const SIGNALED: u8 = 128;

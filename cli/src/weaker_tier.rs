@@ -1,0 +1,11 @@
+//! The notice about a tier that is weaker than the requested one.
+
+use chitin::{SelectedTier, printable};
+
+/// Prints a notice if a sandbox is weaker than what was asked for.
+pub fn warn_if_weaker(selected: &SelectedTier) {
+    if selected.is_less() {
+        let notice = format!("running as {}: {}", selected.name(), selected.why());
+        eprintln!("chitin: {}", printable(&notice));
+    }
+}
