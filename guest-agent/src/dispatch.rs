@@ -118,8 +118,8 @@ impl Agent {
         self.lockdown.confine(confine)
     }
 
-    /// Connects a stream to a server in the sandbox. The pump answers the request once the connection
-    /// is established or has failed.
+    /// Connects a stream to a server in the sandbox. The pump answers the request once the
+    /// connection is established or has failed.
     fn connect(&mut self, request: u32, port: u16, stream: StreamId) {
         let pumped = egress::connect_to_port(port)
             .and_then(|socket| SocketPump::new_connecting(socket, request, port))

@@ -1,8 +1,8 @@
 //! The agent and its event loop: one thread, one epoll.
 //!
-//! A turn reads once from the channel, lets each pump move one frame, and writes to the channel what
-//! it takes. While anything moves, turns follow each other, with a look at epoll in between. Then the
-//! loop waits for an event.
+//! A turn reads once from the channel, lets each pump move one frame, and writes to the channel
+//! what it takes. While anything moves, turns follow each other, with a look at epoll in between.
+//! Then the loop waits for an event.
 
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
@@ -78,8 +78,8 @@ impl Agent {
         ControlFlow::Continue(())
     }
 
-    /// Does all work that needs no wait, and returns whether anything moved. Breaks when the channel
-    /// has ended.
+    /// Does all work that needs no wait, and returns whether anything moved. Breaks when the
+    /// channel has ended.
     fn run_turn(&mut self) -> Result<ControlFlow<(), bool>, Error> {
         let mut moved = match self.transport.read()? {
             ControlFlow::Continue(moved) => moved,

@@ -19,8 +19,8 @@ pub fn set_parameters() -> Result<(), SystemError> {
     // milliseconds in a microVM. A filter hardly ever runs, because the kernel remembers the calls
     // that it always allows (seccomp's bitmap).
     clear_parameter("/proc/sys/net/core/bpf_jit_enable")?;
-    // Otherwise a thread checks twice a second whether memory is fragmented, and an idle sandbox never
-    // rests.
+    // Otherwise a thread checks twice a second whether memory is fragmented, and an idle sandbox
+    // never rests.
     clear_parameter("/proc/sys/vm/compaction_proactiveness")?;
     // In a new user namespace every user has all capabilities, and with them access to the parts of
     // the kernel that are attacked most.

@@ -27,9 +27,9 @@
 //!   shutdown        the end of the sandbox
 //! ```
 //!
-//! Nothing in the event loop blocks. The host is trusted (it could end the sandbox at any time), yet
-//! its input is validated like any other. The workload is hostile. A protocol violation ends the
-//! sandbox; any other failure ends one request.
+//! Nothing in the event loop blocks. The host is trusted (it could end the sandbox at any time),
+//! yet its input is validated like any other. The workload is hostile. A protocol violation ends
+//! the sandbox; any other failure ends one request.
 
 mod cgroup;
 mod copy_jobs;
@@ -56,9 +56,9 @@ use std::fmt::Display;
 use event_loop::Agent;
 use mode::Mode;
 
-/// Runs the agent until its channel ends, and returns its exit code: 0 after the channel was closed,
-/// 1 after a failure or a [`chitin_protocol::Fault`], 2 after a usage error. As PID 1 of a microVM
-/// it does not return.
+/// Runs the agent until its channel ends, and returns its exit code: 0 after the channel was
+/// closed, 1 after a failure or a [`chitin_protocol::Fault`], 2 after a usage error. As PID 1 of a
+/// microVM it does not return.
 ///
 /// `arguments` include the program's name.
 pub fn run(arguments: &[&[u8]]) -> i32 {
@@ -95,8 +95,8 @@ fn read_boottime_ns() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// Writes one line to standard error. In a microVM that is the kernel log, the end of which the host
-/// shows.
+/// Writes one line to standard error. In a microVM that is the kernel log, the end of which the
+/// host shows.
 fn log_line(problem: impl Display) {
     // One write, because the kernel log makes a record of each.
     let line = format!("chitin-agent: {problem}\n");

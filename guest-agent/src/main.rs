@@ -11,8 +11,8 @@ use std::ffi::{CStr, c_char, c_int};
 extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     let count = usize::try_from(argc).unwrap_or(0);
     let arguments: Vec<&[u8]> = (0..count)
-        // SAFETY: the C library passes `argc` pointers to NUL-terminated strings, which live as long
-        // as the process.
+        // SAFETY: the C library passes `argc` pointers to NUL-terminated strings, which live as
+        // long as the process.
         .map(|index| unsafe { CStr::from_ptr(*argv.add(index)) }.to_bytes())
         .collect();
     chitin_agent::run(&arguments)

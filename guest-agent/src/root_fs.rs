@@ -3,7 +3,7 @@
 //! ```text
 //!   /            overlay: the read-only image below, one tmpfs above      read-only
 //!   ├ work  tmp  var/tmp  dev/shm     the same overlay, bound here        writable
-//!   ├ dev        nodes that lie in the tmpfs: null zero full random urandom tty, links fd stdin … ptmx
+//!   ├ dev        in the tmpfs: nodes null zero full random urandom tty, links fd stdin … ptmx
 //!   │ └ pts      devpts
 //!   ├ proc       proc
 //!   └ sys        sysfs, read-only
@@ -12,8 +12,8 @@
 //!
 //! There is one mount namespace. The agent's writable view of the root is a detached clone of the
 //! overlay's mount that has no path at all: copy jobs make it the root of their threads, and no
-//! workload can name it. The workload's view is read-only because its *mount* is. The workload has no
-//! capability to change that, and a new user namespace only gets locked copies.
+//! workload can name it. The workload's view is read-only because its *mount* is. The workload has
+//! no capability to change that, and a new user namespace only gets locked copies.
 //!
 //! One tmpfs takes everything that is written, so one limit holds for all of it, whatever path is
 //! used. Because everything goes through the overlay, files that an image has in these directories
@@ -38,8 +38,8 @@ const NEW_ROOT: &str = "/run";
 /// there is memory left to handle that. The default also bounds inodes, at one for two pages.
 const TMPFS_OPTIONS: &str = "mode=0755,size=50%";
 
-/// Directories that the workload can write: path, and the mode and owner that they get, whatever the
-/// image has.
+/// Directories that the workload can write: path, and the mode and owner that they get, whatever
+/// the image has.
 const WRITABLE: [(&str, u32, u32); 4] =
     [("/work", 0o755, 1000), ("/tmp", 0o1777, 0), ("/var/tmp", 0o1777, 0), ("/dev/shm", 0o1777, 0)];
 
@@ -77,8 +77,8 @@ pub struct AgentView {
     pub scratch: OwnedFd,
 }
 
-/// Makes the sandbox's file systems and changes into them. With `kernel_log`, standard error becomes
-/// the kernel log.
+/// Makes the sandbox's file systems and changes into them. With `kernel_log`, standard error
+/// becomes the kernel log.
 pub fn build_root(kernel_log: bool) -> Result<AgentView, SystemError> {
     rustix::process::umask(Mode::empty());
     let scratch = mount_scratch()?;
@@ -225,8 +225,8 @@ fn clone_mount(path: &'static str) -> Result<OwnedFd, SystemError> {
     .context("clone the mount of", path)
 }
 
-/// Makes one mount read-only; others of the same file system stay as they are. `flags` are its other
-/// flags.
+/// Makes one mount read-only; others of the same file system stay as they are. `flags` are its
+/// other flags.
 fn make_read_only(path: &'static str, flags: MountFlags) -> Result<(), SystemError> {
     rustix::mount::mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | flags, "")
         .context("make read-only", path)
@@ -246,8 +246,8 @@ fn make_directory(path: &str, mode: u32) -> Result<(), SystemError> {
     }
 }
 
-/// Sets mode and owner of a path unless it is a symbolic link, and returns its type. Attributes that
-/// are right already are not written, because that would copy the directory up.
+/// Sets mode and owner of a path unless it is a symbolic link, and returns its type. Attributes
+/// that are right already are not written, because that would copy the directory up.
 fn set_attributes(path: &str, mode: u32, owner: u32) -> Result<FileType, SystemError> {
     let stat = rustix::fs::lstat(path).context("look at", path)?;
     let kind = FileType::from_raw_mode(stat.st_mode);

@@ -1,8 +1,8 @@
 //! Sets the agent and its sandbox up: everything until the event loop starts.
 //!
-//! The order is chosen for boot time. The host answers the connection while the file systems are made,
-//! and does its own work after `Ready` while the agent completes the steps that no request can
-//! precede: requests wait in the channel until the event loop starts.
+//! The order is chosen for boot time. The host answers the connection while the file systems are
+//! made, and does its own work after `Ready` while the agent completes the steps that no request
+//! can precede: requests wait in the channel until the event loop starts.
 
 use crate::cgroup::pids_v1::PidsCgroup;
 use crate::cgroup::{Cgroups, WorkloadCgroup};
@@ -74,8 +74,8 @@ impl Agent {
     }
 }
 
-/// Opens the channel, which in a microVM is not connected yet, and the socket of the channel after a
-/// freeze.
+/// Opens the channel, which in a microVM is not connected yet, and the socket of the channel after
+/// a freeze.
 fn open_channel(mode: Mode) -> Result<(Channel, Option<UnconnectedSocket>), SystemError> {
     if mode.is_microvm() {
         let channel = Channel::Vsock(UnconnectedSocket::open()?.start_connect()?);
@@ -85,8 +85,8 @@ fn open_channel(mode: Mode) -> Result<(Channel, Option<UnconnectedSocket>), Syst
     }
 }
 
-/// Protects the agent from the workload. These steps can fail for lack of rights in a container, and
-/// the agent is safe without them.
+/// Protects the agent from the workload. These steps can fail for lack of rights in a container,
+/// and the agent is safe without them.
 fn protect_agent() {
     // No process of the workload's user may inspect the agent, not even between fork and exec.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
@@ -110,8 +110,8 @@ fn create_workload_cgroup(
     }
 }
 
-/// Creates the cgroup that counts processes. A kernel that cannot count them is reported when the host
-/// asks for a limit.
+/// Creates the cgroup that counts processes. A kernel that cannot count them is reported when the
+/// host asks for a limit.
 fn create_pids_cgroup() -> Option<PidsCgroup> {
     PidsCgroup::create().inspect_err(|error| log_line(error)).ok()
 }

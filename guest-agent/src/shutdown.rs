@@ -5,13 +5,13 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, WaitOptions};
 use rustix::system::RebootCommand;
 
-/// The rounds of [`kill_descendants`]. Children of killed processes become the agent's, and are found
-/// in the next round. A fork bomb could continue forever; a container runtime then ends the rest with
-/// PID 1.
+/// The rounds of [`kill_descendants`]. Children of killed processes become the agent's, and are
+/// found in the next round. A fork bomb could continue forever; a container runtime then ends the
+/// rest with PID 1.
 const KILL_ROUNDS: usize = 200;
 
-/// Resets the machine, which with `reboot=t` is a triple fault and needs no device. There is nothing
-/// to flush, because everything that can be written is in memory.
+/// Resets the machine, which with `reboot=t` is a triple fault and needs no device. There is
+/// nothing to flush, because everything that can be written is in memory.
 pub fn reset_machine() -> ! {
     let refused = rustix::system::reboot(RebootCommand::Restart);
     crate::log_line(format_args!("cannot reset the machine: {refused:?}"));

@@ -16,16 +16,16 @@ impl SignalFd {
     /// Blocks the signals that are read from the descriptor, and settles all others.
     pub fn open(mode: Mode) -> Result<SignalFd, SystemError> {
         if mode.stdio && !mode.own_kernel {
-            // The workload should not inherit what the container's starter ignores, and with SIGCHLD
-            // ignored children would vanish before they are reaped. A kernel that serves this
-            // sandbox alone has no such starter.
+            // The workload should not inherit what the container's starter ignores, and with
+            // SIGCHLD ignored children would vanish before they are reaped. A kernel that serves
+            // this sandbox alone has no such starter.
             for signal in 1..=LAST_SIGNAL {
                 set_default_disposition(signal);
             }
         }
-        // SAFETY: all-zero is a valid, empty `sigset_t`, which outlives the calls that fill and read
-        // it. SIG_IGN involves no code of this process. `signalfd` returns a new descriptor that
-        // nothing else owns.
+        // SAFETY: all-zero is a valid, empty `sigset_t`, which outlives the calls that fill and
+        // read it. SIG_IGN involves no code of this process. `signalfd` returns a new descriptor
+        // that nothing else owns.
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigaddset(&raw mut set, libc::SIGCHLD);
@@ -72,8 +72,9 @@ impl AsFd for SignalFd {
 fn set_default_disposition(signal: i32) {
     // The kernel's `struct sigaction`: handler, flags, restorer, mask. A default handler is 0.
     let action = [0_u64; 4];
-    // SAFETY: the kernel reads 32 bytes, the last 8 of which are the mask, as the last argument says.
-    // No code of this process becomes a handler. SIGKILL and SIGSTOP are refused, which does no harm.
+    // SAFETY: the kernel reads 32 bytes, the last 8 of which are the mask, as the last argument
+    // says. No code of this process becomes a handler. SIGKILL and SIGSTOP are refused, which does
+    // no harm.
     unsafe {
         libc::syscall(
             libc::SYS_rt_sigaction,

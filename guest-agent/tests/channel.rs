@@ -1,4 +1,5 @@
-//! Hosts that violate the protocol, or flood the agent: the sandbox ends, or continues, and never hangs.
+//! Hosts that violate the protocol, or flood the agent: the sandbox ends, or continues, and never
+//! hangs.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -24,15 +25,15 @@ fn encode_frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn protocol_violation_ends_the_agent_with_one_line() {
+/// Returns violations, the bytes that a host sends for them, and the fault of each.
+fn list_violations() -> Vec<(&'static str, Vec<u8>, Fault)> {
     let after_hello = |bytes: &[u8]| [encode_hello(), bytes.to_vec()].concat();
     let oversized = {
         let mut header = (0xff_ffff_u32 << 8).to_le_bytes();
         header[0] = 2;
         [header.as_slice(), &[0; 4]].concat()
     };
-    let cases: Vec<(&str, Vec<u8>, Fault)> = vec![
+    vec![
         ("noise", b"GET / HTTP/1.1\r\n\r\n".to_vec(), Fault::MissingHello { kind: b'G' }),
         ("another protocol", encode_frame(1, 0, b"SSH-2.0-"), Fault::InvalidHello),
         (
@@ -72,8 +73,12 @@ fn protocol_violation_ends_the_agent_with_one_line() {
             after_hello(&encode_frame(2, 0, &[200])),
             Fault::InvalidMessage { len: 1 },
         ),
-    ];
-    for (name, bytes, fault) in cases {
+    ]
+}
+
+#[test]
+fn protocol_violation_ends_the_agent_with_one_line() {
+    for (name, bytes, fault) in list_violations() {
         let mut agent = Agent::spawn();
         agent.socket.write_all(&bytes).unwrap();
         // The hello of the test's own connection would be a second one.
@@ -142,7 +147,7 @@ fn data_beyond_the_window_is_a_violation() {
         }
         sent += 65536;
     }
-    // What is left of the window depends on how much the pipe has taken.
+    // The window left depends on how much the pipe has taken.
     let exceeded = |window| Fault::WindowExceeded { stream: stdin, len: 65536, window };
     let log = agent.wait_for_end().1;
     assert!((0..65536).any(|window| log.contains(&exceeded(window).to_string())), "{log}");

@@ -1,4 +1,5 @@
-//! Restrictions of a policy, in a root that the agent makes. Needs root, and util-linux's `unshare`.
+//! Restrictions of a policy, in a root that the agent makes. Needs root, and util-linux's
+//! `unshare`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -23,14 +24,17 @@ fn confine(agent: &mut Agent, confine: Confine) -> Result<(), Failure> {
 #[test]
 fn unlisted_files_cannot_be_opened() {
     let Some(mut agent) = spawn_sandbox() else { return };
-    // A part of this machine's root that is not among the system paths, and readable for every user.
+    // A part of this machine's root that is not among the system paths, and readable for every
+    // user.
     let rules = vec![FileRule { path: b"/var/log".to_vec(), writable: false }];
     let policy = Confine { files: Some(rules), ..unrestricted(&mut agent) };
     confine(&mut agent, policy).unwrap();
     let running = agent.run_shell(
-        "ls /var/log >/dev/null && echo listed; ls /var 2>&1; ls / 2>&1; cat /var/lib/dpkg/status 2>&1; \
+        "ls /var/log >/dev/null && echo listed; \
+         ls /var 2>&1; ls / 2>&1; cat /var/lib/dpkg/status 2>&1; \
          echo x >/work/a && cat /work/a; head -c1 /etc/passwd >/dev/null && echo system; \
-         echo '#!/bin/sh\necho script' >/tmp/.chitin && chmod +x /tmp/.chitin && /tmp/.chitin; echo >/dev/null && echo null; \
+         echo '#!/bin/sh\necho script' >/tmp/.chitin && chmod +x /tmp/.chitin && /tmp/.chitin; \
+         echo >/dev/null && echo null; \
          mv /work/a /tmp/.chitin-b && cat /tmp/.chitin-b; ls /proc/self/fd >/dev/null && echo proc",
     );
     let text = agent.wait_for_output(running);
@@ -71,10 +75,13 @@ def call(*a):
     ctypes.set_errno(0)
     r = libc.syscall(*[ctypes.c_long(x) for x in a])
     return errno.errorcode.get(ctypes.get_errno(), '?') if r < 0 else 'ok'
-print('vsock', call(41, 40, 1, 0), 'packet', call(41, 17, 3, 0), 'netlink', call(41, 16, 3, 0), call(41, 16, 3, 15))
+print('vsock', call(41, 40, 1, 0), 'packet', call(41, 17, 3, 0),
+      'netlink', call(41, 16, 3, 0), call(41, 16, 3, 15))
 print('inet', call(41, 2, 1, 0), 'unix', call(41, 1, 1, 0))
-print('ptrace', call(101, 0, 0, 0, 0), 'unshare', call(272, 0x10000000), 'keyctl', call(250, 0, 0, 0, 0, 0))
-print('clone', call(56, 0x10000011, 0, 0, 0, 0), 'clone3', call(435, 0, 0), 'future', call(500), 'mount', call(165, 0, 0, 0, 0, 0))
+print('ptrace', call(101, 0, 0, 0, 0), 'unshare', call(272, 0x10000000),
+      'keyctl', call(250, 0, 0, 0, 0, 0))
+print('clone', call(56, 0x10000011, 0, 0, 0, 0), 'clone3', call(435, 0, 0),
+      'future', call(500), 'mount', call(165, 0, 0, 0, 0, 0))
 t = threading.Thread(target=lambda: print('thread')); t.start(); t.join()
 print(subprocess.run(['echo', 'process'], capture_output=True, text=True).stdout, end='')
 ";
@@ -92,8 +99,8 @@ fn unlisted_system_calls_fail() {
         [
             "vsock EAFNOSUPPORT packet EAFNOSUPPORT netlink ok EAFNOSUPPORT",
             "inet ok unix ok",
-            // The filter of every sandbox applies as well. Of two filters that fail a call, the later
-            // one determines the errno.
+            // The filter of every sandbox applies as well. Of two filters that fail a call, the
+            // later one determines the errno.
             "ptrace EPERM unshare EPERM keyctl EPERM",
             "clone EPERM clone3 ENOSYS future ENOSYS mount EPERM",
             "thread",
@@ -120,7 +127,8 @@ fn disk_limit_covers_all_directories() {
     confine(&mut agent, policy).unwrap();
     // All directories share the limit.
     let running = agent.run_shell(
-        "head -c 3M /dev/zero >/work/a && echo three; head -c 3M /dev/zero >/tmp/b || echo full; wc -c </tmp/b; rm /work/a; \
+        "head -c 3M /dev/zero >/work/a && echo three; \
+         head -c 3M /dev/zero >/tmp/b || echo full; wc -c </tmp/b; rm /work/a; \
          head -c 2M /dev/zero >/tmp/c && echo two",
     );
     let text = agent.wait_for_output(running);

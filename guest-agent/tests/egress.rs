@@ -11,8 +11,8 @@ use std::process::Command;
 use chitin_protocol::{Direction, Endpoint, Failure, MAX_DIALS, StreamId, ToGuest};
 use support::{AGENT, Agent, Running};
 
-/// Starts an agent with a separate network namespace and resolv.conf. Without root, a user namespace
-/// provides both.
+/// Starts an agent with a separate network namespace and resolv.conf. Without root, a user
+/// namespace provides both.
 fn spawn_in_namespace() -> Agent {
     let mut resolv = tempfile::NamedTempFile::new().unwrap();
     resolv.write_all(b"nameserver 127.0.0.53\noptions attempts:1 timeout:5\n").unwrap();
@@ -47,8 +47,14 @@ fn spawn_with_egress(endpoints: &[&str]) -> Agent {
 }
 
 fn run_python(agent: &mut Agent, script: &str) -> Running {
-    let prelude = "import socket, sys, struct, errno, time, threading\n\
-         def error(f):\n    try:\n        return f()\n    except OSError as e:\n        return type(e).__name__ + ' ' + str(e.errno)\n";
+    let prelude = "
+import socket, sys, struct, errno, time, threading
+def error(f):
+    try:
+        return f()
+    except OSError as e:
+        return type(e).__name__ + ' ' + str(e.errno)
+";
     agent.run_command(&["python3", "-c", &format!("{prelude}{script}")])
 }
 
@@ -88,7 +94,8 @@ def look(name):
         return socket.getaddrinfo(name, 443, type=socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as e:
         return 'none' if e.errno in (socket.EAI_NONAME, -5) else repr(e)
-for name in ['a.test', 'x.b.test', 'y.b.test', 'a.test', 'b.test', 'x.a.test', 'evil.example', 'evil.example']:
+for name in ['a.test', 'x.b.test', 'y.b.test', 'a.test', 'b.test', 'x.a.test',
+             'evil.example', 'evil.example']:
     print(look(name))
 ";
     let running = run_python(&mut agent, script);
@@ -279,7 +286,8 @@ fn port_in_use_is_reported() {
         &mut agent,
         "
 import subprocess
-s = socket.socket(); s.bind(('0.0.0.0', 8443)); s.listen(); print('up', flush=True); sys.stdin.read()",
+s = socket.socket(); s.bind(('0.0.0.0', 8443)); s.listen()
+print('up', flush=True); sys.stdin.read()",
     );
     agent.wait_until(|agent| agent.output.contains_key(&running.stdout));
     let failure = open_egress(&mut agent, &["a.test:8443"]).unwrap_err();

@@ -67,8 +67,10 @@ fn workload_binds_low_ports_but_cannot_reach_agent() {
     let bind = "import socket; s = socket.socket(); s.bind(('127.99.1.2', 81)); print('bound')";
     assert_eq!(status_of(&mut agent, &["python3", "-c", bind]), "bound\n");
     let attacks = format!(
-        "kill -9 {pid} 2>/dev/null && echo killed; cat /proc/{pid}/environ 2>/dev/null && echo read; \
-         ls /proc/{pid}/fd 2>/dev/null && echo listed; ls -l /proc/{pid}/root 2>/dev/null | grep '>' ; \
+        "kill -9 {pid} 2>/dev/null && echo killed; \
+         cat /proc/{pid}/environ 2>/dev/null && echo read; \
+         ls /proc/{pid}/fd 2>/dev/null && echo listed; \
+         ls -l /proc/{pid}/root 2>/dev/null | grep '>' ; \
          dd if=/proc/{pid}/mem count=1 2>/dev/null && echo dumped; true"
     );
     let running = agent.run_shell(&attacks);
@@ -200,7 +202,8 @@ fn credential_enters_environment_on_request_only() {
     let text = agent.wait_for_output(running);
     assert_eq!(
         text,
-        "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\nOTHER_FILE=/proc/self/fd/512\n0\n1\n2\n512\n"
+        "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\nOTHER_FILE=/proc/self/fd/512\n\
+         0\n1\n2\n512\n"
     );
     // A later credential replaces it, even with another delivery, and a variable that the host sets
     // does not hide it.

@@ -185,8 +185,8 @@ fn unread_stream_blocks_its_writer_only() {
     assert_eq!(agent.output[&other.stdout].len(), 1_000_000);
     assert_eq!(agent.output[&running.stdout].len(), window);
 
-    // The rest of its output is still in the pipe, so the end of the stream is reported when that has
-    // been taken or reset.
+    // The rest of its output is still in the pipe, so the end of the stream is reported when that
+    // has been taken or reset.
     agent.send_signal(running, 9);
     agent.connection.reset_stream(running.stdout);
     agent.wait_until(|agent| agent.exits.contains_key(&running.id));

@@ -14,7 +14,8 @@ fn only_scratch_directories_are_writable() {
     let running = agent.run_shell(
         "for d in / /etc /usr/bin /run /mnt /dev /proc /sys /sys/fs/cgroup /root; do \
            (: > $d/.chitin) 2>/dev/null && echo writable: $d; done; \
-         for d in /work /tmp /var/tmp /dev/shm; do echo x > $d/.chitin && cat $d/.chitin && rm $d/.chitin || echo not writable: $d; done",
+         for d in /work /tmp /var/tmp /dev/shm; do \
+           echo x > $d/.chitin && cat $d/.chitin && rm $d/.chitin || echo not writable: $d; done",
     );
     assert_eq!(agent.wait_for_output(running), "x\nx\nx\nx\n");
 
@@ -68,7 +69,8 @@ fn devices_mounts_and_host_name_are_as_documented() {
     );
     // The loopback interface is up, and a terminal can be opened.
     let probe = "import os, pty, socket; l = socket.create_server(('127.64.1.2', 80)); \
-                 socket.create_connection(('127.64.1.2', 80)); m, s = pty.openpty(); print(os.ttyname(s))";
+                 socket.create_connection(('127.64.1.2', 80)); \
+                 m, s = pty.openpty(); print(os.ttyname(s))";
     let running = agent.run_command(&["python3", "-c", probe]);
     assert_eq!(agent.wait_for_output(running), "/dev/pts/0\n");
 }

@@ -17,18 +17,19 @@ use pids_v1::PidsCgroup;
 /// eight CPUs take, and a fork bomb is stopped here.
 const MAX_TASKS: u32 = 4096;
 
-/// Memory that is reserved for the agent (1 MiB, plus the windows of streams) and for what the kernel
-/// charges to no cgroup, such as vsock packets: a sixteenth of the total, and at least 8 MiB.
+/// Memory that is reserved for the agent (1 MiB, plus the windows of streams) and for what the
+/// kernel charges to no cgroup, such as vsock packets: a sixteenth of the total, and at least 8
+/// MiB.
 const RESERVE_DIVISOR: u64 = 16;
 const MIN_RESERVE: u64 = 8 << 20;
 
-/// A process is frozen when it next returns to user mode: at once, or after a system call that cannot
-/// be interrupted.
+/// A process is frozen when it next returns to user mode: at once, or after a system call that
+/// cannot be interrupted.
 const FREEZE_ROUNDS: u32 = 1000;
 const FREEZE_PAUSE: Duration = Duration::from_millis(5);
 
-/// The cgroups of the workload, as far as the agent has made them. Those of other containers are made
-/// by their runtime.
+/// The cgroups of the workload, as far as the agent has made them. Those of other containers are
+/// made by their runtime.
 #[derive(Default)]
 pub struct Cgroups {
     /// Of a microVM.
@@ -139,9 +140,9 @@ fn read_threads_max() -> u64 {
     text.trim().parse().unwrap_or(MAX_TASKS.into())
 }
 
-/// Returns the memory limit; all numbers are bytes. At the limit the kernel kills in this cgroup, and
-/// the agent is not in it. A share of the total would not do: the kernel has taken its part of that
-/// already, and the machine would run out of memory before the cgroup does.
+/// Returns the memory limit; all numbers are bytes. At the limit the kernel kills in this cgroup,
+/// and the agent is not in it. A share of the total would not do: the kernel has taken its part of
+/// that already, and the machine would run out of memory before the cgroup does.
 fn memory_limit(total: u64, free: u64, used: u64) -> u64 {
     used.saturating_add(free.saturating_sub(MIN_RESERVE.max(total / RESERVE_DIVISOR)))
 }

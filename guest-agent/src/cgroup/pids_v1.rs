@@ -62,8 +62,8 @@ fn open_for_writing(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, E
     rustix::fs::openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Moves the calling child into the cgroup, while it has the right to: from here on the child and its
-/// descendants count.
+/// Moves the calling child into the cgroup, while it has the right to: from here on the child and
+/// its descendants count.
 ///
 /// Makes system calls only.
 pub fn join_cgroup(directory: BorrowedFd<'_>) -> Result<(), Errno> {

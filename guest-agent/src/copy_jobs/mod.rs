@@ -1,8 +1,8 @@
-//! Copies of file trees into and out of the sandbox. Each is a job with a thread, which may wait for
-//! a file system, at one end of a pipe, the other end of which the event loop pumps.
+//! Copies of file trees into and out of the sandbox. Each is a job with a thread, which may wait
+//! for a file system, at one end of a pipe, the other end of which the event loop pumps.
 //!
 //! ```text
-//!   requested ──▶ running ──(thread done; for a copy out, its stream ended)──▶ Done sent, forgotten
+//!   requested ──▶ running ──(thread done; copy out: its stream ended)──▶ Done sent, forgotten
 //! ```
 
 mod worker;

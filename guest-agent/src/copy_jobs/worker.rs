@@ -1,9 +1,9 @@
 //! The threads of copies.
 //!
-//! The workload may run in the meantime and rearrange the files that are copied: `chitin-tree` follows
-//! no link and never looks up a path twice. In a microVM the thread's root is the agent's view of the
-//! root file system ([`crate::root_fs`]), in which nothing is mounted: a path could not lead into
-//! `/proc` even if a check here were wrong.
+//! The workload may run in the meantime and rearrange the files that are copied: `chitin-tree`
+//! follows no link and never looks up a path twice. In a microVM the thread's root is the agent's
+//! view of the root file system ([`crate::root_fs`]), in which nothing is mounted: a path could not
+//! lead into `/proc` even if a check here were wrong.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -115,8 +115,8 @@ fn receive_tree(pipe: &File, path: &Path) -> Outcome {
     // An agent that is not root cannot change owners.
     let owner = rustix::process::geteuid().is_root().then_some(WORKLOAD);
     let info = rustix::system::sysinfo();
-    // Files are memory here. The tmpfs has a lower limit; this one ends a sparse file early that could
-    // never fit.
+    // Files are memory here. The tmpfs has a lower limit; this one ends a sparse file early that
+    // could never fit.
     let max_bytes = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
     let options = ReceiveOptions { owner, ..ReceiveOptions::agent(WORKLOAD, max_bytes) };
     if let Some(parent) = path.parent() {
@@ -136,8 +136,8 @@ fn convert_error(error: &chitin_tree::Error) -> Failure {
     make_failure(&error.to_string(), b"", Errno::from_raw_os_error(error.errno()))
 }
 
-/// Checks that a path may be copied, and returns it without a slash at its end. `chitin-tree` refuses
-/// symbolic links in it.
+/// Checks that a path may be copied, and returns it without a slash at its end. `chitin-tree`
+/// refuses symbolic links in it.
 pub fn check_path(bytes: &[u8]) -> Result<PathBuf, Failure> {
     let path = Path::new(OsStr::from_bytes(bytes));
     let is_plain = path.components().all(|component| match component {

@@ -17,9 +17,9 @@ use crate::io::poll::{EventFlags, Poll, Token};
 /// here until others end.
 const BACKLOG: i32 = 128;
 
-/// The size of each kernel buffer of a connection, in bytes; the kernel doubles it. These buffers are
-/// charged to no cgroup, and would grow to megabytes for a workload that does not read. A window's
-/// worth keeps both sides busy.
+/// The size of each kernel buffer of a connection, in bytes; the kernel doubles it. These buffers
+/// are charged to no cgroup, and would grow to megabytes for a workload that does not read. A
+/// window's worth keeps both sides busy.
 const BUFFER_LEN: usize = 64 * 1024;
 
 /// A connection of the workload and the endpoint that it is meant for.

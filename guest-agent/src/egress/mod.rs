@@ -1,14 +1,14 @@
-//! Egress without a network, the sandbox's half: names are loopback addresses, and a connection to one
-//! is passed to the host as a stream.
+//! Egress without a network, the sandbox's half: names are loopback addresses, and a connection to
+//! one is passed to the host as a stream.
 //!
 //! ```text
 //!   getaddrinfo ──▶ 127.0.0.53:53 ──▶ allowed?  127.64.x.y  /  NXDOMAIN, and the host is told
-//!   connect ──▶ 127.64.x.y:port ──▶ accepted on 0.0.0.0:port; its local address stands for the name ──▶ Dial
+//!   connect ──▶ 127.64.x.y:port ──▶ accepted on 0.0.0.0:port; local address = name ──▶ Dial
 //! ```
 //!
-//! None of this is a security boundary: a workload is kept from other hosts by the absence of a route
-//! and by the broker, which checks each dial again. All that a workload can do to this code is lose
-//! its own connections. Sockets are watched edge-triggered, as those of pumps are.
+//! None of this is a security boundary: a workload is kept from other hosts by the absence of a
+//! route and by the broker, which checks each dial again. All that a workload can do to this code
+//! is lose its own connections. Sockets are watched edge-triggered, as those of pumps are.
 
 mod dns;
 mod listeners;
@@ -29,8 +29,8 @@ use names::NameTable;
 
 pub use listeners::connect_to_port;
 
-/// Bytes of unsent output above which no connection is accepted: a workload may connect as fast as it
-/// can, and a host that does not read must not be sent more and more.
+/// Bytes of unsent output above which no connection is accepted: a workload may connect as fast as
+/// it can, and a host that does not read must not be sent more and more.
 const DIAL_BACKLOG: usize = 64 * 1024;
 
 /// Connections and questions that are taken in one turn of the event loop, so that a flood of them
@@ -68,8 +68,8 @@ impl Egress {
         if endpoints.len() > MAX_ENDPOINTS {
             return refused("allow more than 256 endpoints", Errno::TOOBIG);
         }
-        // A container's runtime has done this, and may deny it to the agent: then the next steps work
-        // anyway, or report their own failure.
+        // A container's runtime has done this, and may deny it to the agent: then the next steps
+        // work anyway, or report their own failure.
         let _ = kernel::raise_loopback();
         self.names.allow(endpoints);
         let dns = DnsServer::open(poll)?;
@@ -93,8 +93,8 @@ impl Egress {
         }
     }
 
-    /// Answers questions for names, and passes new connections to the host, as many as there may be.
-    /// Returns whether anything moved, or can move in the next turn.
+    /// Answers questions for names, and passes new connections to the host, as many as there may
+    /// be. Returns whether anything moved, or can move in the next turn.
     pub fn serve(&mut self, transport: &mut Transport) -> bool {
         let mut moved = self.answer_questions(transport);
         while transport.connection.can_open_stream()

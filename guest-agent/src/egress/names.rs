@@ -67,7 +67,8 @@ impl NameTable {
         self.denied.len() < MAX_DENIED && self.denied.insert(name.to_owned())
     }
 
-    /// Returns the host that a connection to this address is meant for, if that endpoint is allowed.
+    /// Returns the host that a connection to this address is meant for, if that endpoint is
+    /// allowed.
     pub fn find_host(&self, address: Ipv4Addr, port: u16) -> Option<&str> {
         let name = match address {
             // Programs do not query this name, because `/etc/hosts` has it.

@@ -1,5 +1,5 @@
-//! The boot id of a copy. The kernel makes `boot_id` once and never again, so a file of the agent's is
-//! mounted over it.
+//! The boot id of a copy. The kernel makes `boot_id` once and never again, so a file of the agent's
+//! is mounted over it.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -17,8 +17,8 @@ const SOURCE: &str = "/dev/shm/.boot_id";
 pub struct BootIdFile(OwnedFd);
 
 impl BootIdFile {
-    /// Mounts the file, with the kernel's boot id as its content, so that a copy only has to write it.
-    /// Called before a sandbox is saved, while the workload is frozen.
+    /// Mounts the file, with the kernel's boot id as its content, so that a copy only has to write
+    /// it. Called before a sandbox is saved, while the workload is frozen.
     pub fn mount() -> Result<BootIdFile, Errno> {
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -1,9 +1,9 @@
 //! The life of a sandbox that becomes a template: frozen, saved, restored as a copy, and reseeded.
 //!
 //! ```text
-//!   Running ──Freeze──▶ Freezing ──(answer sent)──▶ reconnect … saved and restored here … ──▶ Restored
-//!      ▲                                                                                       │
-//!      └────────────────────────────────── Reseed ────────────────────────────────────────────┘
+//!   Running ──Freeze──▶ Freezing ──(answer sent)──▶ reconnect: saved and restored here ──▶ Restored
+//!      ▲                                                                                      │
+//!      └──────────────────────────────────── Reseed ──────────────────────────────────────────┘
 //! ```
 //!
 //! The wait for the host on the second channel is the state that a template holds: every copy of it
@@ -83,8 +83,8 @@ impl Identity {
         self.stage == Stage::Freezing && transport.is_flushed()
     }
 
-    /// Leaves the channel and waits for the host on another one. A template is saved in that wait, so
-    /// every sandbox that returns from it is a copy.
+    /// Leaves the channel and waits for the host on another one. A template is saved in that wait,
+    /// so every sandbox that returns from it is a copy.
     pub fn reconnect(&mut self, transport: &mut Transport) -> Result<(), Error> {
         let Some(socket) = self.next_socket.take() else {
             return Err(Fault::from(Unexpected::SecondFreeze))?;

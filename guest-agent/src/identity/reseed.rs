@@ -1,5 +1,5 @@
-//! Gives a restored sandbox its own entropy, time and names, before anything of the workload runs in
-//! it again.
+//! Gives a restored sandbox its own entropy, time and names, before anything of the workload runs
+//! in it again.
 
 use std::os::fd::AsRawFd;
 
@@ -20,7 +20,8 @@ const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 /// The most entropy that is accepted, in bytes. The generator's key has 32.
 const MAX_ENTROPY: usize = 64;
 
-/// Applies all parts of a reseed, in an order in which a failure leaves nothing running on old entropy.
+/// Applies all parts of a reseed, in an order in which a failure leaves nothing running on old
+/// entropy.
 pub fn apply_reseed(reseed: &Reseed, boot_id: &BootIdFile) -> Result<(), Failure> {
     let failed = |operation| move |errno| make_failure(operation, b"", errno);
     add_entropy(reseed.entropy.expose())
@@ -63,8 +64,8 @@ fn add_entropy(bytes: &[u8]) -> Result<(), Errno> {
     });
     entropy.bytes.zeroize();
     added?;
-    // Otherwise the new entropy would wait for the generator's next reseed, and until then all copies
-    // would draw the same numbers.
+    // Otherwise the new entropy would wait for the generator's next reseed, and until then all
+    // copies would draw the same numbers.
     // SAFETY: RNDRESEEDCRNG takes no argument and accesses no memory of this process.
     check_result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _, 0) })
 }

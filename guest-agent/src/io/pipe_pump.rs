@@ -32,8 +32,8 @@ impl PipeToStream {
         self.ready = true;
     }
 
-    /// Bounds the output after its process has ended: the bytes that the pipe holds now are the last
-    /// ones that count, even if another process has the pipe open.
+    /// Bounds the output after its process has ended: the bytes that the pipe holds now are the
+    /// last ones that count, even if another process has the pipe open.
     pub fn drain(&mut self) {
         self.remaining = Some(rustix::io::ioctl_fionread(&self.pipe).unwrap_or(0));
         self.ready = true;
@@ -109,9 +109,9 @@ impl PipeToStream {
     }
 }
 
-/// Moves bytes from a stream to a pipe: standard input, and trees that are copied in. Bytes that the
-/// pipe does not take wait here. Their number is bounded by the stream's window, because credit is
-/// returned only for bytes that have left.
+/// Moves bytes from a stream to a pipe: standard input, and trees that are copied in. Bytes that
+/// the pipe does not take wait here. Their number is bounded by the stream's window, because credit
+/// is returned only for bytes that have left.
 pub struct StreamToPipe {
     pipe: OwnedFd,
     ready: bool,

@@ -1,6 +1,6 @@
-//! Pumps move bytes between a stream of the connection and a pipe or a socket, as fast as credit and
-//! the descriptor allow, and never block. Their descriptors are registered edge-triggered with epoll:
-//! a pump remembers what the last attempt and the last event said.
+//! Pumps move bytes between a stream of the connection and a pipe or a socket, as fast as credit
+//! and the descriptor allow, and never block. Their descriptors are registered edge-triggered with
+//! epoll: a pump remembers what the last attempt and the last event said.
 
 use chitin_protocol::{Connection, Guest, MAX_DATA, StreamId};
 

@@ -73,8 +73,8 @@ impl SocketPump {
         self.socket.as_fd()
     }
 
-    /// Records an event. An error flag is only a reason to ask the socket: under gVisor a socket whose
-    /// two ends have closed reports every flag, even while there is something left to read.
+    /// Records an event. An error flag is only a reason to ask the socket: under gVisor a socket
+    /// whose two ends have closed reports every flag, even while there is something left to read.
     pub fn wake(&mut self, readable: bool, writable: bool, has_error: bool) {
         self.readable |= readable;
         self.writable |= writable;
@@ -169,8 +169,8 @@ impl SocketPump {
         self.readable
     }
 
-    /// Answers the host's request once the connection is established or has failed. Returns `None` if
-    /// the socket can be used.
+    /// Answers the host's request once the connection is established or has failed. Returns `None`
+    /// if the socket can be used.
     fn finish_connect(
         &mut self,
         connection: &mut Connection<Guest>,

@@ -18,8 +18,8 @@ use rustix::pipe::{PipeFlags, SpliceFlags, splice};
 /// (`splice_to_socket`), and the header takes one of them.
 pub const MAX_SPLICE: usize = 15 * 4096;
 
-/// The size of a frame, in bytes, from which on the next ones are spliced. For less, four system calls
-/// take longer than two copies.
+/// The size of a frame, in bytes, from which on the next ones are spliced. For less, four system
+/// calls take longer than two copies.
 pub const MIN_SPLICE: usize = 16 * 1024;
 
 struct Pipe {
@@ -72,9 +72,9 @@ impl Splicer {
         self.pipes.as_ref().is_none_or(|pipes| pipes.payload_len + pipes.frame_len == 0)
     }
 
-    /// Takes up to `max` bytes, and at most [`MAX_SPLICE`], out of `pipe`, and prepends the header that
-    /// `make_header` returns for their number. Returns that number; 0 at the end of the pipe. The last
-    /// frame must have been sent.
+    /// Takes up to `max` bytes, and at most [`MAX_SPLICE`], out of `pipe`, and prepends the header
+    /// that `make_header` returns for their number. Returns that number; 0 at the end of the pipe.
+    /// The last frame must have been sent.
     ///
     /// # Errors
     /// `EAGAIN` if the pipe is empty. Any other error loses the bytes that were taken.

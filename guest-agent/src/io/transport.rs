@@ -66,7 +66,8 @@ impl Transport {
         Ok(())
     }
 
-    /// Records an event of the channel's input, or of both directions if one descriptor serves both.
+    /// Records an event of the channel's input, or of both directions if one descriptor serves
+    /// both.
     pub fn wake_input(&mut self, flags: EventFlags) {
         let broken = flags.intersects(EventFlags::ERR | EventFlags::HUP);
         self.readable |= broken || flags.contains(EventFlags::IN);
@@ -135,8 +136,8 @@ impl Transport {
         Ok(None)
     }
 
-    /// Steps each pump once, and returns whether anything moved. Each turn begins with another pump,
-    /// because output room is shared and the first one to ask gets it.
+    /// Steps each pump once, and returns whether anything moved. Each turn begins with another
+    /// pump, because output room is shared and the first one to ask gets it.
     pub fn step_pumps(&mut self) -> bool {
         let mut moved = false;
         let order: Vec<StreamId> = self

@@ -4,9 +4,9 @@
 //!   UnconnectedSocket ──start_connect──▶ VsockStream ──await_connection──▶ connected
 //! ```
 //!
-//! The crate's own `VsockStream::connect` does all three at once and waits. Here the socket is opened
-//! before the agent's seccomp filter forbids that, and the host answers while the agent makes the file
-//! systems or, on the channel after a freeze, once a template has been restored.
+//! The crate's own `VsockStream::connect` does all three at once and waits. Here the socket is
+//! opened before the agent's seccomp filter forbids that, and the host answers while the agent
+//! makes the file systems or, on the channel after a freeze, once a template has been restored.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -41,8 +41,8 @@ const UNLIMITED_TIMEOUT_S: i64 = 100 * 366 * 86_400;
 #[expect(clippy::cast_possible_truncation, reason = "16 bytes")]
 const TIMEVAL_LEN: libc::socklen_t = size_of::<libc::timeval>() as libc::socklen_t;
 
-/// A non-blocking vsock socket that is not connected yet. The agent's own seccomp filter does not let
-/// it open more of them later.
+/// A non-blocking vsock socket that is not connected yet. The agent's own seccomp filter does not
+/// let it open more of them later.
 pub struct UnconnectedSocket(VsockSocket);
 
 impl UnconnectedSocket {

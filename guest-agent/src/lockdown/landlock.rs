@@ -29,8 +29,8 @@ const READ: u64 = EXECUTE | READ_FILE | READ_DIR;
 const USE: u64 = READ | WRITE_FILE | TRUNCATE | IOCTL_DEV;
 const ALL: u64 = u64::MAX;
 
-/// All rights that an ABI version knows, by the version less one. Each right that is handled is denied
-/// unless a rule allows it.
+/// All rights that an ABI version knows, by the version less one. Each right that is handled is
+/// denied unless a rule allows it.
 const KNOWN: [u64; 5] = [(1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16) - 1];
 
 /// Paths that every program needs: programs, libraries and their settings; the kernel's own file
@@ -111,15 +111,16 @@ fn read_abi_version() -> Result<usize, Errno> {
 }
 
 fn create_ruleset(handled: u64) -> Result<OwnedFd, Errno> {
-    // `handled` is the first field of `struct landlock_ruleset_attr`, and the size of 8 says that the
-    // others are absent.
+    // `handled` is the first field of `struct landlock_ruleset_attr`, and the size of 8 says that
+    // the others are absent.
     // SAFETY: the kernel reads 8 bytes at the pointer, which outlives the call.
     let fd = unsafe {
         libc::syscall(libc::SYS_landlock_create_ruleset, &raw const handled, size_of::<u64>(), 0)
     };
     check_result(fd)?;
     let fd = i32::try_from(fd).map_err(|_| Errno::BADF)?;
-    // SAFETY: the kernel has just opened the descriptor, and nothing else owns it. It is close-on-exec.
+    // SAFETY: the kernel has just opened the descriptor, and nothing else owns it. It is
+    // close-on-exec.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -1,7 +1,7 @@
 //! Resource limits of a process.
 //!
-//! Other limits stay as the kernel sets them. That of processes (half of the machine's threads) counts
-//! per user, so it cannot replace the cgroup's, and need not change.
+//! Other limits stay as the kernel sets them. That of processes (half of the machine's threads)
+//! counts per user, so it cannot replace the cgroup's, and need not change.
 
 use std::ffi::CStr;
 

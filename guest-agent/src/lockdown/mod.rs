@@ -1,7 +1,7 @@
 //! Locks processes down before they become the workload, in the same way on every tier.
 //!
-//! Code that runs in the child allocates nothing and makes system calls only: the child is the fork of
-//! a process that may have other threads.
+//! Code that runs in the child allocates nothing and makes system calls only: the child is the fork
+//! of a process that may have other threads.
 
 mod landlock;
 pub mod limits;
@@ -33,14 +33,14 @@ struct Confinement {
 }
 
 impl Lockdown {
-    /// Applies the restrictions that the agent shares with its children. Its vsock sockets have to be
-    /// open already.
+    /// Applies the restrictions that the agent shares with its children. Its vsock sockets have to
+    /// be open already.
     pub fn apply_to_agent() -> Result<Lockdown, SystemError> {
         let permitted = rustix::thread::capabilities(None).map(|sets| sets.permitted);
         let permitted = permitted.context("read", "the agent's capabilities")?;
         // No child may have more than the agent, and the agent executes no program itself. Without
-        // CAP_SETPCAP the set stays as it is, and no_new_privs makes it worthless, because no file can
-        // grant capabilities from it.
+        // CAP_SETPCAP the set stays as it is, and no_new_privs makes it worthless, because no file
+        // can grant capabilities from it.
         if permitted.contains(CapabilitySet::SETPCAP) {
             privileges::shrink_bounding_set(permitted)
                 .context("shrink", "the capability bounding set")?;
@@ -66,8 +66,8 @@ impl Lockdown {
         Ok(())
     }
 
-    /// Applies the policy's restrictions to the child. Nothing but the exec may follow, because they
-    /// may deny anything else.
+    /// Applies the policy's restrictions to the child. Nothing but the exec may follow, because
+    /// they may deny anything else.
     pub fn confine_child(&self) -> Result<(), Errno> {
         let Some(Confinement { files, system_calls }) = &self.confinement else { return Ok(()) };
         if let Some(files) = files {

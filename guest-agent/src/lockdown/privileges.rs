@@ -19,8 +19,8 @@ pub fn shrink_bounding_set(permitted: CapabilitySet) -> Result<(), Errno> {
 }
 
 /// Drops all privileges of the child except those of the user and [`KEPT`]. `permitted` are the
-/// agent's capabilities, which this step needs. An agent that is an ordinary user can only stay that
-/// user, so `uid` and `gid` have to be its own.
+/// agent's capabilities, which this step needs. An agent that is an ordinary user can only stay
+/// that user, so `uid` and `gid` have to be its own.
 ///
 /// Makes system calls only.
 pub fn switch_user(uid: u32, gid: u32, permitted: CapabilitySet) -> Result<(), Errno> {
@@ -28,7 +28,8 @@ pub fn switch_user(uid: u32, gid: u32, permitted: CapabilitySet) -> Result<(), E
     if permitted.contains(CapabilitySet::SETGID) {
         rustix::thread::set_thread_groups(&[])?;
     }
-    // The child has one thread. The C library's functions would try to reach all threads of the agent.
+    // The child has one thread. The C library's functions would try to reach all threads of the
+    // agent.
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
@@ -36,7 +37,8 @@ pub fn switch_user(uid: u32, gid: u32, permitted: CapabilitySet) -> Result<(), E
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
     rustix::thread::set_capabilities(None, sets)?;
     match rustix::thread::clear_ambient_capability_set() {
-        // gVisor has no ambient set. There the exec drops every capability, which is more than asked.
+        // gVisor has no ambient set. There the exec drops every capability, which is more than
+        // asked.
         Err(Errno::INVAL) => return Ok(()),
         other => other?,
     }

@@ -30,7 +30,8 @@ pub enum ChildStep {
     Directory,
     Confinement,
     Execute,
-    /// The program exists, and the interpreter that its first line or its ELF header names does not.
+    /// The program exists, and the interpreter that its first line or its ELF header names does
+    /// not.
     Interpreter,
 }
 
@@ -120,8 +121,8 @@ impl ExecArgs<'_> {
             first = number + 1;
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
             let reopened = rustix::fs::open(path.as_c_str(), flags, Mode::empty())?;
-            // SAFETY: the number is that of a memfd of the agent, which is open in the child as well.
-            // The child uses it nowhere else, and `ManuallyDrop` keeps it open.
+            // SAFETY: the number is that of a memfd of the agent, which is open in the child as
+            // well. The child uses it nowhere else, and `ManuallyDrop` keeps it open.
             let mut memfd = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(*number) });
             rustix::io::dup2(&reopened, &mut memfd)?;
             rustix::io::fcntl_setfd(&*memfd, FdFlags::empty())?;

@@ -1,7 +1,7 @@
 //! The processes that the host has started.
 //!
 //! ```text
-//!   started ──(SIGCHLD: reaped)──▶ Exited sent, forgotten; its pumps continue until its pipes are empty
+//!   started ──(SIGCHLD: reaped)──▶ Exited sent, forgotten; pumps continue until pipes are empty
 //! ```
 
 mod child;

@@ -1,9 +1,9 @@
 //! Forks a child, with shared memory where that is safe.
 //!
-//! The first process shares the agent's memory until its exec, as vfork(2) does, and the agent waits
-//! for that: copying the agent's memory would take longer than all other steps of a start. Where the
-//! workload has a process already, that one could stop the child before its exec, and with it the
-//! agent. There the child gets a copy, and the agent does not wait.
+//! The first process shares the agent's memory until its exec, as vfork(2) does, and the agent
+//! waits for that: copying the agent's memory would take longer than all other steps of a start.
+//! Where the workload has a process already, that one could stop the child before its exec, and
+//! with it the agent. There the child gets a copy, and the agent does not wait.
 
 use std::arch::asm;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -21,8 +21,8 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// cgroup: moving it there would wait for an RCU grace period, which takes milliseconds.
 ///
 /// # Safety
-/// Other threads may hold locks of the allocator and the C library. Until its exec, the child may make
-/// system calls only.
+/// Other threads may hold locks of the allocator and the C library. Until its exec, the child may
+/// make system calls only.
 pub unsafe fn spawn_child(
     args: &ExecArgs<'_>,
     cgroup: Option<BorrowedFd<'_>>,
@@ -41,9 +41,10 @@ pub unsafe fn spawn_child(
         None => (libc::SYS_clone, shared | signal, 0),
     };
     let result: i64;
-    // SAFETY: no new stack is passed, so the child continues on this one. Nothing else uses it before
-    // the exec: either the child has a copy, or this thread waits. The child never returns from
-    // `run_child`. The C library's fork() is not used, because it runs handlers and takes locks.
+    // SAFETY: no new stack is passed, so the child continues on this one. Nothing else uses it
+    // before the exec: either the child has a copy, or this thread waits. The child never returns
+    // from `run_child`. The C library's fork() is not used, because it runs handlers and takes
+    // locks.
     unsafe {
         asm!(
             "syscall",
@@ -72,8 +73,8 @@ pub unsafe fn spawn_child(
     }
 }
 
-/// Returns whether the workload has no process, so that a child can let the agent wait for its exec.
-/// All processes of the workload are descendants of PID 1.
+/// Returns whether the workload has no process, so that a child can let the agent wait for its
+/// exec. All processes of the workload are descendants of PID 1.
 fn is_workload_empty() -> bool {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     rustix::process::getpid().is_init()

@@ -1,10 +1,10 @@
 //! A credential in a memfd, which processes inherit and cannot change.
 //!
-//! It is in no file on any disk, and only processes that inherit the descriptor reach it. Its mode is
-//! 0444, so that a workload of any user can open it again through `/proc/self/fd`, and none can write
-//! it. The mode admits no other process, because a memfd has no path. It is sealed against writing,
-//! except through the mapping that precedes the seal. Through that mapping the agent replaces or
-//! removes the value, even in processes that have inherited it long ago.
+//! It is in no file on any disk, and only processes that inherit the descriptor reach it. Its mode
+//! is 0444, so that a workload of any user can open it again through `/proc/self/fd`, and none can
+//! write it. The mode admits no other process, because a memfd has no path. It is sealed against
+//! writing, except through the mapping that precedes the seal. Through that mapping the agent
+//! replaces or removes the value, even in processes that have inherited it long ago.
 
 use std::ffi::c_void;
 use std::os::fd::OwnedFd;
@@ -21,8 +21,8 @@ pub const FIRST_FD: i32 = 512;
 
 pub struct SecretMemfd {
     memfd: OwnedFd,
-    /// The first [`MAX_SECRET`] bytes of the memfd, writable. Memory after the memfd's end must not be
-    /// accessed.
+    /// The first [`MAX_SECRET`] bytes of the memfd, writable. Memory after the memfd's end must not
+    /// be accessed.
     mapping: NonNull<u8>,
     len: usize,
     /// A revoked value has been cleared, and its memfd waits for another one.
@@ -47,10 +47,10 @@ impl SecretMemfd {
         }?;
         let mapping = NonNull::new(mapping.cast()).ok_or(Errno::NOMEM)?;
         let mut secret = SecretMemfd { memfd, mapping, len: 0, is_set: false };
-        // A child does not need the mapping. Where the kernel does not know this advice, the mapping
-        // ends with the exec.
-        // SAFETY: the range is this mapping, which the agent keeps. Only children do without it, and
-        // they do not access it.
+        // A child does not need the mapping. Where the kernel does not know this advice, the
+        // mapping ends with the exec.
+        // SAFETY: the range is this mapping, which the agent keeps. Only children do without it,
+        // and they do not access it.
         let _ = unsafe { rustix::mm::madvise(secret.address(), MAX_SECRET, Advice::LinuxDontFork) };
         match rustix::fs::fcntl_add_seals(&secret.memfd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)
         {
@@ -74,8 +74,8 @@ impl SecretMemfd {
         self.mapping.as_ptr().cast()
     }
 
-    /// Replaces the value by another one of at most [`MAX_SECRET`] bytes. A process that reads in the
-    /// meantime may see parts of both.
+    /// Replaces the value by another one of at most [`MAX_SECRET`] bytes. A process that reads in
+    /// the meantime may see parts of both.
     pub fn set(&mut self, value: &[u8]) -> Result<(), Errno> {
         if value.len() > self.len {
             // Allocated here, where a lack of memory is an error and not a SIGBUS.
@@ -87,8 +87,8 @@ impl SecretMemfd {
                 allocated => allocated?,
             }
         }
-        // SAFETY: `value` is not part of the mapping. The mapping has MAX_SECRET bytes, which bounds
-        // every value, and the memfd has at least as many bytes as this value.
+        // SAFETY: `value` is not part of the mapping. The mapping has MAX_SECRET bytes, which
+        // bounds every value, and the memfd has at least as many bytes as this value.
         unsafe {
             std::ptr::copy_nonoverlapping(value.as_ptr(), self.mapping.as_ptr(), value.len())
         };

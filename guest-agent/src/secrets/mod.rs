@@ -1,5 +1,5 @@
-//! Credentials that the host has delivered. They are kept until the host revokes them or the sandbox
-//! ends.
+//! Credentials that the host has delivered. They are kept until the host revokes them or the
+//! sandbox ends.
 
 mod memfd;
 
@@ -12,8 +12,8 @@ use zeroize::Zeroizing;
 use crate::error::make_failure;
 use memfd::SecretMemfd;
 
-/// The most credentials. Each costs a descriptor in every process and up to 64 KiB: together at most
-/// 4 MiB.
+/// The most credentials. Each costs a descriptor in every process and up to 64 KiB: together at
+/// most 4 MiB.
 const MAX_SECRETS: usize = 64;
 
 /// The protocol's limit of a name, in bytes.
@@ -90,15 +90,18 @@ impl Secrets {
         Ok(())
     }
 
-    /// Returns whether no credential was ever delivered. Revocation does not count, because a process
-    /// may have copied a credential.
+    /// Returns whether no credential was ever delivered. Revocation does not count, because a
+    /// process may have copied a credential.
     pub fn was_always_empty(&self) -> bool {
         !self.had_any
     }
 
     /// Iterates over the credentials that are not revoked.
     fn active(&self) -> impl Iterator<Item = (&str, &Delivered)> {
-        let is_active = |delivered: &Delivered| !matches!(delivered, Delivered::Memory(memfd) if !memfd.is_set());
+        let is_active = |delivered: &Delivered| match delivered {
+            Delivered::Memory(memfd) => memfd.is_set(),
+            Delivered::Env(_) => true,
+        };
         self.delivered
             .iter()
             .filter(move |(_, delivered)| is_active(delivered))
@@ -113,8 +116,8 @@ impl Secrets {
         })
     }
 
-    /// Iterates over copies of the workload's environment entries `NAME=value`, which are zeroed when
-    /// they are dropped.
+    /// Iterates over copies of the workload's environment entries `NAME=value`, which are zeroed
+    /// when they are dropped.
     pub fn environment(&self) -> impl Iterator<Item = Zeroizing<Vec<u8>>> {
         self.active().map(|(name, delivered)| match delivered {
             Delivered::Memory(memfd) => {

@@ -71,8 +71,8 @@ fn inherited_memfd_follows_rotation_and_revocation() {
     };
     assert_eq!(rustix::io::write(memfd, b"x"), Err(Errno::PERM));
     assert_eq!(rustix::fs::fcntl_add_seals(memfd, SealFlags::WRITE), Err(Errno::PERM));
-    // SAFETY: a mapping that the kernel chooses a place for changes no memory of this process, and this
-    // one is refused.
+    // SAFETY: a mapping that the kernel chooses a place for changes no memory of this process, and
+    // this one is refused.
     let mapped = unsafe {
         rustix::mm::mmap(std::ptr::null_mut(), 1, ProtFlags::WRITE, MapFlags::SHARED, memfd, 0)
     };

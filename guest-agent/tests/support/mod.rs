@@ -15,8 +15,8 @@ use chitin_protocol::{
     StreamId, ToGuest, ToHost, Usage,
 };
 
-/// The limit of every wait. No step takes so long on any machine: a test that reaches it has found a
-/// hang.
+/// The limit of every wait. No step takes so long on any machine: a test that reaches it has found
+/// a hang.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub const AGENT: &str = env!("CARGO_BIN_EXE_chitin-agent");
@@ -130,7 +130,8 @@ impl Agent {
         agent
     }
 
-    /// Sends queued output, and handles what arrives, once. Returns `false` if the channel was closed.
+    /// Sends queued output, and handles what arrives, once. Returns `false` if the channel was
+    /// closed.
     pub fn exchange_once(&mut self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
         while !self.connection.pending_output().is_empty() {
@@ -140,7 +141,8 @@ impl Agent {
                 Err(_) => return false,
             }
         }
-        // With output left, a poll would be needed to wait for both directions: wait briefly instead.
+        // With output left, a poll would be needed to wait for both directions: wait briefly
+        // instead.
         let has_output = !self.connection.pending_output().is_empty();
         self.socket.set_nonblocking(false).unwrap();
         let timeout =
@@ -226,8 +228,8 @@ impl Agent {
         self.last_id
     }
 
-    /// Makes the request of a process in `/` with nothing but `PATH` in its environment. Its user is
-    /// the workload's, or that of the test if the test does not run as root.
+    /// Makes the request of a process in `/` with nothing but `PATH` in its environment. Its user
+    /// is the workload's, or that of the test if the test does not run as root.
     pub fn plain_start(&mut self, argv: &[&str]) -> Start {
         let id = self.next_id();
         let (uid, gid) = if is_root() {

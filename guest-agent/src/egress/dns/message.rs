@@ -52,8 +52,8 @@ pub enum Lookup {
     NoAddressLeft,
 }
 
-/// Answers a query, or returns `None` if an answer could only do harm. `look_up` gets names in lower
-/// case that consist of letters, digits, `-`, `_` and dots.
+/// Answers a query, or returns `None` if an answer could only do harm. `look_up` gets names in
+/// lower case that consist of letters, digits, `-`, `_` and dots.
 pub fn answer_query(query: &[u8], look_up: impl FnOnce(&str) -> Lookup) -> Option<Vec<u8>> {
     let flags = read_u16(query, 2)?;
     // Answers to responses would let two servers talk to each other forever.
@@ -106,8 +106,8 @@ impl Question<'_> {
         Some(Question { bytes, kind: read_u16(query, end)?, class: read_u16(query, end + 2)? })
     }
 
-    /// Returns the name in lower case, or `None` if no host can have it: it has other bytes than those
-    /// of a host name, or is the root.
+    /// Returns the name in lower case, or `None` if no host can have it: it has other bytes than
+    /// those of a host name, or is the root.
     fn host_name(&self) -> Option<String> {
         let mut labels = self.bytes.get(..self.bytes.len() - 4)?;
         let mut name = String::with_capacity(labels.len());

@@ -154,8 +154,8 @@ impl DnsServer {
 }
 
 impl TcpClient {
-    /// Reads once, and answers all complete questions. Returns whether there may be more to read, or
-    /// `None` if the client can be dropped.
+    /// Reads once, and answers all complete questions. Returns whether there may be more to read,
+    /// or `None` if the client can be dropped.
     fn answer(
         &mut self,
         scratch: &mut [u8],

@@ -1,5 +1,5 @@
-//! The system calls that the filter `default_deny` allows, each group with the reason why a workload
-//! needs it. Every other call fails.
+//! The system calls that the filter `default_deny` allows, each group with the reason why a
+//! workload needs it. Every other call fails.
 
 /// System calls that are allowed for one reason.
 pub struct Group {

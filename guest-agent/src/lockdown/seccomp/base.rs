@@ -19,7 +19,8 @@ const ABSENT: [i64; 9] = [
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
-    // The most frequent ways for an unprivileged user to attack a kernel. Programs work without them.
+    // The most frequent ways for an unprivileged user to attack a kernel. Programs work without
+    // them.
     libc::SYS_bpf,
     libc::SYS_userfaultfd,
     libc::SYS_perf_event_open,

@@ -1,10 +1,11 @@
-//! The filter `default_deny`, assembled as a binary search: a few comparisons decide about any system
-//! call, however long the list. (The kernel runs a filter only if the result depends on arguments or
-//! is a denial. Calls that are always allowed it remembers by number.)
+//! The filter `default_deny`, assembled as a binary search: a few comparisons decide about any
+//! system call, however long the list. (The kernel runs a filter only if the result depends on
+//! arguments or is a denial. Calls that are always allowed it remembers by number.)
 //!
 //! A call that is not listed fails with EPERM and does not end the process: programs probe for
-//! features and continue without them, and a process that was killed cannot report the reason. A call
-//! of another architecture ends the process, because no program of the image makes one by accident.
+//! features and continue without them, and a process that was killed cannot report the reason. A
+//! call of another architecture ends the process, because no program of the image makes one by
+//! accident.
 
 use rustix::io::Errno;
 

@@ -1,5 +1,5 @@
-//! The seccomp filters: [`base`] for the agent and all its children, and [`default_deny`] in addition
-//! for children under a policy that asks for it.
+//! The seccomp filters: [`base`] for the agent and all its children, and [`default_deny`] in
+//! addition for children under a policy that asks for it.
 
 mod allowlist;
 pub mod base;
