@@ -1,17 +1,21 @@
-//! What the first process of a guest of another monitor does, so that Chitin can be measured beside it: no file systems, no
-//! lock-down, no protocol, nothing that would have to be taken off its figures. It is a program of its own, and no part of the echo
-//! that is measured, because that is to have as few pages as can be.
+//! The first process of a guest of another monitor, so that Chitin can be measured against it.
 //!
-//! It connects to the host once and serves that connection; when that has ended it serves, one at a time, those that the host
-//! makes, which also works after a restore. On each it first sends one byte, [`HELLO`]. Then, in lock step:
+//! It makes no file systems, locks nothing down and speaks no protocol: nothing that would have to
+//! be subtracted from the other monitor's figures. It is separate from the echo program that is
+//! measured, because that one should have as few pages as possible.
+//!
+//! It connects to the host once and serves that connection. After its end it serves connections
+//! that the host makes, one at a time, which works after a restore as well. On each connection it
+//! first sends one byte, [`HELLO`]. Then, in lock step:
 //!
 //! ```text
-//!   'x' length  words, each ended by a NUL   ──▶   what the command prints, which holds no NUL; NUL; its exit code
-//!   'w' length  that many bytes              ──▶   'w'
-//!   'r' length                               ──▶   that many bytes
+//!   'x' length  words, each with a NUL at its end   ──▶   the command's output, NUL, exit code
+//!   'w' length  that many bytes                     ──▶   'w'
+//!   'r' length                                      ──▶   that many bytes
 //! ```
 //!
-//! A length is 32 bits, little-endian. `benches/src/peer/guest.rs` is the other end.
+//! A length is 32 bits, little-endian. The output holds no NUL. `benches/src/peer/connection.rs` is
+//! the other end.
 
 #![no_main]
 
@@ -19,69 +23,70 @@ use core::ptr;
 
 use libc::{c_char, c_int, c_void};
 
-/// The vsock port, of the host for the first connection and of the guest for the others.
+/// The vsock port: of the host for the first connection, of the guest for the others.
 const PORT: u32 = 1024;
 
 const HELLO: &[u8] = b"h";
 
-/// Bytes moved at once, and the longest command with its arguments.
-const BUFFER: usize = 64 * 1024;
+/// The number of bytes moved at once, and the limit of a command with its arguments.
+const BUFFER_LEN: usize = 64 * 1024;
 
 /// The most words of a command.
 const MAX_WORDS: usize = 64;
 
-/// As of a shell that does not find a command.
+/// The exit code of a shell that does not find a command.
 const NOT_FOUND: c_int = 127;
 
 const PATH: &core::ffi::CStr = c"PATH=/usr/local/bin:/usr/bin:/bin";
 
-/// Entered by the C library's startup code.
+/// The entry point, called by the C library's start-up code.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> c_int {
-    c_int::from(serve().is_none())
+    c_int::from(serve_connections().is_none())
 }
 
-/// Serves for ever. A return means that there is no vsock, and ends the guest.
-fn serve() -> Option<()> {
-    let mut buffer = [0; BUFFER];
-    let listener = socket()?;
-    let here = address(libc::VMADDR_CID_ANY);
-    // SAFETY: the address is one of its family, and outlives the calls.
+/// Serves connections. Returns only if there is no vsock, which ends the guest.
+fn serve_connections() -> Option<()> {
+    let mut buffer = [0; BUFFER_LEN];
+    let listener = open_socket()?;
+    let here = make_address(libc::VMADDR_CID_ANY);
+    // SAFETY: `here` is a `sockaddr_vm` of the length given, which outlives the call to bind(2).
     unsafe {
-        checked(libc::bind(listener, (&raw const here).cast(), ADDRESS_BYTES))?;
-        checked(libc::listen(listener, 8))?;
+        check_result(libc::bind(listener, (&raw const here).cast(), ADDRESS_LEN))?;
+        check_result(libc::listen(listener, 8))?;
     }
-    let first = socket()?;
-    let host = address(libc::VMADDR_CID_HOST);
-    // SAFETY: as above.
-    if checked(unsafe { libc::connect(first, (&raw const host).cast(), ADDRESS_BYTES) }).is_some() {
-        converse(first, &mut buffer);
+    let first = open_socket()?;
+    let host = make_address(libc::VMADDR_CID_HOST);
+    // SAFETY: `host` is a `sockaddr_vm` of the length given, which outlives the call.
+    let connected = unsafe { libc::connect(first, (&raw const host).cast(), ADDRESS_LEN) };
+    if check_result(connected).is_some() {
+        serve_connection(first, &mut buffer);
     }
-    // SAFETY: the descriptors are this function's own.
+    // SAFETY: this function has opened the descriptor and uses it no longer.
     unsafe { libc::close(first) };
     loop {
-        // SAFETY: no address is asked for.
-        let connection =
-            checked(unsafe { libc::accept(listener, ptr::null_mut(), ptr::null_mut()) })?;
-        converse(connection, &mut buffer);
-        // SAFETY: as above.
+        // SAFETY: with null pointers the kernel returns no address, and writes no memory.
+        let accepted = unsafe { libc::accept(listener, ptr::null_mut(), ptr::null_mut()) };
+        let connection = check_result(accepted)?;
+        serve_connection(connection, &mut buffer);
+        // SAFETY: this loop has accepted the descriptor and uses it no longer.
         unsafe { libc::close(connection) };
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "a few bytes")]
-const ADDRESS_BYTES: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+#[expect(clippy::cast_possible_truncation, reason = "16 bytes")]
+const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
 #[expect(clippy::cast_possible_truncation, reason = "a small constant")]
 const FAMILY: libc::sa_family_t = libc::AF_VSOCK as libc::sa_family_t;
 
-fn socket() -> Option<c_int> {
-    // Not closed by a command's start: without a console these may be the standard descriptors.
-    // SAFETY: takes numbers only.
-    checked(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) })
+/// Opens a vsock socket that a command inherits: without a console it may be a standard descriptor.
+fn open_socket() -> Option<c_int> {
+    // SAFETY: socket(2) takes three numbers and accesses no memory.
+    check_result(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0) })
 }
 
-fn address(cid: u32) -> libc::sockaddr_vm {
+fn make_address(cid: u32) -> libc::sockaddr_vm {
     // SAFETY: all-zero is a valid `sockaddr_vm`.
     let mut address: libc::sockaddr_vm = unsafe { core::mem::zeroed() };
     address.svm_family = FAMILY;
@@ -89,39 +94,39 @@ fn address(cid: u32) -> libc::sockaddr_vm {
     address
 }
 
-fn checked(result: c_int) -> Option<c_int> {
+fn check_result(result: c_int) -> Option<c_int> {
     (result >= 0).then_some(result)
 }
 
-/// One connection, until the host ends it or asks for something else.
-fn converse(connection: c_int, buffer: &mut [u8; BUFFER]) -> Option<()> {
-    write(connection, HELLO)?;
+/// Serves one connection, until the host ends it or makes an unknown request.
+fn serve_connection(connection: c_int, buffer: &mut [u8; BUFFER_LEN]) -> Option<()> {
+    write_all(connection, HELLO)?;
     loop {
         let mut request = [0; 5];
-        read(connection, &mut request)?;
+        read_exact(connection, &mut request)?;
         let [kind, length @ ..] = request;
         let length = usize::try_from(u32::from_le_bytes(length)).ok()?;
         match kind {
             b'x' => {
                 let words = buffer.get_mut(..length)?;
-                read(connection, words)?;
-                let code = run(connection, words)?;
-                write(connection, &[0, code])?;
+                read_exact(connection, words)?;
+                let code = run_command(connection, words)?;
+                write_all(connection, &[0, code])?;
             }
             b'w' => {
                 let mut left = length;
                 while left > 0 {
-                    let count = left.min(BUFFER);
-                    left -= some(connection, &mut buffer[..count])?;
+                    let count = left.min(BUFFER_LEN);
+                    left -= read_some(connection, &mut buffer[..count])?;
                 }
-                write(connection, b"w")?;
+                write_all(connection, b"w")?;
             }
             b'r' => {
                 buffer.fill(0);
                 let mut left = length;
                 while left > 0 {
-                    let count = left.min(BUFFER);
-                    write(connection, &buffer[..count])?;
+                    let count = left.min(BUFFER_LEN);
+                    write_all(connection, &buffer[..count])?;
                     left -= count;
                 }
             }
@@ -130,8 +135,8 @@ fn converse(connection: c_int, buffer: &mut [u8; BUFFER]) -> Option<()> {
     }
 }
 
-/// Runs a command whose output goes to the connection, and returns its exit code.
-fn run(connection: c_int, words: &[u8]) -> Option<u8> {
+/// Runs a command whose standard descriptors are the connection, and returns its exit code.
+fn run_command(connection: c_int, words: &[u8]) -> Option<u8> {
     let mut arguments: [*const c_char; MAX_WORDS + 1] = [ptr::null(); MAX_WORDS + 1];
     if words.last() != Some(&0) {
         return None;
@@ -140,10 +145,11 @@ fn run(connection: c_int, words: &[u8]) -> Option<u8> {
         *arguments[..MAX_WORDS].get_mut(at)? = word.as_ptr().cast();
     }
     let environment = [PATH.as_ptr(), ptr::null()];
-    // SAFETY: the child, a copy of this process's one thread, calls nothing but the kernel: its words end in NUL and its lists
-    // in a null pointer.
+    // SAFETY: this process has one thread, so its copy may call anything. All words end with NUL,
+    // both arrays end with a null pointer, and all of them outlive the call to execvpe(3).
+    // waitpid(2) writes one `int`, which outlives the call.
     unsafe {
-        let child = checked(libc::fork())?;
+        let child = check_result(libc::fork())?;
         if child == 0 {
             libc::dup2(connection, libc::STDIN_FILENO);
             libc::dup2(connection, libc::STDOUT_FILENO);
@@ -152,8 +158,8 @@ fn run(connection: c_int, words: &[u8]) -> Option<u8> {
             libc::_exit(NOT_FOUND);
         }
         let mut status = 0;
-        // Whatever the command has left behind is reaped on the way.
-        while checked(libc::waitpid(-1, &raw mut status, 0))? != child {}
+        // Also reaps processes that commands have left behind.
+        while check_result(libc::waitpid(-1, &raw mut status, 0))? != child {}
         let code = if libc::WIFEXITED(status) {
             libc::WEXITSTATUS(status)
         } else {
@@ -164,24 +170,25 @@ fn run(connection: c_int, words: &[u8]) -> Option<u8> {
 }
 
 /// Reads until the slice is full.
-fn read(connection: c_int, mut bytes: &mut [u8]) -> Option<()> {
+fn read_exact(connection: c_int, mut bytes: &mut [u8]) -> Option<()> {
     while !bytes.is_empty() {
-        let count = some(connection, bytes)?;
+        let count = read_some(connection, bytes)?;
         bytes = &mut bytes[count..];
     }
     Some(())
 }
 
 /// Reads at least one byte.
-fn some(connection: c_int, bytes: &mut [u8]) -> Option<usize> {
-    // SAFETY: the slice is writable for its length.
+fn read_some(connection: c_int, bytes: &mut [u8]) -> Option<usize> {
+    // SAFETY: read(2) writes at most `bytes.len()` bytes to the slice, which outlives the call.
     let count = unsafe { libc::read(connection, bytes.as_mut_ptr().cast::<c_void>(), bytes.len()) };
     usize::try_from(count).ok().filter(|count| *count > 0)
 }
 
-fn write(connection: c_int, mut bytes: &[u8]) -> Option<()> {
+/// Writes the whole slice.
+fn write_all(connection: c_int, mut bytes: &[u8]) -> Option<()> {
     while !bytes.is_empty() {
-        // SAFETY: the slice is readable for its length.
+        // SAFETY: write(2) reads at most `bytes.len()` bytes of the slice, which outlives the call.
         let count =
             unsafe { libc::write(connection, bytes.as_ptr().cast::<c_void>(), bytes.len()) };
         bytes = bytes.get(usize::try_from(count).ok().filter(|count| *count > 0)?..)?;
