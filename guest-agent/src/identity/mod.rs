@@ -61,19 +61,16 @@ impl Identity {
             let operation = "freeze a sandbox that is not a microVM, or was frozen before";
             return Err(make_failure(operation, b"", Errno::OPNOTSUPP));
         };
-        cgroup
-            .freeze()
-            .and_then(|()| socket.disable_connect_timeout())
-            .map_err(|error| make_failure("freeze the workload", b"", error.errno))?;
-        match BootIdFile::mount() {
+        cgroup.freeze().map_err(|error| make_failure("freeze the workload", b"", error.errno))?;
+        match prepare_copy(socket) {
             Ok(boot_id) => {
                 self.boot_id = Some(boot_id);
                 self.stage = Stage::Freezing;
                 Ok(())
             }
-            Err(errno) => {
+            Err(failure) => {
                 let _ = cgroup.thaw();
-                Err(make_failure("mount a file over the boot id", b"", errno))
+                Err(failure)
             }
         }
     }
@@ -105,4 +102,13 @@ impl Identity {
         self.stage = Stage::Running;
         Ok(())
     }
+}
+
+/// Prepares the socket that copies connect with, and the file that becomes their boot id. The
+/// workload is frozen.
+fn prepare_copy(socket: &UnconnectedSocket) -> Result<BootIdFile, Failure> {
+    socket
+        .disable_connect_timeout()
+        .map_err(|error| make_failure("prepare the channel of a copy", b"", error.errno))?;
+    BootIdFile::mount().map_err(|errno| make_failure("mount a file over the boot id", b"", errno))
 }
