@@ -1,5 +1,5 @@
-//! The agent: PID 1 of every Chitin sandbox. It serves one channel to the host and starts, locked
-//! down, the processes that the host asks for.
+//! The agent: PID 1 of every Chitin sandbox. It serves one channel to the host, and starts and
+//! confines the processes that the host asks for.
 //!
 //! ```text
 //!                 chitin-agent            channel        file systems     when the channel ends
@@ -12,19 +12,19 @@
 //! The modules, in the order in which a sandbox meets them:
 //!
 //! ```text
-//!   mode, setup     arguments; everything up to the first message
-//!   root_fs, kernel file systems and kernel parameters of a microVM
-//!   lockdown/       privileges, limits, seccomp and Landlock that the workload runs under
-//!   cgroup/         limits of the workload as a whole
-//!   event_loop      one thread, one epoll: one turn after the other
-//!   io/             channel ⇄ connection ⇄ pumps ⇄ pipes and sockets
-//!   dispatch        one handler for each message of the host
-//!   processes/      launch, signal and reap
-//!   secrets/        credentials, in memory or in the environment
-//!   copy_jobs/      file trees in and out, each in a thread, because file systems block
-//!   egress/         DNS answers and listeners on the loopback interface
-//!   identity/       freeze, reconnect and reseed: how a template's copies come to differ
-//!   shutdown        the end of the sandbox
+//!   mode, setup      arguments; everything until the event loop starts
+//!   root_fs, kernel  file systems, kernel parameters and network of a microVM
+//!   lockdown/        privileges, limits, seccomp and Landlock, under which the workload runs
+//!   cgroup/          limits of the workload as a whole
+//!   event_loop       one thread, one epoll, one turn after the other
+//!   io/              channel ⇄ connection ⇄ pumps ⇄ pipes and sockets
+//!   dispatch         a handler for each message of the host
+//!   processes/       launch, signal and reap
+//!   secrets/         credentials, in memory or in the environment
+//!   copy_jobs/       file trees in and out, each in a thread, because file systems block
+//!   egress/          DNS answers, and listeners on the loopback interface
+//!   identity/        freeze, reconnect and reseed: the way from a template to a copy
+//!   shutdown         the end of the sandbox
 //! ```
 //!
 //! Nothing in the event loop blocks. The host is trusted (it could end the sandbox at any time),

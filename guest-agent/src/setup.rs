@@ -1,4 +1,4 @@
-//! Sets the agent and its sandbox up: everything until the event loop starts.
+//! Sets up the agent and its sandbox, until the event loop starts.
 //!
 //! The order is chosen for boot time. The host answers the connection while the file systems are
 //! made, and does its own work after `Ready` while the agent completes the steps that no request

@@ -13,7 +13,7 @@ const LAST_SIGNAL: i32 = 64;
 pub struct SignalFd(OwnedFd);
 
 impl SignalFd {
-    /// Blocks the signals that are read from the descriptor, and settles all others.
+    /// Blocks the signals that are read from the descriptor, and sets the disposition of the others.
     pub fn open(mode: Mode) -> Result<SignalFd, SystemError> {
         if mode.stdio && !mode.own_kernel {
             // The workload should not inherit what the container's starter ignores, and with
@@ -44,8 +44,8 @@ impl SignalFd {
         }
     }
 
-    /// Reads pending signals. Returns whether the container is being stopped, which SIGTERM or
-    /// SIGINT says; otherwise all pending signals were SIGCHLD, and have been read.
+    /// Reads pending signals. Returns whether SIGTERM or SIGINT asks the container to stop;
+    /// otherwise all pending signals were SIGCHLD.
     pub fn read_stop_request(&self) -> bool {
         let mut record = [0; size_of::<libc::signalfd_siginfo>()];
         while let Ok(count) = rustix::io::read(&self.0, &mut record) {
