@@ -179,7 +179,7 @@ async fn prepare(builder: &Builder) -> Result<Waiting, Error> {
     match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
         Ok(true) => Ok(Waiting { monitor, plan }),
         Ok(false) => Err(match monitor.ended().await {
-            End::Failed(reason) => chitin_tiers::Error::Monitor { reason }.into(),
+            End::Failed(code, reason) => chitin_tiers::Error::Monitor { code, reason }.into(),
             End::Guest(end) => Error::GuestEnded(end),
             End::Saved => Error::Stopped,
         }),

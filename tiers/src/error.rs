@@ -34,6 +34,8 @@ pub enum Error {
     /// The monitor could not start the guest. The message is the monitor's own.
     #[error("start the microVM: {reason}")]
     Monitor {
+        /// The cause, for programs: `KvmPermission` if the user may not open `/dev/kvm`.
+        code: chitin_vmm::FailureCode,
         /// What the monitor says, with the remedy.
         reason: String,
     },

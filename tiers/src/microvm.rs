@@ -18,9 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chitin_spec::TierKind;
-use chitin_vmm::control::{Message, Request, TemplateEvent};
+use chitin_vmm::control::Request;
 use chitin_vmm::jail::Jail;
-use chitin_vmm::{EndReason, Event, VmSpec};
+use chitin_vmm::{EndReason, Event, FailureCode, VmSpec};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     sendmsg, socketpair,
@@ -84,7 +84,7 @@ impl Instance for Monitor {
     fn ended(&mut self) -> Pending<'_, Error> {
         Box::pin(async {
             match Monitor::ended(self).await {
-                End::Failed(reason) => Error::Monitor { reason },
+                End::Failed(code, reason) => Error::Monitor { code, reason },
                 End::Saved => Error::Stopped,
                 End::Guest(end) => Error::GuestEnded(end),
             }
@@ -122,7 +122,7 @@ pub struct Reported {
 #[derive(Debug, Clone)]
 pub enum End {
     /// It never started the guest.
-    Failed(String),
+    Failed(FailureCode, String),
     /// The guest had been running.
     Guest(GuestEnd),
     /// The guest was saved, or what it uses was recorded.
@@ -246,34 +246,36 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
         let message = match control.recv(&mut packet).await {
             Ok(0) | Err(_) => {
                 break End::Failed(
+                    FailureCode::Killed,
                     "the monitor ended without a word; it may have been killed".into(),
                 );
             }
             Ok(count) => serde_json::from_slice(&packet[..count]),
         };
         match message {
-            Ok(Message::Event(Event::Entered { at_ns, jail })) => {
+            Ok(Event::Entered { at_ns, jail }) => {
                 reported.send_modify(|reported| {
                     (reported.entered, reported.jail) = (Some(at_ns), jail)
                 });
             }
-            Ok(Message::Event(Event::Ended { reason, detail, log, fault, .. })) => {
+            Ok(Event::Ended { reason, detail, log, fault, .. }) => {
                 let broken = |fault| format!("before that it broke a rule of a device: {fault}");
                 let detail = detail.or(fault.map(broken));
                 break End::Guest(GuestEnd { reason: in_words(reason, detail), log });
             }
-            Ok(Message::Event(Event::Failed { error })) => break End::Failed(error),
-            Ok(Message::Template(TemplateEvent::Frozen)) => {
+            Ok(Event::Failed { code, error }) => break End::Failed(code, error),
+            Ok(Event::Frozen) => {
                 reported.send_modify(|reported| reported.frozen = true);
             }
-            Ok(Message::Template(TemplateEvent::Saved { .. } | TemplateEvent::Recorded { .. })) => {
+            Ok(Event::Saved { .. } | Event::Recorded { .. }) => {
                 break End::Saved;
             }
-            Ok(Message::Template(TemplateEvent::Prepared)) => {
+            Ok(Event::Prepared) => {
                 reported.send_modify(|reported| reported.prepared = true);
             }
             Err(error) => {
-                break End::Failed(format!("the monitor reports what is no event: {error}"));
+                let reason = format!("the monitor reports what is no event: {error}");
+                break End::Failed(FailureCode::Control, reason);
             }
         }
     };
@@ -300,7 +302,7 @@ impl Monitor {
             Ok(reported) => reported.end.clone(),
             Err(_) => None,
         }
-        .unwrap_or_else(|| End::Failed("the monitor was stopped".into()))
+        .unwrap_or_else(|| End::Failed(FailureCode::Killed, "the monitor was stopped".into()))
     }
 
     /// Waits until everything is ready; false if it has ended instead.
@@ -334,7 +336,7 @@ impl Monitor {
         }
         match self.ended().await {
             End::Saved => Ok(()),
-            End::Failed(reason) => Err(Error::Monitor { reason }),
+            End::Failed(code, reason) => Err(Error::Monitor { code, reason }),
             End::Guest(end) => Err(Error::GuestEnded(end)),
         }
     }

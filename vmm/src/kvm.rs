@@ -9,9 +9,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::cpuid::Processor;
@@ -61,9 +59,6 @@ pub enum KvmError {
         /// Why not.
         source: kvm_ioctls::Error,
     },
-    /// Guest memory could not be read or written.
-    #[error("write descriptor and page tables")]
-    Tables(#[source] GuestMemoryError),
     /// KVM took fewer registers than it was given.
     #[error("KVM set {done} of {asked} model-specific registers")]
     Msrs {
@@ -72,6 +67,19 @@ pub enum KvmError {
         /// How many it was given.
         asked: usize,
     },
+}
+
+impl KvmError {
+    /// Classifies an error of opening `/dev/kvm`.
+    pub(crate) fn from_open(error: kvm_ioctls::Error) -> Self {
+        match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new("/dev/kvm").exists() => {
+                Self::Missing
+            }
+            libc::EACCES | libc::EPERM => Self::Permission,
+            _ => Self::Open(error),
+        }
+    }
 }
 
 /// Gives an error of KVM its operation.
@@ -90,13 +98,7 @@ impl<T> During<T> for Result<T, kvm_ioctls::Error> {
 /// # Errors
 /// Tells a missing device, missing permission and missing abilities apart.
 pub fn open() -> Result<Kvm, KvmError> {
-    let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new("/dev/kvm").exists() => {
-            KvmError::Missing
-        }
-        libc::EACCES | libc::EPERM => KvmError::Permission,
-        _ => KvmError::Open(error),
-    })?;
+    let kvm = Kvm::new().map_err(KvmError::from_open)?;
     match kvm.get_api_version() {
         API_VERSION => {}
         version => return Err(KvmError::Version { version }),

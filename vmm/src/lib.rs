@@ -22,7 +22,7 @@ pub mod state;
 pub mod virtio;
 pub mod vm;
 
-pub use control::{EndReason, Event, Message, Request, TemplateEvent};
+pub use control::{EndReason, Event, FailureCode, Request};
 pub use error_chain::{error_chain, printable};
 pub use spec::{SpecError, VmSpec};
 pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper, VmResources};

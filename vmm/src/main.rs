@@ -14,13 +14,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use chitin_vmm::control::{Control, ControlError, Message};
+use chitin_vmm::control::{ControlError, ControlSocket};
 use chitin_vmm::jail::{
     self, ChildAccess, ChildExit, ForkResult, Jail, JailError, KilledChild, Supervisor,
 };
 use chitin_vmm::signals::TerminationSignals;
 use chitin_vmm::{
-    Event, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, error_chain, probe,
+    Event, FailureCode, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, error_chain,
+    probe,
 };
 use serde::Serialize;
 
@@ -61,6 +62,19 @@ enum Error {
     Jail(#[from] JailError),
     #[error(transparent)]
     Killed(#[from] KilledChild),
+}
+
+impl Error {
+    /// Classifies the error for programs.
+    fn code(&self) -> FailureCode {
+        match self {
+            Self::Control(error) => error.code(),
+            Self::Monitor(error) => error.code(),
+            Self::ReadSpec { .. } | Self::ParseSpec { .. } => FailureCode::Spec,
+            Self::Jail(_) => FailureCode::Jail,
+            Self::Killed(_) => FailureCode::Killed,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -127,7 +141,7 @@ fn report_jail_support() -> ExitCode {
 
 /// Runs the microVM that the host requests over the control socket.
 fn run_controlled() -> ExitCode {
-    let control = match Control::from_stdin() {
+    let control = match ControlSocket::from_stdin() {
         Ok(control) => Rc::new(control),
         Err(error) => return fail_usage(&error_chain(&error)),
     };
@@ -138,7 +152,7 @@ fn run_controlled() -> ExitCode {
             let _ = control.send(&event);
         }
     };
-    let received = control.receive().map_err(Error::from);
+    let received = control.receive_spec().map_err(Error::from);
     let result = received.and_then(|(spec, channel, files)| {
         let resources = VmResources::open(&spec, files)?;
         let builder = Monitor::builder().channel(channel).control(Rc::clone(&control));
@@ -149,8 +163,8 @@ fn run_controlled() -> ExitCode {
 
 /// Runs the microVM of a specification in a file, without a channel.
 fn run_standalone(path: &Path) -> ExitCode {
-    let emit = |event: Message| {
-        if let Message::Event(Event::Failed { error }) = &event {
+    let emit = |event: Event| {
+        if let Event::Failed { error, .. } = &event {
             eprintln!("chitin-vmm: {error}");
         }
         print_json(&event);
@@ -172,7 +186,7 @@ fn read_spec(path: &Path) -> Result<VmSpec, Error> {
 /// The role that this process had, with its result.
 enum Outcome {
     /// The monitor, which still has to report this event.
-    Monitor(Message),
+    Monitor(Event),
     /// The supervisor; the monitor has reported every event.
     Supervisor(ExitCode),
 }
@@ -183,8 +197,8 @@ fn run_process(
     spec: VmSpec,
     mut resources: VmResources,
     builder: MonitorBuilder,
-    control: Option<&Control>,
-    emit: impl FnMut(Message) + 'static,
+    control: Option<&ControlSocket>,
+    emit: impl FnMut(Event) + 'static,
 ) -> Result<Outcome, Error> {
     if !spec.jail {
         resources.open_pagemap()?;
@@ -206,7 +220,10 @@ fn run_process(
     }
 }
 
-fn supervise_child(supervisor: Supervisor, control: Option<&Control>) -> Result<Outcome, Error> {
+fn supervise_child(
+    supervisor: Supervisor,
+    control: Option<&ControlSocket>,
+) -> Result<Outcome, Error> {
     match supervisor.wait_for_child(&block_signals()?, control.map(AsFd::as_fd)) {
         ChildExit::Exited(code) => {
             Ok(Outcome::Supervisor(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))))
@@ -222,7 +239,7 @@ fn run_monitor(
     resources: VmResources,
     builder: MonitorBuilder,
     jail: Option<Jail>,
-    mut emit: impl FnMut(Message) + 'static,
+    mut emit: impl FnMut(Event) + 'static,
 ) -> Result<Outcome, Error> {
     let monitor = builder
         .spec(spec)
@@ -230,7 +247,7 @@ fn run_monitor(
         .filters(jail.is_some())
         .stop_on(block_signals()?.into())
         .on_event(move |mut event| {
-            if let Message::Event(Event::Entered { jail: reported, .. }) = &mut event {
+            if let Event::Entered { jail: reported, .. } = &mut event {
                 reported.clone_from(&jail);
             }
             emit(event);
@@ -240,7 +257,7 @@ fn run_monitor(
 }
 
 /// Reports the last event, and returns the exit code.
-fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Message)) -> ExitCode {
+fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Event)) -> ExitCode {
     match result {
         Ok(Outcome::Supervisor(code)) => code,
         Ok(Outcome::Monitor(last)) => {
@@ -248,7 +265,7 @@ fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Message))
             ExitCode::SUCCESS
         }
         Err(error) => {
-            emit(Event::Failed { error: error_chain(&error) }.into());
+            emit(Event::Failed { code: error.code(), error: error_chain(&error) });
             ExitCode::FAILURE
         }
     }

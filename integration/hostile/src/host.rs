@@ -16,7 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use chitin_vmm::control::{EndReason, Event, MAX_LOG_BYTES, Message};
+use chitin_vmm::control::{EndReason, Event, MAX_LOG_BYTES};
 use chitin_vmm::virtio::GuestFault;
 use chitin_vmm::{VmSpec, spec};
 use rustix::net::{
@@ -162,8 +162,8 @@ impl HostileGuest {
             ensure!(count > 0, "the monitor ended without an event");
             let event = serde_json::from_slice(&packet[..count]).context("read an event")?;
             match event {
-                Message::Event(Event::Entered { .. }) | Message::Template(_) => {}
-                Message::Event(end) => return Ok(end),
+                end @ (Event::Ended { .. } | Event::Failed { .. }) => return Ok(end),
+                _ => {}
             }
         }
     }

@@ -1,36 +1,39 @@
-//! What host and monitor say to each other over the control socket.
+//! The control socket, over which the host and a monitor exchange requests and events.
 //!
-//! The control socket is a `SOCK_SEQPACKET` pair, inherited as standard input. The host's first packet is a
-//! [`VmSpec`](crate::VmSpec) as JSON, with descriptors attached; the monitor answers with one event as JSON per packet. The
-//! host stops a monitor by closing its end, which its death does as well.
+//! The socket is a `SOCK_SEQPACKET` pair, and the monitor inherits its end as standard input. The host's
+//! first packet is a [`VmSpec`](crate::VmSpec) as JSON, with descriptors attached; each later packet is a
+//! [`Request`]. The monitor sends one [`Event`] as JSON in each packet. The host stops a monitor by
+//! closing its end, which its death does as well.
 //!
 //! ```text
-//! host                                              monitor
-//!  spec                 [channel]               ──▶
-//!                                               ◀── entered … ended                     a guest, booted
+//! host                                                     monitor
+//!  spec                  [channel]                      ──▶
+//!                                                       ◀── entered … ended      a booted guest
 //!
-//!  spec{template}       [channel]               ──▶
-//!                                               ◀── entered, frozen                     the guest waits to be saved
-//!  snapshot{binding}    [memory, state, key]    ──▶
-//!                                               ◀── saved
+//!  spec{template}        [channel]                      ──▶
+//!                                                       ◀── entered, frozen      a guest to be saved
+//!  snapshot{binding}     [memory, state, key]           ──▶
+//!                                                       ◀── saved
 //!
-//!  spec{restore}        [channel, memory, state, key] ──▶
-//!                                               ◀── entered … ended                     a guest, restored
+//!  spec{restore}         [channel, memory, state, key]  ──▶
+//!                                                       ◀── entered … ended      a restored guest
 //!
-//!  spec{…, prepared}    the same without channel ──▶
-//!                                               ◀── prepared                            a monitor in a pool
-//!  go                   [channel]               ──▶
-//!                                               ◀── entered … ended
+//!  spec{…, prepared}     as above, without the channel  ──▶
+//!                                                       ◀── prepared             a monitor in a pool
+//!  go                    [channel]                      ──▶
+//!                                                       ◀── entered … ended
 //!
-//!  spec{restore, record} [channel, memory, state, key] ──▶                              and used once, then:
-//!  record               [state, key]            ──▶
-//!                                               ◀── recorded
+//!  spec{restore, record} [channel, memory, state, key]  ──▶                      a guest to be recorded,
+//!  record                [state, key]                   ──▶                      after it was used once
+//!                                                       ◀── recorded
 //! ```
 //!
-//! Whatever goes wrong, also with a request, ends the monitor with `failed`.
+//! Any failure, also of a request, ends the monitor with `failed`.
 
+mod failure;
 mod message;
 mod socket;
 
-pub use message::{EndReason, Event, MAX_LOG_BYTES, Message, Request, TemplateEvent};
-pub use socket::{Command, Control, ControlError, TemplateFiles};
+pub use failure::FailureCode;
+pub use message::{EndReason, Event, MAX_LOG_BYTES, Request};
+pub use socket::{Command, ControlError, ControlSocket, TemplateFiles};

@@ -1,37 +1,48 @@
 //! The monitor's end of the control socket.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use rustix::io::Errno;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketType,
+    recv, recvmsg, send,
+};
 
-use super::message::{Message, Request};
+use super::failure::FailureCode;
+use super::message::{Event, Request};
 use crate::spec::{MAX_SPEC_BYTES, VmSpec};
 use crate::state::{Key, StateError};
 
-/// A request with what came with it.
+/// The most descriptors taken from one packet: one more than any packet may have, because descriptors
+/// that do not fit are dropped silently.
+const MAX_FDS: usize = 5;
+
+/// A request with its descriptors.
 #[derive(Debug)]
 pub enum Command {
-    /// Run the guest that was prepared.
+    /// Run the prepared guest, with this channel.
     Go(UnixStream),
-    /// Save it.
+    /// Save the guest.
     Snapshot {
-        /// As given.
+        /// The identity of the files that belong to the guest.
         binding: String,
-        /// To be written.
+        /// The memory file, to be written.
         memory: File,
-        /// To be written.
+        /// The state file, to be written.
         state: File,
-        /// To sign the state with.
+        /// The key to authenticate the state with.
         key: Key,
     },
-    /// Write down what it has used.
+    /// Write the pages that the guest has used.
     Record {
-        /// To be written.
+        /// The state file, to be written.
         state: File,
-        /// To sign the state with.
+        /// The key to authenticate the state with.
         key: Key,
     },
 }
@@ -50,96 +61,104 @@ impl Command {
 /// The files of a saved guest.
 #[derive(Debug)]
 pub struct TemplateFiles {
-    /// Its memory, open for reading only.
+    /// The memory, open for reading only.
     pub memory: File,
-    /// Everything else.
+    /// The state: everything else.
     pub state: File,
-    /// What the state is signed with.
+    /// The key that the state is authenticated with.
     pub key: Key,
 }
 
-/// The control socket cannot be used.
+/// The control socket cannot be used, or the host has broken its protocol.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of a variant explains its fields")]
 pub enum ControlError {
-    /// Standard input is something else.
+    /// Standard input is not a control socket.
     #[error(
-        "standard input is no control socket: give the path of a specification, or let `chitin run` start the monitor"
+        "standard input is not a control socket: give the path of a specification, or let \
+         `chitin run` start the monitor"
     )]
-    NoSocket,
-    /// Reading failed.
+    NotASocket,
+    /// Receiving failed.
     #[error("receive from the control socket")]
     Receive(#[source] io::Error),
-    /// The host is gone.
+    /// The host has closed its end.
     #[error("the host closed the control socket before it sent a specification")]
     Closed,
-    /// There is nothing to wait for.
-    #[error("nothing was asked for")]
-    Nothing,
+    /// No request is waiting.
+    #[error("no request is waiting")]
+    WouldBlock,
     /// The key of a template is missing.
     #[error(transparent)]
     Key(#[from] StateError),
     /// The packet is too large.
-    #[error("a packet of more than {MAX_SPEC_BYTES} bytes")]
+    #[error("a packet has more than {MAX_SPEC_BYTES} bytes")]
     TooLong,
-    /// The packet is no specification.
-    #[error("read what the host asks for")]
+    /// The packet is not a specification or request.
+    #[error("parse a packet of the control socket")]
     Parse(#[source] serde_json::Error),
-    /// A descriptor is missing, or one too many is there.
-    #[error("the packet came with {found} descriptors: due are {due}")]
-    Descriptors {
-        /// How many came.
-        found: usize,
-        /// What should have come.
-        due: &'static str,
-    },
-    /// The channel is something else.
-    #[error("the descriptor sent as the channel is no connected Unix stream socket")]
-    Channel,
+    /// The packet does not have the descriptors that belong to it.
+    #[error("a packet has {found} descriptors, but it needs {needed}")]
+    Descriptors { found: usize, needed: &'static str },
+    /// The descriptor of the channel is something else.
+    #[error("the descriptor sent as the channel is not a connected Unix stream socket")]
+    NotAChannel,
     /// Sending failed.
     #[error("send an event")]
     Send(#[source] io::Error),
 }
 
-/// A borrowed descriptor, for the trait that sends descriptors along.
-struct Socket<'a>(&'a OwnedFd);
-
-impl ScmSocket for Socket<'_> {
-    fn socket_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+impl ControlError {
+    /// Classifies the error for programs.
+    pub fn code(&self) -> FailureCode {
+        match self {
+            Self::Key(_) => FailureCode::Template,
+            Self::NotASocket
+            | Self::Receive(_)
+            | Self::Closed
+            | Self::WouldBlock
+            | Self::TooLong
+            | Self::Parse(_)
+            | Self::Descriptors { .. }
+            | Self::NotAChannel
+            | Self::Send(_) => FailureCode::Control,
+        }
     }
 }
 
 /// The monitor's end of the control socket.
-pub struct Control(OwnedFd);
+pub struct ControlSocket(OwnedFd);
 
-impl Control {
+impl ControlSocket {
     /// Takes the socket from standard input.
     ///
     /// # Errors
-    /// [`ControlError::NoSocket`] if standard input is no `SOCK_SEQPACKET` socket.
+    /// [`ControlError::NotASocket`] if standard input is not a `SOCK_SEQPACKET` socket.
     pub fn from_stdin() -> Result<Self, ControlError> {
-        let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(|_| ControlError::NoSocket)?;
-        match socket_option(&stdin, libc::SO_TYPE) {
-            Some(libc::SOCK_SEQPACKET) => Ok(Self(stdin)),
-            _ => Err(ControlError::NoSocket),
+        let stdin =
+            io::stdin().as_fd().try_clone_to_owned().map_err(|_| ControlError::NotASocket)?;
+        match socket_type(&stdin) {
+            Ok(SocketType::SEQPACKET) => Ok(Self(stdin)),
+            _ => Err(ControlError::NotASocket),
         }
     }
 
-    /// Waits for the specification and what comes with it: the channel, unless that is to come later, and the files of a
-    /// guest that is to be restored.
+    /// Waits for the specification and its descriptors: the channel, unless the guest is prepared, and
+    /// the files of a guest to be restored.
     ///
     /// # Errors
-    /// The host sent something else, or nothing.
-    pub fn receive(
+    /// The host has closed the socket, or the packet is invalid.
+    pub fn receive_spec(
         &self,
     ) -> Result<(VmSpec, Option<UnixStream>, Option<TemplateFiles>), ControlError> {
-        let (packet, fds) = self.packet(0)?;
+        let (packet, fds) = self.receive_packet(RecvFlags::empty())?;
         let spec: VmSpec = serde_json::from_slice(&packet).map_err(ControlError::Parse)?;
         let found = fds.len();
         let mut fds = fds.into_iter();
         let channel = if spec.prepared { None } else { fds.next() };
-        let (files, due) = if spec.restore {
-            (files(&mut fds)?, "the channel unless `prepared`, the memory, the state and the key")
+        let (files, needed) = if spec.restore {
+            let files = take_template_files(&mut fds)?;
+            (files, "the channel unless `prepared`, the memory, the state and the key")
         } else {
             (None, "the channel unless `prepared`")
         };
@@ -147,23 +166,24 @@ impl Control {
             || files.is_none() == spec.restore
             || fds.next().is_some()
         {
-            return Err(ControlError::Descriptors { found, due });
+            return Err(ControlError::Descriptors { found, needed });
         }
-        Ok((spec, channel.map(stream).transpose()?, files))
+        Ok((spec, channel.map(check_channel).transpose()?, files))
     }
 
-    /// Takes a request, if there is one.
+    /// Takes a request without waiting for one.
     ///
     /// # Errors
-    /// [`ControlError::Nothing`] if there is none; the host is gone, or sent something else.
-    pub fn command(&self) -> Result<Command, ControlError> {
-        let (packet, fds) = self.packet(libc::MSG_DONTWAIT)?;
+    /// [`ControlError::WouldBlock`] if no request is waiting; the host has closed the socket, or the
+    /// packet is invalid.
+    pub fn try_receive_command(&self) -> Result<Command, ControlError> {
+        let (packet, fds) = self.receive_packet(RecvFlags::DONTWAIT)?;
         let found = fds.len();
-        let wrong = |due| ControlError::Descriptors { found, due };
+        let wrong = |needed| ControlError::Descriptors { found, needed };
         match serde_json::from_slice(&packet).map_err(ControlError::Parse)? {
             Request::Go {} => {
                 let [channel] = exactly(fds).ok_or(wrong("the channel"))?;
-                Ok(Command::Go(stream(channel)?))
+                Ok(Command::Go(check_channel(channel)?))
             }
             Request::Snapshot { binding } => {
                 let [memory, state, key] =
@@ -178,60 +198,57 @@ impl Control {
         }
     }
 
-    /// One packet and its descriptors.
-    fn packet(&self, flags: libc::c_int) -> Result<(Vec<u8>, Vec<OwnedFd>), ControlError> {
-        // How long it is, without taking it: memory is only touched for what is there.
-        // SAFETY: no byte is written to no buffer.
-        let length = unsafe {
-            let flags = flags | libc::MSG_PEEK | libc::MSG_TRUNC;
-            libc::recv(self.0.as_raw_fd(), std::ptr::null_mut(), 0, flags)
+    /// Receives one packet and its descriptors.
+    fn receive_packet(&self, flags: RecvFlags) -> Result<(Vec<u8>, Vec<OwnedFd>), ControlError> {
+        let received = |errno| match errno {
+            Errno::WOULDBLOCK => ControlError::WouldBlock,
+            errno => ControlError::Receive(errno.into()),
         };
-        let length = usize::try_from(length).map_err(|_| match io::Error::last_os_error() {
-            error if error.kind() == io::ErrorKind::WouldBlock => ControlError::Nothing,
-            error => ControlError::Receive(error),
-        })?;
+        // The length is asked for first, so that no more memory is touched than the packet needs.
+        let peek = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
+        let (_, length) = recv(&self.0, &mut [0; 0], peek).map_err(received)?;
         match length {
             0 => return Err(ControlError::Closed),
             length if length > MAX_SPEC_BYTES => return Err(ControlError::TooLong),
             _ => {}
         }
         let mut packet = vec![0; length];
-        let mut iovecs =
-            [libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() }];
-        // One more than is ever due, because those that do not fit are dropped without a word.
-        let mut fds: [RawFd; 5] = [-1; 5];
-        // SAFETY: the vector covers `packet`, which lives and is not used until the call returns.
-        let received = unsafe { Socket(&self.0).recv_with_fds(&mut iovecs, &mut fds) };
-        let (bytes, count) = received.map_err(|error| ControlError::Receive(error.into()))?;
-        // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
-        let fds = fds[..count].iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut iovecs = [IoSliceMut::new(&mut packet)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let bytes = recvmsg(&self.0, &mut iovecs, &mut ancillary, flags).map_err(received)?.bytes;
+        let mut fds = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
         packet.truncate(bytes);
         Ok((packet, fds))
     }
 
-    /// Sends one event. A host that is gone, or that does not read, does not hold the monitor up.
+    /// Sends one event. A host that is gone or does not read does not hold the monitor up.
     ///
     /// # Errors
     /// The socket is closed or full.
-    pub fn send(&self, event: &Message) -> Result<(), ControlError> {
+    pub fn send(&self, event: &Event) -> Result<(), ControlError> {
         let packet = serde_json::to_vec(event).map_err(|error| ControlError::Send(error.into()))?;
-        let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-        // SAFETY: `packet` is readable for its length, and the call keeps no pointer.
-        let sent =
-            unsafe { libc::send(self.0.as_raw_fd(), packet.as_ptr().cast(), packet.len(), flags) };
-        if sent < 0 { Err(ControlError::Send(io::Error::last_os_error())) } else { Ok(()) }
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        send(&self.0, &packet, flags).map_err(|errno| ControlError::Send(errno.into()))?;
+        Ok(())
     }
 }
 
-impl AsFd for Control {
+impl AsFd for ControlSocket {
     /// Borrows the socket, which becomes readable when the host closes its end or sends a request.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-impl AsRawFd for Control {
-    /// Becomes readable when the host closes its end, or asks for something.
+impl AsRawFd for ControlSocket {
+    /// Becomes readable when the host closes its end or sends a request.
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -241,8 +258,10 @@ fn exactly<const N: usize>(fds: Vec<OwnedFd>) -> Option<[OwnedFd; N]> {
     fds.try_into().ok()
 }
 
-/// The files of a saved guest; `None` if they are not all there.
-fn files(fds: &mut impl Iterator<Item = OwnedFd>) -> Result<Option<TemplateFiles>, ControlError> {
+/// Takes the files of a saved guest; `None` if there are too few descriptors.
+fn take_template_files(
+    fds: &mut impl Iterator<Item = OwnedFd>,
+) -> Result<Option<TemplateFiles>, ControlError> {
     let (Some(memory), Some(state), Some(key)) = (fds.next(), fds.next(), fds.next()) else {
         return Ok(None);
     };
@@ -250,31 +269,15 @@ fn files(fds: &mut impl Iterator<Item = OwnedFd>) -> Result<Option<TemplateFiles
     Ok(Some(TemplateFiles { memory: memory.into(), state: state.into(), key }))
 }
 
-fn stream(fd: OwnedFd) -> Result<UnixStream, ControlError> {
-    if is_unix_stream(&fd) { Ok(UnixStream::from(fd)) } else { Err(ControlError::Channel) }
-}
-
-fn is_unix_stream(fd: &OwnedFd) -> bool {
-    socket_option(fd, libc::SO_DOMAIN) == Some(libc::AF_UNIX)
-        && socket_option(fd, libc::SO_TYPE) == Some(libc::SOCK_STREAM)
-}
-
-fn socket_option(fd: &OwnedFd, option: libc::c_int) -> Option<libc::c_int> {
-    let mut value: libc::c_int = 0;
-    let mut length = libc::socklen_t::try_from(size_of_val(&value)).ok()?;
-    // SAFETY: `value` is writable for `length` bytes, and neither pointer is kept.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
-    };
-    (result == 0).then_some(value)
+fn check_channel(fd: OwnedFd) -> Result<UnixStream, ControlError> {
+    let is_unix = socket_domain(&fd) == Ok(AddressFamily::UNIX);
+    if is_unix && socket_type(&fd) == Ok(SocketType::STREAM) {
+        Ok(UnixStream::from(fd))
+    } else {
+        Err(ControlError::NotAChannel)
+    }
 }
 
 #[cfg(test)]
-#[path = "control_test.rs"]
+#[path = "socket_test.rs"]
 mod tests;

@@ -9,7 +9,7 @@ use super::event_loop::HostInterface;
 use super::resources::{GuestSource, RecordingFiles, VmResources};
 use super::stopper::Stopper;
 use super::{Monitor, boot, restore};
-use crate::control::{Control, Message, TemplateFiles};
+use crate::control::{ControlSocket, Event, TemplateFiles};
 use crate::spec::VmSpec;
 
 /// Collects the parts of a microVM. [`Monitor::builder`] makes one.
@@ -20,9 +20,9 @@ pub struct MonitorBuilder {
     template: Option<TemplateFiles>,
     resources: Option<VmResources>,
     filters: bool,
-    control: Option<Rc<Control>>,
+    control: Option<Rc<ControlSocket>>,
     stop_on: Vec<OwnedFd>,
-    on_event: Option<Box<dyn FnMut(Message)>>,
+    on_event: Option<Box<dyn FnMut(Event)>>,
 }
 
 impl MonitorBuilder {
@@ -61,7 +61,7 @@ impl MonitorBuilder {
     }
 
     /// Sets the socket of the host's requests. When the host closes its end, the guest is stopped.
-    pub fn control(mut self, control: Rc<Control>) -> Self {
+    pub fn control(mut self, control: Rc<ControlSocket>) -> Self {
         self.control = Some(control);
         self
     }
@@ -74,7 +74,7 @@ impl MonitorBuilder {
     }
 
     /// Calls `f` with the events of the guest but the last, which [`Monitor::run`] returns.
-    pub fn on_event(mut self, f: impl FnMut(Message) + 'static) -> Self {
+    pub fn on_event(mut self, f: impl FnMut(Event) + 'static) -> Self {
         self.on_event = Some(Box::new(f));
         self
     }

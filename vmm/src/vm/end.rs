@@ -1,6 +1,6 @@
 //! The end of a guest.
 
-use crate::control::{EndReason, Event, TemplateEvent};
+use crate::control::{EndReason, Event};
 use crate::virtio::GuestFault;
 
 /// The end of a guest: the party that ended it, and an explanation where there is one.
@@ -36,20 +36,14 @@ pub struct Ended {
     pub faults: u64,
     /// The first rule that the guest broke.
     pub fault: Option<GuestFault>,
-    /// The template that was written instead of letting the guest continue, if the host asked for one.
-    pub template: Option<TemplateEvent>,
+    /// [`Event::Saved`] or [`Event::Recorded`], if the guest ended because the host asked for that.
+    pub template: Option<Event>,
 }
 
 impl Ended {
     /// Returns the last event of the monitor.
-    pub fn into_event(self) -> crate::Message {
-        let Self { end, log, faults, fault, template } = self;
-        match template {
-            Some(written) => written.into(),
-            None => {
-                let End { reason, detail } = end;
-                Event::Ended { reason, detail, log, faults, fault }.into()
-            }
-        }
+    pub fn into_event(self) -> Event {
+        let Self { end: End { reason, detail }, log, faults, fault, template } = self;
+        template.unwrap_or(Event::Ended { reason, detail, log, faults, fault })
     }
 }

@@ -1,4 +1,4 @@
-//! Why a microVM could not be made or run.
+//! The errors of a monitor.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use vm_memory::GuestMemoryError;
 
 use crate::arch::x86_64::boot::BootError;
-use crate::control::ControlError;
+use crate::control::{ControlError, FailureCode};
 use crate::image::ImageError;
 use crate::kernel::KernelError;
 use crate::kvm::KvmError;
@@ -15,89 +15,116 @@ use crate::spec::SpecError;
 use crate::state::StateError;
 use crate::virtio::NotQuiescent;
 
-/// A microVM that could not be made, or a host that failed under it.
+/// The microVM could not be made, or the host has failed under it.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of a variant explains its fields")]
 pub enum MonitorError {
-    /// The specification is out of bounds.
+    /// The specification is invalid.
     #[error("specification")]
     Spec(#[from] SpecError),
     /// The kernel cannot be opened.
     #[error("open kernel {}", path.display())]
-    OpenKernel {
-        /// As given.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The root image cannot be opened.
-    #[error("open root image {}", path.display())]
-    OpenImage {
-        /// As given.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    OpenKernel { path: PathBuf, source: io::Error },
     /// The kernel cannot be booted.
     #[error("kernel {}", path.display())]
-    Kernel {
-        /// As given.
-        path: PathBuf,
-        /// Why not.
-        source: KernelError,
-    },
+    Kernel { path: PathBuf, source: KernelError },
+    /// The root image cannot be opened.
+    #[error("open root image {}", path.display())]
+    OpenImage { path: PathBuf, source: io::Error },
     /// The root image cannot be used.
     #[error("root image {}", path.display())]
-    Image {
-        /// As given.
-        path: PathBuf,
-        /// Why not.
-        source: ImageError,
-    },
+    Image { path: PathBuf, source: ImageError },
     /// KVM cannot be used.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// No memory.
+    /// The host does not give the guest its memory.
     #[error("guest memory")]
     Memory(#[from] MemoryError),
-    /// Boot data could not be written.
-    #[error("boot data")]
+    /// The boot parameters cannot be written.
+    #[error("boot parameters")]
     Boot(#[from] BootError),
-    /// Tables could not be written.
+    /// The descriptor table and the page tables cannot be written.
     #[error("descriptor and page tables")]
     Tables(#[source] GuestMemoryError),
-    /// The command line could not be made.
+    /// The kernel command line cannot be made.
     #[error("kernel command line")]
     CommandLine(#[source] linux_loader::cmdline::Error),
-    /// The host refused something small.
+    /// The host has refused an operation that every process may usually do.
     #[error("{operation}")]
-    Host {
-        /// What.
-        operation: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The control socket failed, or the host sent something else than was due.
+    Host { operation: &'static str, source: io::Error },
+    /// The control socket has failed, or the host has broken its protocol.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The host has sent a request at the wrong time.
     #[error("the request `{request}` is not possible: {reason}")]
-    Untimely {
-        /// The name of the request.
-        request: &'static str,
-        /// The reason why it is not possible now.
-        reason: &'static str,
-    },
-    /// A template cannot be used or written.
+    Untimely { request: &'static str, reason: &'static str },
+    /// The template cannot be used or written.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The guest cannot be saved now.
+    /// The guest cannot be saved in its present state.
     #[error("save the guest")]
     Save(#[from] NotQuiescent),
-    /// The event loop failed.
+    /// The event loop has failed.
     #[error("event loop")]
     EventLoop(#[source] event_manager::Error),
 }
 
+impl MonitorError {
+    /// Classifies the error for programs. There is no wildcard, so that a new variant needs a decision.
+    pub fn code(&self) -> FailureCode {
+        match self {
+            Self::Spec(_) => FailureCode::Spec,
+            Self::OpenKernel { .. } | Self::Kernel { .. } => FailureCode::KernelImage,
+            Self::OpenImage { .. } | Self::Image { .. } => FailureCode::RootImage,
+            Self::Kvm(error) => kvm_code(error),
+            Self::Memory(_) => FailureCode::Memory,
+            Self::Boot(error) => boot_code(error),
+            Self::Tables(_) | Self::CommandLine(_) => FailureCode::Internal,
+            Self::Host { .. } | Self::EventLoop(_) => FailureCode::Host,
+            Self::Control(error) => error.code(),
+            Self::Untimely { .. } => FailureCode::Control,
+            Self::State(_) => FailureCode::Template,
+            Self::Save(_) => FailureCode::NotQuiescent,
+        }
+    }
+}
+
+fn kvm_code(error: &KvmError) -> FailureCode {
+    match error {
+        KvmError::Missing => FailureCode::KvmMissing,
+        KvmError::Permission => FailureCode::KvmPermission,
+        KvmError::Open(_) | KvmError::Version { .. } | KvmError::Lacks(_) => {
+            FailureCode::KvmUnusable
+        }
+        KvmError::Call { .. } | KvmError::Msrs { .. } => FailureCode::Kvm,
+    }
+}
+
+fn boot_code(error: &BootError) -> FailureCode {
+    match error {
+        BootError::Entropy(_) => FailureCode::Host,
+        BootError::Write { .. } | BootError::Parameters { .. } | BootError::CommandLine { .. } => {
+            FailureCode::Internal
+        }
+    }
+}
+
+/// Makes an error of the host from the operation that it refused.
 pub(super) fn host(operation: &'static str) -> impl Fn(io::Error) -> MonitorError {
     move |source| MonitorError::Host { operation, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kvm_permission_error_has_its_code() {
+        for errno in [libc::EACCES, libc::EPERM] {
+            let error = MonitorError::from(KvmError::from_open(kvm_ioctls::Error::new(errno)));
+            assert_eq!(error.code(), FailureCode::KvmPermission);
+        }
+        let busy = MonitorError::from(KvmError::from_open(kvm_ioctls::Error::new(libc::EBUSY)));
+        assert_eq!(busy.code(), FailureCode::KvmUnusable);
+    }
 }

@@ -17,7 +17,7 @@ use super::error::MonitorError;
 use super::loop_signals::LoopSignals;
 use super::stopper::Stopper;
 use super::vcpu::VcpuContext;
-use crate::control::{Command, Control, ControlError, EndReason, Event, Message, TemplateEvent};
+use crate::control::{Command, ControlError, ControlSocket, EndReason, Event};
 use crate::virtio::QueueHandler;
 use crate::virtio::mmio::SharedRegisters;
 
@@ -31,10 +31,10 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// The host's side of a microVM: its requests, its reasons to stop the guest, and its reports.
 pub(super) struct HostInterface {
-    pub control: Option<Rc<Control>>,
+    pub control: Option<Rc<ControlSocket>>,
     pub stop_on: Vec<OwnedFd>,
     pub stopper: Stopper,
-    pub on_event: Box<dyn FnMut(Message)>,
+    pub on_event: Box<dyn FnMut(Event)>,
 }
 
 /// The reason why the loop was left.
@@ -55,8 +55,8 @@ pub(super) struct EventLoop {
     workers: HashMap<usize, SubscriberId>,
     signals: Rc<LoopSignals>,
     vcpus: Arc<VcpuContext>,
-    control: Option<Rc<Control>>,
-    on_event: Box<dyn FnMut(Message)>,
+    control: Option<Rc<ControlSocket>>,
+    on_event: Box<dyn FnMut(Event)>,
     /// Set when the host was told that the guest runs.
     entry_reported: bool,
 }
@@ -95,8 +95,8 @@ impl EventLoop {
     }
 
     /// Reports an event to the host.
-    pub fn report(&mut self, event: impl Into<Message>) {
-        (self.on_event)(event.into());
+    pub fn report(&mut self, event: Event) {
+        (self.on_event)(event);
     }
 
     /// Serves devices until the guest ends or the host sends a request.
@@ -113,7 +113,7 @@ impl EventLoop {
                 return Ok(LoopExit::End(end));
             }
             if self.signals.take_frozen() {
-                self.report(TemplateEvent::Frozen);
+                self.report(Event::Frozen);
             }
         }
     }
@@ -123,9 +123,9 @@ impl EventLoop {
         else {
             return Ok(None);
         };
-        match control.command() {
+        match control.try_receive_command() {
             Ok(command) => Ok(Some(LoopExit::Command(command))),
-            Err(ControlError::Nothing) => {
+            Err(ControlError::WouldBlock) => {
                 self.signals.control_ready.set(false);
                 Ok(None)
             }
@@ -257,7 +257,7 @@ impl MutEventSubscriber for Subscriber {
 struct Wakeups {
     vcpus: Arc<VcpuContext>,
     requests: Rc<DeviceRequests>,
-    control: Option<Rc<Control>>,
+    control: Option<Rc<ControlSocket>>,
     stop_on: Vec<OwnedFd>,
     stopper: Stopper,
     signals: Rc<LoopSignals>,

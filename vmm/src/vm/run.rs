@@ -16,7 +16,7 @@ use super::restore::Restored;
 use super::snapshot::Snapshotter;
 use super::vcpu::{Vcpu, VcpuRequest};
 use super::vcpu_threads::VcpuThreads;
-use crate::control::{Command, EndReason, TemplateEvent};
+use crate::control::{Command, EndReason, Event};
 use crate::seccomp::rules::ThreadRole;
 use crate::seccomp::{self, Filters};
 use crate::state::StateError;
@@ -96,7 +96,7 @@ impl Run {
 
     /// Waits for the channel of a prepared guest. Returns an end if the guest is not to run.
     fn wait_for_channel(&mut self) -> Result<Option<End>, MonitorError> {
-        self.event_loop.report(TemplateEvent::Prepared);
+        self.event_loop.report(Event::Prepared);
         match self.event_loop.run()? {
             LoopExit::End(end) => Ok(Some(end)),
             LoopExit::Command(Command::Go(channel)) => {
@@ -134,7 +134,7 @@ impl Run {
         &mut self,
         exit: LoopExit,
         vcpus: Option<&[Vcpu]>,
-    ) -> Result<(End, Option<TemplateEvent>), MonitorError> {
+    ) -> Result<(End, Option<Event>), MonitorError> {
         match exit {
             LoopExit::End(end) => {
                 if end.reason == EndReason::Reset {
@@ -159,7 +159,7 @@ impl Run {
     /// Releases the microVM and returns the record of its guest.
     fn finish(
         self,
-        result: Result<(End, Option<TemplateEvent>), MonitorError>,
+        result: Result<(End, Option<Event>), MonitorError>,
         vcpus: Option<Vec<Vcpu>>,
     ) -> Result<Ended, MonitorError> {
         let Self { event_loop, microvm, .. } = self;

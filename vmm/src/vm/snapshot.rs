@@ -8,7 +8,7 @@ use super::event_loop::EventLoop;
 use super::microvm::MicroVm;
 use super::restore::{Recording, Restored};
 use super::vcpu::Vcpu;
-use crate::control::{Command, EndReason, TemplateEvent};
+use crate::control::{Command, EndReason, Event};
 use crate::kvm::save;
 use crate::memory::{file, working_set};
 use crate::state::machine::{DeviceState, PageRun, WorkingSet};
@@ -35,7 +35,7 @@ impl<'a> Snapshotter<'a> {
     }
 
     /// Handles a request of the host, which has ended the guest.
-    pub fn handle(self, command: Command) -> Result<TemplateEvent, MonitorError> {
+    pub fn handle(self, command: Command) -> Result<Event, MonitorError> {
         match command {
             Command::Go(_) => Err(MonitorError::Untimely {
                 request: command.name(),
@@ -56,7 +56,7 @@ impl<'a> Snapshotter<'a> {
         memory: &File,
         state: &mut File,
         key: &Key,
-    ) -> Result<TemplateEvent, MonitorError> {
+    ) -> Result<Event, MonitorError> {
         let kvm = self.microvm.kvm.as_ref().ok_or(MonitorError::Untimely {
             request: "snapshot",
             reason: "the guest is not to become a template",
@@ -73,7 +73,7 @@ impl<'a> Snapshotter<'a> {
         let working_set = WorkingSet::default();
         let machine = MachineState { binding, clock_ns, chips, vcpus, devices, parts, working_set };
         let state_bytes = self.write_state(&machine, state, key)?;
-        Ok(TemplateEvent::Saved { memory_bytes, state_bytes })
+        Ok(Event::Saved { memory_bytes, state_bytes })
     }
 
     /// Saves the devices, after they have processed the last notifications of the guest.
@@ -86,7 +86,7 @@ impl<'a> Snapshotter<'a> {
     }
 
     /// Writes the state that the guest was restored from again, with the pages it has used since.
-    fn write_recording(&self, file: &mut File, key: &Key) -> Result<TemplateEvent, MonitorError> {
+    fn write_recording(&self, file: &mut File, key: &Key) -> Result<Event, MonitorError> {
         let Some(Restored { state, recording: Some(recording) }) = self.restored else {
             return Err(MonitorError::Untimely {
                 request: "record",
@@ -98,11 +98,8 @@ impl<'a> Snapshotter<'a> {
         let mut working_set = recorder.collect(&mapped.ram, &mapped.image)?;
         let count = |runs: &[PageRun]| runs.iter().map(|run| run.count).sum();
         let WorkingSet { written, read, image } = &working_set;
-        let event = TemplateEvent::Recorded {
-            written: count(written),
-            read: count(read),
-            image: count(image),
-        };
+        let event =
+            Event::Recorded { written: count(written), read: count(read), image: count(image) };
         working_set::gather(memory, &mut working_set, self.microvm.spec.memory_bytes());
         let machine = MachineState { working_set, ..state.clone() };
         self.write_state(&machine, file, key)?;

@@ -5,7 +5,6 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use chitin_vmm::Event;
-use chitin_vmm::control::Message;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::monitor::{LIMIT, Monitor, SLEEP, proc_file};
@@ -50,7 +49,7 @@ fn killed_child_is_reported_by_its_supervisor() {
     let mut monitor = Monitor::start();
     send_signal(monitor.child_pid(), Signal::KILL);
     match monitor.receive_event() {
-        Message::Event(Event::Failed { error }) => {
+        Event::Failed { error, .. } => {
             assert!(error.contains("was killed (signal 9)"), "{error}");
         }
         other => panic!("{other:?}"),
@@ -65,7 +64,7 @@ fn sigterm_is_forwarded_and_ends_the_guest() {
         let mut monitor = Monitor::start_with(|spec| spec.vcpus = vcpus, |_| {});
         send_signal(monitor.supervisor.id(), Signal::TERM);
         let event = monitor.receive_event();
-        assert!(matches!(event, Message::Event(Event::Ended { .. })), "{event:?}");
+        assert!(matches!(event, Event::Ended { .. }), "{event:?}");
         assert!(monitor.supervisor.wait().unwrap().success());
     }
 }
@@ -81,9 +80,9 @@ fn console_output_reaches_standard_error() {
     };
     let mut monitor = Monitor::launch(&code, |spec| spec.console = true, pipe_stderr);
     let entered = monitor.receive_event();
-    assert!(matches!(entered, Message::Event(Event::Entered { .. })), "{entered:?}");
+    assert!(matches!(entered, Event::Entered { .. }), "{entered:?}");
     send_signal(monitor.supervisor.id(), Signal::TERM);
     let ended = monitor.receive_event();
-    assert!(matches!(ended, Message::Event(Event::Ended { .. })), "{ended:?}");
+    assert!(matches!(ended, Event::Ended { .. }), "{ended:?}");
     assert_eq!(monitor.read_stderr(), "hi\npart");
 }

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use chitin_vmm::control::Message;
 use chitin_vmm::{Event, VmSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -83,7 +82,7 @@ impl Monitor {
     ) -> Monitor {
         let mut monitor = Monitor::launch(&SLEEP, change, prepare);
         match monitor.receive_event() {
-            Message::Event(Event::Entered { .. }) => monitor,
+            Event::Entered { .. } => monitor,
             other => panic!("{other:?}"),
         }
     }
@@ -121,7 +120,7 @@ impl Monitor {
     }
 
     /// Waits for the next event.
-    pub fn receive_event(&mut self) -> Message {
+    pub fn receive_event(&mut self) -> Event {
         let mut packet = vec![0; 1 << 16];
         let control = self.control.as_ref().unwrap();
         let (length, _) = recv(control, &mut packet[..], RecvFlags::empty()).unwrap();

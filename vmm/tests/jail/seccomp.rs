@@ -4,7 +4,6 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use chitin_vmm::Event;
-use chitin_vmm::control::Message;
 
 use crate::monitor::{LIMIT, Monitor, SLEEP, proc_file};
 
@@ -20,8 +19,8 @@ fn request_call(letter: u8, jail: bool) -> Option<String> {
     while Instant::now() < deadline {
         if monitor.has_event_within(Duration::from_millis(100)) {
             match monitor.receive_event() {
-                Message::Event(Event::Entered { .. }) => {}
-                Message::Event(Event::Failed { error }) => {
+                Event::Entered { .. } => {}
+                Event::Failed { error, .. } => {
                     assert_eq!(monitor.supervisor.wait().unwrap().code(), Some(1));
                     return Some(error);
                 }
