@@ -2,7 +2,7 @@
 //! one is passed to the host as a stream.
 //!
 //! ```text
-//!   getaddrinfo ──▶ 127.0.0.53:53 ──▶ allowed?  127.64.x.y  /  NXDOMAIN, and the host is told
+//!   getaddrinfo ──▶ 127.0.0.53:53 ──▶ allowed?  127.64.x.y  /  NXDOMAIN, reported to the host
 //!   connect ──▶ 127.64.x.y:port ──▶ accepted on 0.0.0.0:port; local address = name ──▶ Dial
 //! ```
 //!

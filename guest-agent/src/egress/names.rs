@@ -62,7 +62,7 @@ impl NameTable {
         })
     }
 
-    /// Records a denied name, and returns whether the host has to be told. It is told once.
+    /// Records a denied name, and returns whether to report it to the host, which is done once.
     pub fn record_denied(&mut self, name: &str) -> bool {
         self.denied.len() < MAX_DENIED && self.denied.insert(name.to_owned())
     }

@@ -25,7 +25,7 @@ use boot_id::BootIdFile;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Running,
-    /// The workload is frozen, and the host is told so before the channel is closed.
+    /// The workload is frozen. The channel is closed once the host has been answered.
     Freezing,
     /// The channel is a new one, and accepts nothing but a reseed.
     Restored,
