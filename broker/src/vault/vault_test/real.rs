@@ -1,48 +1,15 @@
-//! Each case is a function of the server that is asked: `rvault::CASE`, `openbao::CASE`.
+//! Cases that a real server decides: OpenBao, or the Vault that the environment names.
 
 use std::collections::BTreeMap;
 
 use super::double::Double;
-use super::server::{Kind, Server};
+use super::server::Server;
 use super::*;
 use crate::vault::lease_renewal::{Current, LeaseRenewer};
 
-macro_rules! asked {
-    (both: $($both:ident),+; openbao: $($alone:ident),+) => {
-        asked!(@rvault, Rvault, $($both),+);
-        asked!(@openbao, OpenBao, $($both,)+ $($alone),+);
-    };
-    (@$server:ident, $kind:ident, $($case:ident),+) => {
-        mod $server {
-            $(
-                #[tokio::test]
-                async fn $case() {
-                    super::$case(super::Kind::$kind).await;
-                }
-            )+
-        }
-    };
-}
-
-asked! {
-    both:
-        a_role_reads_fields_and_its_token_is_revoked_at_the_end,
-        each_field_of_a_credential_source_is_a_credential,
-        a_wrong_role_is_refused_in_words_that_do_not_repeat_it,
-        a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again,
-        a_sealed_server_and_one_that_goes_away_are_told_apart;
-    openbao:
-        a_policy_that_only_allows_a_path_allows_no_other,
-        kv_2_is_read_by_the_path_without_data,
-        a_wrapped_secret_id_is_good_for_one_sandbox,
-        what_is_in_a_namespace_is_found_in_no_other,
-        what_an_engine_issues_is_renewed_and_given_back,
-        a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_that_was_issued_to_it,
-        what_was_issued_to_a_token_is_over_with_it
-}
-
-async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
+    let server = Server::start().await;
     let config = server.reader(json!({ "token_ttl": 600 })).await;
     let spec = from(config.clone());
     let secrets = [server.secret("TOKEN", "creds#api_token"), server.secret("PORT", "creds#port")];
@@ -60,8 +27,9 @@ async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end(kind: Kind) {
     assert!(error.contains("the token has expired, or its policies"), "{error}");
 }
 
-async fn each_field_of_a_credential_source_is_a_credential(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn each_field_of_a_credential_source_is_a_credential() {
+    let server = Server::start().await;
     let mut spec = CredentialSpec { source: Some(server.source("plain")), ..from(server.root()) };
     // One that is asked for by name stays what it was asked to be.
     let own = ["user=exec:echo me".parse().unwrap()];
@@ -88,8 +56,9 @@ async fn each_field_of_a_credential_source_is_a_credential(kind: Kind) {
     }
 }
 
-async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it() {
+    let server = Server::start().await;
     let terms = json!({ "token_ttl": 600, "secret_id_num_uses": 1 });
     let config = server.reader(terms).await;
     let refused =
@@ -113,8 +82,9 @@ async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it(kind: Kind) {
     refused(|_, _, _| {}).await;
 }
 
-async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again() {
+    let server = Server::start().await;
     let config = server.reader(json!({ "token_ttl": 3 })).await;
     let source = server.source("creds");
     let forgotten = Session::begin(&config).await.unwrap();
@@ -126,8 +96,7 @@ async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(k
     // By now it has been renewed twice, or there is a third one.
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert!(matches!(forgotten.read(&source).await, Err(VaultError::Denied { .. })));
-    // rvault takes the renewal of a role's token, says nothing, and does nothing.
-    assert_eq!(first.read(&source).await.is_ok(), kind == Kind::OpenBao);
+    assert!(first.read(&source).await.is_ok());
     let reader = keeper.reader();
     let current = reader.current(&source, true).await.unwrap();
     let Current::Read(fields, _) = current else { panic!("it was read") };
@@ -141,8 +110,9 @@ async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again(k
     );
 }
 
-async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
-    let mut server = kind.start_own().await;
+#[tokio::test]
+async fn a_sealed_server_and_one_that_goes_away_are_told_apart() {
+    let mut server = Server::start_own().await;
     let config = server.reader(json!({ "token_ttl": 6 })).await;
     let spec = from(config);
     let secret = [server.secret("A", "creds#port")];
@@ -168,8 +138,9 @@ async fn a_sealed_server_and_one_that_goes_away_are_told_apart(kind: Kind) {
     assert!(error.contains("cannot be reached: nobody listens there"), "{error}");
 }
 
-async fn a_policy_that_only_allows_a_path_allows_no_other(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_policy_that_only_allows_a_path_allows_no_other() {
+    let server = Server::start().await;
     let config = server.reader(json!({ "token_ttl": 600 })).await;
     let spec = from(config.clone());
     let fetched = fetch(&[server.secret("A", "creds#api_token")], &spec).await.unwrap();
@@ -196,8 +167,9 @@ async fn a_policy_that_only_allows_a_path_allows_no_other(kind: Kind) {
     assert!(refusal(&[], &spec).await.ends_with(&denied(&format!("{}/plain", server.kv))));
 }
 
-async fn kv_2_is_read_by_the_path_without_data(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn kv_2_is_read_by_the_path_without_data() {
+    let server = Server::start().await;
     let kv = server.mount("kv", json!({ "version": "2" })).await;
     for value in ["yesterday's", CANARY] {
         server
@@ -224,8 +196,9 @@ async fn kv_2_is_read_by_the_path_without_data(kind: Kind) {
     );
 }
 
-async fn a_wrapped_secret_id_is_good_for_one_sandbox(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_wrapped_secret_id_is_good_for_one_sandbox() {
+    let server = Server::start().await;
     let config = server.reader(json!({ "token_ttl": 600 })).await;
     let secret = [server.secret("A", "creds#api_token")];
     let spec = from(server.wrapped(&config).await);
@@ -239,8 +212,9 @@ async fn a_wrapped_secret_id_is_good_for_one_sandbox(kind: Kind) {
     );
 }
 
-async fn what_is_in_a_namespace_is_found_in_no_other(kind: Kind) {
-    let mut server = kind.start_own().await;
+#[tokio::test]
+async fn what_is_in_a_namespace_is_found_in_no_other() {
+    let mut server = Server::start_own().await;
     server.enter("team").await;
     server.enter("a").await;
     let config = server.reader(json!({ "token_ttl": 600 })).await;
@@ -308,8 +282,9 @@ impl Engine {
     }
 }
 
-async fn what_an_engine_issues_is_renewed_and_given_back(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn what_an_engine_issues_is_renewed_and_given_back() {
+    let server = Server::start().await;
     let engine = Engine::mount(&server, 3).await;
     let spec = from(server.role(&[&engine.path], json!({ "token_ttl": 600 })).await);
     let secrets = [engine.secret("U", "username"), engine.secret("P", "password")];
@@ -334,10 +309,10 @@ async fn what_an_engine_issues_is_renewed_and_given_back(kind: Kind) {
     engine.sees((3, 3)).await;
 }
 
-async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_that_was_issued_to_it(
-    kind: Kind,
-) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_that_was_issued_to_it()
+ {
+    let server = Server::start().await;
     let engine = Engine::mount(&server, 60).await;
     let config = server.role(&[&engine.path], json!({ "token_ttl": 3, "token_max_ttl": 5 })).await;
     let began = Instant::now();
@@ -356,8 +331,9 @@ async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_th
     engine.sees((2, 2)).await;
 }
 
-async fn what_was_issued_to_a_token_is_over_with_it(kind: Kind) {
-    let server = kind.start().await;
+#[tokio::test]
+async fn what_was_issued_to_a_token_is_over_with_it() {
+    let server = Server::start().await;
     let engine = Engine::mount(&server, 60).await;
     let terms = json!({ "token_ttl": 3, "token_max_ttl": 4, "secret_id_num_uses": 1 });
     let spec = from(server.role(&[&engine.path], terms).await);

@@ -1,96 +1,23 @@
-//! Servers of the Vault API, with secrets in them: `bao`, which is OpenBao, and `rvault`, which has no policies, KV 2, wrapping nor
-//! namespaces, and renews no role's token. `cargo xtask vault` fetches and builds them, and each test starts its own on a
+//! A real server of the Vault API, with secrets in it: OpenBao, which `cargo xtask openbao` fetches. Each test starts its own on a
 //! loopback port.
 //!
 //! Set `VAULT_ADDR`, and a root token in `VAULT_TOKEN`, and the same tests run against a real Vault, in the place of OpenBao, but
-//! for those of [`Kind::start_own`]. It has to be on this host, because one of its engines asks back.
+//! for those of [`Server::start_own`]. It has to be on this host, because one of its engines asks back.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use super::*;
 
-/// Which server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Rvault,
-    OpenBao,
-}
-
-impl Kind {
-    /// In the place of OpenBao, the one that the environment names.
-    pub async fn start(self) -> Server {
-        let named = match self {
-            Kind::OpenBao => std::env::var("VAULT_ADDR").ok(),
-            Kind::Rvault => None,
-        };
-        let Some(address) = named else { return self.start_own().await };
-        let mut server = Server::new(self, address);
-        server.root =
-            std::env::var("VAULT_TOKEN").expect("VAULT_TOKEN of a root token, beside VAULT_ADDR");
-        server.fill().await;
-        server
-    }
-
-    /// One that nobody else has, also if the environment names one: to be sealed and killed, or for namespaces, which not every
-    /// Vault has.
-    pub async fn start_own(self) -> Server {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut server = Server::new(self, format!("http://127.0.0.1:{port}"));
-        let dir = server.dir.path();
-        let listener =
-            json!({ "tcp": { "address": format!("127.0.0.1:{port}"), "tls_disable": "true" } });
-        let (name, config) = match self {
-            Kind::OpenBao => ("bao", json!({ "storage": { "inmem": {} }, "listener": listener })),
-            Kind::Rvault => {
-                let storage = json!({ "file": { "path": dir.join("data") } });
-                let config = json!({ "storage": storage, "listener": listener, "work_dir": dir, "daemon": false });
-                ("rvault", config)
-            }
-        };
-        let path = dir.join("config.json");
-        std::fs::write(&path, config.to_string()).unwrap();
-        let log = std::fs::File::create(dir.join("log")).unwrap();
-        let process = Command::new(binary(name))
-            .args(["server", "--config"])
-            .arg(&path)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        server.process = Some(process);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while server.ask("GET", "sys/seal-status", None).await.is_err() {
-            let ended = server.process.as_mut().unwrap().try_wait().unwrap();
-            assert!(
-                ended.is_none() && Instant::now() < deadline,
-                "{name} does not come up ({ended:?}): {}",
-                std::fs::read_to_string(server.dir.path().join("log")).unwrap_or_default()
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        let init = server
-            .admin("PUT", "sys/init", json!({ "secret_shares": 1, "secret_threshold": 1 }))
-            .await;
-        server.root = init["root_token"].as_str().unwrap().into();
-        server.key = init["keys"][0].as_str().unwrap().into();
-        server.unseal().await;
-        server.fill().await;
-        server
-    }
-}
-
-/// A server's program.
-fn binary(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/artifacts").join(name);
-    assert!(path.exists(), "no {}: `cargo xtask vault` makes it", path.display());
+/// The server's program.
+fn binary() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/artifacts/bao");
+    assert!(path.exists(), "no {}: `cargo xtask openbao` fetches it", path.display());
     path
 }
 
 /// A server with secrets.
 pub(super) struct Server {
-    pub kind: Kind,
     address: String,
     root: String,
     /// To unseal it with.
@@ -111,10 +38,59 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn new(kind: Kind, address: String) -> Server {
+    /// In the place of OpenBao, the one that the environment names.
+    pub async fn start() -> Server {
+        let Ok(address) = std::env::var("VAULT_ADDR") else { return Self::start_own().await };
+        let mut server = Server::new(address);
+        server.root =
+            std::env::var("VAULT_TOKEN").expect("VAULT_TOKEN of a root token, beside VAULT_ADDR");
+        server.fill().await;
+        server
+    }
+
+    /// One that nobody else has, also if the environment names one: to be sealed and killed, or for namespaces, which not every
+    /// Vault has.
+    pub async fn start_own() -> Server {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut server = Server::new(format!("http://127.0.0.1:{port}"));
+        let listener =
+            json!({ "tcp": { "address": format!("127.0.0.1:{port}"), "tls_disable": "true" } });
+        let config = json!({ "storage": { "inmem": {} }, "listener": listener });
+        let path = server.dir.path().join("config.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let log = std::fs::File::create(server.dir.path().join("log")).unwrap();
+        let process = Command::new(binary())
+            .args(["server", "--config"])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        server.process = Some(process);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while server.ask("GET", "sys/seal-status", None).await.is_err() {
+            let ended = server.process.as_mut().unwrap().try_wait().unwrap();
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "OpenBao does not come up ({ended:?}): {}",
+                std::fs::read_to_string(server.dir.path().join("log")).unwrap_or_default()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let init = server
+            .admin("PUT", "sys/init", json!({ "secret_shares": 1, "secret_threshold": 1 }))
+            .await;
+        server.root = init["root_token"].as_str().unwrap().into();
+        server.key = init["keys"][0].as_str().unwrap().into();
+        server.unseal().await;
+        server.fill().await;
+        server
+    }
+
+    fn new(address: String) -> Server {
         let tls = tls::client(tls::system_roots());
         Server {
-            kind,
             address,
             root: String::new(),
             key: String::new(),
@@ -178,11 +154,8 @@ impl Server {
         let mount = unique("approle");
         let rule = |path: &&str| format!("path \"{path}\" {{ capabilities = [\"read\"] }}\n");
         let policy: String = paths.iter().map(rule).collect();
-        // What has no policies does not know the path.
-        if self.kind == Kind::OpenBao {
-            let policy = json!({ "policy": policy });
-            self.admin("POST", &format!("sys/policies/acl/{mount}"), policy).await;
-        }
+        let policy = json!({ "policy": policy });
+        self.admin("POST", &format!("sys/policies/acl/{mount}"), policy).await;
         self.admin("POST", &format!("sys/auth/{mount}"), json!({ "type": "approle" })).await;
         let mut role =
             json!({ "token_policies": [mount], "token_max_ttl": 3600, "bind_secret_id": true });
