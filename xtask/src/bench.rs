@@ -13,7 +13,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::{build, microvm, setup, workspace};
+use crate::build::{self, BuildPlan, Profile};
+use crate::parts::{Part, run_parts};
+use crate::{microvm, workspace};
 
 /// How much worse than the committed one a median may be, in percent. Two runs of the same build differ by less than one.
 const TOLERANCE: f64 = 3.0;
@@ -205,24 +207,27 @@ struct Row {
 
 /// Builds, measures, writes the tables, and fails where a figure has become worse.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let code = setup::run(&setup::Args::default())?;
-    if code != ExitCode::SUCCESS {
-        return Ok(code);
-    }
-    build::run(&build::Args::default())?;
-    let dir = workspace::target().join("nested-out/bench");
+    let plan = BuildPlan {
+        kernel: true,
+        emulation: false,
+        profile: Profile::Release,
+        packages: &["chitin-bench"],
+    };
+    build::install_and_build(&plan)?;
+    microvm::prepare_emulated_host()?;
+    let dir = workspace::target_dir().join("nested-out/bench");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     if let Some(peer) = &args.peer {
         return beside(peer, &dir);
     }
     let parts: Vec<_> =
         BENCHES.iter().map(|bench| part(bench.name, bench.arguments, None, &dir)).collect();
-    let code = microvm::nested_in_parallel(HOSTS, &parts)?;
+    let code = run_parts(HOSTS, &parts, &|_| {})?;
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
 
-    let path = workspace::root().join("docs/benchmarks.md");
+    let path = workspace::root_dir().join("docs/benchmarks.md");
     let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let mut figures = BTreeMap::new();
     for bench in &BENCHES {
@@ -235,7 +240,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     eprintln!("bench: the tables of {} are written", path.display());
 
-    let committed = workspace::root().join("benches/figures.json");
+    let committed = workspace::root_dir().join("benches/figures.json");
     if args.update {
         let json = serde_json::to_string_pretty(&figures)? + "\n";
         fs::write(&committed, json).with_context(|| format!("write {}", committed.display()))?;
@@ -270,11 +275,11 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
             .iter()
             .map(|(name, arguments)| part(name, arguments, Some(&binary), dir))
             .collect();
-        let code = microvm::nested_in_parallel(HOSTS, &parts)?;
+        let code = run_parts(HOSTS, &parts, &|_| {})?;
         if code != ExitCode::SUCCESS {
             return Ok(code);
         }
-        let path = workspace::root().join("docs/benchmarks.md");
+        let path = workspace::root_dir().join("docs/benchmarks.md");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         let text = replace(&text, name, &table(dir)?)?;
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
@@ -287,9 +292,9 @@ fn beside(peer: &str, dir: &Path) -> Result<ExitCode> {
 type Table = fn(&Path) -> Result<String>;
 
 /// One bench on an emulated host of its own, which writes what it measures to a file of its name.
-fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm::Part {
-    let tool = workspace::target().join("release/chitin-bench");
-    let serve = workspace::root().join("examples/warm-python.sh");
+fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> Part {
+    let tool = workspace::target_dir().join("release/chitin-bench");
+    let serve = workspace::root_dir().join("examples/warm-python.sh");
     let arguments = arguments
         .replace("{warm-up}", "'python3 -c \"import json, ssl\"'")
         .replace("{print}", "'print(1)'")
@@ -313,7 +318,8 @@ fn part(name: &str, arguments: &str, peer: Option<&Path>, dir: &Path) -> microvm
     for program in [Some(tool.as_path()), peer].into_iter().flatten() {
         options.extend(["--preload".to_owned(), program.display().to_string()]);
     }
-    microvm::Part { options, command: ["/bin/sh", "-c", &script].map(str::to_owned).into() }
+    let command = ["/bin/sh", "-c", &script].map(str::to_owned).into();
+    Part::nested(name, options, command)
 }
 
 fn peer_table(dir: &Path) -> Result<String> {
@@ -463,7 +469,7 @@ mod tests {
 
     #[test]
     fn the_document_has_a_place_for_every_table() {
-        let path = workspace::root().join("docs/benchmarks.md");
+        let path = workspace::root_dir().join("docs/benchmarks.md");
         let mut text = fs::read_to_string(path).unwrap();
         for bench in &BENCHES {
             text = replace(&text, bench.name, "new\n").unwrap();

@@ -57,11 +57,15 @@ impl Key {
 }
 
 /// Returns the cache entry of that key, building it with `build` in an empty directory if there is none.
-pub fn entry(what: &str, key: Key, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-    entry_in(&workspace::cache()?, what, key, build)
+pub fn find_or_build(
+    what: &str,
+    key: Key,
+    build: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
+    find_or_build_in(&workspace::cache_dir()?, what, key, build)
 }
 
-fn entry_in(
+fn find_or_build_in(
     root: &Path,
     what: &str,
     key: Key,
@@ -73,7 +77,7 @@ fn entry_in(
         return Ok(entry);
     }
     fs::create_dir_all(root).with_context(|| format!("create {}", root.display()))?;
-    let _lock = lock(&root.join(format!("{what}.lock")))?;
+    let _lock = lock_file(&root.join(format!("{what}.lock")))?;
     if entry.is_dir() {
         return Ok(entry);
     }
@@ -81,7 +85,7 @@ fn entry_in(
     // We hold the lock, so what is there was left by a builder that died.
     remove_tree(&partial)?;
     fs::create_dir(&partial).with_context(|| format!("create {}", partial.display()))?;
-    let built = build(&partial).and_then(|()| protect(&partial));
+    let built = build(&partial).and_then(|()| make_read_only(&partial));
     if let Err(error) = built {
         // The first error matters; a leftover is removed by the next builder anyway.
         let _ = remove_tree(&partial);
@@ -92,7 +96,7 @@ fn entry_in(
     Ok(entry)
 }
 
-fn lock(path: &Path) -> Result<File> {
+fn lock_file(path: &Path) -> Result<File> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(path);
     let file = file.with_context(|| format!("open {}", path.display()))?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
@@ -124,12 +128,12 @@ pub fn remove_tree(path: &Path) -> Result<()> {
 }
 
 /// Takes write permission off every regular file of an entry.
-fn protect(dir: &Path) -> Result<()> {
+fn make_read_only(dir: &Path) -> Result<()> {
     for item in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let path = item?.path();
         let meta = path.symlink_metadata()?;
         if meta.is_dir() {
-            protect(&path)?;
+            make_read_only(&path)?;
         } else if meta.is_file() {
             fs::set_permissions(&path, fs::Permissions::from_mode(meta.mode() & 0o555))?;
         }
@@ -138,11 +142,11 @@ fn protect(dir: &Path) -> Result<()> {
 }
 
 /// Makes a file of a cache entry appear as `target/artifacts/<name>`: a hard link, or a copy across file systems.
-pub fn publish(file: &Path, name: &str) -> Result<PathBuf> {
-    publish_in(&workspace::artifacts(), file, name)
+pub fn publish_file(file: &Path, name: &str) -> Result<PathBuf> {
+    publish_file_in(&workspace::artifacts_dir(), file, name)
 }
 
-fn publish_in(dir: &Path, file: &Path, name: &str) -> Result<PathBuf> {
+fn publish_file_in(dir: &Path, file: &Path, name: &str) -> Result<PathBuf> {
     let target = dir.join(name);
     let source = file.metadata().with_context(|| format!("look at {}", file.display()))?;
     let same = |there: &fs::Metadata| {

@@ -30,16 +30,16 @@ fn key_depends_on_every_input_and_its_place() {
 fn entry_is_built_once_and_read_only() {
     let root = tempfile::tempdir().unwrap();
     let build = |dir: &Path| Ok(fs::write(dir.join("f"), "x")?);
-    let first = entry_in(root.path(), "thing", key(), build).unwrap();
+    let first = find_or_build_in(root.path(), "thing", key(), build).unwrap();
     assert_eq!(fs::metadata(first.join("f")).unwrap().mode() & 0o222, 0);
-    let second = entry_in(root.path(), "thing", key(), |_| panic!("built twice")).unwrap();
+    let second = find_or_build_in(root.path(), "thing", key(), |_| panic!("built twice")).unwrap();
     assert_eq!(first, second);
 }
 
 #[test]
 fn failed_build_leaves_nothing_and_can_be_repeated() {
     let root = tempfile::tempdir().unwrap();
-    let failed = entry_in(root.path(), "thing", key(), |dir| {
+    let failed = find_or_build_in(root.path(), "thing", key(), |dir| {
         fs::write(dir.join("half"), "")?;
         anyhow::bail!("compiler on fire")
     });
@@ -48,7 +48,8 @@ fn failed_build_leaves_nothing_and_can_be_repeated() {
         fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["thing.lock"]);
     let entry =
-        entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
+        find_or_build_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?))
+            .unwrap();
     assert!(!entry.join("half").exists());
 }
 
@@ -58,7 +59,8 @@ fn leftovers_of_a_killed_builder_are_cleared() {
     let partial = root.path().join(format!("thing-{}.partial", key().finish()));
     fs::create_dir_all(partial.join("deep")).unwrap();
     let entry =
-        entry_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?)).unwrap();
+        find_or_build_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?))
+            .unwrap();
     assert!(!entry.join("deep").exists() && !partial.exists());
 }
 
@@ -69,7 +71,7 @@ fn two_builders_build_one_entry() {
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                entry_in(root.path(), "thing", key(), |_| {
+                find_or_build_in(root.path(), "thing", key(), |_| {
                     builds.fetch_add(1, Ordering::SeqCst);
                     thread::sleep(Duration::from_millis(50));
                     Ok(())
@@ -88,10 +90,10 @@ fn publish_links_and_follows_a_new_entry() {
         (root.path().join("old"), root.path().join("new"), root.path().join("artifacts"));
     fs::write(&old, "old").unwrap();
     fs::write(&new, "new").unwrap();
-    let target = publish_in(&dir, &old, "thing").unwrap();
+    let target = publish_file_in(&dir, &old, "thing").unwrap();
     assert_eq!(fs::metadata(&target).unwrap().ino(), fs::metadata(&old).unwrap().ino());
-    publish_in(&dir, &old, "thing").unwrap();
-    publish_in(&dir, &new, "thing").unwrap();
+    publish_file_in(&dir, &old, "thing").unwrap();
+    publish_file_in(&dir, &new, "thing").unwrap();
     assert_eq!(fs::read_to_string(&target).unwrap(), "new");
     assert_eq!(fs::read_to_string(&old).unwrap(), "old");
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);

@@ -41,17 +41,17 @@ const PACKAGES: [&str; 25] = [
 /// Sees to it that `target/programs/debian` has them: `bin` for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
 pub fn programs() -> Result<()> {
     let key = cache::Key::new("clients", 1).text("packages", &PACKAGES.join(" "));
-    let entry = cache::entry("clients", key, fetch)?;
+    let entry = cache::find_or_build("clients", key, fetch)?;
     programs::publish(&entry.join("debian"), "debian")
 }
 
 fn fetch(dir: &Path) -> Result<()> {
     eprintln!("fetching curl and git for the tests of egress");
-    let tree = debian::scratch(dir, "tree")?;
+    let tree = debian::create_scratch_dir(dir, "tree")?;
     for name in PACKAGES {
-        let package = debian::candidate(name)?;
-        let (_, deb) = package.download(dir, || debian::candidate(name))?;
-        debian::unpack(&deb, &tree)?;
+        let package = debian::find_candidate(name)?;
+        let (_, deb) = package.download(dir, || debian::find_candidate(name))?;
+        debian::unpack_package(&deb, &tree)?;
     }
     let to = dir.join("debian");
     let (bin, lib, core) = (to.join("bin"), to.join("lib"), to.join("git-core"));

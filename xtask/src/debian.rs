@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 use crate::{cache, workspace};
 
 /// A package of a known version.
@@ -30,7 +30,7 @@ impl Package {
     }
 
     fn substitute_file(&self) -> Result<PathBuf> {
-        Ok(workspace::cache()?.join(format!("{}_{}.substitute", self.name, self.version)))
+        Ok(workspace::cache_dir()?.join(format!("{}_{}.substitute", self.name, self.version)))
     }
 
     /// Downloads the package into `dir`. When the archive no longer has it, `newest` names what to take instead.
@@ -79,9 +79,9 @@ impl Package {
         let spec = format!("{}={}", self.name, self.version);
         // As root, apt would drop to the user _apt, who cannot write here, and say so each time.
         let apt = ["-q", "-o", "APT::Sandbox::User=root", "download"];
-        output(command("apt-get", apt).arg(spec).current_dir(dir)).with_context(|| {
-            format!("download {self} (if the package lists are empty: apt-get update)")
-        })?;
+        capture_output(new_command("apt-get", apt).arg(spec).current_dir(dir)).with_context(
+            || format!("download {self} (if the package lists are empty: apt-get update)"),
+        )?;
         file_with_extension(dir, "deb")
             .with_context(|| format!("apt-get download of {self} left no file"))
     }
@@ -104,8 +104,8 @@ fn parse_substitute(text: &str) -> Option<Package> {
 }
 
 /// The version of a package that apt would install.
-pub fn candidate(name: &str) -> Result<Package> {
-    let policy = output(&mut command("apt-cache", ["policy", name]))?;
+pub fn find_candidate(name: &str) -> Result<Package> {
+    let policy = capture_output(&mut new_command("apt-cache", ["policy", name]))?;
     match parse_candidate(&policy) {
         Some(version) => Ok(Package { name: name.to_owned(), version }),
         None => bail!(
@@ -121,7 +121,7 @@ fn parse_candidate(policy: &str) -> Option<String> {
 
 /// The commands, for root, that install packages. A fresh container has no package lists, and stale ones name versions that
 /// are gone.
-pub fn install(names: &[&str]) -> Vec<Vec<String>> {
+pub fn install_commands(names: &[&str]) -> Vec<Vec<String>> {
     let apt = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
     vec![apt(&["apt-get", "update"]), apt(&install)]
@@ -141,7 +141,7 @@ impl SourceApt {
             fs::create_dir_all(below.join("partial"))
                 .with_context(|| format!("create {}", below.display()))?;
         }
-        let line = format!("deb-src [signed-by={KEYRING}] {} {suite} main\n", archive()?);
+        let line = format!("deb-src [signed-by={KEYRING}] {} {suite} main\n", find_archive()?);
         fs::write(&sources, line).with_context(|| format!("write {}", sources.display()))?;
         let option = |key: &str, path: &Path| format!("--option={key}={}", path.display());
         let apt = Self {
@@ -154,13 +154,14 @@ impl SourceApt {
                 "--option=APT::Sandbox::User=root".into(),
             ],
         };
-        output(command("apt-get", &apt.options).args(["-q", "update"]))
+        capture_output(new_command("apt-get", &apt.options).args(["-q", "update"]))
             .with_context(|| format!("fetch the list of source packages of {suite}"))?;
         Ok(apt)
     }
 
     fn newest(&self, name: &str) -> Result<Package> {
-        let shown = output(command("apt-cache", &self.options).args(["showsrc", name]))?;
+        let shown =
+            capture_output(new_command("apt-cache", &self.options).args(["showsrc", name]))?;
         let version = shown.lines().find_map(|line| line.strip_prefix("Version: "));
         let version =
             version.with_context(|| format!("apt knows no source package {name}"))?.to_owned();
@@ -168,9 +169,9 @@ impl SourceApt {
     }
 
     fn download(&self, package: &Package, dir: &Path) -> Result<PathBuf> {
-        let mut source = command("apt-get", &self.options);
+        let mut source = new_command("apt-get", &self.options);
         source.args(["-q", "source", "--download-only", "--tar-only"]).current_dir(dir);
-        output(source.arg(format!("{}={}", package.name, package.version)))
+        capture_output(source.arg(format!("{}={}", package.name, package.version)))
             .with_context(|| format!("download the source of {package}"))?;
         file_with_extension(dir, "xz")
             .with_context(|| format!("the source of {package} left no file"))
@@ -181,12 +182,12 @@ impl SourceApt {
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Where the machine's Debian comes from, which has its other releases too.
-fn archive() -> Result<String> {
+fn find_archive() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
     let codename =
         codename.context("/etc/os-release names no VERSION_CODENAME: this is no Debian release")?;
-    let targets = output(&mut command(
+    let targets = capture_output(&mut new_command(
         "apt-get",
         [
             "indextargets",
@@ -209,15 +210,15 @@ fn parse_archive(targets: &str, codename: &str) -> Option<String> {
 }
 
 /// Unpacks a package into a directory and removes the package file.
-pub fn unpack(deb: &Path, into: &Path) -> Result<()> {
-    output(command("dpkg-deb", ["--extract"]).args([deb, into]))?;
+pub fn unpack_package(deb: &Path, into: &Path) -> Result<()> {
+    capture_output(new_command("dpkg-deb", ["--extract"]).args([deb, into]))?;
     fs::remove_file(deb).with_context(|| format!("remove {}", deb.display()))
 }
 
 /// Unpacks upstream's archive of a source package, whose files are in one directory, and removes it.
 pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
-    output(
-        command("tar", ["--extract", "--strip-components=1", "--file"])
+    capture_output(
+        new_command("tar", ["--extract", "--strip-components=1", "--file"])
             .arg(archive)
             .arg("--directory")
             .arg(into),
@@ -226,10 +227,10 @@ pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
 }
 
 /// Applies patches to a source. No fuzz: one that does not fit exactly was written for another version.
-pub fn patch(source: &Path, patches: &[PathBuf]) -> Result<()> {
+pub fn apply_patches(source: &Path, patches: &[PathBuf]) -> Result<()> {
     for patch in patches {
-        let mut apply = command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
-        output(apply.arg(patch).current_dir(source))
+        let mut apply = new_command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
+        capture_output(apply.arg(patch).current_dir(source))
             .with_context(|| format!("{} does not fit the source any more", patch.display()))?;
     }
     Ok(())
@@ -237,14 +238,14 @@ pub fn patch(source: &Path, patches: &[PathBuf]) -> Result<()> {
 
 /// The cache entry of what `build` makes of a package, or of the substitute that it had to take and returns. That one is filed
 /// under its own key, so that the next run finds it.
-pub fn entry(
+pub fn find_or_build(
     what: &str,
     package: &Package,
     key: impl Fn(&Package) -> cache::Key,
     build: impl FnOnce(&Path) -> Result<Package>,
 ) -> Result<PathBuf> {
     let mut used = package.clone();
-    let entry = cache::entry(what, key(package), |dir| {
+    let entry = cache::find_or_build(what, key(package), |dir| {
         used = build(dir)?;
         Ok(())
     })?;
@@ -259,7 +260,7 @@ pub fn entry(
 }
 
 /// A scratch directory inside a cache entry under construction, removed by the caller's `finish`.
-pub fn scratch(dir: &Path, name: &str) -> Result<PathBuf> {
+pub fn create_scratch_dir(dir: &Path, name: &str) -> Result<PathBuf> {
     let path = dir.join(name);
     cache::remove_tree(&path)?;
     fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
@@ -287,7 +288,7 @@ mod tests {
 
     #[test]
     fn lists_are_fetched_before_packages_are() {
-        let lines = install(&["x"]).into_iter().map(|words| words.join(" "));
+        let lines = install_commands(&["x"]).into_iter().map(|words| words.join(" "));
         let expected = ["apt-get update", "apt-get install --yes --no-install-recommends x"];
         assert_eq!(lines.collect::<Vec<_>>(), expected);
     }

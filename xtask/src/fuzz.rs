@@ -1,97 +1,106 @@
-//! `cargo xtask fuzz`: feeds every parser that a guest or a file can reach, for a while.
+//! `cargo xtask fuzz`: fuzzes every parser that a guest or a file can reach, for a limited time.
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
+use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::{command, output, run_aloud};
+use crate::parts::{Part, run_parts};
+use crate::process::{announce_and_run, capture_output, new_command};
 use crate::workspace;
 
-/// Inputs are as long as what a target can use: a kernel's headers, some packets, a state.
+/// The length of the longest input that a target can use: the headers of a kernel, some packets, a
+/// saved state.
 const MAX_INPUT_BYTES: u32 = 16 * 1024;
 
-/// One input takes less than a millisecond; this is one that hangs.
+/// The time after which an input counts as a hang; one takes less than a millisecond.
 const INPUT_LIMIT_S: u32 = 10;
 
-/// More than any target needs for what it is bounded to, with the sanitizer's own.
+/// More than the bounds of any target need, together with the sanitizer.
 const MEMORY_LIMIT_MIB: u32 = 2048;
+
+/// Seconds for each target.
+pub const SECONDS: u32 = 20;
 
 /// Fuzz the parsers that a guest or a file can reach
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Seconds for each target
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = SECONDS)]
     seconds: u32,
-    /// Only this one: mmio, vsock, protocol, tree, kernel or template
+    /// Fuzz only this target: mmio, vsock, protocol, tree, kernel or template
     target: Option<String>,
 }
 
-impl Default for Args {
-    fn default() -> Self {
-        Self { seconds: 20, target: None }
-    }
-}
-
-/// Builds the targets, and runs them one after the other.
-///
-/// What is found goes to `target/fuzz-artifacts`, what is learned to `target/fuzz-corpus`; each run starts with both that
-/// and the seeds of the tree.
+/// Builds the targets and runs them, one for each processor at a time.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let dir = workspace::root().join("fuzz");
-    let all = targets()?;
-    let chosen: Vec<&String> = all
-        .iter()
-        .filter(|name| args.target.as_ref().is_none_or(|target| target == *name))
-        .collect();
-    ensure!(!chosen.is_empty(), "no such fuzz target; there are {}", all.join(", "));
-    cargo_fuzz("build", &[])?;
-    for name in chosen {
-        let corpus = workspace::target().join("fuzz-corpus").join(name);
-        let artifacts = workspace::target().join("fuzz-artifacts").join(name);
-        for dir in [&corpus, &artifacts] {
-            fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-        }
-        let seeds = dir.join("seeds").join(name);
-        let words = [name.into(), corpus.into_os_string(), seeds.into_os_string(), "--".into()];
-        let mut words: Vec<_> =
-            words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        words.extend([
-            format!("-max_total_time={}", args.seconds),
-            format!("-max_len={MAX_INPUT_BYTES}"),
-            format!("-timeout={INPUT_LIMIT_S}"),
-            format!("-rss_limit_mb={MEMORY_LIMIT_MIB}"),
-            // With a slash at its end it is a directory.
-            format!("-artifact_prefix={}/", artifacts.display()),
-            "-print_final_stats=1".into(),
-        ]);
-        cargo_fuzz("run", &words)?;
+    announce_and_run(&mut build_command())?;
+    let mut parts = parts(args.seconds)?;
+    if let Some(target) = &args.target {
+        let names: Vec<String> = parts.iter().map(|part| part.name.clone()).collect();
+        parts.retain(|part| part.name == part_name(target));
+        ensure!(!parts.is_empty(), "no fuzz target `{target}`; there are {}", names.join(", "));
+    }
+    let lanes = thread::available_parallelism().map_or(1, usize::from);
+    if run_parts(lanes, &parts, &|_| {})? != ExitCode::SUCCESS {
+        bail!("a target found something: the input is in target/fuzz-artifacts");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The names of the targets, as cargo-fuzz lists them.
-fn targets() -> Result<Vec<String>> {
-    let mut list = command("cargo", ["fuzz", "list", "--fuzz-dir", "."]);
-    Ok(output(list.current_dir(workspace::root().join("fuzz")))?
-        .lines()
-        .map(str::to_owned)
-        .collect())
+/// Returns the command that builds all targets.
+pub fn build_command() -> Command {
+    cargo_fuzz("build")
 }
 
-fn cargo_fuzz(action: &str, words: &[String]) -> Result<()> {
-    let mut fuzz = Command::new("cargo");
-    fuzz.args(["fuzz", action, "--fuzz-dir", ".", "--target-dir"]).arg(target_dir()).args(words);
-    // Instrumentation is an option that only unstable compilers have, and stable ones if they are told to be.
-    fuzz.env("RUSTC_BOOTSTRAP", "1")
-        .current_dir(workspace::root().join("fuzz"))
-        .stdin(Stdio::null());
-    run_aloud(&mut fuzz).context("what was found is in target/fuzz-artifacts")
+/// Returns a part for each target. Inputs that fail go to `target/fuzz-artifacts`, inputs that
+/// reach new code to `target/fuzz-corpus`; each run starts with those and the seeds of the tree.
+pub fn parts(seconds: u32) -> Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    for name in list_targets()? {
+        let corpus = workspace::target_dir().join("fuzz-corpus").join(&name);
+        let artifacts = workspace::target_dir().join("fuzz-artifacts").join(&name);
+        for dir in [&corpus, &artifacts] {
+            fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        }
+        let mut command = cargo_fuzz("run");
+        command.arg(&name).arg(corpus).arg(fuzz_dir().join("seeds").join(&name)).arg("--");
+        command.args([
+            format!("-max_total_time={seconds}"),
+            format!("-max_len={MAX_INPUT_BYTES}"),
+            format!("-timeout={INPUT_LIMIT_S}"),
+            format!("-rss_limit_mb={MEMORY_LIMIT_MIB}"),
+            // A slash at the end makes it a directory.
+            format!("-artifact_prefix={}/", artifacts.display()),
+            "-print_final_stats=1".into(),
+        ]);
+        parts.push(Part::local(part_name(&name), command));
+    }
+    Ok(parts)
 }
 
-fn target_dir() -> PathBuf {
-    workspace::target().join("fuzz")
+fn part_name(target: &str) -> String {
+    format!("fuzz {target}")
+}
+
+/// Returns the names of the targets, as cargo-fuzz lists them.
+fn list_targets() -> Result<Vec<String>> {
+    let mut list = new_command("cargo", ["fuzz", "list", "--fuzz-dir", "."]);
+    Ok(capture_output(list.current_dir(fuzz_dir()))?.lines().map(str::to_owned).collect())
+}
+
+fn cargo_fuzz(action: &str) -> Command {
+    let mut fuzz = new_command("cargo", ["fuzz", action, "--fuzz-dir", ".", "--target-dir"]);
+    fuzz.arg(workspace::target_dir().join("fuzz")).current_dir(fuzz_dir());
+    // Instrumentation is an unstable option; this variable makes a stable compiler accept it.
+    fuzz.env("RUSTC_BOOTSTRAP", "1");
+    fuzz
+}
+
+fn fuzz_dir() -> PathBuf {
+    workspace::root_dir().join("fuzz")
 }
 
 #[cfg(test)]
@@ -99,15 +108,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_target_has_seeds() {
-        let dir = workspace::root().join("fuzz");
-        let mut sources = 0;
-        for source in fs::read_dir(dir.join("targets")).unwrap() {
+    fn each_fuzz_target_has_seeds() {
+        let mut targets = 0;
+        for source in fs::read_dir(fuzz_dir().join("targets")).unwrap() {
             let name = source.unwrap().path().file_stem().unwrap().to_owned();
-            let seeds = fs::read_dir(dir.join("seeds").join(&name)).map_or(0, Iterator::count);
+            let seeds =
+                fs::read_dir(fuzz_dir().join("seeds").join(&name)).map_or(0, Iterator::count);
             assert!(seeds > 0, "{} has no seeds", name.display());
-            sources += 1;
+            targets += 1;
         }
-        assert!(sources >= 6);
+        assert!(targets >= 6);
     }
 }

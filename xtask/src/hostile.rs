@@ -10,7 +10,8 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::{self, command, output, start_failure};
+use crate::build::Profile;
+use crate::process::{self, capture_output, describe_start_failure, new_command};
 use crate::{microvm, workspace};
 
 /// Where the mutations are, from the workspace root.
@@ -30,12 +31,12 @@ pub struct Args {
 
 /// Builds the monitor and the attacks, and runs them.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    build(workspace::root(), &["--package", "chitin-hostile"], &[])?;
+    build(workspace::root_dir(), &["--package", "chitin-hostile"], &[])?;
     let filter = args.filter.as_deref();
     match args.mutate.as_deref() {
         None => {
-            crate::build::monitor()?;
-            attack(&workspace::target().join("release/chitin-vmm"), filter)
+            crate::build::build_monitor(Profile::Release)?;
+            attack(&workspace::target_dir().join("release/chitin-vmm"), filter)
         }
         Some(name) => mutate(name, filter),
     }
@@ -43,29 +44,29 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Runs the attacks on a monitor, here if there is any KVM.
 fn attack(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
-    let hostile = workspace::target().join("debug/chitin-hostile");
+    let hostile = workspace::target_dir().join("debug/chitin-hostile");
     let words = [hostile.to_string_lossy(), monitor.to_string_lossy()];
     let words: Vec<&str> = words.iter().map(AsRef::as_ref).chain(filter).collect();
     if fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
         eprintln!(
             "hostile guests run in the emulated KVM host, because /dev/kvm cannot be opened here"
         );
-        return microvm::nested_with(&[], &words);
+        return microvm::run_nested(&[], &words);
     }
-    let mut attack = command(words[0], &words[1..]);
-    let status = attack.status().with_context(|| start_failure(&attack))?;
+    let mut attack = new_command(words[0], &words[1..]);
+    let status = attack.status().with_context(|| describe_start_failure(&attack))?;
     Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(125)))
 }
 
 /// Takes one check out of the monitor, or each in turn, and fails if no attack notices.
 fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
-    let all = workspace::patches(MUTATIONS)?;
+    let all = workspace::list_patches(MUTATIONS)?;
     let chosen: Vec<&PathBuf> = all
         .iter()
         .filter(|path| name == "all" || path.file_stem().is_some_and(|stem| stem == name))
         .collect();
     ensure!(!chosen.is_empty(), "no mutation `{name}` in {MUTATIONS}");
-    let scratch = workspace::target().join("mutations");
+    let scratch = workspace::target_dir().join("mutations");
     let tree = scratch.join("tree");
     copy_tree(&tree)?;
     let mut missed = Vec::new();
@@ -103,9 +104,9 @@ fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
 
 /// Copies what belongs to the workspace. What is the same already keeps its time, so that it need not be built again.
 fn copy_tree(to: &Path) -> Result<()> {
-    let root = workspace::root();
-    let listed = output(
-        command("git", ["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+    let root = workspace::root_dir();
+    let listed = capture_output(
+        new_command("git", ["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
             .current_dir(&root),
     )?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
@@ -128,13 +129,13 @@ fn patch(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
     patch
         .args(["--strip=1", "--no-backup-if-mismatch", "--fuzz=0", "--silent", "--force"])
         .args(options);
-    output(patch.current_dir(tree).stdin(Stdio::from(file)))?;
+    capture_output(patch.current_dir(tree).stdin(Stdio::from(file)))?;
     Ok(())
 }
 
 fn build(dir: PathBuf, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
-    let mut build = command("cargo", ["build", "--quiet"]);
-    process::run(build.args(args).envs(env.iter().copied()).current_dir(dir))
+    let mut build = new_command("cargo", ["build", "--quiet"]);
+    process::run_command(build.args(args).envs(env.iter().copied()).current_dir(dir))
 }
 
 #[cfg(test)]
@@ -143,12 +144,12 @@ mod tests {
 
     #[test]
     fn each_mutation_says_what_it_removes_and_fits_the_monitor() {
-        let all = workspace::patches(MUTATIONS).unwrap();
+        let all = workspace::list_patches(MUTATIONS).unwrap();
         assert!(all.len() >= 3);
         for path in all {
             let text = fs::read_to_string(&path).unwrap();
             assert!(text.starts_with("Removes: "), "{} says nothing", path.display());
-            patch(&workspace::root(), &path, &["--dry-run"]).unwrap();
+            patch(&workspace::root_dir(), &path, &["--dry-run"]).unwrap();
         }
     }
 }

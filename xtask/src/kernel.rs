@@ -11,7 +11,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 
 use crate::debian::{self, Package};
-use crate::process::{command, output, version};
+use crate::process::{capture_output, new_command, query_version};
 use crate::progress::Progress;
 use crate::{cache, workspace};
 
@@ -33,7 +33,7 @@ pub struct Args {
 /// Builds, or finds, the kernel and publishes it.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let entry = find_or_build()?;
-    let published = cache::publish(&entry.join("vmlinux"), "vmlinux")?;
+    let published = cache::publish_file(&entry.join("vmlinux"), "vmlinux")?;
     if args.print_entry {
         println!("{}", entry.display());
     } else {
@@ -44,10 +44,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// The cache entry with `vmlinux`, `config` and `System.map`.
 pub fn find_or_build() -> Result<PathBuf> {
-    let fragments = config::read_fragments(&workspace::root().join("kernel-config"))?;
-    let patches = workspace::patches("kernel-config/patches")?;
+    let fragments = config::read_fragments(&workspace::root_dir().join("kernel-config"))?;
+    let patches = workspace::list_patches("kernel-config/patches")?;
     let patch_key = cache::Key::new("patches", 1).files(&patches)?.finish();
-    let (compiler, linker) = (version("gcc")?, version("ld")?);
+    let (compiler, linker) = (query_version("gcc")?, query_version("ld")?);
     let key = |source: &Package| {
         let key = cache::Key::new("kernel", 1).text("source", &source.to_string());
         let key = key.text("config", &fragments.text).text("patches", &patch_key);
@@ -55,7 +55,7 @@ pub fn find_or_build() -> Result<PathBuf> {
     };
 
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
-    debian::entry("kernel", &package, key, |dir| build(dir, &package, &patches, &fragments))
+    debian::find_or_build("kernel", &package, key, |dir| build(dir, &package, &patches, &fragments))
 }
 
 fn build(
@@ -64,12 +64,12 @@ fn build(
     patches: &[PathBuf],
     fragments: &config::Fragments,
 ) -> Result<Package> {
-    let scratch = debian::scratch(dir, "build")?;
+    let scratch = debian::create_scratch_dir(dir, "build")?;
     let progress = Progress::start(&format!("Fetching and unpacking {package}"), 0);
-    let (used, deb) = package.download(&scratch, || debian::candidate(SOURCE))?;
-    debian::unpack(&deb, &scratch)?;
+    let (used, deb) = package.download(&scratch, || debian::find_candidate(SOURCE))?;
+    debian::unpack_package(&deb, &scratch)?;
     debian::unpack_source(&scratch.join(format!("usr/src/{SOURCE}.tar.xz")), &scratch)?;
-    debian::patch(&scratch, patches)?;
+    debian::apply_patches(&scratch, patches)?;
     progress.finish();
 
     configure(&scratch, fragments)?;
@@ -86,8 +86,8 @@ fn build(
 /// Makes `.config` of "everything off" plus the fragments, and checks that it says what they asked for.
 fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
     fs::write(source.join("chitin.config"), &fragments.text)?;
-    output(
-        command("make", ["--silent", "allnoconfig", "KCONFIG_ALLCONFIG=chitin.config"])
+    capture_output(
+        new_command("make", ["--silent", "allnoconfig", "KCONFIG_ALLCONFIG=chitin.config"])
             .current_dir(source),
     )?;
     let result =
@@ -104,7 +104,7 @@ fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
 
 fn compile(source: &Path) -> Result<()> {
     let jobs = thread::available_parallelism().map_or(2, usize::from);
-    let mut make = command("make", [format!("-j{jobs}").as_str(), "vmlinux"]);
+    let mut make = new_command("make", [format!("-j{jobs}").as_str(), "vmlinux"]);
     make.current_dir(source);
     // What would differ from one build to the next.
     make.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01T00:00:00Z").env("KBUILD_BUILD_USER", "chitin");

@@ -16,6 +16,8 @@ mod kernel;
 mod microvm;
 mod nested;
 mod npm;
+mod openbao;
+mod parts;
 mod process;
 mod programs;
 mod progress;
@@ -24,7 +26,6 @@ mod rootfs;
 mod setup;
 mod static_build;
 mod test;
-mod vault;
 mod workspace;
 
 use std::process::ExitCode;
@@ -40,16 +41,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what the other commands need: Debian packages, a Rust target, cargo-nextest, cargo-fuzz
+    /// Install missing tools: Debian packages, a Rust target, subcommands of Cargo
     Setup(setup::Args),
-    /// Build guest kernel, root image, `chitin` and its monitor: target/artifacts and target/release
+    /// Build guest kernel, root image, `chitin`, its monitor and its benchmark tool
     Build(build::Args),
     /// Build the guest kernel, target/artifacts/vmlinux
     Kernel(kernel::Args),
     /// Build the read-only root image, target/artifacts/root.img
     Rootfs(rootfs::Args),
-    /// Fetch and build the servers of the Vault API that tests of credentials ask, target/artifacts/bao and rvault
-    Vault(vault::Args),
+    /// Fetch OpenBao, the server that tests of Vault credentials use, target/artifacts/bao
+    Openbao(openbao::Args),
     /// Fetch the programs that tests run in sandboxes, target/programs
     Programs(programs::Args),
     /// Run a command on an emulated machine that has a usable /dev/kvm
@@ -62,7 +63,7 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Have bare guests attack the monitor, and print what became of each
     Hostile(hostile::Args),
-    /// Run every check and every test
+    /// Run every check and every test, or selected end-to-end tests
     Test(test::Args),
 }
 
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
         Task::Build(args) => build::run(&args),
         Task::Kernel(args) => kernel::run(&args),
         Task::Rootfs(args) => rootfs::run(&args),
-        Task::Vault(args) => vault::run(&args),
+        Task::Openbao(args) => openbao::run(&args),
         Task::Programs(args) => programs::run(&args),
         Task::Nested(args) => nested::run(&args),
         Task::Demo(args) => demo::run(&args),

@@ -40,7 +40,7 @@ use chitin_nested_init::{
     share_tag,
 };
 
-use crate::process::start_failure;
+use crate::process::describe_start_failure;
 use crate::{duration, workspace};
 
 mod host;
@@ -134,7 +134,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The directories written through, as absolute paths.
 fn shares(out: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut shares = Vec::new();
-    for dir in std::iter::once(&workspace::target().join("nested-out")).chain(out) {
+    for dir in std::iter::once(&workspace::target_dir().join("nested-out")).chain(out) {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize().with_context(|| format!("find {}", dir.display()))?;
         // QEMU splits its options at commas; doubling them is possible, but such a name is a mistake anyway.
@@ -183,7 +183,7 @@ fn preload(args: &Args) -> Result<Vec<Vec<u8>>> {
         let program = Path::new(&args.command[0]);
         let program = match program.components().count() {
             1 if !program.exists() => {
-                crate::process::find(&program.to_string_lossy()).unwrap_or_default()
+                crate::process::find_on_path(&program.to_string_lossy()).unwrap_or_default()
             }
             _ => program.to_owned(),
         };
@@ -192,7 +192,7 @@ fn preload(args: &Args) -> Result<Vec<Vec<u8>>> {
         let system =
             ["/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/bin/sh"];
         let system = system.into_iter().chain(["/lib64/ld-linux-x86-64.so.2"]).map(PathBuf::from);
-        let ours = [workspace::artifacts(), workspace::target().join("release")];
+        let ours = [workspace::artifacts_dir(), workspace::target_dir().join("release")];
         for path in ours.into_iter().chain([program]).chain(libraries).chain(system) {
             // Any of these may be absent; the command will say so if it needed it.
             if path.exists() {
@@ -313,7 +313,7 @@ impl Machine {
             });
         }
         let started = Instant::now();
-        let mut qemu_child = qemu.spawn().with_context(|| start_failure(&qemu))?;
+        let mut qemu_child = qemu.spawn().with_context(|| describe_start_failure(&qemu))?;
         // With it go our copies of the child's ends: a port then ends when QEMU does.
         drop(qemu);
         let [control, stdin, stdout, stderr, console_socket] = <[UnixStream; 5]>::try_from(ours)
@@ -441,7 +441,7 @@ impl Machine {
         thread::sleep(Duration::from_millis(100));
         let console =
             self.console.lock().map(|mut tail| tail.make_contiguous().to_vec()).unwrap_or_default();
-        let log = workspace::target().join("nested-console.log");
+        let log = workspace::target_dir().join("nested-console.log");
         let kept = fs::write(&log, &console).is_ok();
         let place = if kept { format!(" (all of it: {})", log.display()) } else { String::new() };
         format!(

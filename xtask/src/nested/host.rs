@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::initrd::{Initrd, dependencies};
 use crate::debian::{self, Package};
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 use crate::progress::Progress;
 use crate::{cache, static_build, workspace};
 
@@ -16,6 +16,9 @@ const KERNEL: &str = "linux-image-6.12.117+deb12-amd64";
 const KERNEL_VERSION: &str = "6.12.117-1~deb12u1";
 /// What the machine needs beyond what is built in. Dependencies are followed.
 const MODULES: [&str; 4] = ["9pnet_virtio", "9p", "overlay", "kvm-amd"];
+
+/// Crates that Cargo compiles for PID 1: only the length of the progress bar.
+const INIT_CRATES: u64 = 6;
 
 /// Files QEMU boots.
 pub struct Host {
@@ -28,12 +31,12 @@ pub struct Host {
 /// Finds both in the cache, or makes them.
 pub fn find_or_build() -> Result<Host> {
     let kernel = kernel()?;
-    let init_dir = workspace::root().join("integration/nested-init");
+    let init_dir = workspace::root_dir().join("integration/nested-init");
     let mut key = cache::Key::new("nested-initrd", 1).text("kernel", &kernel.to_string_lossy());
     for source in ["Cargo.toml", "src/lib.rs", "src/main.rs"] {
         key = key.file(&init_dir.join(source))?;
     }
-    let initrd = cache::entry("nested-initrd", key, |dir| {
+    let initrd = cache::find_or_build("nested-initrd", key, |dir| {
         let mut initrd = Initrd::default();
         for dir in ["dev", "proc", "sys", "modules"] {
             initrd.directory(dir);
@@ -62,11 +65,11 @@ fn kernel() -> Result<PathBuf> {
             .text("kernel", &package.to_string())
             .text("modules", &modules)
     };
-    debian::entry("nested-kernel", &package, key, |dir| {
+    debian::find_or_build("nested-kernel", &package, key, |dir| {
         let progress = Progress::start(&format!("Fetching {package}"), 0);
-        let scratch = debian::scratch(dir, "unpacked")?;
+        let scratch = debian::create_scratch_dir(dir, "unpacked")?;
         let (used, deb) = package.download(&scratch, newest)?;
-        debian::unpack(&deb, &scratch)?;
+        debian::unpack_package(&deb, &scratch)?;
         extract(&scratch, dir)?;
         cache::remove_tree(&scratch)?;
         progress.finish();
@@ -76,11 +79,12 @@ fn kernel() -> Result<PathBuf> {
 
 /// The newest 6.12 kernel that apt has: what the metapackage of that series depends on.
 fn newest() -> Result<Package> {
-    let depends = output(&mut command("apt-cache", ["depends", "linux-image-6.12-amd64"]))?;
+    let depends =
+        capture_output(&mut new_command("apt-cache", ["depends", "linux-image-6.12-amd64"]))?;
     let name = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
     let name =
         name.context("apt knows no linux-image-6.12-amd64: is bookworm-security in its sources?")?;
-    debian::candidate(&format!("linux-image-{name}"))
+    debian::find_candidate(&format!("linux-image-{name}"))
 }
 
 fn extract(package: &Path, into: &Path) -> Result<()> {
@@ -148,15 +152,15 @@ fn read_module(files: &[PathBuf], name: &str) -> Result<Vec<u8>> {
         .find(matches)
         .with_context(|| format!("the kernel package has no module {name}"))?;
     if path.extension().is_some_and(|extension| extension == "xz") {
-        output(command("xz", ["--decompress", "--keep", "--force"]).arg(path))?;
+        capture_output(new_command("xz", ["--decompress", "--keep", "--force"]).arg(path))?;
         return Ok(fs::read(path.with_extension(""))?);
     }
     Ok(fs::read(path)?)
 }
 
 fn build_init() -> Result<Vec<u8>> {
-    let progress = Progress::start("Building PID 1 of the emulated machine", 0);
-    let binary = static_build::build(&["chitin-nested-init"])?.join("chitin-nested-init");
-    progress.finish();
+    let label = "Building PID 1 of the emulated machine";
+    let dir = static_build::build_static(&["chitin-nested-init"], label, INIT_CRATES)?;
+    let binary = dir.join("chitin-nested-init");
     fs::read(&binary).with_context(|| format!("read {}", binary.display()))
 }

@@ -11,7 +11,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use crate::debian::{self, Package};
-use crate::process::{command, output, version};
+use crate::process::{capture_output, new_command, query_version};
 use crate::progress::Progress;
 use crate::{cache, pypi, workspace};
 
@@ -48,40 +48,40 @@ pub const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 /// # Errors
 /// Something needed is missing, or the build fails.
 pub fn find_or_build() -> Result<PathBuf> {
-    let patches = workspace::patches("integration/nested-qemu/patches")?;
+    let patches = workspace::list_patches("integration/nested-qemu/patches")?;
     let inputs = cache::Key::new("patches", 1).file(&devices())?.files(&patches)?.finish();
-    let compiler = version("gcc")?;
+    let compiler = query_version("gcc")?;
     let key = |source: &Package| {
         let key =
             cache::Key::new("qemu", 1).text("source", &source.to_string()).text("inputs", &inputs);
         key.text("configure", &CONFIGURE.join(" ")).text("compiler", &compiler)
     };
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
-    let entry = debian::entry("qemu", &package, key, |dir| build(dir, &package, &patches))?;
+    let entry = debian::find_or_build("qemu", &package, key, |dir| build(dir, &package, &patches))?;
     Ok(entry.join(PROGRAM))
 }
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
 fn devices() -> PathBuf {
-    workspace::root().join("integration/nested-qemu/devices.mak")
+    workspace::root_dir().join("integration/nested-qemu/devices.mak")
 }
 
 fn build(dir: &Path, package: &Package, patches: &[PathBuf]) -> Result<Package> {
-    let source = debian::scratch(dir, "build")?;
+    let source = debian::create_scratch_dir(dir, "build")?;
     let progress = Progress::start(&format!("Fetching and unpacking {package}"), 0);
     let (used, archive) = package.download_source(SUITE, &source)?;
     debian::unpack_source(&archive, &source)?;
-    debian::patch(&source, patches)?;
+    debian::apply_patches(&source, patches)?;
     fs::copy(devices(), source.join("configs/devices/x86_64-softmmu/chitin.mak"))
         .context("add the list of devices to QEMU's source")?;
     progress.finish();
 
-    let build_system = pypi::unpacked("meson", &BUILD_SYSTEM)?;
-    let mut configure = command(source.join("configure"), CONFIGURE);
-    output(configure.current_dir(&source).env("PYTHONPATH", &build_system))?;
+    let build_system = pypi::fetch_wheels("meson", &BUILD_SYSTEM)?;
+    let mut configure = new_command(source.join("configure"), CONFIGURE);
+    capture_output(configure.current_dir(&source).env("PYTHONPATH", &build_system))?;
     let jobs = thread::available_parallelism().map_or(2, usize::from);
-    let mut ninja = command("ninja", ["-j", &jobs.to_string(), "-C", "build", PROGRAM]);
+    let mut ninja = new_command("ninja", ["-j", &jobs.to_string(), "-C", "build", PROGRAM]);
     ninja.current_dir(&source).env("PYTHONPATH", &build_system);
     // A line per step: "[3/1320] Compiling C object …".
     Progress::follow(&mut ninja, "Building QEMU", STEPS, |line| line.starts_with('['))?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::lock::Pin;
 use super::recipe::Recipe;
-use crate::process::{command, output};
+use crate::process::{capture_output, new_command};
 
 /// A private apt: package lists of its own, nothing installed, Debian's archives only.
 pub struct Apt {
@@ -40,7 +40,7 @@ impl Apt {
             .context("configure apt")?;
         let apt = Self { directory };
         let status = apt
-            .command("apt-get")
+            .apt_command("apt-get")
             .args(["update", "-qq"])
             .status()
             .context("run apt-get update")?;
@@ -77,9 +77,10 @@ impl Apt {
 
     /// The dependency closure of the recipe's packages in current versions, without what the recipe skips.
     pub fn resolve(&self, recipe: &Recipe) -> Result<Vec<Pin>> {
-        let mut install = self.command("apt-get");
+        let mut install = self.apt_command("apt-get");
         install.args(["install", "-qq", "-y", "--print-uris"]).args(recipe.requested());
-        let closure = parse_uris(&output(&mut install).context("find the recipe's packages")?)?;
+        let closure =
+            parse_uris(&capture_output(&mut install).context("find the recipe's packages")?)?;
         for skip in &recipe.skip {
             if !closure.iter().any(|found| found.name == skip.name) {
                 eprintln!(
@@ -90,16 +91,19 @@ impl Apt {
         }
         // `install` prints a weaker hash or none; `download` prints SHA-256.
         let wanted = closure.into_iter().filter(|found| !recipe.skips(&found.name));
-        let mut download = self.command("apt-get");
+        let mut download = self.apt_command("apt-get");
         download.args(["download", "-qq", "--print-uris"]).args(wanted.map(|found| found.exact()));
-        parse_uris(&output(&mut download)?)?.into_iter().map(Found::into_pin).collect()
+        parse_uris(&capture_output(&mut download)?)?.into_iter().map(Found::into_pin).collect()
     }
 
     /// Those of `pins` that the archives no longer have.
     pub fn missing<'a>(&self, pins: &[&'a Pin]) -> Result<Vec<&'a Pin>> {
         // Prints what it finds, and ends with a failure only if that is nothing.
-        let shown =
-            self.command("apt-cache").arg("show").args(pins.iter().map(|pin| exact(pin))).output();
+        let shown = self
+            .apt_command("apt-cache")
+            .arg("show")
+            .args(pins.iter().map(|pin| exact(pin)))
+            .output();
         let shown = shown.context("run apt-cache show")?.stdout;
         let shown = String::from_utf8_lossy(&shown);
         // By content: the same version with another one would be a package that is gone, too.
@@ -113,18 +117,18 @@ impl Apt {
     pub fn download(&self, pins: &[&Pin]) -> Result<PathBuf> {
         let target = self.directory.path().join("packages");
         fs::create_dir_all(&target).context("make a directory for packages")?;
-        let mut download = self.command("apt-get");
+        let mut download = self.apt_command("apt-get");
         download
             .current_dir(&target)
             .args(["download", "-qq"])
             .args(pins.iter().map(|pin| exact(pin)));
-        output(&mut download).context("download packages")?;
+        capture_output(&mut download).context("download packages")?;
         Ok(target)
     }
 
-    fn command(&self, program: &str) -> Command {
+    fn apt_command(&self, program: &str) -> Command {
         // Given as an option and not as $APT_CONFIG, because the latter is read before the machine's own configuration.
-        let mut command = command(program, ["-c"]);
+        let mut command = new_command(program, ["-c"]);
         command.arg(self.directory.path().join("apt.conf"));
         command
     }

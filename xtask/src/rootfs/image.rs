@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::recipe::Recipe;
-use crate::process::{command, exists, output};
+use crate::process::{capture_output, is_on_path, new_command};
 
 /// virtio-pmem regions are mapped in 2 MiB sections, and the monitor can use huge pages only for whole ones.
 pub const ALIGNMENT: u64 = 2 << 20;
@@ -25,7 +25,7 @@ exec mkfs.erofs "$@" "$image" "$tree""#;
 
 /// The version of erofs-utils: another one may lay files out differently. (mkfs.erofs 1.5 cannot be asked.)
 pub fn tools_version() -> Result<String> {
-    let shown = output(&mut command("fsck.erofs", ["-V"]))?;
+    let shown = capture_output(&mut new_command("fsck.erofs", ["-V"]))?;
     let version = shown.split_ascii_whitespace().nth(1);
     Ok(version.with_context(|| format!("fsck.erofs says {shown:?} and no version"))?.into())
 }
@@ -34,10 +34,10 @@ pub fn tools_version() -> Result<String> {
 pub fn make(tree: &Path, image: &Path, archive: &Path, recipe: &Recipe) -> Result<u64> {
     // Started by a shell, which would say it less well.
     ensure!(
-        exists("mkfs.erofs"),
+        is_on_path("mkfs.erofs"),
         "mkfs.erofs is missing (cargo xtask setup installs what is missing)"
     );
-    let mut command = command("fakeroot", ["--", "sh", "-euc", SCRIPT, "sh"]);
+    let mut command = new_command("fakeroot", ["--", "sh", "-euc", SCRIPT, "sh"]);
     command.arg(tree).arg(image).arg(archive).arg(recipe.timestamp.to_string());
     for directory in recipe.directory.iter().filter(|directory| directory.owner != 0) {
         command.arg(directory.owner.to_string()).arg(&directory.path);
@@ -52,7 +52,7 @@ pub fn make(tree: &Path, image: &Path, archive: &Path, recipe: &Recipe) -> Resul
         &format!("-T{}", recipe.timestamp),
         &format!("-U{}", recipe.uuid),
     ]);
-    output(&mut command).context("make the image")?;
+    capture_output(&mut command).context("make the image")?;
     let length = pad(image)?;
     check(image, recipe, length)?;
     Ok(length)
@@ -80,7 +80,7 @@ fn check(image: &Path, recipe: &Recipe, length: u64) -> Result<()> {
         length >> 20,
         recipe.max_mib
     );
-    output(command("fsck.erofs", ["--"]).arg(image)).context("check the image")?;
+    capture_output(new_command("fsck.erofs", ["--"]).arg(image)).context("check the image")?;
     Ok(())
 }
 

@@ -20,7 +20,7 @@ fn a_written_lock_reads_as_the_same() {
 
 #[test]
 fn the_committed_lock_fits_the_recipe() {
-    let rootfs = crate::workspace::root().join("rootfs");
+    let rootfs = crate::workspace::root_dir().join("rootfs");
     let recipe =
         Recipe::parse(&std::fs::read_to_string(rootfs.join("recipe.toml")).unwrap()).unwrap();
     let lock =

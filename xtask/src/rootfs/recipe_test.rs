@@ -17,7 +17,7 @@ fn error_of(addition: &str) -> String {
 
 #[test]
 fn the_committed_recipe_is_valid() {
-    let path = crate::workspace::root().join("rootfs/recipe.toml");
+    let path = crate::workspace::root_dir().join("rootfs/recipe.toml");
     let recipe = Recipe::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
     assert!(recipe.requested().is_sorted());
     let work = recipe.directory.iter().find(|directory| directory.path == "work").unwrap();

@@ -1,0 +1,215 @@
+//! `cargo xtask test`: every check and every test, or the end-to-end tests that a filter and a tier
+//! select.
+//!
+//! ```text
+//! sources:  format, dependencies, clippy, rustdoc, build of the tests ─┐
+//! products: kernel, image, chitin, programs, OpenBao ──────────────────┴▶ unit tests ─▶ doc tests ─┐
+//!   ┌──────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   └▶ containers ─▶ parts, one for each processor at a time: microVMs, hostile guests, fuzzing
+//! ```
+
+use std::process::{Command, ExitCode};
+use std::thread;
+
+use anyhow::{Context, Result};
+
+use self::results::TestLog;
+use self::selection::{Selection, Tier};
+use self::stages::Stages;
+use crate::build::{self, BuildPlan, Profile};
+use crate::parts::{Part, run_parts, stream_output};
+use crate::process::new_command;
+use crate::setup::{self, Purpose};
+use crate::{fuzz, microvm, openbao, programs, workspace};
+
+mod microvms;
+mod results;
+mod selection;
+mod stages;
+
+/// Run every check and every test
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run only the end-to-end tests with this in their name, or in that of their file
+    filter: Option<String>,
+    /// Run only the end-to-end tests of this tier
+    #[arg(long)]
+    tier: Option<Tier>,
+}
+
+/// Installs and builds what is missing, then tests. The summary names the slowest tests and what
+/// was left out.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let suite = Suite::default();
+    setup::ensure_installed(&[Purpose::Tests])?;
+    if args.filter.is_none() && args.tier.is_none() {
+        suite.run_all()?;
+    } else {
+        suite.run_selected(args)?;
+    }
+    Ok(suite.summarize())
+}
+
+/// One run, with all that it found.
+#[derive(Debug, Default)]
+struct Suite {
+    stages: Stages,
+    log: TestLog,
+}
+
+impl Suite {
+    fn run_all(&self) -> Result<()> {
+        setup::ensure_installed(&[Purpose::Nanoclaw, Purpose::Nemoclaw, Purpose::Fuzzing])?;
+        thread::scope(|scope| {
+            scope.spawn(|| self.check_sources());
+            self.stages.run("products", || self.build_products(true).map(|()| true));
+        });
+        if !self.stages.passed() {
+            return Ok(());
+        }
+        self.stages.run("unit tests", || self.run_unit_tests());
+        self.stages.run("doc tests", || {
+            self.stream("doc", cargo(&["test", "--workspace", "--doc", "--quiet"]))
+        });
+        let selection = Selection::find(None, None)?;
+        self.stages.run("containers", || self.run_containers(&selection));
+        let mut extra = vec![hostile_part()?];
+        extra.extend(fuzz::parts(fuzz::SECONDS)?);
+        self.run_microvms(&selection, extra)
+    }
+
+    fn run_selected(&self, args: &Args) -> Result<()> {
+        let selection = Selection::find(args.filter.as_deref(), args.tier)?;
+        for what in ["checks of the sources", "unit and doc tests", "hostile guests", "fuzzing"] {
+            self.stages.leave_out(what);
+        }
+        let mut containers = false;
+        for (tier, purpose) in
+            [(Tier::Nanoclaw, Purpose::Nanoclaw), (Tier::Nemoclaw, Purpose::Nemoclaw)]
+        {
+            if selection.count(tier) > 0 {
+                setup::ensure_installed(&[purpose])?;
+                containers = true;
+            }
+        }
+        let microvms = selection.count(Tier::Ironclaw) > 0;
+        for tier in Tier::ALL {
+            match selection.count(tier) {
+                0 => self.stages.leave_out(format!("all tests of {tier}")),
+                count => eprintln!("test: {count} tests of {tier}"),
+            }
+        }
+        if !self.stages.run("products", || self.build_products(microvms).map(|()| true)) {
+            return Ok(());
+        }
+        if containers {
+            self.stages.run("containers", || self.run_containers(&selection));
+        }
+        if microvms { self.run_microvms(&selection, Vec::new()) } else { Ok(()) }
+    }
+
+    /// Prints stages, slowest tests and failures, and in the last line how many tests passed.
+    fn summarize(&self) -> ExitCode {
+        eprintln!();
+        for line in self.stages.summary().into_iter().chain(self.log.summary()) {
+            eprintln!("{line}");
+        }
+        let (passed, failed) = self.log.counts();
+        eprintln!("test: {passed} passed, {failed} failed, 0 skipped");
+        if self.stages.passed() && failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    /// Checks the sources, and compiles what the tests need of them.
+    fn check_sources(&self) {
+        self.stages.run("format", || self.stream("fmt", cargo(&["fmt", "--all", "--check"])));
+        self.stages.run("dependencies", || {
+            let checks = ["deny", "--workspace", "check", "bans", "licenses", "sources"];
+            self.stream("deny", cargo(&checks))
+        });
+        self.stages.run("clippy", || {
+            let all = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+            self.stream("clippy", cargo(&all))
+        });
+        self.stages.run("rustdoc", || {
+            let mut doc = cargo(&["doc", "--workspace", "--no-deps"]);
+            doc.env("RUSTDOCFLAGS", "--deny warnings");
+            self.stream("doc", doc)
+        });
+        self.stages.run("build of the tests", || {
+            self.stream("build", cargo(&["nextest", "run", "--workspace", "--no-run"]))
+        });
+        self.stages.run("build of the fuzz targets", || self.stream("fuzz", fuzz::build_command()));
+    }
+
+    fn build_products(&self, microvms: bool) -> Result<()> {
+        build::install_and_build(&BuildPlan {
+            kernel: microvms,
+            emulation: microvms,
+            profile: Profile::Release,
+            packages: &["chitin-cli"],
+        })?;
+        programs::run(&programs::Args::default())?;
+        openbao::run(&openbao::Args::default()).map(drop)
+    }
+
+    fn run_unit_tests(&self) -> Result<bool> {
+        let run = ["nextest", "run", "--workspace", "--exclude", "chitin-integration"];
+        self.stream("unit", cargo(&run))
+    }
+
+    /// Runs the tests of the container tiers, which need no KVM, next to a separate Docker daemon.
+    fn run_containers(&self, selection: &Selection) -> Result<bool> {
+        let with_daemon =
+            ["run", "--quiet", "--package", "chitin-integration", "--bin", "with-dockerd", "--"];
+        let mut command = cargo(&with_daemon);
+        command.args(["cargo", "nextest", "run", "--profile", "containers"]);
+        command.args(selection.options(None));
+        self.stream("containers", command)
+    }
+
+    /// Runs the tests that boot microVMs, and other parts, on this machine or on emulated hosts.
+    fn run_microvms(&self, selection: &Selection, extra: Vec<Part>) -> Result<()> {
+        let usable = microvm::is_usable(&Profile::Release.bin_dir())?;
+        let mut parts = Vec::new();
+        if !usable {
+            microvm::prepare_emulated_host()?;
+            parts.extend(microvms::nested_parts(selection)?);
+        }
+        parts.extend(extra);
+        if !parts.is_empty() {
+            let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+            let name = format!("parts: {}", names.join(", "));
+            self.stages.run(&name, || {
+                let code =
+                    run_parts(microvms::host_count(), &parts, &|line| self.log.observe(line))?;
+                Ok(code == ExitCode::SUCCESS)
+            });
+        }
+        if usable {
+            self.stages
+                .run("microVMs", || self.stream("microvm", microvms::local_command(selection)));
+        }
+        Ok(())
+    }
+
+    /// Runs a command and records the tests that it reports.
+    fn stream(&self, name: &str, mut command: Command) -> Result<bool> {
+        let status = stream_output(&mut command, name, &|line| self.log.observe(line))?;
+        Ok(status.success())
+    }
+}
+
+fn hostile_part() -> Result<Part> {
+    let xtask = std::env::current_exe().context("find this program")?;
+    Ok(Part::local("hostile guests", new_command(xtask, ["hostile"])))
+}
+
+fn cargo(args: &[&str]) -> Command {
+    let mut command = new_command("cargo", args);
+    command.current_dir(workspace::root_dir());
+    command
+}
+
+#[cfg(test)]
+#[path = "threat_model_test.rs"]
+mod threat_model_test;
