@@ -19,7 +19,7 @@ use crate::memory::GuestRam;
 /// they are taken, and would otherwise keep the VMM thread for itself.
 const CHAINS_PER_TURN: usize = 512;
 
-/// What a device does with a chain.
+/// The result of a device's work on a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completion {
     /// The chain goes back to the driver with `len` bytes written to it.

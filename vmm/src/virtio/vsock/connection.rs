@@ -8,6 +8,10 @@
 //!                                    └───────────────┴──▶ Draining ──────────────────┘
 //!
 //!   From any state with a channel, when the host closes it: HostGone
+//!
+//!   In a guest that becomes a template:
+//!          REQUEST                         saved, restored             accepted
+//!   Closed ───────▶ Closed with a request ─ ─ ─ ─ ─ ─ ─ ─ ─ ─▶ Idle ────────────▶ Open
 //! ```
 //!
 //! In `Open`, each direction can end by itself: a SHUTDOWN (send) of the guest shuts down the
@@ -15,9 +19,8 @@
 //! becomes a SHUTDOWN (send) to the guest.
 //!
 //! A guest that becomes a template may request a second connection once it has closed the first.
-//! That request is the [`Successor`] of the connection. It gets no answer here: the guest is saved
-//! in `Closed` with the request, and each guest restored from it begins in `Idle`, accepts the
-//! request, and is `Open` with a channel of its own.
+//! That is the [`Successor`] of the connection. The request gets no answer here: the guest is saved
+//! with it, and each guest restored from it begins with a channel of its own and is accepted.
 //!
 //! Nothing here blocks and nothing grows. Payload for a host that does not read is buffered up to
 //! the guest's credit ([`BUFFER_BYTES`](super::credit::BUFFER_BYTES)), and control packets up to
@@ -44,10 +47,10 @@ use crate::virtio::{FaultCounter, Flow, GuestFault, NotQuiescent, PacketFault, R
 /// packets to be refused, and provides no buffers, stalls itself instead of growing the list.
 pub const MAX_PENDING_CONTROL: usize = 32;
 
-/// The connection, and what the guest is told about it.
+/// The guest's one connection, and the control packets that wait to be received.
 pub struct Connection {
     state: State,
-    /// Whether the guest becomes a template, and so may have a [`Successor`].
+    /// Set if the guest becomes a template, and so may have a [`Successor`].
     is_template: bool,
     /// Set when the guest has connected; see [`Vsock`](super::Vsock).
     used: Arc<AtomicBool>,
@@ -145,9 +148,20 @@ impl Connection {
         Ok(request)
     }
 
-    /// Accepts the request that the guest was saved with.
+    /// Opens the connection unless there was one: accepts a request, which may be the one that the
+    /// guest was saved with.
     pub fn accept(&mut self, request: ConnectionRequest) {
-        self.open(VsockAddr { cid: GUEST_CID, port: request.port }, request);
+        self.state = match self.take_state() {
+            State::Idle(channel) => {
+                let guest = VsockAddr { cid: GUEST_CID, port: request.port };
+                let mut stream = Stream::new(channel, guest);
+                stream.record_announcement(request.buf_alloc, request.fwd_cnt);
+                self.pending_control.push_back(stream.make_header(Op::Response));
+                self.used.store(true, Ordering::Relaxed);
+                State::Open(stream)
+            }
+            state => state,
+        };
     }
 
     /// Handles the readiness of the channel.
@@ -253,10 +267,10 @@ impl Connection {
         if header.destination.port != CHANNEL_PORT {
             return Err(PacketFault::ClosedPort);
         }
-        let Header { source, buf_alloc, fwd_cnt, .. } = *header;
-        let request = ConnectionRequest { port: source.port, buf_alloc, fwd_cnt };
+        let Header { source: VsockAddr { port, .. }, buf_alloc, fwd_cnt, .. } = *header;
+        let request = ConnectionRequest { port, buf_alloc, fwd_cnt };
         if let State::Idle(_) = self.state {
-            self.open(source, request);
+            self.accept(request);
             return Ok(());
         }
         match self.state.successor_mut() {
@@ -285,31 +299,23 @@ impl Connection {
             stream.shut_down(flags);
             if stream.is_closed_by_guest() {
                 let successor = self.successor_after_close();
-                if let State::Open(stream) = mem::replace(&mut self.state, State::HostGone) {
-                    self.state = State::Closing(stream, successor);
-                }
+                self.state = match self.take_state() {
+                    State::Open(stream) => State::Closing(stream, successor),
+                    state => state,
+                };
             }
         }
         self.finish_delivery();
     }
 
-    /// Opens the connection from `guest` if none was made yet.
-    fn open(&mut self, guest: VsockAddr, request: ConnectionRequest) {
-        self.state = match mem::replace(&mut self.state, State::HostGone) {
-            State::Idle(channel) => {
-                let mut stream = Stream::new(channel, guest);
-                stream.record_announcement(request.buf_alloc, request.fwd_cnt);
-                self.pending_control.push_back(stream.make_header(Op::Response));
-                self.used.store(true, Ordering::Relaxed);
-                State::Open(stream)
-            }
-            state => state,
-        };
+    /// Moves the state out, to be replaced at once.
+    fn take_state(&mut self) -> State {
+        mem::replace(&mut self.state, State::HostGone)
     }
 
     /// Ends the connection at once. The host still gets the bytes that were received.
     fn drain(&mut self, successor: Successor) {
-        self.state = match mem::replace(&mut self.state, State::HostGone) {
+        self.state = match self.take_state() {
             State::Open(stream) | State::Closing(stream, _) => {
                 State::Draining(stream.channel, successor)
             }
@@ -350,7 +356,7 @@ impl Connection {
         }
     }
 
-    /// Returns whether the guest may have another connection after it has closed this one itself.
+    /// Returns the successor of a connection that the guest closes by the rules.
     fn successor_after_close(&self) -> Successor {
         match self.state {
             State::Closing(_, successor) => successor,
@@ -380,8 +386,7 @@ impl Connection {
     ) -> Result<Completion, GuestFault> {
         let bytes = chain.writable.len();
         let too_small = GuestFault::BufferTooSmall { queue, head: chain.head, bytes };
-        // A buffer for a header alone would be used up without ever carrying the payload that
-        // waits.
+        // A buffer for a header alone could never carry the payload that waits.
         if bytes <= HEADER_BYTES {
             return Err(too_small);
         }

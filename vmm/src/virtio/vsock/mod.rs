@@ -86,7 +86,7 @@ const ROUNDS_PER_TURN: usize = 4;
 pub struct Vsock {
     config: [u8; 8],
     channel: ChannelSlot,
-    /// Whether the guest becomes a template: its second connection is left unanswered.
+    /// Set if the guest becomes a template: its second connection is left unanswered.
     is_template: bool,
     /// Set when the guest has connected. A byte stream cannot be joined to a second connection, not
     /// even after the driver has reset the device.

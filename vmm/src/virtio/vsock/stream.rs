@@ -20,7 +20,7 @@ pub struct Stream {
     pub credit: Credit,
     to_host: ToHost,
     to_guest: ToGuest,
-    /// Whether the guest owes an answer to a CREDIT_REQUEST.
+    /// Set while the guest owes an answer to a CREDIT_REQUEST.
     credit_requested: bool,
 }
 
