@@ -12,38 +12,35 @@
 //! does not allow is a [`GuestFault`]: it is counted and has no effect. Source: VIRTIO 1.2,
 //! sections 2.1, 3.1 and 4.2.
 
+mod shared_registers;
 mod snapshot;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
     VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
-    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
-    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_SHM_SEL, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
-    VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
+    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
+    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_SHM_SEL, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::shared_registers::SharedRegisters;
 use super::queue::{ActiveQueue, QueuePosition};
-use super::{
-    Activation, COMMON_FEATURES, FaultCounter, GuestFault, Interrupt, QueueHandler, Signal,
-    VirtioDevice,
-};
+use super::{Activation, COMMON_FEATURES, GuestFault, Interrupt, QueueHandler, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::memory::GuestRam;
 use crate::state::machine::ConnectionRequest;
@@ -68,51 +65,6 @@ pub struct MmioDeviceInfo {
     pub address: GuestAddress,
     /// Its line of the I/O APIC.
     pub irq: u32,
-}
-
-/// The registers that the transport (on a vCPU) and the running half (on the VMM thread) share,
-/// without a lock.
-pub struct SharedRegisters {
-    status: AtomicU32,
-    interrupt_status: AtomicU32,
-    /// The eventfd that KVM turns into an interrupt.
-    irq: EventFd,
-    /// Counts the guest's faults, on either side.
-    pub faults: Arc<FaultCounter>,
-}
-
-impl SharedRegisters {
-    /// Makes the registers of a device whose interrupt is raised by writing to `irq`.
-    pub fn new(irq: EventFd) -> Arc<Self> {
-        let (status, interrupt_status) = (AtomicU32::new(0), AtomicU32::new(0));
-        Arc::new(Self { status, interrupt_status, irq, faults: Arc::default() })
-    }
-
-    /// Counts a fault and tells the driver that the device has to be reset.
-    pub fn set_needs_reset(&self, fault: GuestFault) {
-        self.faults.count(fault);
-        let before = self.status.fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
-        if before & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
-            self.trigger(Signal::Config);
-        }
-    }
-
-    fn raise_irq(&self) {
-        // A write fails if the counter is full. Then the line has been raised, and KVM has not
-        // taken it yet.
-        let _ = self.irq.write(1);
-    }
-}
-
-impl Interrupt for SharedRegisters {
-    fn trigger(&self, signal: Signal) {
-        let bit = match signal {
-            Signal::Queue => VIRTIO_MMIO_INT_VRING,
-            Signal::Config => VIRTIO_MMIO_INT_CONFIG,
-        };
-        self.interrupt_status.fetch_or(bit, Ordering::SeqCst);
-        self.raise_irq();
-    }
 }
 
 /// The way from the transport to the VMM thread, which runs the device's [`QueueHandler`].

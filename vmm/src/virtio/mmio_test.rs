@@ -1,11 +1,13 @@
 use std::sync::Mutex;
 
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_CONFIG;
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::virtio::test_driver::test_ram;
-use crate::virtio::{Flow, HandlerState, NotQuiescent};
+use crate::virtio::{Flow, HandlerState, NotQuiescent, Signal};
 
 pub(super) const RAM: usize = 1 << 20;
 const MODERN: u32 = 1; // VIRTIO_F_VERSION_1, in the upper half
