@@ -9,6 +9,8 @@ mod cache;
 mod clients;
 mod debian;
 mod demo;
+#[cfg(test)]
+mod docs_test;
 mod duration;
 mod fuzz;
 mod hostile;
