@@ -202,8 +202,7 @@ fn run_process(
 ) -> Result<Outcome, Error> {
     if !spec.jail {
         resources.open_pagemap()?;
-        jail::forbid_dumps()
-            .map_err(|source| MonitorError::Host { operation: "forbid core dumps", source })?;
+        jail::forbid_dumps().map_err(MonitorError::host("forbid core dumps"))?;
         return run_monitor(spec, resources, builder, None, emit);
     }
     match jail::fork_into_namespaces(&spec)? {
@@ -272,6 +271,5 @@ fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Event)) -
 }
 
 fn block_signals() -> Result<TerminationSignals, MonitorError> {
-    TerminationSignals::block()
-        .map_err(|source| MonitorError::Host { operation: "create a signalfd", source })
+    TerminationSignals::block().map_err(MonitorError::host("create a signalfd"))
 }

@@ -70,6 +70,11 @@ pub enum MonitorError {
 }
 
 impl MonitorError {
+    /// Names the operation that the host has refused: for `map_err`.
+    pub fn host(operation: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { operation, source }
+    }
+
     /// Classifies the error for programs. There is no wildcard, so that a new variant needs a decision.
     pub fn code(&self) -> FailureCode {
         match self {
@@ -107,11 +112,6 @@ fn boot_code(error: &BootError) -> FailureCode {
             FailureCode::Internal
         }
     }
-}
-
-/// Makes an error of the host from the operation that it refused.
-pub(super) fn host(operation: &'static str) -> impl Fn(io::Error) -> MonitorError {
-    move |source| MonitorError::Host { operation, source }
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::error::{MonitorError, host};
+use super::error::MonitorError;
 
 /// Creates an eventfd.
 pub(super) fn create_eventfd() -> Result<EventFd, MonitorError> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("create an eventfd"))
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(MonitorError::host("create an eventfd"))
 }

@@ -9,7 +9,7 @@ use vm_memory::MmapRegion;
 
 use super::device_requests::DeviceRequests;
 use super::devices::VirtioSlot;
-use super::error::{MonitorError, host};
+use super::error::MonitorError;
 use super::vcpu::{Vcpu, VcpuContext};
 use crate::arch::x86_64::layout;
 use crate::kvm::Vm;
@@ -46,7 +46,9 @@ pub(super) struct MappedMemory {
 impl MicroVm {
     /// Joins the guest's connection to a byte stream of the host.
     pub fn attach_channel(&self, channel: UnixStream) -> Result<(), MonitorError> {
-        channel.set_nonblocking(true).map_err(host("make the channel non-blocking"))?;
+        channel
+            .set_nonblocking(true)
+            .map_err(MonitorError::host("make the channel non-blocking"))?;
         self.channel.set(Arc::new(channel)).map_err(|_| MonitorError::Untimely {
             request: "go",
             reason: "the guest has a channel already",

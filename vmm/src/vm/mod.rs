@@ -55,7 +55,6 @@ pub use error::MonitorError;
 pub use resources::VmResources;
 pub use stopper::Stopper;
 
-use error::host;
 use event_loop::HostInterface;
 use microvm::MicroVm;
 use restore::Restored;
@@ -112,7 +111,8 @@ impl Monitor {
     /// The host refuses a thread or a descriptor, or has sent a request that is not possible. The end of
     /// the guest itself is not an error but an [`Ended`].
     pub fn run(self) -> Result<Ended, MonitorError> {
-        kick::install_kick_handler().map_err(host("install the signal handler of vCPUs"))?;
+        kick::install_kick_handler()
+            .map_err(MonitorError::host("install the signal handler of vCPUs"))?;
         Run::new(self.microvm, self.restored, self.host, self.filters)?.run_to_end()
     }
 }

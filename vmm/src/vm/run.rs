@@ -9,7 +9,7 @@
 //! A guest that is not prepared gets its devices before the filters: no rule is needed for that then.
 
 use super::end::{End, Ended};
-use super::error::{MonitorError, host};
+use super::error::MonitorError;
 use super::event_loop::{EventLoop, HostInterface, LoopExit};
 use super::microvm::MicroVm;
 use super::restore::Restored;
@@ -80,7 +80,9 @@ impl Run {
     /// Starts the threads of all vCPUs, which wait until the guest is entered.
     fn start_vcpus(&mut self) -> Result<(), MonitorError> {
         for vcpu in std::mem::take(&mut self.microvm.vcpus) {
-            self.threads.start(vcpu, self.filters).map_err(host("start the thread of a vCPU"))?;
+            self.threads
+                .start(vcpu, self.filters)
+                .map_err(MonitorError::host("start the thread of a vCPU"))?;
         }
         Ok(())
     }
@@ -90,8 +92,8 @@ impl Run {
         let Some(filters) = self.filters else { return Ok(()) };
         self.threads.wait_until_filtered();
         seccomp::limit_threads(self.threads.len() + 1)
-            .map_err(host("limit the number of threads"))?;
-        filters.install_filter(ThreadRole::Vmm).map_err(host("filter system calls"))
+            .map_err(MonitorError::host("limit the number of threads"))?;
+        filters.install_filter(ThreadRole::Vmm).map_err(MonitorError::host("filter system calls"))
     }
 
     /// Waits for the channel of a prepared guest. Returns an end if the guest is not to run.
