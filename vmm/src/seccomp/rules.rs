@@ -174,8 +174,8 @@ const VCPU: [SyscallRule; 4] = [
     ),
     syscall(libc::SYS_exit, "exit", Any, All, "the thread ends when the guest does"),
     syscall(
-        libc::SYS_poll,
-        "poll",
+        libc::SYS_ppoll,
+        "ppoll",
         Any,
         Console,
         "asks whether standard error accepts output: a guest does not wait for a terminal",
@@ -257,7 +257,7 @@ const VMM: [SyscallRule; 23] = [
     ),
     syscall(libc::SYS_mremap, "mremap", Any, All, "a large buffer grows: the kernel log, a state"),
     syscall(libc::SYS_exit_group, "exit_group", Any, All, "the process ends"),
-    syscall(libc::SYS_poll, "poll", Any, Console, "the last line of the console"),
+    syscall(libc::SYS_ppoll, "ppoll", Any, Console, "the last line of the console"),
     syscall(
         libc::SYS_pread64,
         "pread64",
