@@ -1,9 +1,9 @@
-# A Python that goes on in every copy of a template: it runs what a connection to port 8000 of the sandbox sends, up to the
-# end of what is sent, and answers with what that prints.
+# Starts a Python server for the copies of a template. It reads a program from a connection to port 8000 of the sandbox, runs
+# it, and answers with its output.
 #
 #   chitin template build python --warm-up "$(cat examples/warm-python.sh)"
 #
-# A program reaches it with `Sandbox::connect(8000)`, `chitin run --template python -p 8000` leads a port of the host to it.
+# The library connects with `Sandbox::connect(8000)`; `chitin run --template python -p 8000` forwards a port of the host.
 cat >/tmp/serve.py <<'END'
 import contextlib, io, json, socket, ssl, traceback
 
