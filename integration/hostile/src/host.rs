@@ -161,9 +161,8 @@ impl HostileGuest {
             let count = self.control.recv(&mut packet).context("wait for the guest's end")?;
             ensure!(count > 0, "the monitor ended without an event");
             let event = serde_json::from_slice(&packet[..count]).context("read an event")?;
-            match event {
-                end @ (Event::Ended { .. } | Event::Failed { .. }) => return Ok(end),
-                _ => {}
+            if let end @ (Event::Ended { .. } | Event::Failed { .. }) = event {
+                return Ok(end);
             }
         }
     }

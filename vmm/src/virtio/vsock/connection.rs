@@ -19,7 +19,7 @@
 //! becomes a SHUTDOWN (send) to the guest.
 //!
 //! A guest that becomes a template may request a second connection once it has closed the first.
-//! That is the [`Successor`] of the connection. The request gets no answer here: the guest is saved
+//! That is the *successor* of the connection. The request gets no answer here: the guest is saved
 //! with it, and each guest restored from it begins with a channel of its own and is accepted.
 //!
 //! Nothing here blocks and nothing grows. Payload for a host that does not read is buffered up to
