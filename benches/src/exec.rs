@@ -16,20 +16,19 @@ use crate::{plot, tier_runs};
 
 /// Arguments of `chitin-bench exec`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Times are milliseconds since the request for the command. Three commands come \
-first and are not counted.
+#[command(after_help = "\
+Times are milliseconds since the request for the command. Three commands come first and are not \
+counted.
 
-With --tier, each run is a whole `chitin run`, from the start of its process to its first byte and
-to its end, in turns with the same command in the same container without Chitin (`runsc run`,
-`docker run`). `all` skips the tiers that this host does not have and names them. `chitin` must be
-in the directory of `chitin-bench`.
+With --tier, each run is a whole `chitin run`, from the start of its process to its first byte \
+and to its end, in turns with the same command in the same container without Chitin (`runsc run`, \
+`docker run`). `all` skips the tiers that this host does not have and names them. `chitin` must \
+be in the directory of `chitin-bench`.
 
 Examples:
   chitin-bench exec --runs 100
   chitin-bench exec --tier all --runs 20 --json exec.json
-  chitin-bench exec -- python3 -c 'print(1)'"
-)]
+  chitin-bench exec -- python3 -c 'print(1)'")]
 pub struct Args {
     /// Measure whole runs on this tier instead: ironclaw, nanoclaw, nemoclaw, or all
     #[arg(long, value_name = "T", conflicts_with_all = ["peer", "plot"])]

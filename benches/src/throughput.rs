@@ -16,15 +16,13 @@ use crate::{peer, plot};
 
 /// Arguments of `chitin-bench throughput`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Rates are MiB per second, from the first byte to the end of the command: `in` is \
-what `cat >/dev/null` reads,
-`out` what `head -c SIZE /dev/zero` writes. One transfer in each direction comes first and is not
-counted.
+#[command(after_help = "\
+Rates are MiB per second, from the first byte to the end of the command: `in` is what `cat \
+>/dev/null` reads, `out` what `head -c SIZE /dev/zero` writes. One transfer in each direction \
+comes first and is not counted.
 
 Examples:
-  chitin-bench throughput --size 256"
-)]
+  chitin-bench throughput --size 256")]
 pub struct Args {
     /// Number of transfers in each direction
     #[arg(long, value_name = "N", default_value_t = 5,

@@ -20,20 +20,18 @@ const BROKEN: u8 = 1;
 
 /// Arguments of `chitin audit`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "With -v, every attack is shown. With `--tier all`, a tier that is unavailable on \
-this host is named and
-skipped.
+#[command(after_help = "\
+With -v, every attack is shown. With `--tier all`, a tier that is unavailable on this host is \
+named and skipped.
 
-Exit code: 0 if every promise of every attacked tier held, 1 if one did not, 125 if an audit could
-not be finished or no tier was attacked.
+Exit code: 0 if every promise of every attacked tier held, 1 if one did not, 125 if an audit \
+could not be finished or no tier was attacked.
 
 Examples:
   chitin audit
   chitin audit --tier nanoclaw -v
   chitin audit --tier all --json audit.json
-  chitin audit --document > docs/tiers.md       # the promises themselves"
-)]
+  chitin audit --document > docs/tiers.md       # the promises themselves")]
 pub struct Args {
     /// Tier to attack: ironclaw, nanoclaw, nemoclaw, or all
     #[arg(long, value_name = "T", default_value = "ironclaw")]

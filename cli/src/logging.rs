@@ -19,24 +19,26 @@ const FILTER_VARIABLE: &str = "CHITIN_LOG";
 /// Options of every command about its log.
 #[derive(clap::Args)]
 pub struct LogArgs {
-    /// Log to standard error: -v for each step, -vv for details, -vvv for everything
-    ///
-    /// Without it, the environment variable CHITIN_LOG is the log filter, in the syntax of the Rust
-    /// crate tracing-subscriber: `info`, `debug`, `chitin_broker=trace,chitin=info`. Values of
-    /// credentials are never logged.
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    /// Log to standard error: -v for each step, -vv for details, -vvv for everything; never the
+    /// value of a credential
+    #[arg(short, long, global = true, help_heading = "Logging",
+        action = clap::ArgAction::Count)]
     verbose: u8,
 
     /// Format of the log
-    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Logging",
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
     log_format: LogFormat,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum LogFormat {
-    /// One line of text for each event
     Text,
-    /// One JSON object on one line for each event
     Json,
 }
 

@@ -37,9 +37,11 @@ use crate::logging::LogArgs;
 `chitin COMMAND --help` describes a command and has more examples.
 
 Environment:
-  CHITIN_LOG        log filter if -v is not given: info, debug, chitin_broker=trace, …
+  CHITIN_LOG        log filter if -v is not given, in the syntax of the Rust crate
+                    tracing-subscriber: info, debug, chitin_broker=trace,chitin=info
   CHITIN_ARTIFACTS  directory of the guest kernel and the root image
-  CHITIN_TEMPLATES  directory of the templates"
+  CHITIN_TEMPLATES  directory of the templates
+  CHITIN_VMM        path of the monitor"
 )]
 struct Cli {
     #[command(flatten)]

@@ -10,16 +10,15 @@ use crate::machine_args::MachineArgs;
 
 /// Commands about templates.
 #[derive(clap::Subcommand)]
-#[command(
-    after_help = "Templates are stored in $CHITIN_TEMPLATES, or else in chitin/templates in the \
-user's data directory.
+#[command(after_help = "\
+Templates are stored in $CHITIN_TEMPLATES, or else in chitin/templates in the user's data \
+directory.
 
 Examples:
   chitin template build py --warm-up 'python3 -c \"import json, ssl\"'
   chitin run --template py -- python3 -c 'print(1)'
   chitin template ls
-  chitin template inspect py | jq .warm_up"
-)]
+  chitin template inspect py | jq .warm_up")]
 pub enum Command {
     /// Boot a sandbox, warm it up, and save it
     Build(BuildArgs),

@@ -3,13 +3,13 @@
 
     report.py [DATA.csv [OUTPUT-DIRECTORY]]        default: /work/data/weather.csv /work/out
 
-A tool step as an agent would write it: it says what it will do, does it step by step, and ends with a code that tells how
-it went. It needs nothing but Python's standard library.
+A tool step as an agent would write it: it prints a plan, reports each step, and ends with an exit code. It needs only
+Python's standard library.
 
 The report is signed with HMAC-SHA256 under a token that is read from the file named by API_TOKEN_FILE. The token is never
-printed or written; whoever handed it in can check the signature, and so knows that it arrived and what it was used for.
+printed or written. Its owner can check the signature, which proves that the token arrived and what it was used for.
 
-Exit codes: 0 done, 1 the data is not usable, 2 something that was to be handed in is missing.
+Exit codes: 0 done, 1 the data is not usable, 2 the data or the token is missing.
 """
 
 import csv
@@ -30,17 +30,17 @@ COLUMNS = ["location", "date", "precipitation", "temp_max", "temp_min", "wind", 
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 # The World Meteorological Organization's definition, in millimetres.
 WET_DAY_MM = 1.0
-# Real tokens are short; a larger file is a mistake, and reading it whole would be another.
+# Real tokens are short: a larger file is a mistake and is not read completely.
 TOKEN_LIMIT = 4096
-# Below this, statistics by month and location say nothing.
+# With fewer days, statistics by month and location mean nothing.
 FEWEST_DAYS = 365
 LAST_LAG = 5
-# With some 1,400 days, correlations up to 0.05 come from chance alone, and weather's own inertia about doubles that.
+# With about 1,400 days, correlations up to 0.05 come from chance alone; the inertia of weather doubles that.
 NOISE = 0.1
 
 
 class Refusal(Exception):
-    """The work cannot be done; the message says what to do about it."""
+    """An error that ends the program; the message contains the remedy."""
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -68,10 +68,10 @@ def warn(message):
 
 
 def read_token():
-    """Returns the token. A line end at its end is not part of it."""
+    """Returns the token without a line end at its end."""
     path = os.environ.get("API_TOKEN_FILE")
     if not path:
-        raise Refusal("API_TOKEN_FILE is not set: run me with `--secret API_TOKEN=env:API_TOKEN`", 2)
+        raise Refusal("API_TOKEN_FILE is not set: start the sandbox with `--secret API_TOKEN=env:API_TOKEN`", 2)
     try:
         with open(path, "rb") as source:
             token = source.read(TOKEN_LIMIT + 1)
@@ -102,11 +102,11 @@ def parse_day(row):
 
 
 def load(path):
-    """Returns the days by location, in order, and the digest of what was read."""
+    """Returns the days by location, in order, and the digest of the file."""
     try:
         raw = path.read_bytes()
     except OSError as error:
-        missing = f"there is no data in {path} ({error.strerror}): copy it in with `--copy-in FILE:{path}`"
+        missing = f"cannot read the data in {path} ({error.strerror}): copy it in with `--copy-in FILE:{path}`"
         raise Refusal(missing, 2) from error
     try:
         reader = csv.DictReader(raw.decode("utf-8").splitlines())
@@ -125,7 +125,7 @@ def load(path):
         if days.setdefault((day.location, day.date), day) is not day:
             warn(f"line {reader.line_num} is left out: {day.location} has another {day.date}")
     if unusable * 100 > len(days):
-        raise Refusal(f"{unusable} lines of {path} cannot be used: this is not the data I was written for", 1)
+        raise Refusal(f"{unusable} lines of {path} cannot be used: this is not the expected data", 1)
     places = defaultdict(list)
     for key in sorted(days):
         places[key[0]].append(days[key])
@@ -139,7 +139,7 @@ def load(path):
 
 
 def longest_run(series, wanted):
-    """The longest run of days for which `wanted` holds; a day without data ends a run."""
+    """Returns the longest run of days for which `wanted` holds; a day without data ends a run."""
     best, start, previous = (0, None), None, None
     for day in series:
         if not wanted(day):
@@ -169,7 +169,7 @@ def by_month(series):
 
 
 def heavy_rain(series):
-    """How much of all rain falls on the wettest twentieth of wet days."""
+    """Returns the share of all rain that falls on the wettest twentieth of wet days."""
     wet = [day.rain for day in series if day.wet]
     if len(wet) < 20:
         return None
@@ -183,7 +183,7 @@ def consecutive(series):
 
 
 def persistence(series):
-    """The chance of a wet day after a wet and after a dry one; null where there is no such day."""
+    """Returns the chance of a wet day after a wet and after a dry one; null if there is no such day."""
     after = {True: [], False: []}
     for today, tomorrow in consecutive(series):
         after[today.wet].append(tomorrow.wet)
@@ -192,9 +192,9 @@ def persistence(series):
 
 
 def forecasts(series):
-    """Learns from all years but the last how likely a wet day is, and scores that on the last one.
+    """Estimates the chance of a wet day from all years but the last, and scores the estimates on the last one.
 
-    Brier score: the mean squared difference between the forecast chance and what happened; lower is better.
+    Brier score: the mean squared difference between the forecast chance and the outcome; lower is better.
     """
     last = max(day.date.year for day in series)
     pairs = consecutive(series)
@@ -209,7 +209,7 @@ def forecasts(series):
     base = statistics.fmean(tomorrow.wet for _, tomorrow in learn)
 
     def chance(observed):
-        # Two imagined days at the base rate: a month with few cases is not taken at its word.
+        # Two imagined days at the base rate pull the estimate of a month with few cases towards the average.
         return (sum(observed) + 2 * base) / (len(observed) + 2)
 
     models = {
@@ -252,7 +252,10 @@ def describe(series):
 
 
 def anomalies(series):
-    """How much warmer each day was than its month usually is: else any two places correlate by season alone."""
+    """Returns by how much each day was warmer than its month usually is.
+
+    Without this, any two places correlate by season alone.
+    """
     usual = defaultdict(list)
     for day in series:
         usual[day.date.month].append(day.warmest)
@@ -261,7 +264,7 @@ def anomalies(series):
 
 
 def lagged_correlations(here, there):
-    """Correlation of `here` with `there` some days later, by the number of days, where enough days overlap."""
+    """Returns correlations of `here` with `there`, by the number of days later, if enough days overlap."""
     found = {}
     for lag in range(LAST_LAG + 1):
         later = timedelta(days=lag)
@@ -272,7 +275,7 @@ def lagged_correlations(here, there):
 
 
 def compare(places):
-    """Whether unusual warmth in one place goes along with unusual warmth in another one, then or some days later."""
+    """Compares unusual warmth in one place with unusual warmth in another, on the same day or some days later."""
     unusual = {place: anomalies(series) for place, series in places.items()}
     return [
         {"first": first, "second": second, "by_lag_days": lagged_correlations(unusual[first], unusual[second])}
@@ -341,7 +344,7 @@ def markdown(report):
 
 
 def write(directory, files, token):
-    """Writes the files and, last, their signatures; refuses if the token has got into one of them."""
+    """Writes the files and then their signatures; refuses if a file contains the token."""
     signatures = ""
     for name, content in files.items():
         if token in content:
@@ -368,7 +371,7 @@ def main(arguments):
         print(f"[{step}/{len(plan)}] {plan[step - 1]}: {outcome}", flush=True)
 
     token = read_token()
-    done(1, "there")
+    done(1, "received")
     places, digest = load(data)
     days = sum(len(series) for series in places.values())
     done(2, f"{days} days, {', '.join(places)}")

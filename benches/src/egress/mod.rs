@@ -28,16 +28,14 @@ const COMMANDS: u32 = 20;
 
 /// Arguments of `chitin-bench egress`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "A request is a connection, a TLS handshake, and an answer of 1 KiB or of SIZE. \
-The client is the same Python
-program in all three places, the server a thread of this process. `egress` forwards the TLS
-connection; `proxy` terminates it to replace the placeholder of a credential.
+#[command(after_help = "\
+A request is a connection, a TLS handshake, and an answer of 1 KiB or of SIZE. The client is the \
+same Python program in all three places, the server a thread of this process. `egress` forwards \
+the TLS connection; `proxy` terminates it to replace the placeholder of a credential.
 
 Examples:
   chitin-bench egress --size 100
-  chitin-bench egress --tier nanoclaw --runs 200"
-)]
+  chitin-bench egress --tier nanoclaw --runs 200")]
 pub struct Args {
     /// Number of small requests, one after the other
     #[arg(long, value_name = "N", default_value_t = 50,

@@ -31,16 +31,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Arguments of `chitin-bench enter`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Times are milliseconds from the start of the monitor's process to the first byte \
-that its guest writes to
-the serial port. The guest is the kernel of Chitin with other first instructions, so this also works
-with a KVM that only emulates. The monitor is jailed unless --no-jail is given; the jail of
-Firecracker is a separate program and is not measured.
+#[command(after_help = "\
+Times are milliseconds from the start of the monitor's process to the first byte that its guest \
+writes to the serial port. The guest is the kernel of Chitin with other first instructions, so \
+this also works with a KVM that only emulates. The monitor is jailed unless --no-jail is given; \
+the jail of Firecracker is a separate program and is not measured.
 
 Examples:
-  chitin-bench enter --runs 50 --peer firecracker=./firecracker"
-)]
+  chitin-bench enter --runs 50 --peer firecracker=./firecracker")]
 pub struct Args {
     /// Number of starts, one after the other
     #[arg(long, value_name = "N", default_value_t = 20,

@@ -18,16 +18,15 @@ use crate::template::TemporaryTemplate;
 
 /// Arguments of `chitin-bench memory`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Figures are KiB of each monitor, after the first command in its sandbox, while \
-all sandboxes live. `guest` is
-guest memory that the sandbox shares with no other; `shared` is its use of the kernel, the root
-image and the template, which the host holds once; `monitor` is the rest. Needs root.
+#[command(after_help = "\
+Figures are KiB of each monitor, after the first command in its sandbox, while all sandboxes \
+live. `guest` is guest memory that the sandbox shares with no other; `shared` is its use of the \
+kernel, the root image and the template, which the host holds once; `monitor` is the rest. Needs \
+root.
 
 Examples:
   chitin-bench memory --sandboxes 8
-  chitin-bench memory -- python3 -c 'print(1)'"
-)]
+  chitin-bench memory -- python3 -c 'print(1)'")]
 pub struct Args {
     /// Number of sandboxes at the same time, first booted, then copied
     #[arg(long, value_name = "N", default_value_t = 4,

@@ -22,18 +22,16 @@ use crate::turns::{RunCount, Turns, measure_in_turns};
 
 /// Arguments of `chitin-bench boot`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Times are milliseconds since the start of the monitor's process. `spread` is \
-(max - min) / median.
-One boot comes first and is not counted.
+#[command(after_help = "\
+Times are milliseconds since the start of the monitor's process. `spread` is (max - min) / \
+median. One boot comes first and is not counted.
 
 With a peer, `agent` is the first byte of the init of its guest.
 
 Examples:
   chitin-bench boot --runs 20 --plot boot.svg
   chitin-bench boot --peer firecracker=./firecracker
-  cargo xtask nested --icount -- target/release/chitin-bench boot --runs 5    # deterministic clock"
-)]
+  cargo xtask nested --icount -- target/release/chitin-bench boot --runs 5    # deterministic clock")]
 pub struct BootArgs {
     /// Number of boots, one after the other
     #[arg(long, value_name = "N", default_value_t = 10,

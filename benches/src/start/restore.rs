@@ -8,18 +8,17 @@ const POOL_SIZE: usize = 2;
 
 /// Arguments of `chitin-bench restore`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Without --template, a template is built first and removed afterwards. Times are \
-as for `chitin-bench boot`;
-with --pool they count from the request to the pool. One copy comes first and is not counted.
+#[command(after_help = "\
+Without --template, a template is built first and removed afterwards. Times are as for \
+`chitin-bench boot`; with --pool they count from the request to the pool. One copy comes first \
+and is not counted.
 
 Examples:
   chitin-bench restore --runs 20
   chitin-bench restore --pool
   chitin-bench restore --warm-up 'python3 -c \"import json, ssl\"' -- python3 -c 'print(1)'
   chitin-bench restore --template py
-  chitin-bench restore --pool --warm-up \"$(cat examples/warm-python.sh)\" --ask '8000=print(1)'"
-)]
+  chitin-bench restore --pool --warm-up \"$(cat examples/warm-python.sh)\" --ask '8000=print(1)'")]
 pub struct RestoreArgs {
     /// Number of copies, one after the other
     #[arg(long, value_name = "N", default_value_t = 10,

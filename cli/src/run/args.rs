@@ -12,10 +12,9 @@ use crate::machine_args::MachineArgs;
 
 /// Arguments of `chitin run`.
 #[derive(clap::Args)]
-#[command(
-    after_help = "Exit code: that of the command; 124 if the time limit was reached; 125 if Chitin \
-failed; 126 if the command
-is not executable; 127 if it was not found; 128+n if signal n ended it.
+#[command(after_help = "\
+Exit code: that of the command; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
+the command is not executable; 127 if it was not found; 128+n if signal n ended it.
 
 Examples:
   chitin run -- python3 -c 'print(6 * 7)'
@@ -29,8 +28,7 @@ Examples with credentials:
   chitin run --secret API_TOKEN=env:API_TOKEN -- sh -c 'wc -c < $API_TOKEN_FILE'
   chitin run --secret 'DB=vault://kv/app/db#password' -- python3 job.py
   chitin run --secret API_TOKEN=env:API_TOKEN@api.example.com -- python3 agent.py
-  chitin run --secret AWS=vault://aws/creds/deploy --secret-endpoint AWS -- python3 deploy.py"
-)]
+  chitin run --secret AWS=vault://aws/creds/deploy --secret-endpoint AWS -- python3 deploy.py")]
 pub struct Args {
     /// Isolation: ironclaw (a microVM), nanoclaw (gVisor, or a container where it does not run), or
     /// nemoclaw (Docker) [default: that of the policy, or ironclaw]
