@@ -10,6 +10,11 @@ use chitin::{SecretSpec, TierKind};
 use super::values::{CopySpec, PortPair, WORKDIR, parse_bytes};
 use crate::machine_args::MachineArgs;
 
+/// Headings of options in the help.
+const CREDENTIALS: &str = "Credentials";
+const NETWORK: &str = "Network";
+const FILES: &str = "Files";
+
 /// Arguments of `chitin run`.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -66,65 +71,68 @@ pub struct Args {
     /// command reads it from the file that $NAME_FILE names. With @HOST it never enters the
     /// sandbox: $NAME holds a placeholder, which is replaced in the headers of HTTPS requests to
     /// these hosts
-    #[arg(long, value_name = "NAME=SRC[@HOST,…]")]
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME=SRC[@HOST,…]")]
     pub secret: Vec<SecretSpec>,
 
     /// Deliver the secret NAME in the environment variable NAME instead, which every process of the
     /// command can read
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
     pub secret_env: Vec<String>,
 
     /// Serve the secret NAME to AWS SDKs in the sandbox: a pair of keys, as JSON or from a Vault
     /// secret, which is read again before it expires
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
     pub secret_endpoint: Option<String>,
 
     /// Replace the placeholder of NAME in the query of URLs too; servers write URLs to their logs
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
     pub secret_query: Vec<String>,
 
     /// Replace the placeholder of NAME in request bodies of up to 1 MiB too
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
     pub secret_body: Vec<String>,
 
     /// Allow TCP connections to HOST:PORT, or to any host below a domain: '*.example.com:443'
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, help_heading = NETWORK, value_name = "HOST:PORT")]
     pub allow: Vec<String>,
 
     /// Accept loopback and private addresses of allowed hosts. For test servers: the owner of a
     /// name chooses its address
-    #[arg(long)]
+    #[arg(long, help_heading = NETWORK)]
     pub allow_private: bool,
 
     /// Close connections after this many bytes, both directions and all connections together: 500k,
     /// 10M, 1G
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, help_heading = NETWORK, value_name = "BYTES", value_parser = parse_bytes)]
     pub egress_bytes: Option<NonZeroU64>,
 
     /// Maximum bytes per second, both directions and all connections together
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, help_heading = NETWORK, value_name = "BYTES", value_parser = parse_bytes)]
     pub egress_rate: Option<NonZeroU64>,
 
     /// Maximum concurrent connections (1–128) [default: 128]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=128))]
+    #[arg(long, help_heading = NETWORK, value_name = "COUNT",
+        value_parser = clap::value_parser!(u16).range(1..=128))]
     pub egress_connections: Option<u16>,
 
     /// Append one line of JSON to FILE for each connection attempt and each use of a credential
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = NETWORK, value_name = "FILE")]
     pub audit: Option<PathBuf>,
 
     /// Forward port HOST of 127.0.0.1 on this host to port GUEST in the sandbox
-    #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
+    #[arg(short = 'p', long = "publish", help_heading = NETWORK, value_name = "HOST:GUEST")]
     pub publish: Vec<PortPair>,
 
     /// Copy a file or directory in before the start. DST is its new path; DST/ is the directory to
     /// copy it into
-    #[arg(long, value_name = "SRC:DST", value_parser = CopySpec::parse_copy_in)]
+    #[arg(long, help_heading = FILES, value_name = "SRC:DST",
+        value_parser = CopySpec::parse_copy_in)]
     pub copy_in: Vec<CopySpec>,
 
     /// Copy a file or directory out after the end. DST is its new path; DST/ is the directory to
     /// copy it into
-    #[arg(long, value_name = "SRC:DST", value_parser = CopySpec::parse_copy_out)]
+    #[arg(long, help_heading = FILES, value_name = "SRC:DST",
+        value_parser = CopySpec::parse_copy_out)]
     pub copy_out: Vec<CopySpec>,
 
     /// Show the serial console of the guest on standard error
