@@ -30,6 +30,16 @@ pub(crate) enum Verdict {
     Failed,
 }
 
+impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Verdict::Allowed => "allowed",
+            Verdict::Refused => "refused",
+            Verdict::Failed => "failed",
+        }
+    }
+}
+
 /// An attempt.
 #[derive(Debug, Serialize)]
 pub(crate) struct Line<'a> {
@@ -95,10 +105,9 @@ impl Line<'_> {
         verdict: Verdict,
         reason: Option<String>,
     ) -> Line<'_> {
-        let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
         Line {
             time: now(),
-            host: &host[..end],
+            host: truncate_name(host),
             port,
             verdict,
             reason,
@@ -119,9 +128,18 @@ impl Line<'_> {
 }
 
 /// Where lines go.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct AuditLog {
     state: Option<Mutex<State>>,
+    /// Limits the events of the process's log, as lines of the file are limited.
+    log_bucket: Mutex<Bucket>,
+}
+
+impl Default for AuditLog {
+    /// Without a file: attempts are only logged.
+    fn default() -> Self {
+        AuditLog { state: None, log_bucket: Mutex::new(Bucket::new(LINES.0, LINES.1)) }
+    }
 }
 
 #[derive(Debug)]
@@ -139,7 +157,8 @@ impl AuditLog {
         let Some(path) = path else { return Ok(AuditLog::default()) };
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
         let bucket = Bucket::new(LINES.0, LINES.1);
-        Ok(AuditLog { state: Some(Mutex::new(State { file, bucket, omitted: 0, broken: false })) })
+        let state = State { file, bucket, omitted: 0, broken: false };
+        Ok(AuditLog { state: Some(Mutex::new(state)), ..AuditLog::default() })
     }
 
     /// Whether what is attempted now can be written down. What cannot is not to be done.
@@ -158,6 +177,7 @@ impl AuditLog {
 
     /// A credential is about to be delivered in this way. What cannot be written down is not to be done.
     pub fn record_delivery(&self, name: &str, way: DeliveryKind) -> io::Result<()> {
+        tracing::info!(name, delivery = way.name(), "credential delivered");
         let Some(state) = &self.state else { return Ok(()) };
         let text = delivered("delivered", name, way)?;
         state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
@@ -165,6 +185,7 @@ impl AuditLog {
 
     /// A credential that was delivered in this way was taken back.
     pub fn record_revocation(&self, name: &str, way: DeliveryKind) {
+        tracing::info!(name, delivery = way.name(), "credential revoked");
         let Some(state) = &self.state else { return };
         let text = delivered("revoked", name, way).unwrap_or_default();
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -172,6 +193,7 @@ impl AuditLog {
     }
 
     pub(crate) fn write(&self, mut line: Line<'_>) {
+        self.log(&line);
         let Some(state) = &self.state else { return };
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         // What was connected is always written: connections are few.
@@ -185,6 +207,36 @@ impl AuditLog {
         // One write, so that lines of several processes do not mix.
         state.broken |= state.file.write_all(&text).is_err();
     }
+}
+
+impl AuditLog {
+    /// Logs an attempt. A guest cannot flood the log with refused ones.
+    fn log(&self, line: &Line<'_>) {
+        let may_log = || self.log_bucket.lock().unwrap_or_else(PoisonError::into_inner).take_one();
+        if !tracing::enabled!(tracing::Level::INFO)
+            || line.verdict != Verdict::Allowed && !may_log()
+        {
+            return;
+        }
+        tracing::info!(
+            host = line.host,
+            port = line.port,
+            verdict = line.verdict.name(),
+            reason = line.reason.as_deref(),
+            address = line.address.map(tracing::field::display),
+            sent = line.sent,
+            received = line.received,
+            duration_ms = line.duration_ms,
+            credentials = ?line.credentials,
+            "egress"
+        );
+    }
+}
+
+/// Cuts a name that a guest sends to its longest valid length.
+pub(crate) fn truncate_name(host: &str) -> &str {
+    let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
+    &host[..end]
 }
 
 #[cfg(test)]

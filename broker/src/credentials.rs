@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
+use tracing::Instrument;
 use zeroize::Zeroizing;
 
 use crate::Error;
@@ -107,6 +108,7 @@ impl FetchedCredentials {
 ///
 /// # Errors
 /// The first credential that could not be had.
+#[tracing::instrument(name = "credentials", skip_all, fields(count = secrets.len()))]
 pub async fn fetch_credentials(
     secrets: &[SecretSpec],
     spec: &CredentialSpec,
@@ -117,9 +119,8 @@ pub async fn fetch_credentials(
     let (secrets, spec, cleanup) = (secrets.to_vec(), spec.clone(), cleanup.clone());
     // In a task of its own, which has the time to give back what it has got when whoever asked is gone. What it leaves behind
     // is dropped in this order, so that what is fetched begins to be given back before that who asked is gone is forgotten.
-    let fetched =
-        tokio::spawn(async move { (fetch_for(&secrets, &spec, &cleanup, &mut gone).await, gone) })
-            .await;
+    let fetching = async move { (fetch_for(&secrets, &spec, &cleanup, &mut gone).await, gone) };
+    let fetched = tokio::spawn(fetching.in_current_span()).await;
     drop(waits);
     fetched.map_or(Err(Error::Stopped), |(fetched, _)| fetched)
 }
@@ -254,6 +255,13 @@ async fn fetch_aws_keys(
     Ok((keys, lease))
 }
 
+/// Logs that a credential was fetched: never its value, and of its source only the scheme, because
+/// a command may contain a value.
+fn log_fetched(secret: &SecretSpec) {
+    let delivery = secret.delivery.kind().name();
+    tracing::info!(name = secret.name, source = secret.source.scheme(), delivery, "fetched");
+}
+
 async fn fetch_from(
     vault: &mut VaultReader<'_>,
     secrets: &[SecretSpec],
@@ -274,9 +282,11 @@ async fn fetch_from(
                 keys: keys.map_err(|error| failed(error.to_string()))?,
                 lease,
             });
+            log_fetched(secret);
             continue;
         }
         let value = fetch_value(secret, vault).await?;
+        log_fetched(secret);
         let name = secret.name.clone();
         if let SecretSource::Vault(source) = &secret.source {
             rotating.push(RotatingCredential { name: name.clone(), source: source.clone() });

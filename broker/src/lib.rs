@@ -16,6 +16,8 @@ mod bucket;
 pub mod credentials;
 pub mod egress;
 mod error;
+#[cfg(test)]
+mod log_test;
 pub mod proxy;
 mod secret_value;
 mod source;

@@ -255,6 +255,12 @@ impl Builder {
     }
 
     /// Starts a sandbox with what has been fetched.
+    #[tracing::instrument(name = "launch", skip_all, fields(
+        tier = chosen.name(),
+        vcpus = plan.spec.vcpus,
+        memory_mib = plan.spec.memory_mib,
+        template = self.template,
+    ))]
     async fn begin(
         &self,
         tier: &dyn Tier,
@@ -409,6 +415,7 @@ impl Builder {
     }
 
     /// Makes what has been launched the sandbox that was asked for.
+    #[tracing::instrument(name = "provision", level = "debug", skip_all)]
     pub(crate) async fn finish(
         &self,
         sandbox: Sandbox,
@@ -481,6 +488,7 @@ impl Builder {
             answers.push(sandbox.session.ask(request, &ToGuest::Egress { request, endpoints })?);
         }
         sandbox.up().await?;
+        tracing::debug!("the agent has answered");
         for answer in answers {
             sandbox.session.answered(answer).await?;
         }
@@ -493,6 +501,7 @@ impl Builder {
     ///
     /// # Errors
     /// As for [`start`](Builder::start); secrets are refused; the warm-up command fails.
+    #[tracing::instrument(name = "template", skip_all, fields(name))]
     pub async fn build_template(
         mut self,
         name: &str,

@@ -13,6 +13,7 @@ use crate::session::{Answer, Session};
 /// The most entries of one copy out. A hostile guest could name empty files for ever; each costs an inode here.
 const MAX_ENTRIES: u64 = 1_000_000;
 
+#[tracing::instrument(level = "debug", skip_all, fields(?source, ?target))]
 pub(crate) async fn copy_in(
     session: &Session,
     source: &Path,
@@ -48,6 +49,7 @@ pub(crate) async fn copy_in(
     }
 }
 
+#[tracing::instrument(level = "debug", skip_all, fields(?source, ?target))]
 pub(crate) async fn copy_out(
     session: &Session,
     source: &Path,

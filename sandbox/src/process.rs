@@ -5,6 +5,7 @@ use std::sync::Arc;
 use chitin_protocol::{Exit, Start, Usage};
 use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
+use tracing::{Span, field};
 
 use crate::Error;
 use crate::channel::{StreamReader, StreamWriter};
@@ -90,6 +91,8 @@ impl Command {
         };
         let (stdout, stderr) = (open_reader()?, open_reader()?);
         let name = channel.name();
+        // Arguments and environment may contain values of credentials: only the program is logged.
+        let span = tracing::info_span!("exec", program = ?self.argv[0], exit = field::Empty);
         let start = Start {
             process: name,
             argv: self.argv.into_iter().map(OsString::into_vec).collect(),
@@ -114,6 +117,7 @@ impl Command {
             stdout: Some(stdout),
             stderr: Some(stderr),
             session: self.session,
+            span,
         })
     }
 
@@ -159,6 +163,8 @@ pub struct Process {
     name: u32,
     ended: oneshot::Receiver<(Exit, Usage)>,
     session: Arc<Session>,
+    /// Lasts until this is dropped, and names the program and its end.
+    span: Span,
 }
 
 impl Process {
@@ -168,7 +174,10 @@ impl Process {
     /// If the sandbox ended first: its time was up, the guest died, or the agent broke the protocol.
     pub async fn wait(&mut self) -> Result<(Exit, Usage), Error> {
         match (&mut self.ended).await {
-            Ok(ended) => Ok(ended),
+            Ok(ended) => {
+                self.span.record("exit", field::debug(&ended.0));
+                Ok(ended)
+            }
             Err(_) => Err(self.session.why_closed().await),
         }
     }

@@ -246,6 +246,7 @@ impl Sandbox {
             let _ = broker.await;
         }
         let stopped = self.session.instance.lock().await.stop().await;
+        tracing::info!(ok = stopped.is_ok(), "sandbox ended");
         let mut troubles = match self.keeper.take() {
             Some(keeper) => keeper.revoke_all().await,
             None => Vec::new(),

@@ -20,6 +20,18 @@ pub enum Delivery {
     Endpoint,
 }
 
+impl Delivery {
+    /// Returns the same without its parameters.
+    pub fn kind(&self) -> DeliveryKind {
+        match self {
+            Delivery::Memory => DeliveryKind::Memory,
+            Delivery::Env => DeliveryKind::Env,
+            Delivery::Proxy(_) => DeliveryKind::Proxy,
+            Delivery::Endpoint => DeliveryKind::Endpoint,
+        }
+    }
+}
+
 /// A [`Delivery`] without its parameters, as a policy names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

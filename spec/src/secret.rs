@@ -70,6 +70,18 @@ impl FromStr for SecretSpec {
     }
 }
 
+impl SecretSource {
+    /// Returns the scheme, without what follows it.
+    pub fn scheme(&self) -> &'static str {
+        match self {
+            SecretSource::Env(_) => "env",
+            SecretSource::File(_) => "file",
+            SecretSource::Exec(_) => "exec",
+            SecretSource::Vault(_) => "vault",
+        }
+    }
+}
+
 impl FromStr for SecretSource {
     type Err = ParseSecretError;
 

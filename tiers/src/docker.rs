@@ -182,6 +182,8 @@ impl Tier for DockerTier {
             let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
                 missing: format!("{}: {unavailable}", TierKind::Nemoclaw),
             })?;
+            let (implementation, version) = (&daemon.implementation, &daemon.version);
+            tracing::debug!(implementation, version, "start a container");
             let spawned = now_ns();
             let (container, stream) = daemon.start(plan, &self.cleanup).await?;
             Ok(Launched { instance: Box::new(container), stream, spawned })

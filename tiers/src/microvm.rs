@@ -202,6 +202,12 @@ fn spawn(
         fds.extend([files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()]);
     }
     send(&control, spec, &fds)?;
+    tracing::debug!(
+        pid = child.id(),
+        jailed = spec.jail,
+        restore = spec.restore,
+        "monitor started"
+    );
 
     let control = Arc::new(watch(control).map_err(host("watch the monitor"))?);
     let (sender, reported) = watch::channel(Reported::default());
@@ -254,6 +260,7 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
         };
         match message {
             Ok(Event::Entered { at_ns, jail }) => {
+                tracing::debug!(jail = ?jail, "guest entered");
                 reported.send_modify(|reported| {
                     (reported.entered, reported.jail) = (Some(at_ns), jail)
                 });
@@ -279,6 +286,11 @@ async fn listen(control: Arc<UnixDatagram>, reported: watch::Sender<Reported>) {
             }
         }
     };
+    match &end {
+        End::Failed(code, reason) => tracing::debug!(?code, reason, "monitor failed"),
+        End::Guest(end) => tracing::debug!(reason = end.reason, "guest ended"),
+        End::Saved => tracing::debug!("guest saved"),
+    }
     reported.send_modify(|reported| reported.end = Some(end));
 }
 

@@ -134,6 +134,7 @@ impl Tier for OciTier {
                 });
             }
             let places = archive.places(&plan.fixed)?;
+            tracing::debug!(engine = ?engine, "start a container");
             let spawned = now_ns();
             let (container, stream) =
                 Container::start(engine, root, limits, &places, &self.cleanup)?;

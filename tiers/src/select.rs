@@ -107,9 +107,14 @@ pub async fn select_tier(
         let kind = tier.kind();
         match tier.probe().await {
             Ok(capabilities) => {
+                let Capabilities { implementation, version, .. } = &capabilities;
+                tracing::info!(tier = %kind, implementation, version, "tier selected");
                 return Ok((tier, SelectedTier { tier: kind, capabilities, passed_over }));
             }
-            Err(unavailable) => passed_over.push(RejectedTier { tier: kind, unavailable }),
+            Err(unavailable) => {
+                tracing::info!(tier = %kind, reason = unavailable.reason, "tier unavailable");
+                passed_over.push(RejectedTier { tier: kind, unavailable });
+            }
         }
     }
     let each: Vec<_> =

@@ -110,14 +110,16 @@ struct Inboxes {
     bell: Condvar,
 }
 
+/// The write half of a stream, the task that reads it, and the flag that resets it.
+type Writer = (WriteHalf<DuplexStream>, tokio::task::JoinHandle<()>, Arc<AtomicBool>);
+
 /// The agent of a guest that does what the test says.
 struct Agent {
     runtime: Handle,
     requests: mpsc::Sender<DialRequest<TestTunnel>>,
     missed: Arc<AtomicU64>,
     inboxes: Arc<Inboxes>,
-    writers:
-        HashMap<usize, (WriteHalf<DuplexStream>, tokio::task::JoinHandle<()>, Arc<AtomicBool>)>,
+    writers: HashMap<usize, Writer>,
     last: usize,
 }
 

@@ -31,7 +31,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::audit_log::{AuditLog, Line, Verdict};
+use crate::audit_log::{AuditLog, Line, Verdict, truncate_name};
 use crate::aws::{AwsCredentialServer, Outcome};
 use crate::bucket::Bucket;
 use crate::proxy::{Account, Proxy};
@@ -362,6 +362,12 @@ impl Broker {
     }
 
     /// One attempt, from the Dial to its line in the audit.
+    #[tracing::instrument(
+        name = "egress",
+        level = "debug",
+        skip_all,
+        fields(host = truncate_name(&host), port)
+    )]
     async fn attempt<T>(self: Arc<Broker>, mut ended: Ended, tunnel: T, host: String, port: u16)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,

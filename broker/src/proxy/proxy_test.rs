@@ -254,6 +254,23 @@ async fn headers_go_out_with_the_value_and_come_back_without() {
 }
 
 #[tokio::test]
+async fn proxied_values_are_not_logged() {
+    let log = crate::log_test::LogCapture::start();
+    for h2 in [false, true] {
+        let proxy = one();
+        let mut setup = connect(proxy.clone(), "api.test", "api.test", h2, echo()).await.unwrap();
+        let token = setup.placeholder("TOKEN");
+        setup.ask("/", &[("x-api-key", &token)], "").await;
+        assert_eq!(setup.last().header("x-api-key"), VALUE);
+        // A request that is stopped.
+        setup.ask(&format!("/{token}"), &[], "").await;
+        proxy.revoke("TOKEN");
+        setup.ask("/", &[("x-api-key", &token)], "").await;
+        log.assert(&[], &[VALUE, &token]);
+    }
+}
+
+#[tokio::test]
 async fn a_value_is_replaced_and_taken_back_while_a_connection_lasts() {
     for h2 in [false, true] {
         let proxy = one();

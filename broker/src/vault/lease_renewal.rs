@@ -239,6 +239,7 @@ impl Term {
     fn fail(&mut self, what: &str, error: &VaultError, troubles: &mut Vec<String>) -> bool {
         let now = Instant::now();
         let left = self.lease.until.saturating_duration_since(now);
+        tracing::warn!(what, seconds_left = left.as_secs(), %error, "lease not renewed");
         if !self.failing && troubles.len() < MAX_TROUBLES {
             self.failing = true;
             troubles.push(format!(
@@ -386,6 +387,7 @@ impl RenewalTask {
         if term.lease.renewable {
             match self.session.renew_lease(id, *lease).await {
                 Ok(Some(lease)) if term.is_enough(&lease, source.is_some()) => {
+                    tracing::debug!(what, seconds = lease.ttl.as_secs(), "lease renewed");
                     return term.renew(lease);
                 }
                 Ok(Some(lease)) => term.is_last(lease),
@@ -443,6 +445,7 @@ impl RenewalTask {
     ) -> Result<(Fields, Option<Instant>), VaultError> {
         let Read { fields, lease } = self.session.read(source).await?;
         let what = source.location();
+        tracing::info!(what, "secret read again");
         // What is over needs no giving back, and what has a successor no renewing.
         for (_, term) in self.leases.iter_mut().filter(|(issued, _)| issued.what == what) {
             if let Some(term) = term {
@@ -477,6 +480,7 @@ impl RenewalTask {
         };
         match tokio::time::timeout(REVOKE_LIMIT, revoking).await {
             Ok(errors) => {
+                tracing::info!(errors = errors.len(), "credentials revoked");
                 troubles
                     .extend(errors.iter().map(|error| format!("give credentials back: {error}")));
             }

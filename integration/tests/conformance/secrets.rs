@@ -19,6 +19,7 @@ on_every_tier!(
     it_cannot_be_changed_and_other_commands_of_the_host_do_not_show_it,
     in_the_environment_only_when_asked_for,
     it_is_not_in_the_report,
+    secret_value_is_not_in_the_log,
     each_delivery_is_written_down_without_the_value,
     a_source_that_fails_stops_the_run_before_it_starts,
     an_interrupt_gives_back_what_was_issued_whenever_it_comes,
@@ -107,6 +108,18 @@ fn it_is_not_in_the_report(on: On) {
     canary::assert_no_file_holds(&[dir.path()], CANARY);
     let text = fs::read_to_string(report).unwrap();
     assert!(!text.contains(CANARY) && text.contains("exit_code"), "{text}");
+}
+
+fn secret_value_is_not_in_the_log(on: On) {
+    let options = "-vvv --secret A=env:TOKEN --secret B=env:TOKEN --secret-env B";
+    let proxied = "--secret C=env:TOKEN@api.example.com";
+    let run = on.with(&format!("{options} {proxied} -- sh -c")).arg("cat $A_FILE");
+    let outcome = run.env("TOKEN", CANARY).outcome();
+    assert_eq!(outcome.ok(), CANARY);
+    assert!(!outcome.stderr.contains(CANARY), "{}", outcome.stderr);
+    for words in ["launch{", "exec{program=\"sh\"", "credential delivered name=\"B\""] {
+        assert!(outcome.stderr.contains(words), "no `{words}` in: {}", outcome.stderr);
+    }
 }
 
 fn each_delivery_is_written_down_without_the_value(on: On) {

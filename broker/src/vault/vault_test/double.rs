@@ -104,6 +104,7 @@ async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer(
         _ => (404, json!({ "errors": [] })),
     })
     .await;
+    let log = crate::log_test::LogCapture::start();
     let spec = from(double.config());
     let secrets =
         ["A=vault://db/creds/app#p", "B=vault://db/creds/app"].map(|text| text.parse().unwrap());
@@ -125,6 +126,7 @@ async fn what_is_issued_for_a_term_is_issued_anew_and_over_when_it_is_no_longer(
     );
     // What has been followed is over as well, and nothing is left to be given back but the last.
     assert_eq!(double.count(|line| line.ends_with("leases/revoke")), 1);
+    log.assert(&["secret read again", "lease not renewed"], &["password-", CANARY]);
 }
 
 #[tokio::test]
