@@ -1,8 +1,9 @@
-//! Artifacts that are built once: kept under the hash of everything that went into them.
+//! Artifacts that are built once and kept under the hash of all their inputs.
 //!
-//! An entry is a directory `<what>-<hash>`. It is built in `<what>-<hash>.partial` and renamed when complete, so an
-//! entry that exists is whole; a lock per `<what>` makes a second builder wait and then find the entry. Nothing in an
-//! entry changes afterwards: files are made read-only, because [`publish`] hands out hard links to them.
+//! An entry is a directory `<kind>-<hash>`. It is built in `<kind>-<hash>.partial` and renamed when
+//! complete, so that an existing entry is whole. A lock for each kind makes a second builder wait
+//! and then find the entry. An entry never changes: its files are made read-only, because
+//! [`publish_file`] creates hard links to them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,24 +14,26 @@ use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
+use crate::progress::print_note;
 use crate::workspace;
 
 /// The hash of all inputs of an artifact.
 pub struct Key(Sha256);
 
 impl Key {
-    /// Starts a key for one kind of artifact. Raise `recipe` when the way it is built changes.
-    pub fn new(what: &str, recipe: u32) -> Self {
-        Self(Sha256::new()).text("what", what).text("recipe", &recipe.to_string())
+    /// Starts a key for one kind of artifact. Raise `recipe` when the way of building it changes.
+    pub fn new(kind: &str, recipe: u32) -> Self {
+        Self(Sha256::new()).with_text("what", kind).with_text("recipe", &recipe.to_string())
     }
 
     /// Adds a named input.
-    pub fn text(self, name: &str, value: &str) -> Self {
-        self.bytes(name, value.as_bytes())
+    pub fn with_text(self, name: &str, value: &str) -> Self {
+        self.with_bytes(name, value.as_bytes())
     }
 
-    /// Adds a named input. Lengths go in as well, so that no two lists of inputs run together to the same bytes.
-    pub fn bytes(mut self, name: &str, value: &[u8]) -> Self {
+    /// Adds a named input. The lengths are hashed as well, so that two lists of inputs cannot join
+    /// to the same bytes.
+    pub fn with_bytes(mut self, name: &str, value: &[u8]) -> Self {
         for part in [name.as_bytes(), value] {
             self.0.update((part.len() as u64).to_le_bytes());
             self.0.update(part);
@@ -38,56 +41,56 @@ impl Key {
         self
     }
 
-    /// Adds the contents of a file, under its name.
-    pub fn file(self, path: &Path) -> Result<Self> {
+    /// Adds the contents of a file under its name.
+    pub fn with_file(self, path: &Path) -> Result<Self> {
         let contents = fs::read(path).with_context(|| format!("read {}", path.display()))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(self.bytes(&name, &contents))
+        Ok(self.with_bytes(&name, &contents))
     }
 
     /// Adds the contents of files, each under its name.
-    pub fn files(self, paths: &[PathBuf]) -> Result<Self> {
-        paths.iter().try_fold(self, |key, path| key.file(path))
+    pub fn with_files(self, paths: &[PathBuf]) -> Result<Self> {
+        paths.iter().try_fold(self, |key, path| key.with_file(path))
     }
 
-    /// 64 bits of the hash in hexadecimal: the keys are not an adversary's choice.
-    pub fn finish(self) -> String {
+    /// Returns 64 bits of the hash in hexadecimal. That suffices: no adversary chooses the inputs.
+    pub fn into_hex(self) -> String {
         self.0.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
-/// Returns the cache entry of that key, building it with `build` in an empty directory if there is none.
+/// Returns the cache entry of a key. If it does not exist, `build` builds it in an empty directory.
 pub fn find_or_build(
-    what: &str,
+    kind: &str,
     key: Key,
     build: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    find_or_build_in(&workspace::cache_dir()?, what, key, build)
+    find_or_build_in(&workspace::cache_dir()?, kind, key, build)
 }
 
 fn find_or_build_in(
     root: &Path,
-    what: &str,
+    kind: &str,
     key: Key,
     build: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let name = format!("{what}-{}", key.finish());
+    let name = format!("{kind}-{}", key.into_hex());
     let entry = root.join(&name);
     if entry.is_dir() {
         return Ok(entry);
     }
     fs::create_dir_all(root).with_context(|| format!("create {}", root.display()))?;
-    let _lock = lock_file(&root.join(format!("{what}.lock")))?;
+    let _lock = lock_file(&root.join(format!("{kind}.lock")))?;
     if entry.is_dir() {
         return Ok(entry);
     }
     let partial = root.join(format!("{name}.partial"));
-    // We hold the lock, so what is there was left by a builder that died.
+    // The lock is ours, so an existing directory was left by a builder that died.
     remove_tree(&partial)?;
     fs::create_dir(&partial).with_context(|| format!("create {}", partial.display()))?;
     let built = build(&partial).and_then(|()| make_read_only(&partial));
     if let Err(error) = built {
-        // The first error matters; a leftover is removed by the next builder anyway.
+        // The first error matters; the next builder removes what is left.
         let _ = remove_tree(&partial);
         return Err(error);
     }
@@ -100,14 +103,14 @@ fn lock_file(path: &Path) -> Result<File> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(path);
     let file = file.with_context(|| format!("open {}", path.display()))?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        eprintln!("waiting for another build that holds {}", path.display());
+        print_note(&format!("waiting for another build that holds {}", path.display()));
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("lock {}", path.display()))?;
     }
     Ok(file)
 }
 
-/// Removes a link, or a file, if it is there.
+/// Removes a link or a file if it exists.
 pub fn remove_link(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -117,7 +120,7 @@ pub fn remove_link(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory tree if it is there.
+/// Removes a directory tree if it exists.
 pub fn remove_tree(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -127,7 +130,7 @@ pub fn remove_tree(path: &Path) -> Result<()> {
     }
 }
 
-/// Takes write permission off every regular file of an entry.
+/// Removes write permission from every regular file of an entry.
 fn make_read_only(dir: &Path) -> Result<()> {
     for item in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let path = item?.path();
@@ -141,22 +144,24 @@ fn make_read_only(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes a file of a cache entry appear as `target/artifacts/<name>`: a hard link, or a copy across file systems.
+/// Publishes a file of a cache entry as `target/artifacts/<name>`: a hard link, or a copy across
+/// file systems.
 pub fn publish_file(file: &Path, name: &str) -> Result<PathBuf> {
     publish_file_in(&workspace::artifacts_dir(), file, name)
 }
 
 fn publish_file_in(dir: &Path, file: &Path, name: &str) -> Result<PathBuf> {
     let target = dir.join(name);
-    let source = file.metadata().with_context(|| format!("look at {}", file.display()))?;
-    let same = |there: &fs::Metadata| {
-        let linked = (there.dev(), there.ino()) == (source.dev(), source.ino());
+    let source =
+        file.metadata().with_context(|| format!("read the metadata of {}", file.display()))?;
+    let is_current = |found: &fs::Metadata| {
+        let linked = (found.dev(), found.ino()) == (source.dev(), source.ino());
         linked
-            || (there.dev() != source.dev()
-                && there.len() == source.len()
-                && there.mtime() == source.mtime())
+            || (found.dev() != source.dev()
+                && found.len() == source.len()
+                && found.mtime() == source.mtime())
     };
-    if target.metadata().is_ok_and(|there| same(&there)) {
+    if target.metadata().is_ok_and(|found| is_current(&found)) {
         return Ok(target);
     }
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
@@ -164,7 +169,7 @@ fn publish_file_in(dir: &Path, file: &Path, name: &str) -> Result<PathBuf> {
     if fs::hard_link(file, &temporary).is_err() {
         fs::copy(file, &temporary)
             .with_context(|| format!("copy {} to {}", file.display(), dir.display()))?;
-        // The time marks the copy as current, see `same`.
+        // The time marks the copy as current, see `is_current`.
         if let Ok(modified) = source.modified() {
             File::open(&temporary)?.set_modified(modified)?;
         }

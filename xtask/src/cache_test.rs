@@ -5,24 +5,24 @@ use std::time::Duration;
 use super::*;
 
 fn key() -> Key {
-    Key::new("thing", 1).text("version", "1.2")
+    Key::new("thing", 1).with_text("version", "1.2")
 }
 
 #[test]
-fn key_depends_on_every_input_and_its_place() {
-    let base = key().finish();
-    assert_eq!(base, key().finish());
+fn key_depends_on_every_input_and_its_name() {
+    let base = key().into_hex();
+    assert_eq!(base, key().into_hex());
     assert_eq!(base.len(), 16);
     for other in [
-        Key::new("thing", 2).text("version", "1.2"),
-        Key::new("other", 1).text("version", "1.2"),
-        Key::new("thing", 1).text("version", "1.3"),
-        Key::new("thing", 1).text("compiler", "1.2"),
-        // The same bytes, divided differently.
-        Key::new("thing", 1).text("versio", "n1.2"),
-        key().text("", ""),
+        Key::new("thing", 2).with_text("version", "1.2"),
+        Key::new("other", 1).with_text("version", "1.2"),
+        Key::new("thing", 1).with_text("version", "1.3"),
+        Key::new("thing", 1).with_text("compiler", "1.2"),
+        // The same bytes, split differently.
+        Key::new("thing", 1).with_text("versio", "n1.2"),
+        key().with_text("", ""),
     ] {
-        assert_ne!(base, other.finish());
+        assert_ne!(base, other.into_hex());
     }
 }
 
@@ -37,7 +37,7 @@ fn entry_is_built_once_and_read_only() {
 }
 
 #[test]
-fn failed_build_leaves_nothing_and_can_be_repeated() {
+fn failed_build_leaves_nothing_and_can_repeat() {
     let root = tempfile::tempdir().unwrap();
     let failed = find_or_build_in(root.path(), "thing", key(), |dir| {
         fs::write(dir.join("half"), "")?;
@@ -54,9 +54,9 @@ fn failed_build_leaves_nothing_and_can_be_repeated() {
 }
 
 #[test]
-fn leftovers_of_a_killed_builder_are_cleared() {
+fn leftovers_of_a_killed_builder_are_removed() {
     let root = tempfile::tempdir().unwrap();
-    let partial = root.path().join(format!("thing-{}.partial", key().finish()));
+    let partial = root.path().join(format!("thing-{}.partial", key().into_hex()));
     fs::create_dir_all(partial.join("deep")).unwrap();
     let entry =
         find_or_build_in(root.path(), "thing", key(), |dir| Ok(fs::write(dir.join("f"), "x")?))
@@ -65,7 +65,7 @@ fn leftovers_of_a_killed_builder_are_cleared() {
 }
 
 #[test]
-fn two_builders_build_one_entry() {
+fn concurrent_builders_build_one_entry() {
     let root = tempfile::tempdir().unwrap();
     let builds = AtomicUsize::new(0);
     thread::scope(|scope| {
@@ -84,7 +84,7 @@ fn two_builders_build_one_entry() {
 }
 
 #[test]
-fn publish_links_and_follows_a_new_entry() {
+fn published_file_follows_a_new_entry() {
     let root = tempfile::tempdir().unwrap();
     let (old, new, dir) =
         (root.path().join("old"), root.path().join("new"), root.path().join("artifacts"));

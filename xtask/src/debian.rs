@@ -252,7 +252,7 @@ pub fn find_or_build(
     if used == *package {
         return Ok(entry);
     }
-    let renamed = entry.with_file_name(format!("{what}-{}", key(&used).finish()));
+    let renamed = entry.with_file_name(format!("{what}-{}", key(&used).into_hex()));
     if !renamed.exists() {
         fs::rename(&entry, &renamed).with_context(|| format!("rename {}", entry.display()))?;
     }

@@ -6,7 +6,6 @@
 mod bench;
 mod build;
 mod cache;
-mod clients;
 mod debian;
 mod demo;
 #[cfg(test)]
@@ -17,7 +16,6 @@ mod hostile;
 mod kernel;
 mod microvm;
 mod nested;
-mod npm;
 mod openbao;
 mod parts;
 mod process;

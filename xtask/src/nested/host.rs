@@ -1,11 +1,11 @@
-//! The emulated machine's kernel and initrd: Debian's own kernel, our PID 1.
+//! The kernel and the initrd of the emulated machine: Debian's kernel, our PID 1.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use super::initrd::{Initrd, dependencies};
+use super::initrd::{Initrd, parse_dependencies};
 use crate::debian::{self, Package};
 use crate::process::{capture_output, new_command};
 use crate::progress::Progress;
@@ -14,13 +14,12 @@ use crate::{cache, static_build, workspace};
 /// The generic flavour: the cloud flavour has no 9p.
 const KERNEL: &str = "linux-image-6.12.117+deb12-amd64";
 const KERNEL_VERSION: &str = "6.12.117-1~deb12u1";
-/// What the machine needs beyond what is built in. Dependencies are followed.
+/// The modules that the machine needs in addition to built-in code. Dependencies are followed.
 const MODULES: [&str; 4] = ["9pnet_virtio", "9p", "overlay", "kvm-amd"];
-
 /// Crates that Cargo compiles for PID 1: only the length of the progress bar.
 const INIT_CRATES: u64 = 6;
 
-/// Files QEMU boots.
+/// The files that QEMU boots.
 pub struct Host {
     /// Debian's vmlinuz.
     pub kernel: PathBuf,
@@ -28,47 +27,52 @@ pub struct Host {
     pub initrd: PathBuf,
 }
 
-/// Finds both in the cache, or makes them.
+/// Finds both in the cache, or builds them.
 pub fn find_or_build() -> Result<Host> {
-    let kernel = kernel()?;
+    let kernel = find_or_fetch_kernel()?;
     let init_dir = workspace::root_dir().join("integration/nested-init");
-    let mut key = cache::Key::new("nested-initrd", 1).text("kernel", &kernel.to_string_lossy());
+    let mut key =
+        cache::Key::new("nested-initrd", 1).with_text("kernel", &kernel.to_string_lossy());
     for source in ["Cargo.toml", "src/lib.rs", "src/main.rs"] {
-        key = key.file(&init_dir.join(source))?;
+        key = key.with_file(&init_dir.join(source))?;
     }
-    let initrd = cache::find_or_build("nested-initrd", key, |dir| {
-        let mut initrd = Initrd::default();
-        for dir in ["dev", "proc", "sys", "modules"] {
-            initrd.directory(dir);
-        }
-        initrd.console();
-        initrd.file("init", 0o755, &build_init()?);
-        let mut modules: Vec<PathBuf> =
-            fs::read_dir(kernel.join("modules"))?.map(|m| Ok(m?.path())).collect::<Result<_>>()?;
-        modules.sort();
-        for module in modules {
-            let name =
-                module.file_name().context("a module has a name")?.to_string_lossy().into_owned();
-            initrd.file(&format!("modules/{name}"), 0o644, &fs::read(&module)?);
-        }
-        Ok(fs::write(dir.join("initrd.img"), initrd.finish())?)
-    })?;
+    let initrd = cache::find_or_build("nested-initrd", key, |dir| build_initrd(&kernel, dir))?;
     Ok(Host { kernel: kernel.join("vmlinuz"), initrd: initrd.join("initrd.img") })
 }
 
-/// The cache entry with `vmlinuz` and `modules/NN-name.ko`, numbered in the order they load.
-fn kernel() -> Result<PathBuf> {
+fn build_initrd(kernel: &Path, dir: &Path) -> Result<()> {
+    let mut initrd = Initrd::default();
+    for dir in ["dev", "proc", "sys", "modules"] {
+        initrd.add_directory(dir);
+    }
+    initrd.add_console();
+    initrd.add_file("init", 0o755, &build_init()?);
+    let modules = fs::read_dir(kernel.join("modules")).context("list the modules")?;
+    let mut modules: Vec<PathBuf> =
+        modules.map(|module| Ok(module?.path())).collect::<Result<_>>()?;
+    modules.sort();
+    for module in modules {
+        let name = module.file_name().context("a module has a name")?.to_string_lossy();
+        let content = fs::read(&module).with_context(|| format!("read {}", module.display()))?;
+        initrd.add_file(&format!("modules/{name}"), 0o644, &content);
+    }
+    fs::write(dir.join("initrd.img"), initrd.finish()).context("write initrd.img")
+}
+
+/// Returns the cache entry with `vmlinuz` and `modules/NN-name.ko`, numbered in the order of
+/// loading.
+fn find_or_fetch_kernel() -> Result<PathBuf> {
     let package = Package::resolve(KERNEL, KERNEL_VERSION)?;
     let modules = MODULES.join(" ");
     let key = |package: &Package| {
         cache::Key::new("nested-kernel", 1)
-            .text("kernel", &package.to_string())
-            .text("modules", &modules)
+            .with_text("kernel", &package.to_string())
+            .with_text("modules", &modules)
     };
     debian::find_or_build("nested-kernel", &package, key, |dir| {
         let progress = Progress::start(&format!("Fetching {package}"), 0);
         let scratch = debian::create_scratch_dir(dir, "unpacked")?;
-        let (used, deb) = package.download(&scratch, newest)?;
+        let (used, deb) = package.download(&scratch, find_newest)?;
         debian::unpack_package(&deb, &scratch)?;
         extract(&scratch, dir)?;
         cache::remove_tree(&scratch)?;
@@ -77,8 +81,8 @@ fn kernel() -> Result<PathBuf> {
     })
 }
 
-/// The newest 6.12 kernel that apt has: what the metapackage of that series depends on.
-fn newest() -> Result<Package> {
+/// Returns the newest 6.12 kernel that apt has: the metapackage of that series depends on it.
+fn find_newest() -> Result<Package> {
     let depends =
         capture_output(&mut new_command("apt-cache", ["depends", "linux-image-6.12-amd64"]))?;
     let name = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: linux-image-"));
@@ -87,40 +91,49 @@ fn newest() -> Result<Package> {
     debian::find_candidate(&format!("linux-image-{name}"))
 }
 
+/// Copies kernel and modules of an unpacked package.
 fn extract(package: &Path, into: &Path) -> Result<()> {
-    let find = |dir: &str, prefix: &str| -> Result<PathBuf> {
-        let items = fs::read_dir(package.join(dir))
-            .with_context(|| format!("list {dir} of the kernel package"))?;
-        let mut paths = items.filter_map(|item| Some(item.ok()?.path()));
-        paths
-            .find(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
-            })
-            .with_context(|| format!("the kernel package has no {dir}/{prefix}*"))
-    };
-    fs::copy(find("boot", "vmlinuz-")?, into.join("vmlinuz"))?;
-    let tree = find("lib/modules", "6.")?;
+    fs::copy(find_in(package, "boot", "vmlinuz-")?, into.join("vmlinuz"))
+        .context("copy vmlinuz")?;
     let mut files = Vec::new();
-    list(&tree, &mut files)?;
-    fs::create_dir(into.join("modules"))?;
+    list_files(&find_in(package, "lib/modules", "6.")?, &mut files)?;
+    let modules = into.join("modules");
+    fs::create_dir(&modules).with_context(|| format!("create {}", modules.display()))?;
+    extract_modules(&files, &modules)
+}
 
+/// Returns the path in a directory of the package whose name begins with `prefix`.
+fn find_in(package: &Path, dir: &str, prefix: &str) -> Result<PathBuf> {
+    let items = fs::read_dir(package.join(dir))
+        .with_context(|| format!("list {dir} of the kernel package"))?;
+    items
+        .filter_map(|item| Some(item.ok()?.path()))
+        .find(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
+        })
+        .with_context(|| format!("the kernel package has no {dir}/{prefix}*"))
+}
+
+/// Copies [`MODULES`] and their dependencies, numbered in the order of loading.
+fn extract_modules(files: &[PathBuf], into: &Path) -> Result<()> {
     let mut loaded: Vec<String> = Vec::new();
     let mut wanted: Vec<String> = MODULES.iter().rev().map(|name| (*name).to_owned()).collect();
-    // Depth first: a module is on the list again, behind its dependencies, until those are loaded.
+    // Depth first: a module goes back on the list, after its dependencies, until those are loaded.
     while let Some(name) = wanted.pop() {
         if loaded.contains(&name) {
             continue;
         }
-        let module = read_module(&files, &name)?;
+        let module = read_module(files, &name)?;
         let missing: Vec<String> =
-            dependencies(&module).into_iter().filter(|d| !loaded.contains(d)).collect();
+            parse_dependencies(&module).into_iter().filter(|d| !loaded.contains(d)).collect();
         if missing.is_empty() {
-            fs::write(into.join(format!("modules/{:02}-{name}.ko", loaded.len())), &module)?;
+            let file = into.join(format!("{:02}-{name}.ko", loaded.len()));
+            fs::write(&file, &module).with_context(|| format!("write {}", file.display()))?;
             loaded.push(name);
         } else {
-            anyhow::ensure!(
+            ensure!(
                 !missing.iter().any(|m| wanted.contains(m)),
-                "modules depend on each other: {name}"
+                "the dependencies of module {name} form a cycle"
             );
             wanted.push(name);
             wanted.extend(missing);
@@ -129,11 +142,11 @@ fn extract(package: &Path, into: &Path) -> Result<()> {
     Ok(())
 }
 
-fn list(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    for item in fs::read_dir(dir)? {
+fn list_files(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for item in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let item = item?;
         if item.file_type()?.is_dir() {
-            list(&item.path(), files)?;
+            list_files(&item.path(), files)?;
         } else {
             files.push(item.path());
         }

@@ -1,4 +1,4 @@
-//! The archive format of an initrd ("newc" cpio), and the one thing needed from a kernel module's metadata.
+//! The archive format of an initrd ("newc" cpio), and the dependencies of a kernel module.
 
 /// An initrd under construction.
 #[derive(Default)]
@@ -13,31 +13,33 @@ const CHARACTER: u32 = 0o020_000;
 
 impl Initrd {
     /// Adds a directory; parents come first.
-    pub fn directory(&mut self, path: &str) {
-        self.entry(path, DIRECTORY | 0o755, &[], (0, 0));
+    pub fn add_directory(&mut self, path: &str) {
+        self.add_entry(path, DIRECTORY | 0o755, &[], (0, 0));
     }
 
     /// Adds a regular file.
-    pub fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
-        self.entry(path, REGULAR | mode, contents, (0, 0));
+    pub fn add_file(&mut self, path: &str, mode: u32, contents: &[u8]) {
+        self.add_entry(path, REGULAR | mode, contents, (0, 0));
     }
 
-    /// Adds `/dev/console`, without which PID 1 has no stderr.
-    pub fn console(&mut self) {
-        self.entry("dev/console", CHARACTER | 0o600, &[], (5, 1));
+    /// Adds `/dev/console`, without which PID 1 has no standard error.
+    pub fn add_console(&mut self) {
+        self.add_entry("dev/console", CHARACTER | 0o600, &[], (5, 1));
     }
 
-    /// The finished archive. The kernel unpacks it uncompressed, which is faster than inflating it on an emulated CPU.
+    /// Returns the finished archive. It is not compressed: the kernel would decompress it on an
+    /// emulated CPU.
     pub fn finish(mut self) -> Vec<u8> {
-        self.entry("TRAILER!!!", 0, &[], (0, 0));
+        self.add_entry("TRAILER!!!", 0, &[], (0, 0));
         self.bytes
     }
 
-    fn entry(&mut self, path: &str, mode: u32, contents: &[u8], (major, minor): (u32, u32)) {
+    fn add_entry(&mut self, path: &str, mode: u32, contents: &[u8], (major, minor): (u32, u32)) {
         self.entries += 1;
-        let len = u32::try_from(contents.len()).expect("no file of an initrd has 4 GiB");
+        let len = u32::try_from(contents.len()).expect("a file of an initrd is below 4 GiB");
         let name_len = u32::try_from(path.len() + 1).expect("a path is short");
-        // Inode, mode, uid, gid, links, mtime, size, device, node, name length with its NUL, checksum (unused).
+        // Inode, mode, uid, gid, links, mtime, size, major and minor number of the device and of
+        // the node, length of the name with its NUL, checksum (unused).
         let fields = [self.entries, mode, 0, 0, 1, 0, len, 0, 0, major, minor, name_len, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -45,18 +47,18 @@ impl Initrd {
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
-        self.pad();
+        self.pad_to_word();
         self.bytes.extend_from_slice(contents);
-        self.pad();
+        self.pad_to_word();
     }
 
-    fn pad(&mut self) {
+    fn pad_to_word(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 }
 
-/// The modules that a module needs, from its `depends=` entry.
-pub fn dependencies(module: &[u8]) -> Vec<String> {
+/// Returns the modules that a module needs, from its `depends=` entry.
+pub fn parse_dependencies(module: &[u8]) -> Vec<String> {
     const TAG: &[u8] = b"\0depends=";
     let Some(at) = module.windows(TAG.len()).position(|window| window == TAG) else {
         return Vec::new();
@@ -73,8 +75,8 @@ mod tests {
     #[test]
     fn archive_has_aligned_entries_and_a_trailer() {
         let mut initrd = Initrd::default();
-        initrd.directory("dev");
-        initrd.file("init", 0o755, b"12345");
+        initrd.add_directory("dev");
+        initrd.add_file("init", 0o755, b"12345");
         let bytes = initrd.finish();
         assert_eq!(bytes.len() % 4, 0);
         // A header is 110 bytes; "dev\0" pads to 116, "init\0" to 116, its contents to 8.
@@ -87,10 +89,10 @@ mod tests {
     #[test]
     fn dependencies_are_read_from_the_metadata() {
         assert_eq!(
-            dependencies(b"\x7fELF\0license=GPL\0depends=kvm,ccp\0retpoline=Y\0"),
+            parse_dependencies(b"\x7fELF\0license=GPL\0depends=kvm,ccp\0retpoline=Y\0"),
             ["kvm", "ccp"]
         );
-        assert!(dependencies(b"\0depends=\0").is_empty());
-        assert!(dependencies(b"no metadata").is_empty());
+        assert!(parse_dependencies(b"\0depends=\0").is_empty());
+        assert!(parse_dependencies(b"no metadata").is_empty());
     }
 }

@@ -1,8 +1,10 @@
-//! The QEMU that emulates the machine: Debian's source, our patches, and no more of it than this one machine needs.
+//! The QEMU of the emulated machine: Debian's source with our patches, limited to the devices of
+//! this one machine.
 //!
-//! Built and not installed, because no release has both faults of its SVM mended: in 7.2, Debian 12's own, a fault of the second
-//! stage while a guest's page tables are walked leaves registers of the middle of an instruction behind, and in all up to 10.0
-//! an interrupt that VMRUN injects is now and then delivered twice (`integration/nested-qemu/patches`).
+//! It is built and not installed, because no release has both faults of its SVM fixed. In 7.2, the
+//! release of Debian 12, a second-stage fault during a walk of the guest's page tables leaves
+//! registers as of the middle of an instruction. In all releases up to 10.0, an interrupt that VMRUN
+//! injects is occasionally delivered twice (`integration/nested-qemu/patches`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,12 @@ use crate::process::{capture_output, new_command, query_version};
 use crate::progress::Progress;
 use crate::{cache, pypi, workspace};
 
-/// Debian 13's, which is maintained longer than what the backports of Debian 12 have.
+const PROGRAM: &str = "qemu-system-x86_64";
+/// The release of Debian 13, which is maintained longer than that of Debian 12's backports.
 const SUITE: &str = "trixie";
 const SOURCE: &str = "qemu";
 const SOURCE_VERSION: &str = "1:10.0.13+ds-0+deb13u1";
-/// What its build system is made of: Debian 12's is too old.
+/// QEMU's build system: that of Debian 12 is too old.
 const BUILD_SYSTEM: [pypi::Wheel; 2] = [
     ("meson", "1.11.1", "9b3a023657e393dbc5335b95c561337d49b7a458f5541e47ec44f2cc566e0d80"),
     ("pycotap", "1.3.1", "1c3a25b3ff89e48f4e00f1f71dbbc1642b4f65c65d416524d07e73492fff25ea"),
@@ -40,30 +43,27 @@ const CONFIGURE: [&str; 12] = [
     "--disable-install-blobs",
     "--disable-debug-info",
 ];
-/// Where Debian's packages `qemu-system-data` and `seabios` have the firmware.
+/// The directories of firmware in Debian's packages `qemu-system-data` and `seabios`.
 pub const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 
-/// The program, built if it is not in the cache.
-///
-/// # Errors
-/// Something needed is missing, or the build fails.
+/// Returns the program, which is built if it is not in the cache.
 pub fn find_or_build() -> Result<PathBuf> {
     let patches = workspace::list_patches("integration/nested-qemu/patches")?;
-    let inputs = cache::Key::new("patches", 1).file(&devices())?.files(&patches)?.finish();
+    let inputs =
+        cache::Key::new("patches", 1).with_file(&devices_file())?.with_files(&patches)?.into_hex();
     let compiler = query_version("gcc")?;
     let key = |source: &Package| {
-        let key =
-            cache::Key::new("qemu", 1).text("source", &source.to_string()).text("inputs", &inputs);
-        key.text("configure", &CONFIGURE.join(" ")).text("compiler", &compiler)
+        let key = cache::Key::new("qemu", 1)
+            .with_text("source", &source.to_string())
+            .with_text("inputs", &inputs);
+        key.with_text("configure", &CONFIGURE.join(" ")).with_text("compiler", &compiler)
     };
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
     let entry = debian::find_or_build("qemu", &package, key, |dir| build(dir, &package, &patches))?;
     Ok(entry.join(PROGRAM))
 }
 
-const PROGRAM: &str = "qemu-system-x86_64";
-
-fn devices() -> PathBuf {
+fn devices_file() -> PathBuf {
     workspace::root_dir().join("integration/nested-qemu/devices.mak")
 }
 
@@ -73,7 +73,7 @@ fn build(dir: &Path, package: &Package, patches: &[PathBuf]) -> Result<Package> 
     let (used, archive) = package.download_source(SUITE, &source)?;
     debian::unpack_source(&archive, &source)?;
     debian::apply_patches(&source, patches)?;
-    fs::copy(devices(), source.join("configs/devices/x86_64-softmmu/chitin.mak"))
+    fs::copy(devices_file(), source.join("configs/devices/x86_64-softmmu/chitin.mak"))
         .context("add the list of devices to QEMU's source")?;
     progress.finish();
 
@@ -83,7 +83,7 @@ fn build(dir: &Path, package: &Package, patches: &[PathBuf]) -> Result<Package> 
     let jobs = thread::available_parallelism().map_or(2, usize::from);
     let mut ninja = new_command("ninja", ["-j", &jobs.to_string(), "-C", "build", PROGRAM]);
     ninja.current_dir(&source).env("PYTHONPATH", &build_system);
-    // A line per step: "[3/1320] Compiling C object …".
+    // One line for each step: "[3/1320] Compiling C object …".
     Progress::follow(&mut ninja, "Building QEMU", STEPS, |line| line.starts_with('['))?;
     fs::rename(source.join("build").join(PROGRAM), dir.join(PROGRAM))
         .with_context(|| format!("the build made no {PROGRAM}"))?;

@@ -46,12 +46,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 pub fn find_or_build() -> Result<PathBuf> {
     let fragments = config::read_fragments(&workspace::root_dir().join("kernel-config"))?;
     let patches = workspace::list_patches("kernel-config/patches")?;
-    let patch_key = cache::Key::new("patches", 1).files(&patches)?.finish();
+    let patch_key = cache::Key::new("patches", 1).with_files(&patches)?.into_hex();
     let (compiler, linker) = (query_version("gcc")?, query_version("ld")?);
     let key = |source: &Package| {
-        let key = cache::Key::new("kernel", 1).text("source", &source.to_string());
-        let key = key.text("config", &fragments.text).text("patches", &patch_key);
-        key.text("compiler", &compiler).text("linker", &linker)
+        let key = cache::Key::new("kernel", 1).with_text("source", &source.to_string());
+        let key = key.with_text("config", &fragments.text).with_text("patches", &patch_key);
+        key.with_text("compiler", &compiler).with_text("linker", &linker)
     };
 
     let package = Package::resolve(SOURCE, SOURCE_VERSION)?;

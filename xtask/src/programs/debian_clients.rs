@@ -1,5 +1,5 @@
-//! Programs of Debian that tests run in sandboxes: curl and git, with the libraries that the root image has not, as one directory
-//! to be copied in. Unpacked, never installed.
+//! curl and git of Debian, with the libraries that the root image lacks, as one directory to copy
+//! into a sandbox. Unpacked, never installed.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -7,9 +7,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, debian, programs};
+use crate::{cache, debian};
 
-/// What the two link to, as far as it is not in the root image. Whichever versions apt has: nothing is measured with them.
+/// The two, and the libraries that they link to and the root image lacks, in the versions that apt
+/// has: nothing is measured with them.
 const PACKAGES: [&str; 25] = [
     "curl",
     "git",
@@ -38,11 +39,12 @@ const PACKAGES: [&str; 25] = [
     "libzstd1",
 ];
 
-/// Sees to it that `target/programs/debian` has them: `bin` for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
-pub fn programs() -> Result<()> {
-    let key = cache::Key::new("clients", 1).text("packages", &PACKAGES.join(" "));
+/// Fetches them if they are not in the cache, and links to them from `target/programs/debian`: `bin`
+/// for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
+pub fn publish_programs() -> Result<()> {
+    let key = cache::Key::new("clients", 1).with_text("packages", &PACKAGES.join(" "));
     let entry = cache::find_or_build("clients", key, fetch)?;
-    programs::publish(&entry.join("debian"), "debian")
+    super::publish_program(&entry.join("debian"), "debian")
 }
 
 fn fetch(dir: &Path) -> Result<()> {
@@ -55,24 +57,24 @@ fn fetch(dir: &Path) -> Result<()> {
     }
     let to = dir.join("debian");
     let (bin, lib, core) = (to.join("bin"), to.join("lib"), to.join("git-core"));
-    for made in [&to, &bin, &lib, &core] {
-        fs::create_dir(made).with_context(|| format!("create {}", made.display()))?;
+    for dir in [&to, &bin, &lib, &core] {
+        fs::create_dir(dir).with_context(|| format!("create {}", dir.display()))?;
     }
-    let take = |from: &Path, to: &Path| {
+    let copy = |from: &Path, to: &Path| {
         fs::copy(from, to).map(drop).with_context(|| format!("copy {}", from.display()))
     };
-    take(&tree.join("usr/bin/curl"), &bin.join("curl"))?;
-    take(&tree.join("usr/bin/git"), &bin.join("git"))?;
-    take(&tree.join("usr/lib/git-core/git-remote-http"), &core.join("git-remote-https"))?;
-    // git calls itself by this path for what it does in processes of their own.
+    copy(&tree.join("usr/bin/curl"), &bin.join("curl"))?;
+    copy(&tree.join("usr/bin/git"), &bin.join("git"))?;
+    copy(&tree.join("usr/lib/git-core/git-remote-http"), &core.join("git-remote-https"))?;
+    // git starts itself by this path for work in separate processes.
     symlink("../bin/git", core.join("git")).context("create git-core/git")?;
-    for place in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
-        let Ok(entries) = fs::read_dir(tree.join(place)) else { continue };
+    for library_dir in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"] {
+        let Ok(entries) = fs::read_dir(tree.join(library_dir)) else { continue };
         for entry in entries {
-            let entry = entry.with_context(|| format!("list {place}"))?;
-            // A link stands for the file it leads to, which lies beside it.
+            let entry = entry.with_context(|| format!("list {library_dir}"))?;
+            // Copies the target of a link under the name of the link.
             if entry.path().is_file() && entry.file_name().to_string_lossy().contains(".so.") {
-                take(&entry.path(), &lib.join(entry.file_name()))?;
+                copy(&entry.path(), &lib.join(entry.file_name()))?;
             }
         }
     }

@@ -200,9 +200,9 @@ impl Builder {
         let mut overlay = Sha256::new();
         tree::hash_tree(&self.rootfs.join("overlay"), &mut overlay)?;
         let key = Key::new("rootfs-base", BUILDER)
-            .text("recipe", &self.recipe_text)
-            .text("lock", &lock.to_string());
-        key.bytes("overlay", &overlay.finalize()).file(&self.rootfs.join("finish.py"))
+            .with_text("recipe", &self.recipe_text)
+            .with_text("lock", &lock.to_string());
+        key.with_bytes("overlay", &overlay.finalize()).with_file(&self.rootfs.join("finish.py"))
     }
 
     fn staging(&self, below: &Path) -> Result<tempfile::TempDir> {
@@ -314,13 +314,13 @@ impl Builder {
         let erofs_utils = image::tools_version()?;
         let agent_sha256 = digest_file(&programs.join("chitin-agent"))?;
         let mut key = Key::new("rootfs", BUILDER)
-            .text("base", &base.file_name().unwrap_or_default().to_string_lossy())
-            .text("erofs-utils", &erofs_utils)
-            .text("archive", "tar, in the format of GNU")
+            .with_text("base", &base.file_name().unwrap_or_default().to_string_lossy())
+            .with_text("erofs-utils", &erofs_utils)
+            .with_text("archive", "tar, in the format of GNU")
             // The same packages can be the pinned ones for one checkout and substitutes for another.
-            .text("as locked", &packages.as_locked.to_string());
+            .with_text("as locked", &packages.as_locked.to_string());
         for (package, _) in PROGRAMS {
-            key = key.text(package, &digest_file(&programs.join(package))?);
+            key = key.with_text(package, &digest_file(&programs.join(package))?);
         }
         cache::find_or_build("rootfs", key, |entry| {
             eprintln!("rootfs: making the image");
