@@ -31,7 +31,7 @@ With a peer, `agent` is the first byte of the init of its guest.
 Examples:
   chitin-bench boot --runs 20 --plot boot.svg
   chitin-bench boot --peer firecracker=./firecracker
-  cargo xtask nested --icount -- target/release/chitin-bench boot --runs 5    # deterministic clock")]
+  cargo xtask nested --icount -- target/release/chitin-bench boot --runs 5    # virtual clock")]
 pub struct BootArgs {
     /// Number of boots, one after the other
     #[arg(long, value_name = "N", default_value_t = 10,
