@@ -5,7 +5,7 @@
 //!     key                32 random bytes, mode 0600: what every template here is authenticated with
 //!     NAME/
 //!       template.json    what it is, for people
-//!       state            registers and devices, with a MAC (see `vmm/src/state.rs`)
+//!       state            registers and devices, with a MAC (see `vmm/src/state/`)
 //!       memory           guest memory, sparse; mapped copy-on-write by every copy
 //!       seal             a MAC that ties `memory` to `state`
 //! ```

@@ -12,7 +12,7 @@ use std::ptr;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
-use super::file::locate;
+use super::memory_file::locate;
 use super::{GuestRam, MemoryError, PAGE_BYTES, map_file};
 use crate::state::StateError;
 use crate::state::machine::{MAX_RUNS, PageRun, WorkingSet};
@@ -70,7 +70,7 @@ impl Recorder {
         Ok(Self { pagemap, twins, split: 0 })
     }
 
-    /// Maps parts of the memory file, as [`file::map`](super::file::map) does, page by page.
+    /// Maps parts of the memory file, as [`memory_file::map`](super::memory_file::map) does, page by page.
     ///
     /// # Errors
     /// The host refuses a mapping.
@@ -304,7 +304,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::memory::{self, file};
+    use crate::memory::{self, memory_file};
 
     fn run(first: u32, count: u32) -> PageRun {
         PageRun { first, count }
@@ -347,7 +347,7 @@ mod tests {
 
         // Another guest, to which the same pages are given.
         let ram = memory::create(bytes).unwrap();
-        file::map(&ram, &contents, &parts).unwrap();
+        memory_file::map(&ram, &contents, &parts).unwrap();
         populate(&ram, &set.written);
         assert_eq!(recorder.collect(&ram, &image).unwrap().written, set.written);
         assert_eq!(ram.read_obj::<u8>(at(4)).unwrap(), 1);

@@ -2,7 +2,7 @@
 
 use super::Malformed;
 use super::wire::{Reader, Writer};
-use crate::arch::x86_64::saved::{ChipState, VcpuState};
+use crate::arch::x86_64::state::{ChipState, VcpuState};
 use crate::memory::PAGE_BYTES;
 use crate::spec::{MAX_BINDING_BYTES, MAX_VCPUS};
 

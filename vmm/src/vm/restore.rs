@@ -12,11 +12,11 @@ use super::init::{VmInit, map_root_image};
 use super::microvm::MicroVm;
 use super::vcpu::Vcpu;
 use crate::arch::x86_64::cpuid::Processor;
-use crate::arch::x86_64::saved::Timekeeping;
+use crate::arch::x86_64::state::Timekeeping;
 use crate::control::TemplateFiles;
-use crate::kvm::{KvmError, save};
+use crate::kvm::{KvmError, vm_state};
 use crate::memory::working_set::{self, Recorder};
-use crate::memory::{PAGE_BYTES, file};
+use crate::memory::{PAGE_BYTES, memory_file};
 use crate::spec::VmSpec;
 use crate::state::machine::{PageRun, WorkingSet};
 use crate::state::{self, MachineState, StateError};
@@ -95,7 +95,7 @@ impl Template {
             let (made, asked) = (state.binding, spec.binding.clone());
             return Err(StateError::Binding { made, asked }.into());
         }
-        file::check(&memory, spec.memory_bytes())?;
+        memory_file::check(&memory, spec.memory_bytes())?;
         Ok(Self { memory, processor: header.processor, state: Box::new(state) })
     }
 }
@@ -110,7 +110,7 @@ impl VmInit {
     /// Maps the memory file, and copies the pages that the guest is going to write to.
     fn map_memory(&self, template: &Template) -> Result<(), MonitorError> {
         let MachineState { parts, working_set, .. } = &*template.state;
-        file::map(&self.memory.ram, &template.memory, parts)?;
+        memory_file::map(&self.memory.ram, &template.memory, parts)?;
         working_set::populate(&self.memory.ram, &working_set.written);
         Ok(())
     }
@@ -125,7 +125,7 @@ impl VmInit {
         if recorder.can_split(parts) {
             recorder.map(&self.memory.ram, &template.memory, parts)?;
         } else {
-            file::map(&self.memory.ram, &template.memory, parts)?;
+            memory_file::map(&self.memory.ram, &template.memory, parts)?;
         }
         Ok(recorder.split_image(&self.memory.image)?)
     }
@@ -152,7 +152,7 @@ impl VmInit {
         let Some(Vcpu { fd, .. }) = self.vcpus.first() else { return };
         let mut supported = true;
         let mut prefault = |address, bytes| {
-            supported = supported && save::prefault(fd, address, bytes);
+            supported = supported && vm_state::prefault(fd, address, bytes);
         };
         for runs in [&set.written, &set.read] {
             working_set::for_each(&self.memory.ram, runs, |region, start, bytes| {

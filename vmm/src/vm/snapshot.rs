@@ -9,8 +9,8 @@ use super::microvm::MicroVm;
 use super::restore::{Recording, Restored};
 use super::vcpu::Vcpu;
 use crate::control::{Command, EndReason, Event};
-use crate::kvm::save;
-use crate::memory::{file, working_set};
+use crate::kvm::vm_state;
+use crate::memory::{memory_file, working_set};
 use crate::state::machine::{DeviceState, PageRun, WorkingSet};
 use crate::state::{self, Header, Key, MachineState, StateError};
 use crate::virtio::NotQuiescent;
@@ -67,8 +67,8 @@ impl<'a> Snapshotter<'a> {
         }
         let devices = self.save_devices()?;
         let fds = self.vcpus.iter().map(|vcpu| &vcpu.fd);
-        let (vcpus, save::Shared { clock_ns, chips }) = self.microvm.vm.save(kvm, fds)?;
-        let (parts, memory_bytes) = file::write(&self.microvm.memory.ram, memory)
+        let (vcpus, vm_state::Shared { clock_ns, chips }) = self.microvm.vm.save(kvm, fds)?;
+        let (parts, memory_bytes) = memory_file::write(&self.microvm.memory.ram, memory)
             .map_err(|source| StateError::File { operation: "write the memory of", source })?;
         let working_set = WorkingSet::default();
         let machine = MachineState { binding, clock_ns, chips, vcpus, devices, parts, working_set };

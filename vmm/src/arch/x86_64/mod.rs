@@ -10,4 +10,4 @@ pub mod cpuid;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
-pub mod saved;
+pub mod state;

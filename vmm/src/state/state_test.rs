@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs};
 
 use super::machine::{ConnectionRequest, DeviceState, MAX_RUNS, PageRun, QueueState, WorkingSet};
 use super::*;
-use crate::arch::x86_64::saved::{
+use crate::arch::x86_64::state::{
     ChipState, LAPIC_WORDS, Timekeeping, VcpuState, Vectors, XSAVE_WORDS,
 };
 use crate::control::TemplateFiles;

@@ -1,6 +1,6 @@
 //! KVM, as far as a microVM needs it.
 
-pub mod save;
+pub mod vm_state;
 
 use std::path::Path;
 

@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use super::{During, KvmError, Vm};
-use crate::arch::x86_64::saved::{ChipState, Timekeeping, VcpuState, Vectors};
+use crate::arch::x86_64::state::{ChipState, Timekeeping, VcpuState, Vectors};
 
 mod numbers {
     //! Of calls that are younger than the crate that wraps them.

@@ -3,7 +3,7 @@
 //! RAM is anonymous, private, and reserved without being committed (`MAP_NORESERVE`): a guest of 16 GiB costs what it
 //! touches. Small guests are kept out of transparent huge pages, see [`HUGE_PAGES_FROM`].
 
-pub mod file;
+pub mod memory_file;
 pub mod working_set;
 
 use std::fs::File;
