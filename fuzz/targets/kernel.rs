@@ -19,9 +19,9 @@ fuzz_target!(|data: &[u8]| {
     let mut file: File = tempfile::tempfile_in("/dev/shm").expect("a file");
     file.write_all(data).expect("write a file");
     file.set_len(data.len() as u64 + u64::from(*pages) * 4096).expect("extend a file");
-    if let Ok(kernel) = KernelImage::read(&file, HIGH_START, GuestAddress(RAM_BYTES)) {
-        let ram = memory::create(RAM_BYTES).expect("memory");
-        kernel.map(&file, &ram).expect("a kernel with valid headers can be mapped");
+    if let Ok(kernel) = KernelImage::read_headers(&file, HIGH_START, GuestAddress(RAM_BYTES)) {
+        let ram = memory::create_ram(RAM_BYTES).expect("memory");
+        kernel.map_segments(&file, &ram).expect("a kernel with valid headers can be mapped");
         assert!((HIGH_START..GuestAddress(RAM_BYTES)).contains(&kernel.entry()));
     }
 });

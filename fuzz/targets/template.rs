@@ -6,7 +6,7 @@ use std::io::{Seek, Write};
 use std::sync::OnceLock;
 
 use chitin_fuzz::DeviceUnderTest;
-use chitin_vmm::state::{self, Key, MachineState};
+use chitin_vmm::state::{Key, MachineState, verify_state};
 use chitin_vmm::virtio::pmem::Pmem;
 use chitin_vmm::virtio::vsock::{ChannelSlot, Vsock};
 use libfuzzer_sys::fuzz_target;
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
         file.write_all(&[7; 32]).and_then(|()| file.rewind()).expect("write a key");
         Key::read(&mut file).expect("read a key")
     });
-    assert!(state::open(data, key).is_err(), "a state without a valid MAC is accepted");
+    assert!(verify_state(data, key).is_err(), "a state without a valid MAC is accepted");
 
     let Some((vcpus, payload)) = data.split_first() else { return };
     let Ok(machine) = MachineState::decode(payload, *vcpus, MEMORY_BYTES, IMAGE_BYTES) else {

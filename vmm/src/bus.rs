@@ -1,21 +1,21 @@
-//! Devices by address.
+//! The address spaces of devices, as vCPUs access them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device as a vCPU sees it: registers.
 ///
-/// Called on the vCPU that accessed the register, which waits; an implementation must not block on the guest. `offset` is
-/// within the device's range and so is the last byte of `data`, which has 1 to 8 bytes (more only for string
-/// instructions on ports, all at one port).
+/// Called on the vCPU that accesses the register, which waits; an implementation must not block on
+/// the guest. `offset` is within the device's range and so is the last byte of `data`, which has 1
+/// to 8 bytes (more only for string instructions on ports, all at one port).
 pub trait BusDevice: Send {
-    /// Fills `data` with what the guest reads at `offset`.
+    /// Fills `data` with the contents of the register at `offset`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// Takes what the guest writes at `offset`.
+    /// Writes `data` to the register at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// A range of addresses and the device behind it.
+/// A range of addresses and its device.
 struct Slot {
     start: u64,
     length: u64,
@@ -24,13 +24,13 @@ struct Slot {
 
 /// An address space of devices: memory-mapped, or ports. It does not change once the guest runs.
 ///
-/// Lock order: a device's mutex is held for one access and is taken while holding nothing else. A device may wait for the
-/// VMM thread inside an access, so the VMM thread must never take one.
+/// Lock order: a device's mutex is held for one access and is taken while holding nothing else. A
+/// device may wait for the VMM thread inside an access, so the VMM thread must never take one.
 #[derive(Default)]
 pub struct Bus {
     slots: Vec<Slot>,
-    /// Accesses to addresses that nobody owns, or across the end of a device.
-    strays: AtomicU64,
+    /// Accesses to addresses without a device, or across the end of a device.
+    stray_accesses: AtomicU64,
 }
 
 /// The address spaces that a vCPU reaches devices in.
@@ -43,20 +43,18 @@ pub struct Buses {
 }
 
 impl Bus {
-    /// Puts a device at `start`. Ranges are ours, not the guest's, and do not overlap.
+    /// Adds a device at `start`. The ranges are those of the monitor, not the guest's, and do not
+    /// overlap.
     pub fn insert(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
-        debug_assert!(
-            !self
-                .slots
-                .iter()
-                .any(|slot| start < slot.start + slot.length && slot.start < start + length)
-        );
+        let overlaps =
+            |slot: &Slot| start < slot.start + slot.length && slot.start < start + length;
+        debug_assert!(!self.slots.iter().any(overlaps));
         self.slots.push(Slot { start, length, device });
     }
 
-    /// Reads; an address that nobody owns reads as all ones, as on hardware.
+    /// Reads a register. An address without a device reads as all ones, as on hardware.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.find(address, data.len()) {
+        match self.find_slot(address, data.len()) {
             Some((slot, offset)) => {
                 slot.device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
             }
@@ -64,26 +62,26 @@ impl Bus {
         }
     }
 
-    /// Writes; an address that nobody owns swallows it.
+    /// Writes a register. A write to an address without a device has no effect.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, offset)) = self.find(address, data.len()) {
+        if let Some((slot, offset)) = self.find_slot(address, data.len()) {
             slot.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
         }
     }
 
-    /// How many accesses went nowhere.
-    pub fn strays(&self) -> u64 {
-        self.strays.load(Ordering::Relaxed)
+    /// Returns the number of accesses that reached no device.
+    pub fn stray_accesses(&self) -> u64 {
+        self.stray_accesses.load(Ordering::Relaxed)
     }
 
-    fn find(&self, address: u64, bytes: usize) -> Option<(&Slot, u64)> {
+    fn find_slot(&self, address: u64, bytes: usize) -> Option<(&Slot, u64)> {
         let found = self.slots.iter().find_map(|slot| {
             let offset = address.checked_sub(slot.start)?;
             let end = offset.checked_add(bytes as u64)?;
             (end <= slot.length).then_some((slot, offset))
         });
         if found.is_none() {
-            self.strays.fetch_add(1, Ordering::Relaxed);
+            self.stray_accesses.fetch_add(1, Ordering::Relaxed);
         }
         found
     }
@@ -93,9 +91,10 @@ impl Bus {
 mod tests {
     use super::*;
 
-    struct Echo;
+    /// A device whose registers contain their offsets.
+    struct Offsets;
 
-    impl BusDevice for Echo {
+    impl BusDevice for Offsets {
         fn read(&mut self, offset: u64, data: &mut [u8]) {
             data.fill(u8::try_from(offset).unwrap());
         }
@@ -103,10 +102,10 @@ mod tests {
     }
 
     #[test]
-    fn accesses_reach_the_device_or_nobody() {
+    fn access_reaches_its_device_or_is_stray() {
         let mut bus = Bus::default();
-        bus.insert(0x100, 0x10, Arc::new(Mutex::new(Echo)));
-        bus.insert(u64::MAX - 0xf, 0xf, Arc::new(Mutex::new(Echo)));
+        bus.insert(0x100, 0x10, Arc::new(Mutex::new(Offsets)));
+        bus.insert(u64::MAX - 0xf, 0xf, Arc::new(Mutex::new(Offsets)));
         let read = |address| {
             let mut data = [0; 4];
             bus.read(address, &mut data);
@@ -114,11 +113,11 @@ mod tests {
         };
         assert_eq!(read(0x100), [0; 4]);
         assert_eq!(read(0x10c), [0xc; 4]);
-        assert_eq!(bus.strays(), 0);
+        assert_eq!(bus.stray_accesses(), 0);
         for address in [0xff, 0x10d, 0x110, 0, u64::MAX] {
             assert_eq!(read(address), [0xff; 4]);
         }
         bus.write(0, &[0; 8]);
-        assert_eq!(bus.strays(), 6);
+        assert_eq!(bus.stray_accesses(), 6);
     }
 }

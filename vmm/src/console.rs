@@ -1,5 +1,5 @@
-//! The serial console: a 16550 UART whose output goes to the monitor's standard error. It exists
-//! only in guests that ask for a console.
+//! The serial console: a 16550 whose output goes to the monitor's standard error. A guest has one
+//! only if the specification asks for it.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -11,14 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
-/// The longest output that is written in one piece; a shorter line is written at its end. A pipe
-/// that is writable accepts this much without blocking (`PIPE_BUF` is 4096).
+/// The longest output that is written in one piece; a line is written when it ends. A pipe takes as
+/// much without blocking if it takes anything (`PIPE_BUF` is 4096).
 const LINE_BYTES: usize = 1024;
 
-/// The interrupt line of the UART.
-pub struct Line(pub EventFd);
+/// The console's interrupt line.
+pub struct SerialInterrupt(pub EventFd);
 
-impl Trigger for Line {
+impl Trigger for SerialInterrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
@@ -26,14 +26,13 @@ impl Trigger for Line {
     }
 }
 
-/// The UART.
-pub struct Console(Serial<Line, NoEvents, LineWriter<io::Stderr>>);
+/// The serial console.
+pub struct Console(Serial<SerialInterrupt, NoEvents, LineWriter<io::Stderr>>);
 
 impl Console {
-    /// Makes a console that writes to standard error.
-    pub fn new(line: Line) -> Self {
-        let out = LineWriter { out: io::stderr(), line: Vec::with_capacity(LINE_BYTES) };
-        Self(Serial::new(line, out))
+    /// Creates a console that writes to standard error.
+    pub fn new(interrupt: SerialInterrupt) -> Self {
+        Self(Serial::new(interrupt, LineWriter::new(io::stderr())))
     }
 }
 
@@ -46,7 +45,7 @@ impl BusDevice for Console {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         for byte in data {
-            // On an error the output of the guest is lost; its vCPU continues.
+            // Output that cannot be written is lost: better than a vCPU that waits.
             let _ = self.0.write(u8::try_from(offset).unwrap_or(u8::MAX), *byte);
         }
     }
@@ -58,7 +57,7 @@ impl Drop for Console {
     }
 }
 
-/// Collects bytes into lines. A line that the reader has no room for is dropped: a vCPU never waits
+/// Collects bytes into lines. Output that the reader has no room for is dropped: a vCPU never waits
 /// for a terminal.
 struct LineWriter<W> {
     out: W,
@@ -66,11 +65,14 @@ struct LineWriter<W> {
 }
 
 impl<W: Write + AsFd> LineWriter<W> {
+    fn new(out: W) -> Self {
+        Self { out, line: Vec::with_capacity(LINE_BYTES) }
+    }
+
     fn write_line(&mut self) -> io::Result<()> {
-        let mut polls = [PollFd::new(&self.out, PollFlags::OUT)];
-        let no_wait = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let is_ready = poll(&mut polls, Some(&no_wait)) == Ok(1);
-        let result = if is_ready { self.out.write_all(&self.line) } else { Ok(()) };
+        let mut fds = [PollFd::new(&self.out, PollFlags::OUT)];
+        let has_room = poll(&mut fds, Some(&Timespec::default())) == Ok(1);
+        let result = if has_room { self.out.write_all(&self.line) } else { Ok(()) };
         self.line.clear();
         result
     }
@@ -87,7 +89,7 @@ impl<W: Write + AsFd> Write for LineWriter<W> {
         Ok(bytes.len())
     }
 
-    // vm-superio flushes after every byte, which must not end a line.
+    // vm-superio flushes after every byte.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -101,13 +103,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_is_written_in_lines_and_never_blocks() {
+    fn output_is_written_in_lines() {
         let (mut reader, writer) = UnixStream::pair().unwrap();
-        let mut lines = LineWriter { out: writer, line: Vec::new() };
-        lines.write_all(b"one\ntw").unwrap();
+        LineWriter::new(writer).write_all(b"one\ntw").unwrap();
         let mut bytes = [0; 8];
         assert_eq!(reader.read(&mut bytes).unwrap(), 4);
-        // Returns although this is far more than a socket holds, and the reader does not read.
+    }
+
+    #[test]
+    fn output_without_a_reader_is_dropped() {
+        let (_reader, writer) = UnixStream::pair().unwrap();
+        let mut lines = LineWriter::new(writer);
+        // Far more than a socket holds: this must return.
         for _ in 0..10_000 {
             lines.write_all(&[b'x'; 1024]).unwrap();
         }

@@ -9,10 +9,12 @@ use vm_memory::mmap::MmapRegionError;
 
 use crate::memory;
 
-/// Guests map persistent memory in pages of this size (`memremap_compat_align` of Linux on x86-64).
+/// The unit of an image's length: guests map persistent memory in pages of this size
+/// (`memremap_compat_align` of Linux on x86-64).
 pub const IMAGE_UNIT: u64 = 2 << 20;
 
-/// The largest image: guest kernels describe each page of it (64 bytes for 4 KiB), out of at least 64 MiB of memory.
+/// The largest image: a guest kernel describes each page of it with 64 bytes, out of at least 64
+/// MiB of memory.
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
 // The superblock (`fs/erofs/erofs_fs.h` of Linux).
@@ -20,51 +22,40 @@ const SUPERBLOCK_AT: u64 = 1024;
 const MAGIC: u32 = 0xe0f5_e1e2;
 const BLOCK_BITS_AT: usize = 12;
 const BLOCKS_AT: usize = 36;
-/// Guests mount blocks of up to one page.
+/// The largest block that a guest mounts: one page.
 const MAX_BLOCK_BITS: u8 = 12;
 
-/// A file that is no root image.
+/// The file cannot be used as a root image.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of a variant explains its fields")]
 pub enum ImageError {
-    /// The superblock is not there.
+    /// The file has no EROFS superblock.
     #[error("not an EROFS image: build one with `cargo xtask rootfs` or `mkfs.erofs`")]
     NotErofs,
-    /// The length does not fit.
+    /// The file has an invalid length.
     #[error(
-        "{bytes} bytes long: a root image is a multiple of 2 MiB, up to {MAX_IMAGE_BYTES} bytes (`truncate -s %2M` pads one)"
+        "{bytes} bytes long: a root image is a multiple of 2 MiB, up to {MAX_IMAGE_BYTES} bytes \
+         (`truncate -s %2M` pads one)"
     )]
-    Length {
-        /// The file's length.
-        bytes: u64,
-    },
-    /// The file ends before the file system does.
+    Length { bytes: u64 },
+    /// The file is shorter than its file system.
     #[error(
         "truncated: the file system has {expected} bytes, the file {bytes}: build or copy it again"
     )]
-    Truncated {
-        /// What the superblock says.
-        expected: u64,
-        /// The file's length.
-        bytes: u64,
-    },
+    Truncated { expected: u64, bytes: u64 },
     /// Reading failed.
     #[error("read the superblock")]
     Read(#[source] std::io::Error),
     /// Mapping failed.
     #[error("map {bytes} bytes")]
-    Map {
-        /// The file's length.
-        bytes: u64,
-        /// Why not.
-        source: MmapRegionError,
-    },
+    Map { bytes: u64, source: MmapRegionError },
 }
 
 /// Checks an image and maps it, read-only and shared.
 ///
 /// # Errors
-/// The first thing that is not as it must be.
-pub fn map(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
+/// The first property of the file that is invalid.
+pub fn map_image(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
     let bytes = file.metadata().map_err(ImageError::Read)?.len();
     let mut superblock = [0; 64];
     match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
@@ -88,7 +79,7 @@ pub fn map(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
         return Err(ImageError::Length { bytes });
     }
     let length = usize::try_from(bytes).map_err(|_| ImageError::Length { bytes })?;
-    memory::map_shared(file, length).map_err(|source| ImageError::Map { bytes, source })
+    memory::map_shared_file(file, length).map_err(|source| ImageError::Map { bytes, source })
 }
 
 #[cfg(test)]
@@ -105,16 +96,16 @@ mod tests {
             superblock[BLOCKS_AT..BLOCKS_AT + 4].copy_from_slice(&blocks.to_le_bytes());
             file.write_all_at(&superblock, SUPERBLOCK_AT).unwrap();
         }
-        map(&Arc::new(file))
+        map_image(&Arc::new(file))
     }
 
     #[test]
-    fn an_image_is_mapped_whole() {
+    fn valid_image_is_mapped_whole() {
         assert_eq!(image(IMAGE_UNIT, 512, 12).unwrap().size(), 2 << 20);
     }
 
     #[test]
-    fn what_is_no_image_is_named() {
+    fn invalid_image_is_refused() {
         assert!(matches!(image(0, 0, 0), Err(ImageError::NotErofs)));
         assert!(matches!(image(1024, 0, 0), Err(ImageError::NotErofs)));
         assert!(matches!(image(IMAGE_UNIT, 1, 255), Err(ImageError::NotErofs)));

@@ -1,7 +1,18 @@
-//! The Chitin monitor: runs one microVM with one vsock channel and one read-only image, and no other device.
+//! The Chitin monitor: runs one microVM with one vsock channel and one read-only image, and no
+//! other device.
 //!
-//! Minimal means a minimal attack surface: there is no PCI, no ACPI, no firmware, no network card and no shared file system,
-//! and what is not there cannot be attacked. See [`Monitor`] for how to run one, and [`probe`] for whether this host can.
+//! Fewer devices mean fewer ways to attack: there is no PCI, no ACPI, no firmware, no network card
+//! and no shared file system. [`Monitor`] runs a microVM; [`probe`] finds out if this host can.
+//!
+//! | module | content |
+//! |---|---|
+//! | [`vm`] | one microVM: boot, restore, run, snapshot; the event loop and the vCPUs |
+//! | [`virtio`], [`console`], [`bus`] | devices, and the address spaces they are reached in |
+//! | [`kvm`], [`arch`], [`memory`] | KVM, x86-64, guest memory |
+//! | [`kernel`], [`image`], [`ramoops`] | kernel, root image, and the log that a guest leaves |
+//! | [`state`] | the saved state of a microVM |
+//! | [`spec`], [`control`] | the specification, and the control socket to the host |
+//! | [`jail`], [`seccomp`], [`signals`] | the process `chitin-vmm` and its confinement |
 
 pub mod arch;
 pub mod bus;

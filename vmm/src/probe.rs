@@ -84,7 +84,7 @@ pub fn probe_kvm() -> KvmSupport {
 
 /// Runs the guest, and returns the time of its fastest countdown.
 fn measure_kvm(api_version: &mut Option<i32>) -> Result<Duration, String> {
-    let kvm = kvm::open().map_err(|error| error_chain(&error))?;
+    let kvm = kvm::open_kvm().map_err(|error| error_chain(&error))?;
     *api_version = Some(kvm::api_version(&kvm));
     run_with_limit(PreparedGuest::new(&kvm)?)
 }
@@ -98,12 +98,12 @@ struct PreparedGuest {
 
 impl PreparedGuest {
     fn new(kvm: &kvm_ioctls::Kvm) -> Result<Self, String> {
-        let ram = memory::create(RAM_BYTES).map_err(|error| error_chain(&error))?;
-        registers::write_tables(&ram).map_err(|error| error_chain(&error))?;
+        let ram = memory::create_ram(RAM_BYTES).map_err(|error| error_chain(&error))?;
+        registers::write_page_tables(&ram).map_err(|error| error_chain(&error))?;
         ram.write_slice(&assemble_guest(), ENTRY).map_err(|error| error_chain(&error))?;
         let mut vm = Vm::new(kvm).map_err(|error| error_chain(&error))?;
         vm.add_ram(&ram).map_err(|error| error_chain(&error))?;
-        let vcpu = vm.add_probe_vcpu(ENTRY).map_err(|error| error_chain(&error))?;
+        let vcpu = vm.create_probe_vcpu(ENTRY).map_err(|error| error_chain(&error))?;
         Ok(Self { vcpu, _vm: vm, _ram: ram })
     }
 }

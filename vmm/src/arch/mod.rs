@@ -1,4 +1,4 @@
-//! What depends on the processor architecture.
+//! The parts that depend on the processor architecture.
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!(

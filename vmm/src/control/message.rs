@@ -6,8 +6,8 @@ use super::failure::FailureCode;
 use crate::jail::Jail;
 use crate::virtio::GuestFault;
 
-/// The most bytes of guest kernel messages in [`Event::Ended`]. A panic with its backtrace takes some
-/// 4 KiB; the rest is what led to it.
+/// The most bytes of guest kernel messages in [`Event::Ended`]. A panic with its backtrace takes
+/// some 4 KiB; the rest is what led to it.
 pub const MAX_LOG_BYTES: usize = 32 * 1024;
 
 /// An event that a monitor reports: one JSON object in each packet, or in each line if it runs
@@ -35,8 +35,8 @@ pub enum Event {
         /// Bytes of the state file.
         state_bytes: u64,
     },
-    /// The pages that the guest uses were written to the new state file, and the guest has ended. The
-    /// last event.
+    /// The pages that the guest uses were written to the new state file, and the guest has ended.
+    /// The last event.
     Recorded {
         /// Pages of memory that the guest writes to.
         written: u32,
@@ -51,7 +51,8 @@ pub enum Event {
         reason: EndReason,
         /// An explanation, where there is more to say than the reason.
         detail: Option<String>,
-        /// The tail of the guest kernel's messages: at most [`MAX_LOG_BYTES`], lossy UTF-8. Untrusted.
+        /// The tail of the guest kernel's messages: at most [`MAX_LOG_BYTES`], lossy UTF-8.
+        /// Untrusted.
         log: String,
         /// The number of device rules that the guest broke, whether or not one of them ended it.
         #[serde(default)]
@@ -89,16 +90,16 @@ pub enum EndReason {
 pub enum Request {
     /// Run the prepared guest. Comes with the channel.
     Go {},
-    /// Save the guest. Comes with a file for its memory and one for its state, both open for writing, and
-    /// a file or pipe with the key of 32 bytes.
+    /// Save the guest. Comes with a file for its memory and one for its state, both open for
+    /// writing, and a file or pipe with the key of 32 bytes.
     Snapshot {
         /// The identity of the files that belong to the guest; see
         /// [`VmSpec::binding`](crate::VmSpec::binding).
         #[serde(default)]
         binding: String,
     },
-    /// Write the pages that the guest has used so far. Comes with a file for the new state and the key, as
-    /// for a snapshot.
+    /// Write the pages that the guest has used so far. Comes with a file for the new state and the
+    /// key, as for a snapshot.
     Record {},
 }
 

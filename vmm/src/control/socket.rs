@@ -18,8 +18,8 @@ use super::message::{Event, Request};
 use crate::spec::{MAX_SPEC_BYTES, VmSpec};
 use crate::state::{Key, StateError};
 
-/// The most descriptors taken from one packet: one more than any packet may have, because descriptors
-/// that do not fit are dropped silently.
+/// The most descriptors taken from one packet: one more than any packet may have, because
+/// descriptors that do not fit are dropped silently.
 const MAX_FDS: usize = 5;
 
 /// A request with its descriptors.
@@ -143,8 +143,8 @@ impl ControlSocket {
         }
     }
 
-    /// Waits for the specification and its descriptors: the channel, unless the guest is prepared, and
-    /// the files of a guest to be restored.
+    /// Waits for the specification and its descriptors: the channel, unless the guest is prepared,
+    /// and the files of a guest to be restored.
     ///
     /// # Errors
     /// The host has closed the socket, or the packet is invalid.
@@ -174,8 +174,8 @@ impl ControlSocket {
     /// Takes a request without waiting for one.
     ///
     /// # Errors
-    /// [`ControlError::WouldBlock`] if no request is waiting; the host has closed the socket, or the
-    /// packet is invalid.
+    /// [`ControlError::WouldBlock`] if no request is waiting; the host has closed the socket, or
+    /// the packet is invalid.
     pub fn try_receive_command(&self) -> Result<Command, ControlError> {
         let (packet, fds) = self.receive_packet(RecvFlags::DONTWAIT)?;
         let found = fds.len();

@@ -1,110 +1,98 @@
 //! Guest memory.
 //!
-//! RAM is anonymous, private, and reserved without being committed (`MAP_NORESERVE`): a guest of 16 GiB costs what it
-//! touches. Small guests are kept out of transparent huge pages, see [`HUGE_PAGES_FROM`].
+//! RAM is anonymous, private, and reserved without being committed (`MAP_NORESERVE`): a guest of 16
+//! GiB costs the host the pages that it touches. Small guests are kept out of transparent huge
+//! pages, see [`HUGE_PAGES_FROM`].
 
+mod mapping;
 pub mod memory_file;
+pub mod page_run;
+pub mod recorder;
 pub mod working_set;
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::io;
 
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
 };
 
+pub use self::mapping::map_shared_file;
+use self::mapping::{Advice, FileAccess, advise, map_anonymous, replace_pages};
 use crate::arch::x86_64::layout::ram_ranges;
 
 /// A guest's RAM.
 pub type GuestRam = GuestMemoryMmap<()>;
 
-/// The host's page size; on x86-64 there is no other.
+/// The page size of host and guest; x86-64 has no other.
 pub const PAGE_BYTES: u64 = 4096;
 
-/// Guests of at least this many bytes are left to the host's policy on huge pages. A smaller one touches some 15 MiB
-/// scattered over its memory until it runs, and a huge page zeroes 2 MiB for the first byte: kept out of huge pages a guest
-/// of 128 MiB reaches init in 247 instead of 269 ms of the nested host's clock, with 15.6 instead of 24.0 MiB of private
-/// memory. A larger one fills a 64th of its memory with page descriptors, densely, and has a use for huge pages.
+/// The size from which guests are left to the host's policy on huge pages.
+///
+/// A smaller guest touches some 15 MiB scattered over its memory until it runs, and a huge page
+/// zeroes 2 MiB for the first byte: without huge pages a guest of 128 MiB reaches init in 247
+/// instead of 269 ms of the nested host's clock, with 15.6 instead of 24.0 MiB of private memory. A
+/// larger guest fills a 64th of its memory with page descriptors, densely, and benefits from huge
+/// pages.
 pub const HUGE_PAGES_FROM: u64 = 512 << 20;
 
 /// Guest memory could not be made or filled.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of a variant explains its fields")]
 pub enum MemoryError {
-    /// The host refused to map RAM.
+    /// The host refuses to map RAM.
     #[error(
-        "map {bytes} bytes of guest memory: lower `memory_mib`, or raise the host's address-space limits"
+        "map {bytes} bytes of guest memory: lower `memory_mib`, or raise the host's address-space \
+         limits"
     )]
-    Map {
-        /// The size of the range.
-        bytes: u64,
-        /// Why not.
-        source: MmapRegionError,
-    },
-    /// Ranges of RAM overlap; a fault of ours.
+    Map { bytes: u64, source: MmapRegionError },
+    /// Ranges of RAM overlap, which only a fault of the monitor explains.
     #[error("arrange guest memory")]
     Arrange(#[source] vm_memory::GuestRegionCollectionError),
-    /// A file was to be mapped where the guest has no RAM.
+    /// The guest has no RAM where a file is to be mapped.
     #[error("no guest memory at {address:#x} for {bytes} bytes of a file")]
-    OutOfRange {
-        /// Guest physical.
-        address: u64,
-        /// What was to be mapped there.
-        bytes: u64,
-    },
-    /// The host refused to map a file.
+    OutOfRange { address: u64, bytes: u64 },
+    /// The host refuses to map a file.
     #[error("map {bytes} bytes of a file at guest address {address:#x}")]
-    MapFile {
-        /// Guest physical.
-        address: u64,
-        /// How much.
-        bytes: u64,
-        /// Why not.
-        source: std::io::Error,
-    },
+    MapFile { address: u64, bytes: u64, source: io::Error },
 }
 
-/// Reserves RAM of this size, all zero, in the ranges of [`layout`](crate::arch::x86_64::layout).
+/// Reserves RAM, all zero, in the ranges of [`layout`](crate::arch::x86_64::layout).
 ///
 /// # Errors
-/// [`MemoryError::Map`] where the host does not give the address space.
-pub fn create(total: u64) -> Result<GuestRam, MemoryError> {
+/// [`MemoryError::Map`] if the host does not give the address space.
+pub fn create_ram(total: u64) -> Result<GuestRam, MemoryError> {
     let regions = ram_ranges(total)
         .into_iter()
-        .map(|(start, bytes)| {
-            let region = usize::try_from(bytes)
-                .map_err(|_| MmapRegionError::InvalidPointer)
-                .and_then(|bytes| {
-                    MmapRegionBuilder::new(bytes)
-                        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                        .with_mmap_flags(
-                            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                        )
-                        .build()
-                })
-                .map_err(|source| MemoryError::Map { bytes, source })?;
-            if total < HUGE_PAGES_FROM {
-                // SAFETY: the whole of a mapping that was just made; advice changes nothing that can be seen. A host
-                // without huge pages refuses it, and does not need it.
-                unsafe {
-                    libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_NOHUGEPAGE)
-                };
-            }
-            leave_out_of_dumps(region.as_ptr(), region.size());
-            // Only a range past the end of the address space is refused.
-            GuestRegionMmap::new(region, start)
-                .ok_or(MemoryError::OutOfRange { address: start.0, bytes })
-        })
+        .map(|(start, bytes)| create_region(start, bytes, total < HUGE_PAGES_FROM))
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(MemoryError::Arrange)
 }
 
-/// Puts pages of a file into guest memory, copy-on-write, without reading them: they stay the host's page cache until the
-/// guest writes to them.
+fn create_region(
+    start: GuestAddress,
+    bytes: u64,
+    is_small: bool,
+) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let region = usize::try_from(bytes)
+        .map_err(|_| MmapRegionError::InvalidPointer)
+        .and_then(|bytes| map_anonymous(bytes, libc::PROT_READ | libc::PROT_WRITE))
+        .map_err(|source| MemoryError::Map { bytes, source })?;
+    if is_small {
+        // A host without huge pages refuses the advice, and does not need it.
+        let _ = advise(&region, 0, region.size(), Advice::NoHugePages);
+    }
+    let _ = advise(&region, 0, region.size(), Advice::DontDump);
+    // Only a range past the end of the address space is refused.
+    GuestRegionMmap::new(region, start).ok_or(MemoryError::OutOfRange { address: start.0, bytes })
+}
+
+/// Maps pages of a file into guest memory, copy-on-write, without reading them: they stay the
+/// host's page cache until the guest writes to them.
 ///
-/// `address`, `offset` and `bytes` are multiples of [`PAGE_BYTES`]. The file must not shrink while the guest lives.
+/// `address`, `offset` and `bytes` are multiples of [`PAGE_BYTES`]. The file must not shrink while
+/// the guest lives.
 ///
 /// # Errors
 /// [`MemoryError::OutOfRange`] if the pages are not all in one range of RAM or not aligned;
@@ -124,48 +112,16 @@ pub fn map_file(
     if start.0.checked_add(bytes).is_none_or(|end| end > region.len()) {
         return Err(out_of_range());
     }
-    let host = region.get_host_address(start).map_err(|_| out_of_range())?;
-    let (Ok(length), Ok(offset)) = (usize::try_from(bytes), libc::off_t::try_from(offset)) else {
+    let (Ok(start), Ok(length)) = (usize::try_from(start.0), usize::try_from(bytes)) else {
         return Err(out_of_range());
     };
-    // SAFETY: the range lies in one mapping that `ram` owns, both ends checked above, so MAP_FIXED replaces nothing else.
-    // Nobody holds a reference into guest memory: it is only accessed through volatile slices.
-    let mapped = unsafe {
-        libc::mmap(
-            host.cast(),
-            length,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            file.as_raw_fd(),
-            offset,
-        )
-    };
-    if mapped == libc::MAP_FAILED {
-        let source = std::io::Error::last_os_error();
-        return Err(MemoryError::MapFile { address: address.0, bytes, source });
-    }
-    leave_out_of_dumps(host, length);
-    Ok(())
+    replace_pages(region, start, length, (file, offset), FileAccess::CopyOnWrite)
+        .map_err(|source| MemoryError::MapFile { address: address.0, bytes, source })
 }
 
-/// Maps a whole file read-only and shared, to be shown to a guest beside its RAM.
-///
-/// # Errors
-/// The host refuses the mapping.
-pub fn map_shared(file: &Arc<File>, bytes: usize) -> Result<MmapRegion<()>, MmapRegionError> {
-    let region = MmapRegionBuilder::new(bytes)
-        .with_mmap_prot(libc::PROT_READ)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .with_file_offset(vm_memory::FileOffset::from_arc(Arc::clone(file), 0))
-        .build()?;
-    leave_out_of_dumps(region.as_ptr(), region.size());
-    Ok(region)
-}
-
-/// Keeps what is a guest's out of core dumps of the monitor. It also tells the two apart in `/proc/PID/smaps`.
-fn leave_out_of_dumps(start: *mut u8, bytes: usize) {
-    // SAFETY: a mapping of ours; advice changes nothing that can be seen.
-    unsafe { libc::madvise(start.cast(), bytes, libc::MADV_DONTDUMP) };
+/// Converts a length that is bounded by a mapping of this process.
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -176,8 +132,8 @@ mod tests {
     use vm_memory::Bytes;
 
     #[test]
-    fn the_largest_guest_costs_nothing_until_touched() {
-        let ram = create(u64::from(crate::spec::MAX_MEMORY_MIB) << 20).unwrap();
+    fn largest_guest_costs_nothing_until_touched() {
+        let ram = create_ram(u64::from(crate::spec::MAX_MEMORY_MIB) << 20).unwrap();
         assert_eq!(ram.num_regions(), 2);
         let last = ram.last_addr();
         ram.write_obj(7u8, last).unwrap();
@@ -185,10 +141,10 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_file_is_copied_on_write() {
+    fn mapped_file_is_copied_on_write() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[1; 8192]).unwrap();
-        let ram = create(64 << 20).unwrap();
+        let ram = create_ram(64 << 20).unwrap();
         let at = GuestAddress(1 << 20);
         map_file(&ram, at, &file, 4096, 4096).unwrap();
         assert_eq!(ram.read_obj::<u8>(at).unwrap(), 1);
@@ -199,9 +155,9 @@ mod tests {
     }
 
     #[test]
-    fn mappings_out_of_range_or_unaligned_are_refused() {
+    fn mapping_out_of_range_or_unaligned_is_refused() {
         let file = tempfile::tempfile().unwrap();
-        let ram = create(64 << 20).unwrap();
+        let ram = create_ram(64 << 20).unwrap();
         for (address, offset, bytes) in [
             (64 << 20, 0, 4096),
             ((64 << 20) - 4096, 0, 8192),

@@ -1,27 +1,27 @@
+use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs};
 
-use super::machine::{ConnectionRequest, DeviceState, MAX_RUNS, PageRun, QueueState, WorkingSet};
+use super::machine::{ConnectionRequest, DeviceState, QueueState};
 use super::*;
+use crate::arch::x86_64::processor::Processor;
 use crate::arch::x86_64::state::{
-    ChipState, LAPIC_WORDS, Timekeeping, VcpuState, Vectors, XSAVE_WORDS,
+    ChipState, FpuState, LAPIC_WORDS, Timekeeping, VcpuState, XSAVE_WORDS,
 };
 use crate::control::TemplateFiles;
-use crate::{Monitor, VmSpec, error_chain};
+use crate::memory::memory_file::MemoryFileError;
+use crate::memory::page_run::{MAX_RUNS, PageRun, WorkingSet};
+use crate::{Monitor, MonitorError, VmSpec};
 
 const MEMORY_MIB: u32 = 64;
 const IMAGE_BYTES: u64 = 2 << 20;
 
-fn key(byte: u8) -> Key {
-    Key([byte; 32])
-}
-
 fn processor(family: u32) -> Processor {
     let leaf = kvm_cpuid_entry2 { function: 1, eax: family << 8, ..Default::default() };
-    Processor::of(&CpuId::from_entries(&[leaf]).unwrap())
+    Processor::from_cpuid(&CpuId::from_entries(&[leaf]).unwrap())
 }
 
 fn header() -> Header {
@@ -38,10 +38,10 @@ fn vcpu(number: u64) -> VcpuState {
         activity: Default::default(),
         regs: kvm_regs { rip: 0xffff_ffff_8100_0000 + number, ..Default::default() },
         sregs: Default::default(),
-        vectors: if number == 0 {
-            Vectors::Xsave { area, xcr0: 7 }
+        fpu: if number == 0 {
+            FpuState::Xsave { area, xcr0: 7 }
         } else {
-            Vectors::Fxsave(Box::default())
+            FpuState::Fxsave(Box::default())
         },
         debug: Default::default(),
         lapic,
@@ -83,18 +83,25 @@ fn machine() -> MachineState {
     }
 }
 
-fn sealed() -> Vec<u8> {
-    seal(&header(), &machine().encode(), &key(7)).unwrap()
+fn signed() -> Vec<u8> {
+    sign_state(&header(), &machine().encode(), &Key::from_byte(7)).unwrap()
 }
 
 fn decode(payload: &[u8]) -> Result<MachineState, Malformed> {
     MachineState::decode(payload, 2, u64::from(MEMORY_MIB) << 20, IMAGE_BYTES)
 }
 
+/// Decodes a valid state after a change.
+fn decode_changed(change: impl FnOnce(&mut MachineState)) -> Result<MachineState, Malformed> {
+    let mut state = machine();
+    change(&mut state);
+    decode(&state.encode())
+}
+
 #[test]
-fn what_was_saved_is_read_back() {
-    let bytes = sealed();
-    let (read, payload) = open(&bytes, &key(7)).unwrap();
+fn state_is_decoded_as_encoded() {
+    let bytes = signed();
+    let (read, payload) = verify_state(&bytes, &Key::from_byte(7)).unwrap();
     assert_eq!(read, header());
     let (state, saved) = (decode(payload).unwrap(), machine());
     assert_eq!(state.encode(), saved.encode());
@@ -103,67 +110,67 @@ fn what_was_saved_is_read_back() {
     assert_eq!(state.vcpus[1].regs.rip, 0xffff_ffff_8100_0001);
     assert_eq!(state.vcpus[0].time, Timekeeping { tsc: 99, deadline: Some(0) });
     assert_eq!(state.vcpus[1].time.deadline, None);
-    assert!(
-        matches!(&state.vcpus[0].vectors, Vectors::Xsave { area, xcr0: 7 } if area[6] == 0x1f80)
-    );
+    let fpu = &state.vcpus[0].fpu;
+    assert!(matches!(fpu, FpuState::Xsave { area, xcr0: 7 } if area[6] == 0x1f80));
 }
 
 #[test]
-fn a_state_cut_off_anywhere_is_refused() {
-    let bytes = sealed();
+fn truncated_state_is_refused_at_any_length() {
+    let bytes = signed();
     for length in 0..bytes.len() {
-        let error = open(&bytes[..length], &key(7)).unwrap_err();
-        assert!(
-            matches!(error, StateError::Length { found, .. } if found == length),
-            "{length}: {error}"
-        );
-        assert!(error_chain(&error).contains("build it again"));
+        let error = verify_state(&bytes[..length], &Key::from_byte(7)).unwrap_err();
+        let named = matches!(error, StateError::Length { found, .. } if found == length);
+        assert!(named, "{length}: {error}");
     }
     let longer = [bytes.as_slice(), &[0]].concat();
-    assert!(matches!(open(&longer, &key(7)), Err(StateError::Length { .. })));
+    let error = verify_state(&longer, &Key::from_byte(7));
+    assert!(matches!(error, Err(StateError::Length { .. })));
 }
 
 #[test]
-fn a_state_with_any_byte_changed_is_refused() {
-    let mut bytes = sealed();
+fn state_with_any_byte_changed_is_refused() {
+    let mut bytes = signed();
     for at in 0..bytes.len() {
         for change in [1, 0x80, 0xff] {
             bytes[at] ^= change;
-            let error = open(&bytes, &key(7)).unwrap_err();
-            let due = match at {
+            let error = verify_state(&bytes, &Key::from_byte(7)).unwrap_err();
+            let expected = match at {
                 0..8 => matches!(error, StateError::Magic),
                 8..12 => matches!(error, StateError::Version { .. }),
                 12..16 => matches!(error, StateError::Length { .. }),
                 _ => matches!(error, StateError::Mac),
             };
-            assert!(due, "byte {at}: {error}");
+            assert!(expected, "byte {at}: {error}");
             bytes[at] ^= change;
         }
     }
-    open(&bytes, &key(7)).unwrap();
+    verify_state(&bytes, &Key::from_byte(7)).unwrap();
 }
 
 #[test]
-fn the_key_decides_and_is_not_shown() {
-    assert!(matches!(open(&sealed(), &key(8)), Err(StateError::Mac)));
-    assert_eq!(format!("{:?}", key(7)), "Key(…)");
+fn state_with_another_key_is_refused() {
+    let bytes = signed();
+    assert!(matches!(verify_state(&bytes, &Key::from_byte(8)), Err(StateError::Mac)));
 }
 
 #[test]
-fn another_version_is_named_whatever_its_layout() {
-    let mut bytes = sealed();
+fn key_is_not_printed() {
+    assert_eq!(format!("{:?}", Key::from_byte(7)), "Key(…)");
+}
+
+#[test]
+fn other_version_is_named_whatever_its_layout() {
+    let mut bytes = signed();
     bytes[8..12].copy_from_slice(&2u32.to_le_bytes());
     bytes.truncate(20);
-    let error = open(&bytes, &key(7)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the template has version 2, this monitor makes and takes version 1: build it again"
-    );
-    assert!(matches!(open(b"not a state file at all", &key(7)), Err(StateError::Magic)));
+    let error = verify_state(&bytes, &Key::from_byte(7));
+    assert!(matches!(error, Err(StateError::Version { found: 2 })));
+    let error = verify_state(b"not a state file at all", &Key::from_byte(7));
+    assert!(matches!(error, Err(StateError::Magic)));
 }
 
 #[test]
-fn a_payload_cut_off_or_too_long_is_malformed_also_with_a_good_mac() {
+fn payload_of_wrong_length_is_malformed() {
     let payload = machine().encode();
     for length in 0..payload.len() {
         assert!(decode(&payload[..length]).is_err(), "{length}");
@@ -173,9 +180,9 @@ fn a_payload_cut_off_or_too_long_is_malformed_also_with_a_good_mac() {
 }
 
 #[test]
-fn no_payload_makes_the_reader_panic_or_leave_its_bounds() {
+fn random_payload_stays_in_bounds_and_never_panics() {
     let payload = machine().encode();
-    // A cheap generator: the same bytes every time.
+    // A simple generator, which returns the same bytes every time.
     let mut seed = 1u32;
     let mut random = || {
         seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -188,8 +195,7 @@ fn no_payload_makes_the_reader_panic_or_leave_its_bounds() {
             bytes[at] = random().to_le_bytes()[0];
         }
         if let Ok(state) = decode(&bytes) {
-            let end =
-                |runs: &[PageRun]| runs.iter().map(|run| run.first + run.count).max().unwrap_or(0);
+            let end = |runs: &[PageRun]| runs.iter().map(PageRun::end).max().unwrap_or(0);
             assert!(end(&state.parts) <= MEMORY_MIB << 8 && end(&state.working_set.image) <= 512);
             assert_eq!((state.vcpus.len(), state.devices.len()), (2, 2));
         }
@@ -197,29 +203,36 @@ fn no_payload_makes_the_reader_panic_or_leave_its_bounds() {
 }
 
 #[test]
-fn pages_outside_memory_and_lists_without_end_are_malformed() {
-    let wrong = |change: &dyn Fn(&mut MachineState)| {
-        let mut state = machine();
-        change(&mut state);
-        decode(&state.encode()).err().unwrap()
-    };
-    let outside = Malformed("a page is not in the memory");
-    assert_eq!(wrong(&|state| state.parts[1].count += 1), outside);
-    assert_eq!(wrong(&|state| state.working_set.image[0].count = 2), outside);
-    assert_eq!(wrong(&|state| state.working_set.read[0].count = 0), outside);
-    assert_eq!(wrong(&|state| state.working_set.read[0].first = u32::MAX - 1), outside);
-    wrong(&|state| drop(state.vcpus.pop()));
-    wrong(&|state| drop(state.devices.pop()));
-    // Longer lists than are read are cut off when they are written.
-    let mut state = machine();
-    state.working_set.written =
-        (0..6000).map(|number| PageRun { first: number * 2, count: 1 }).collect();
-    let state = decode(&state.encode()).unwrap();
+fn page_outside_memory_is_malformed() {
+    let changes: [fn(&mut MachineState); 4] = [
+        |state| state.parts[1].count += 1,
+        |state| state.working_set.image[0].count = 2,
+        |state| state.working_set.read[0].count = 0,
+        |state| state.working_set.read[0].first = u32::MAX - 1,
+    ];
+    for change in changes {
+        assert_eq!(decode_changed(change).err(), Some(Malformed::Page));
+    }
+}
+
+#[test]
+fn wrong_number_of_vcpus_or_devices_is_malformed() {
+    let changes: [fn(&mut MachineState); 2] =
+        [|state| drop(state.vcpus.pop()), |state| drop(state.devices.pop())];
+    for change in changes {
+        assert_eq!(decode_changed(change).err(), Some(Malformed::Count));
+    }
+}
+
+#[test]
+fn long_list_of_runs_is_cut_off_when_written() {
+    let runs = (0..6000).map(|number| PageRun { first: number * 2, count: 1 }).collect();
+    let state = decode_changed(|state| state.working_set.written = runs).unwrap();
     assert_eq!(state.working_set.written.len(), usize::from(MAX_RUNS));
 }
 
 #[test]
-fn a_key_is_read_whole_or_not_at_all() {
+fn short_key_is_refused() {
     for bytes in [0, 31] {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; bytes]).unwrap();
@@ -228,8 +241,8 @@ fn a_key_is_read_whole_or_not_at_all() {
     }
 }
 
-/// What the host is told about a template that cannot be used, before KVM is even opened.
-fn complaint(state: &[u8], memory_bytes: u64, spec: impl FnOnce(&mut VmSpec)) -> String {
+/// Returns the error of a monitor for a template that cannot be used, before KVM is even opened.
+fn build_error(state: &[u8], memory_bytes: u64, change: impl FnOnce(&mut VmSpec)) -> MonitorError {
     let file = |contents: &[u8], length: u64| {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(contents).unwrap();
@@ -243,9 +256,9 @@ fn complaint(state: &[u8], memory_bytes: u64, spec: impl FnOnce(&mut VmSpec)) ->
     let files = TemplateFiles {
         memory: File::open(memory.path()).unwrap(),
         state: state.as_fd().try_clone_to_owned().unwrap().into(),
-        key: key(7),
+        key: Key::from_byte(7),
     };
-    let mut asked = VmSpec {
+    let mut spec = VmSpec {
         restore: true,
         vcpus: 2,
         memory_mib: MEMORY_MIB,
@@ -253,33 +266,47 @@ fn complaint(state: &[u8], memory_bytes: u64, spec: impl FnOnce(&mut VmSpec)) ->
         kernel: PathBuf::new(),
         ..VmSpec::new("", image.path())
     };
-    spec(&mut asked);
-    error_chain(&Monitor::builder().spec(asked).template(files).build().err().unwrap())
+    change(&mut spec);
+    Monitor::builder().spec(spec).template(files).build().err().unwrap()
 }
 
 #[test]
-fn a_template_that_is_not_what_is_asked_for_is_refused_with_a_reason() {
+fn template_that_differs_from_the_spec_is_refused() {
     let memory = u64::from(MEMORY_MIB) << 20;
-    let good = sealed();
-    assert_eq!(
-        complaint(&good, memory, |spec| spec.vcpus = 1),
-        "the template has 2 vCPUs, and 1 were asked for"
+    let error = build_error(&signed(), memory, |spec| spec.vcpus = 1);
+    let expected =
+        matches!(error, MonitorError::State(StateError::VcpuCount { made: 2, requested: 1 }));
+    assert!(expected, "{error:?}");
+    let error = build_error(&signed(), memory, |spec| spec.memory_mib = 128);
+    let expected = matches!(
+        error,
+        MonitorError::State(StateError::MemorySize { made_mib: 64, requested_mib: 128 })
     );
-    assert_eq!(
-        complaint(&good, memory, |spec| spec.memory_mib = 128),
-        "the template has 64 MiB of memory, and 128 were asked for"
+    assert!(expected, "{error:?}");
+    let error = build_error(&signed(), memory, |spec| spec.binding = "memory:1 image:3".into());
+    let expected = matches!(
+        &error,
+        MonitorError::State(StateError::Binding { made, requested })
+            if made == "memory:1 image:2" && requested == "memory:1 image:3"
     );
-    assert_eq!(
-        complaint(&good, memory, |spec| spec.binding = "memory:1 image:3".into()),
-        "the template belongs to other files (it is bound to `memory:1 image:2`, not to `memory:1 image:3`): build it again"
-    );
-    assert_eq!(
-        complaint(&good, memory - 1, |_| {}),
-        "the memory of the template is shorter than the guest's memory: build it again"
-    );
-    assert!(complaint(&good[..100], memory, |_| {}).contains("it was cut off"));
-    assert!(complaint(&vec![0; 300_000], memory, |_| {}).contains("more than 262144 bytes"));
-    let long = MachineState { parts: vec![PageRun { first: 0, count: 1 << 20 }], ..machine() };
-    let long = seal(&header(), &long.encode(), &key(7)).unwrap();
-    assert!(complaint(&long, memory, |_| {}).contains("malformed"));
+    assert!(expected, "{error:?}");
+}
+
+#[test]
+fn unusable_template_file_is_refused() {
+    let memory = u64::from(MEMORY_MIB) << 20;
+    let error = build_error(&signed(), memory - 1, |_| {});
+    let short = matches!(error, MonitorError::MemoryFile(MemoryFileError::TooShort { .. }));
+    assert!(short, "{error:?}");
+    let error = build_error(&signed()[..100], memory, |_| {});
+    let cut_off = matches!(error, MonitorError::State(StateError::Length { .. }));
+    assert!(cut_off, "{error:?}");
+    let error = build_error(&vec![0; 300_000], memory, |_| {});
+    assert!(matches!(error, MonitorError::State(StateError::TooLong)), "{error:?}");
+    let parts = vec![PageRun { first: 0, count: 1 << 20 }];
+    let malformed = MachineState { parts, ..machine() };
+    let malformed = sign_state(&header(), &malformed.encode(), &Key::from_byte(7)).unwrap();
+    let error = build_error(&malformed, memory, |_| {});
+    let malformed = matches!(error, MonitorError::State(StateError::Malformed(Malformed::Page)));
+    assert!(malformed, "{error:?}");
 }

@@ -43,7 +43,7 @@ pub(super) fn boot(
 /// Reads the kernel's headers and checks them against the file and the guest's memory.
 fn read_kernel_headers(spec: &VmSpec, kernel: &File) -> Result<KernelImage, MonitorError> {
     let low_end = GuestAddress(spec.memory_bytes().min(layout::DEVICE_HOLE.0));
-    KernelImage::read(kernel, layout::HIGH_START, low_end).map_err(kernel_error(spec))
+    KernelImage::read_headers(kernel, layout::HIGH_START, low_end).map_err(kernel_error(spec))
 }
 
 fn kernel_error(spec: &VmSpec) -> impl FnOnce(KernelError) -> MonitorError {
@@ -53,27 +53,32 @@ fn kernel_error(spec: &VmSpec) -> impl FnOnce(KernelError) -> MonitorError {
 impl VmInit {
     /// Maps the kernel into RAM. Its pages are not copied: they stay the host's page cache.
     fn load_kernel(&self, kernel: &File, headers: &KernelImage) -> Result<(), MonitorError> {
-        headers.map(kernel, &self.memory.ram).map_err(kernel_error(&self.spec))
+        headers.map_segments(kernel, &self.memory.ram).map_err(kernel_error(&self.spec))
     }
 
     /// Writes the descriptor table and the page tables that the kernel starts with.
     fn write_page_tables(&self) -> Result<(), MonitorError> {
-        registers::write_tables(&self.memory.ram).map_err(MonitorError::Tables)
+        registers::write_page_tables(&self.memory.ram).map_err(MonitorError::Tables)
     }
 
     /// Writes the command line, the MP table, the entropy seed and `struct boot_params`.
     fn write_boot_parameters(&self) -> Result<(), MonitorError> {
         let virtio_devices: Vec<_> = self.devices.slots.iter().map(|slot| slot.info).collect();
-        let cmdline = cmdline::command_line(&virtio_devices, self.spec.console)
+        let cmdline = cmdline::build_command_line(&virtio_devices, self.spec.console)
             .map_err(MonitorError::CommandLine)?;
         let VmSpec { vcpus, .. } = self.spec;
-        Ok(boot::write_boot_data(&self.memory.ram, self.spec.memory_bytes(), vcpus, &cmdline)?)
+        Ok(boot::write_boot_parameters(
+            &self.memory.ram,
+            self.spec.memory_bytes(),
+            vcpus,
+            &cmdline,
+        )?)
     }
 
     /// Creates the vCPUs. The first starts at `entry`, the others when the kernel starts them.
     fn create_vcpus(&mut self, entry: GuestAddress) -> Result<(), MonitorError> {
         for index in 0..self.spec.vcpus {
-            let fd = self.vm.add_vcpu(index, self.spec.vcpus, entry)?;
+            let fd = self.vm.create_boot_vcpu(index, self.spec.vcpus, entry)?;
             self.vcpus.push(Vcpu { index, fd, time: None });
         }
         Ok(())

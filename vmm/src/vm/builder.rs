@@ -32,8 +32,8 @@ impl MonitorBuilder {
         self
     }
 
-    /// Sets the host's byte stream, to be joined to the guest's one vsock connection. Without one, every
-    /// connection is refused. When its other end is closed, the guest is stopped.
+    /// Sets the host's byte stream, to be joined to the guest's one vsock connection. Without one,
+    /// every connection is refused. When its other end is closed, the guest is stopped.
     pub fn channel(mut self, channel: impl Into<Option<UnixStream>>) -> Self {
         self.channel = channel.into();
         self
@@ -66,8 +66,8 @@ impl MonitorBuilder {
         self
     }
 
-    /// Stops the guest when this descriptor becomes readable, or its other end is closed. May be called
-    /// several times.
+    /// Stops the guest when this descriptor becomes readable, or its other end is closed. May be
+    /// called several times.
     pub fn stop_on(mut self, fd: OwnedFd) -> Self {
         self.stop_on.push(fd);
         self

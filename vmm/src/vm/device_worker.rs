@@ -25,7 +25,8 @@ pub(super) struct DeviceWorker {
     signals: Rc<LoopSignals>,
     /// If set, the sources are watched for output as well.
     blocked: bool,
-    /// Set by a fault. Nothing is served until the driver resets the device, which makes a new worker.
+    /// Set by a fault. Nothing is served until the driver resets the device, which makes a new
+    /// worker.
     broken: bool,
 }
 
@@ -45,8 +46,8 @@ impl DeviceWorker {
         (!self.broken).then_some(&*self.handler)
     }
 
-    /// Processes the queues as if the driver had notified them. Returns the sources whose events have to
-    /// be modified.
+    /// Processes the queues as if the driver had notified them. Returns the sources whose events
+    /// have to be modified.
     pub fn process_queues(&mut self) -> Vec<Events> {
         if !self.broken {
             let result = self.handler.on_kick();
@@ -118,8 +119,8 @@ impl MutEventSubscriber for DeviceWorker {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        // Edge-triggered: an eventfd need not be read, and the handler of a channel remembers what the
-        // channel is ready for.
+        // Edge-triggered: an eventfd need not be read, and the handler of a channel remembers what
+        // the channel is ready for.
         let interest = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let kick = Events::with_data_raw(self.kick.as_raw_fd(), KICK, interest);
         for events in [kick].into_iter().chain(self.source_events()) {
@@ -131,8 +132,8 @@ impl MutEventSubscriber for DeviceWorker {
     }
 }
 
-/// Watches descriptors for other events. A descriptor that is ready at this moment causes a new event,
-/// so that nothing is missed; one that is gone needs no watching.
+/// Watches descriptors for other events. A descriptor that is ready at this moment causes a new
+/// event, so that nothing is missed; one that is gone needs no watching.
 pub(super) fn modify_events(changed: Vec<Events>, ops: &mut EventOps) {
     for events in changed {
         let _ = ops.modify(events);

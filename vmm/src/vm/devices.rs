@@ -10,7 +10,7 @@ use super::error::MonitorError;
 use super::eventfd::create_eventfd;
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
-use crate::console::{Console, Line};
+use crate::console::{Console, SerialInterrupt};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
@@ -62,11 +62,11 @@ impl Devices {
         let irq = layout::VIRTIO_IRQ + u32::try_from(index).unwrap_or(u32::MAX);
 
         let line = create_eventfd()?;
-        vm.interrupt(&line, irq)?;
+        vm.register_irqfd(&line, irq)?;
         let shared = SharedRegisters::new(line);
         let kick = Arc::new(create_eventfd()?);
         if let Some(queue) = device.busy_queue() {
-            vm.notify(&kick, GuestAddress(address.0 + NOTIFY_OFFSET), queue.into())?;
+            vm.register_ioeventfd(&kick, GuestAddress(address.0 + NOTIFY_OFFSET), queue.into())?;
         }
         let worker = WorkerHandle { device: index, sender: self.requests.sender() };
         let transport =
@@ -80,8 +80,8 @@ impl Devices {
     /// Adds the serial console.
     pub fn add_console(&mut self, vm: &Vm) -> Result<(), MonitorError> {
         let line = create_eventfd()?;
-        vm.interrupt(&line, layout::SERIAL_IRQ)?;
-        let console = Arc::new(Mutex::new(Console::new(Line(line))));
+        vm.register_irqfd(&line, layout::SERIAL_IRQ)?;
+        let console = Arc::new(Mutex::new(Console::new(SerialInterrupt(line))));
         self.buses.ports.insert(layout::SERIAL_PORT, layout::SERIAL_PORTS, console);
         Ok(())
     }

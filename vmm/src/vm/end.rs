@@ -29,8 +29,8 @@ impl End {
 pub struct Ended {
     /// The end of the guest.
     pub end: End,
-    /// The tail of the guest kernel's messages; see [`MAX_LOG_BYTES`](crate::control::MAX_LOG_BYTES).
-    /// Untrusted.
+    /// The tail of the guest kernel's messages; see
+    /// [`MAX_LOG_BYTES`](crate::control::MAX_LOG_BYTES). Untrusted.
     pub log: String,
     /// The number of device rules that the guest broke.
     pub faults: u64,

@@ -11,6 +11,8 @@ use crate::image::ImageError;
 use crate::kernel::KernelError;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
+use crate::memory::memory_file::MemoryFileError;
+use crate::memory::recorder::RecordError;
 use crate::spec::SpecError;
 use crate::state::StateError;
 use crate::virtio::NotQuiescent;
@@ -58,9 +60,15 @@ pub enum MonitorError {
     /// The host has sent a request at the wrong time.
     #[error("the request `{request}` is not possible: {reason}")]
     Untimely { request: &'static str, reason: &'static str },
-    /// The template cannot be used or written.
+    /// The state of the template cannot be used or written.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The memory file of the template cannot be used or written.
+    #[error(transparent)]
+    MemoryFile(#[from] MemoryFileError),
+    /// The pages that the guest uses cannot be recorded.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The guest cannot be saved in its present state.
     #[error("save the guest")]
     Save(#[from] NotQuiescent),
@@ -75,7 +83,8 @@ impl MonitorError {
         move |source| Self::Host { operation, source }
     }
 
-    /// Classifies the error for programs. There is no wildcard, so that a new variant needs a decision.
+    /// Classifies the error for programs. There is no wildcard, so that a new variant needs a
+    /// decision.
     pub fn code(&self) -> FailureCode {
         match self {
             Self::Spec(_) => FailureCode::Spec,
@@ -88,7 +97,7 @@ impl MonitorError {
             Self::Host { .. } | Self::EventLoop(_) => FailureCode::Host,
             Self::Control(error) => error.code(),
             Self::Untimely { .. } => FailureCode::Control,
-            Self::State(_) => FailureCode::Template,
+            Self::State(_) | Self::MemoryFile(_) | Self::Record(_) => FailureCode::Template,
             Self::Save(_) => FailureCode::NotQuiescent,
         }
     }

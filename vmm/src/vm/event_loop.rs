@@ -21,12 +21,12 @@ use crate::control::{Command, ControlError, ControlSocket, EndReason, Event};
 use crate::virtio::QueueHandler;
 use crate::virtio::mmio::SharedRegisters;
 
-/// The most ready descriptors that are taken at a time. There are some ten: queues, the channel, and the
-/// reasons to stop.
+/// The most ready descriptors that are taken at a time. There are some ten: queues, the channel,
+/// and the reasons to stop.
 const READY_EVENTS: usize = 16;
 
-/// The most time the host may take to read the last bytes that a guest sent. After that they are lost:
-/// the guest is gone, and the caller waits for its end.
+/// The most time the host may take to read the last bytes that a guest sent. After that they are
+/// lost: the guest is gone, and the caller waits for its end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// The host's side of a microVM: its requests, its reasons to stop the guest, and its reports.
@@ -148,7 +148,8 @@ impl EventLoop {
         if self.signals.stop.get() {
             return Some(End::new(EndReason::Stopped));
         }
-        // The end of a vCPU comes first, so that no device reports a consequence of it as the cause.
+        // The end of a vCPU comes first, so that no device reports a consequence of it as the
+        // cause.
         self.vcpus.events.end().cloned().or_else(|| self.signals.take_end())
     }
 
@@ -181,8 +182,8 @@ impl EventLoop {
         }
     }
 
-    /// Drops the requests of vCPUs, now and later. A vCPU that waits for an answer sees that it is to
-    /// stop.
+    /// Drops the requests of vCPUs, now and later. A vCPU that waits for an answer sees that it is
+    /// to stop.
     pub fn close_requests(&self) {
         self.requests.close();
     }
@@ -208,8 +209,8 @@ impl EventLoop {
         }
     }
 
-    /// Takes what a guest that is gone has left in its queues, and waits up to [`DRAIN_LIMIT`] until the
-    /// host has read it.
+    /// Takes what a guest that is gone has left in its queues, and waits up to [`DRAIN_LIMIT`]
+    /// until the host has read it.
     pub fn drain_queues(&mut self) -> Result<(), MonitorError> {
         let deadline = Instant::now() + DRAIN_LIMIT;
         self.process_queues();

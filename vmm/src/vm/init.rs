@@ -1,5 +1,5 @@
-//! A microVM under construction: the steps that [`boot`](super::boot) and [`restore`](super::restore)
-//! have in common.
+//! A microVM under construction: the steps that [`boot`](super::boot) and
+//! [`restore`](super::restore) have in common.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub(super) struct VmInit {
 impl VmInit {
     /// Creates a VM without vCPUs and devices, and RAM that holds nothing.
     pub fn new(spec: VmSpec, kvm: Kvm, image: MmapRegion<()>) -> Result<Self, MonitorError> {
-        let ram = Arc::new(memory::create(spec.memory_bytes())?);
+        let ram = Arc::new(memory::create_ram(spec.memory_bytes())?);
         Ok(Self {
             vcpus: Vec::new(),
             devices: Devices::new()?,
@@ -57,7 +57,7 @@ impl VmInit {
     /// Gives the VM its RAM, and the root image as read-only memory.
     pub fn add_memory(&mut self) -> Result<(), MonitorError> {
         self.vm.add_ram(&self.memory.ram)?;
-        Ok(self.vm.add_read_only(self.image_address, &self.memory.image)?)
+        Ok(self.vm.add_read_only_memory(self.image_address, &self.memory.image)?)
     }
 
     /// Adds the device of the guest's one connection.
@@ -97,6 +97,6 @@ impl VmInit {
 
 /// Checks the root image and maps it.
 pub(super) fn map_root_image(spec: &VmSpec, file: File) -> Result<MmapRegion<()>, MonitorError> {
-    image::map(&Arc::new(file))
+    image::map_image(&Arc::new(file))
         .map_err(|source| MonitorError::Image { path: spec.root_image.clone(), source })
 }

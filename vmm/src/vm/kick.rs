@@ -1,8 +1,8 @@
 //! Kicks: how another thread gets a vCPU out of the guest.
 //!
-//! A kick is the signal `SIGRTMIN`, whose handler sets `immediate_exit` in the `kvm_run` of the vCPU.
-//! The signal alone is not enough: if it arrived between the check of a request and `KVM_RUN`, it would
-//! be lost and the guest would run on.
+//! A kick is the signal `SIGRTMIN`, whose handler sets `immediate_exit` in the `kvm_run` of the
+//! vCPU. The signal alone is not enough: if it arrived between the check of a request and
+//! `KVM_RUN`, it would be lost and the guest would run on.
 
 use std::cell::Cell;
 use std::io;
@@ -13,8 +13,8 @@ use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 thread_local! {
-    /// `immediate_exit` of the vCPU that this thread runs. A const initializer and no destructor, so
-    /// that the signal handler may use it.
+    /// `immediate_exit` of the vCPU that this thread runs. A const initializer and no destructor,
+    /// so that the signal handler may use it.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -29,8 +29,8 @@ extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     });
 }
 
-/// Installs the handler of kicks for this process. The signal is `SIGRTMIN`; a program that embeds a
-/// monitor must leave it alone.
+/// Installs the handler of kicks for this process. The signal is `SIGRTMIN`; a program that embeds
+/// a monitor must leave it alone.
 ///
 /// # Errors
 /// The handler cannot be installed.

@@ -57,7 +57,7 @@ impl MicroVm {
 
     /// Reads the tail of the guest kernel's messages.
     pub fn read_log(&self) -> String {
-        ramoops::read(&self.memory.ram, layout::LOG, layout::LOG_BYTES)
+        ramoops::read_log(&self.memory.ram, layout::LOG, layout::LOG_BYTES)
     }
 
     /// Returns the number of device rules that the guest broke, and the first of them.
@@ -67,8 +67,8 @@ impl MicroVm {
         (faults().map(|faults| faults.total()).sum(), first)
     }
 
-    /// Releases the VM, then its memory. If a vCPU is stuck in the host kernel it still uses the memory,
-    /// which is then leaked: otherwise the guest would reach whatever is mapped there next.
+    /// Releases the VM, then its memory. If a vCPU is stuck in the host kernel it still uses the
+    /// memory, which is then leaked: otherwise the guest would reach whatever is mapped there next.
     pub fn release(self, vcpu_stuck: bool) {
         let Self { vm, memory, .. } = self;
         drop(vm);

@@ -1,25 +1,25 @@
 //! One microVM, from files to its end.
 //!
 //! ```text
-//!                 ┌─ boot ────┐
-//!   VmResources ──┤           ├──▶ MicroVm ──run──▶ running ─────────────▶ draining ────────▶ Ended
-//!    open files   └─ restore ─┘   in Monitor:       vCPU threads, and      the guest ended    reason and
-//!                                 memory, devices,  the event loop on      itself: its last   kernel log
-//!                                 vCPUs             this thread            bytes are              ▲
-//!                                                      │                   delivered              │
-//!                                                      ├── stopped, fault, KVM error ─────────────┤
-//!                                                      └── request: Snapshotter makes a template ─┘
+//!                  ┌── boot ───┐
+//!  VmResources ────┤           ├───▶ MicroVm ───▶ running ────────────▶ draining ──────▶ Ended
+//!   open files     └─ restore ─┘     memory,      vCPU threads, and     the guest ended  end and
+//!                   named steps      devices,     the event loop on     itself: its last kernel
+//!                   in this order    vCPUs        the VMM thread        bytes are        log
+//!                                                    │                  delivered          ▲
+//!                                                    ├── stopped, fault, KVM error ────────┤
+//!                                                    └── request: Snapshotter, template ───┘
 //! ```
 //!
-//! The VMM thread, which is the one that calls [`Monitor::run`], serves the devices; each vCPU has a
-//! thread. They share the devices' registers, with one lock for each device, and nothing else: a vCPU
-//! that changes what the VMM thread serves sends it a request.
+//! The VMM thread, which is the one that calls [`Monitor::run`], serves the devices; each vCPU has
+//! a thread. They share the devices' registers, with one lock for each device, and nothing else: a
+//! vCPU that changes what the VMM thread serves sends it a request.
 //!
-//! | step | file |
+//! | step | files |
 //! |---|---|
 //! | open the files | `resources.rs` |
-//! | make the microVM | `boot.rs` or `restore.rs`, with the steps in common in `init.rs` and `devices.rs` |
-//! | run it | `run.rs`: `vcpu_threads.rs`, `vcpu.rs`, `event_loop.rs`, `device_worker.rs` |
+//! | make the microVM | `boot.rs` or `restore.rs`; their common steps: `init.rs`, `devices.rs` |
+//! | run it | `run.rs`, `vcpu_threads.rs`, `vcpu.rs`, `event_loop.rs`, `device_worker.rs` |
 //! | save it | `snapshot.rs` |
 
 mod boot;
@@ -104,12 +104,12 @@ impl Monitor {
         self.microvm.attach_channel(channel)
     }
 
-    /// Runs the guest to its end, on this thread and one for each vCPU. A prepared guest waits until the
-    /// host sends [`go`](crate::control::Request::Go).
+    /// Runs the guest to its end, on this thread and one for each vCPU. A prepared guest waits
+    /// until the host sends [`go`](crate::control::Request::Go).
     ///
     /// # Errors
-    /// The host refuses a thread or a descriptor, or has sent a request that is not possible. The end of
-    /// the guest itself is not an error but an [`Ended`].
+    /// The host refuses a thread or a descriptor, or has sent a request that is not possible. The
+    /// end of the guest itself is not an error but an [`Ended`].
     pub fn run(self) -> Result<Ended, MonitorError> {
         kick::install_kick_handler()
             .map_err(MonitorError::host("install the signal handler of vCPUs"))?;

@@ -8,7 +8,7 @@ use kvm_ioctls::Kvm;
 use super::error::MonitorError;
 use crate::control::TemplateFiles;
 use crate::kvm::{self, KvmError};
-use crate::memory::working_set::{Recorder, Twins};
+use crate::memory::recorder::{Recorder, ReopenedFiles};
 use crate::spec::{SpecError, VmSpec};
 
 /// The open files of a microVM: a process that has them needs no path any more.
@@ -33,7 +33,7 @@ pub(super) enum RecordingFiles {
     /// No recording was asked for.
     None,
     /// The files of the guest were opened a second time.
-    Reopened(Twins),
+    Reopened(ReopenedFiles),
     /// The page map of this process is open as well.
     Ready(Recorder),
 }
@@ -48,25 +48,21 @@ impl VmResources {
         let source = match template {
             None if !spec.restore => GuestSource::Kernel(open_kernel(&spec.kernel)?),
             Some(files) if spec.restore => GuestSource::Template(files),
-            _ => {
-                return Err(SpecError::Together(
-                    "the files of a template and `restore` need each other",
-                )
-                .into());
-            }
+            _ => return Err(SpecError::TemplateFiles.into()),
         };
         let image = open_image(&spec.root_image)?;
         let recording = match &source {
             GuestSource::Template(files) if spec.record => {
-                RecordingFiles::Reopened(Twins::open(&files.memory, &image)?)
+                RecordingFiles::Reopened(ReopenedFiles::open(&files.memory, &image)?)
             }
             _ => RecordingFiles::None,
         };
-        Ok(Self { source, image, recording, kvm: kvm::open() })
+        Ok(Self { source, image, recording, kvm: kvm::open_kvm() })
     }
 
-    /// Opens the page map of this process, if the guest is to be recorded. Call it in the process that
-    /// runs the guest, before that is made undumpable and while it has a `/proc`; once is enough.
+    /// Opens the page map of this process, if the guest is to be recorded. Call it in the process
+    /// that runs the guest, before that is made undumpable and while it has a `/proc`; once is
+    /// enough.
     ///
     /// # Errors
     /// There is no `/proc`.

@@ -1,6 +1,7 @@
 //! The restore recipe: from the files of a template to vCPUs in their saved state.
 //!
-//! Devices and the clock are restored later, by [`run`](super::run), just before the guest continues.
+//! Devices and the clock are restored later, by [`run`](super::run), just before the guest
+//! continues.
 
 use std::fs::File;
 
@@ -11,15 +12,18 @@ use super::error::MonitorError;
 use super::init::{VmInit, map_root_image};
 use super::microvm::MicroVm;
 use super::vcpu::Vcpu;
-use crate::arch::x86_64::cpuid::Processor;
+use crate::arch::x86_64::processor::Processor;
 use crate::arch::x86_64::state::Timekeeping;
 use crate::control::TemplateFiles;
-use crate::kvm::{KvmError, vm_state};
-use crate::memory::working_set::{self, Recorder};
-use crate::memory::{PAGE_BYTES, memory_file};
+use crate::kvm::KvmError;
+use crate::kvm::vm_state::prefault_memory;
+use crate::memory::PAGE_BYTES;
+use crate::memory::memory_file::{check_memory_file, map_parts};
+use crate::memory::page_run::{PageRun, WorkingSet};
+use crate::memory::recorder::Recorder;
+use crate::memory::working_set::{for_each_run, populate_written};
 use crate::spec::VmSpec;
-use crate::state::machine::{PageRun, WorkingSet};
-use crate::state::{self, MachineState, StateError};
+use crate::state::{MachineState, StateError, read_state_file, verify_state};
 
 /// The saved state of a restored guest.
 pub(super) struct Restored {
@@ -76,26 +80,27 @@ struct Template {
 }
 
 impl Template {
-    /// Verifies a template and compares it with the specification. The key is wiped when this returns.
+    /// Verifies a template and compares it with the specification. The key is wiped when this
+    /// returns.
     fn verify(spec: &VmSpec, files: TemplateFiles, image_bytes: u64) -> Result<Self, MonitorError> {
         let TemplateFiles { memory, state, key } = files;
-        let bytes = state::read(&state)?;
-        let (header, payload) = state::open(&bytes, &key)?;
-        for (what, made, asked) in [
-            ("MiB of memory", header.memory_mib, spec.memory_mib),
-            ("vCPUs", header.vcpus.into(), spec.vcpus.into()),
-        ] {
-            if made != asked {
-                return Err(StateError::Size { what, made, asked }.into());
-            }
+        let bytes = read_state_file(&state)?;
+        let (header, payload) = verify_state(&bytes, &key)?;
+        if header.memory_mib != spec.memory_mib {
+            let (made_mib, requested_mib) = (header.memory_mib, spec.memory_mib);
+            return Err(StateError::MemorySize { made_mib, requested_mib }.into());
+        }
+        if header.vcpus != spec.vcpus {
+            let (made, requested) = (header.vcpus, spec.vcpus);
+            return Err(StateError::VcpuCount { made, requested }.into());
         }
         let state = MachineState::decode(payload, spec.vcpus, spec.memory_bytes(), image_bytes)
             .map_err(StateError::from)?;
         if state.binding != spec.binding {
-            let (made, asked) = (state.binding, spec.binding.clone());
-            return Err(StateError::Binding { made, asked }.into());
+            let (made, requested) = (state.binding, spec.binding.clone());
+            return Err(StateError::Binding { made, requested }.into());
         }
-        memory_file::check(&memory, spec.memory_bytes())?;
+        check_memory_file(&memory, spec.memory_bytes())?;
         Ok(Self { memory, processor: header.processor, state: Box::new(state) })
     }
 }
@@ -110,12 +115,13 @@ impl VmInit {
     /// Maps the memory file, and copies the pages that the guest is going to write to.
     fn map_memory(&self, template: &Template) -> Result<(), MonitorError> {
         let MachineState { parts, working_set, .. } = &*template.state;
-        memory_file::map(&self.memory.ram, &template.memory, parts)?;
-        working_set::populate(&self.memory.ram, &working_set.written);
+        map_parts(&self.memory.ram, &template.memory, parts)?;
+        populate_written(&self.memory.ram, &working_set.written);
         Ok(())
     }
 
-    /// Maps the memory file and the root image page by page, so that the pages in use can be told apart.
+    /// Maps the memory file and the root image page by page, so that the pages in use can be told
+    /// apart.
     fn map_memory_to_record(
         &self,
         template: &Template,
@@ -123,15 +129,15 @@ impl VmInit {
     ) -> Result<(), MonitorError> {
         let parts = &template.state.parts;
         if recorder.can_split(parts) {
-            recorder.map(&self.memory.ram, &template.memory, parts)?;
+            recorder.map_split_parts(&self.memory.ram, &template.memory, parts)?;
         } else {
-            memory_file::map(&self.memory.ram, &template.memory, parts)?;
+            map_parts(&self.memory.ram, &template.memory, parts)?;
         }
         Ok(recorder.split_image(&self.memory.image)?)
     }
 
-    /// Creates the vCPUs in their saved state. They continue with the time stamp counter of the first,
-    /// which was read when all of them stood still.
+    /// Creates the vCPUs in their saved state. They continue with the time stamp counter of the
+    /// first, which was read when all of them stood still.
     fn restore_vcpus(&mut self, state: &MachineState) -> Result<(), MonitorError> {
         let tsc = state.vcpus.first().map_or(0, |vcpu| vcpu.time.tsc);
         for (index, saved) in (0..self.spec.vcpus).zip(&state.vcpus) {
@@ -152,10 +158,10 @@ impl VmInit {
         let Some(Vcpu { fd, .. }) = self.vcpus.first() else { return };
         let mut supported = true;
         let mut prefault = |address, bytes| {
-            supported = supported && vm_state::prefault(fd, address, bytes);
+            supported = supported && prefault_memory(fd, address, bytes);
         };
         for runs in [&set.written, &set.read] {
-            working_set::for_each(&self.memory.ram, runs, |region, start, bytes| {
+            for_each_run(&self.memory.ram, runs, |region, start, bytes| {
                 prefault(GuestAddress(region.start_addr().0 + start.0), bytes);
             });
         }

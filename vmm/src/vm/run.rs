@@ -1,12 +1,12 @@
 //! The run of a guest, from the start of its vCPU threads to its end.
 //!
 //! ```text
-//!   start_vcpus ──▶ install_filters ──▶ restore_devices ──▶ enter_guest ──▶ stop_vcpus ──▶ finish
-//!                    │            ▲                           event loop     │
-//!                    └─ prepared: waits for the channel                      └─ request: Snapshotter
+//!  start_vcpus ─▶ install_filters ─▶ restore_devices ─▶ enter_guest ─▶ stop_vcpus ─▶ finish
+//!                   └─ if prepared: wait_for_channel     event loop       └─ handle_exit
 //! ```
 //!
-//! A guest that is not prepared gets its devices before the filters: no rule is needed for that then.
+//! A guest that is not prepared gets its devices before the filters: without filters, that needs
+//! no rule.
 
 use super::end::{End, Ended};
 use super::error::MonitorError;
@@ -62,7 +62,8 @@ impl Run {
     fn serve_guest(&mut self) -> Result<LoopExit, MonitorError> {
         self.start_vcpus()?;
         if self.microvm.spec.prepared {
-            // Install the filters before waiting: once the channel arrives, start-up latency counts.
+            // Install the filters before waiting: once the channel arrives, start-up latency
+            // counts.
             self.install_filters()?;
             if let Some(end) = self.wait_for_channel()? {
                 return Ok(LoopExit::End(end));
@@ -112,8 +113,8 @@ impl Run {
         }
     }
 
-    /// Restores the devices and the clock of a restored guest. This comes last, so that the devices'
-    /// first interrupts are on their way before the guest runs.
+    /// Restores the devices and the clock of a restored guest. This comes last, so that the
+    /// devices' first interrupts are on their way before the guest runs.
     fn restore_devices(&mut self) -> Result<(), MonitorError> {
         let Some(Restored { state, .. }) = &self.restored else { return Ok(()) };
         for (device, saved) in self.microvm.devices.iter().zip(&state.devices) {

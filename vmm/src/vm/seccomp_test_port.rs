@@ -1,5 +1,5 @@
-//! A port at which a guest has its monitor make system calls that the filters forbid, for the tests of
-//! the filters. Compiled under the feature `seccomp-tests` only.
+//! A port at which a guest has its monitor make system calls that the filters forbid, for the tests
+//! of the filters. Compiled under the feature `seccomp-tests` only.
 
 use std::ptr;
 
@@ -9,8 +9,8 @@ use crate::bus::BusDevice;
 /// A port that no device of a PC uses.
 pub(super) const SECCOMP_TEST_PORT: u64 = 0x7e0;
 
-/// The port. A letter written to it selects the call: in upper case the vCPU thread makes it, in lower
-/// case the VMM thread.
+/// The port. A letter written to it selects the call: in upper case the vCPU thread makes it, in
+/// lower case the VMM thread.
 pub(super) struct SeccompTestPort(pub RequestSender);
 
 impl BusDevice for SeccompTestPort {
@@ -31,9 +31,10 @@ impl BusDevice for SeccompTestPort {
 pub(super) fn make_forbidden_call(letter: u8) {
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let read_exec = libc::PROT_READ | libc::PROT_EXEC;
-    // SAFETY: no pointer but to static strings and null is passed, and no memory in use is remapped: the
-    // page of `mmap` is new, and `mprotect` gets an empty range. Without a filter `execve` of a
-    // directory fails. Nothing is ever mapped at address 1: reading it ends the process.
+    // SAFETY: no pointer but to static strings and null is passed, and no memory in use is
+    // remapped: the page of `mmap` is new, and `mprotect` gets an empty range. Without a filter
+    // `execve` of a directory fails. Nothing is ever mapped at address 1: reading it ends the
+    // process.
     unsafe {
         match letter {
             b'S' => drop(libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)),

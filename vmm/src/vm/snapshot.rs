@@ -9,10 +9,12 @@ use super::microvm::MicroVm;
 use super::restore::{Recording, Restored};
 use super::vcpu::Vcpu;
 use crate::control::{Command, EndReason, Event};
-use crate::kvm::vm_state;
-use crate::memory::{memory_file, working_set};
-use crate::state::machine::{DeviceState, PageRun, WorkingSet};
-use crate::state::{self, Header, Key, MachineState, StateError};
+use crate::kvm::vm_state::SavedVm;
+use crate::memory::memory_file::write_memory;
+use crate::memory::page_run::{PageRun, WorkingSet};
+use crate::memory::working_set::collapse_read_pages;
+use crate::state::machine::DeviceState;
+use crate::state::{Header, Key, MachineState, sign_state, write_state_file};
 use crate::virtio::NotQuiescent;
 
 /// A guest whose vCPUs have left it permanently, and everything that belongs to its state.
@@ -48,8 +50,8 @@ impl<'a> Snapshotter<'a> {
         }
     }
 
-    /// Saves the guest: devices first, because they may raise interrupts, then the state that KVM holds,
-    /// then memory.
+    /// Saves the guest: devices first, because they may raise interrupts, then the state that KVM
+    /// holds, then memory.
     fn save_guest(
         mut self,
         binding: String,
@@ -67,9 +69,8 @@ impl<'a> Snapshotter<'a> {
         }
         let devices = self.save_devices()?;
         let fds = self.vcpus.iter().map(|vcpu| &vcpu.fd);
-        let (vcpus, vm_state::Shared { clock_ns, chips }) = self.microvm.vm.save(kvm, fds)?;
-        let (parts, memory_bytes) = memory_file::write(&self.microvm.memory.ram, memory)
-            .map_err(|source| StateError::File { operation: "write the memory of", source })?;
+        let SavedVm { clock_ns, chips, vcpus } = self.microvm.vm.save(kvm, fds)?;
+        let (parts, memory_bytes) = write_memory(&self.microvm.memory.ram, memory)?;
         let working_set = WorkingSet::default();
         let machine = MachineState { binding, clock_ns, chips, vcpus, devices, parts, working_set };
         let state_bytes = self.write_state(&machine, state, key)?;
@@ -95,12 +96,12 @@ impl<'a> Snapshotter<'a> {
         };
         let Recording { recorder, memory } = recording;
         let mapped = &self.microvm.memory;
-        let mut working_set = recorder.collect(&mapped.ram, &mapped.image)?;
+        let mut working_set = recorder.collect_pages(&mapped.ram, &mapped.image)?;
         let count = |runs: &[PageRun]| runs.iter().map(|run| run.count).sum();
         let WorkingSet { written, read, image } = &working_set;
         let event =
             Event::Recorded { written: count(written), read: count(read), image: count(image) };
-        working_set::gather(memory, &mut working_set, self.microvm.spec.memory_bytes());
+        collapse_read_pages(memory, &mut working_set, self.microvm.spec.memory_bytes());
         let machine = MachineState { working_set, ..state.clone() };
         self.write_state(&machine, file, key)?;
         Ok(event)
@@ -119,8 +120,8 @@ impl<'a> Snapshotter<'a> {
             memory_mib: spec.memory_mib,
             vcpus: spec.vcpus,
         };
-        let sealed = state::seal(&header, &machine.encode(), key)?;
-        state::write(file, &sealed)?;
+        let sealed = sign_state(&header, &machine.encode(), key)?;
+        write_state_file(file, &sealed)?;
         Ok(sealed.len() as u64)
     }
 }

@@ -2,8 +2,8 @@
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
-/// Holds vCPU threads back until the guest is to run. Its lock is never held while waiting for anything
-/// else.
+/// Holds vCPU threads back until the guest is to run. Its lock is never held while waiting for
+/// anything else.
 #[derive(Default)]
 pub struct StartBarrier {
     state: Mutex<State>,

@@ -13,10 +13,10 @@ use crate::arch::x86_64::state::Timekeeping;
 use crate::bus::Buses;
 use crate::control::EndReason;
 use crate::error_chain;
-use crate::kvm::vm_state::resume;
+use crate::kvm::vcpu_state::resume_time;
 
-/// The most MMIO fragments of one instruction that are completed for a vCPU that is to be quiesced: KVM
-/// splits an access that crosses a page, and no other.
+/// The most MMIO fragments of one instruction that are completed for a vCPU that is to be quiesced:
+/// KVM splits an access that crosses a page, and no other.
 const MAX_MMIO_FRAGMENTS: usize = 16;
 
 /// A request to all vCPUs of a guest.
@@ -88,7 +88,7 @@ impl Vcpu {
     /// Runs the guest until it ends, or the context requests something else.
     pub fn run(&mut self, context: &VcpuContext) -> End {
         if let Some(time) = self.time.take()
-            && let Err(error) = resume(&self.fd, time)
+            && let Err(error) = resume_time(&self.fd, time)
         {
             return End::with_detail(EndReason::Kvm, error_chain(&error));
         }
@@ -115,16 +115,16 @@ fn run_guest(fd: &mut VcpuFd, index: u8, context: &VcpuContext) -> End {
     }
 }
 
-/// Completes the instruction that waits for a device: with `immediate_exit` set, KVM takes the device's
-/// answer and does not enter the guest.
+/// Completes the instruction that waits for a device: with `immediate_exit` set, KVM takes the
+/// device's answer and does not enter the guest.
 fn complete_pending_io(fd: &mut VcpuFd, index: u8, buses: &Buses) -> End {
     for _ in 0..MAX_MMIO_FRAGMENTS {
         fd.set_kvm_immediate_exit(1);
         if let Break(end) = run_until_exit(fd, index, buses) {
             return end;
         }
-        // `run_until_exit` resets the flag when KVM has obeyed it. If it is still set, the instruction
-        // had another fragment.
+        // `run_until_exit` resets the flag when KVM has obeyed it. If it is still set, the
+        // instruction had another fragment.
         if fd.get_kvm_run().immediate_exit == 0 {
             return End::new(EndReason::Stopped);
         }

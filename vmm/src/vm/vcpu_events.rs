@@ -13,8 +13,8 @@ use super::eventfd::create_eventfd;
 /// Events of all vCPUs of one guest. Only the first end is kept: later ones are its consequences.
 pub struct VcpuEvents {
     event: EventFd,
-    /// If set, entering the guest wakes the VMM thread. A restored guest reports its entry later, with
-    /// the first event that wakes the VMM thread anyway: its first steps have the processor to
+    /// If set, entering the guest wakes the VMM thread. A restored guest reports its entry later,
+    /// with the first event that wakes the VMM thread anyway: its first steps have the processor to
     /// themselves.
     wake_on_entry: bool,
     /// `CLOCK_MONOTONIC` in nanoseconds; 0 until the guest is entered.
@@ -71,8 +71,8 @@ impl AsRawFd for VcpuEvents {
 
 fn monotonic_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid timespec that the call fills in. libc and not rustix: this runs under the
-    // filter of a vCPU, and rustix makes system calls to find the vDSO at its first use.
+    // SAFETY: `now` is a valid timespec that the call fills in. libc and not rustix: this runs
+    // under the filter of a vCPU, and rustix makes system calls to find the vDSO at its first use.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)

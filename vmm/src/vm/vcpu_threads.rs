@@ -1,7 +1,7 @@
 //! The threads of a guest's vCPUs.
 //!
 //! ```text
-//!   start ──▶ filter ──▶ KVM's worker ──▶ StartBarrier ──▶ guest ──▶ stop ──▶ the vCPU, to be saved
+//!   start ──▶ filter ──▶ KVM worker ──▶ StartBarrier ──▶ guest ──▶ stop ──▶ Vcpu, to be saved
 //! ```
 
 use std::io;
@@ -21,8 +21,8 @@ use crate::seccomp::rules::ThreadRole;
 /// The interval between two kicks of a vCPU that is to stop.
 const KICK_INTERVAL: Duration = Duration::from_micros(100);
 
-/// The most time a vCPU may take to leave the guest. It is in the kernel for as long as one exit takes;
-/// past this, something is wrong with the host, and the caller should not wait with it.
+/// The most time a vCPU may take to leave the guest. It is in the kernel for as long as one exit
+/// takes; past this, something is wrong with the host, and the caller should not wait with it.
 const KICK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The stack of a vCPU's thread, which decodes exits and calls a device. The default is 2 MiB, of
@@ -47,7 +47,8 @@ impl VcpuThreads {
         self.handles.len()
     }
 
-    /// Starts the thread of a vCPU. It installs its filter and waits for [`enter_guest`](Self::enter_guest).
+    /// Starts the thread of a vCPU. It installs its filter and waits for
+    /// [`enter_guest`](Self::enter_guest).
     ///
     /// # Errors
     /// The host refuses a thread.
@@ -86,8 +87,8 @@ impl VcpuThreads {
         self.barrier.open();
     }
 
-    /// Gets all vCPUs out of the guest and joins their threads. Returns `None` if a vCPU does not come
-    /// back; its thread is then left running.
+    /// Gets all vCPUs out of the guest and joins their threads. Returns `None` if a vCPU does not
+    /// come back; its thread is then left running.
     pub fn stop(&mut self, request: VcpuRequest) -> Option<Vec<Vcpu>> {
         self.context.set_request(request);
         self.barrier.open();

@@ -9,12 +9,12 @@
 //! 0x0002_0000  kernel command line
 //! 0x0006_0000  kernel messages that outlive the guest (ramoops), reserved
 //! 0x0009_fc00  MP table, where the kernel looks for it: the last KiB below 640 KiB
-//! 0x000a_0000  ── hole: what was video memory and firmware ──
-//! 0x0010_0000  RAM; the kernel is mapped where its ELF header says (16 MiB)
+//! 0x000a_0000  ── hole: video memory and firmware of a PC ──
+//! 0x0010_0000  RAM; the kernel is mapped at the address in its ELF header (16 MiB)
 //! 0xc000_0000  ── hole: devices ──
 //! 0xd000_0000    virtio-mmio, 4 KiB each
 //! 0xfec0_0000    I/O APIC, local APICs, KVM's own pages
-//! 0x1_0000_0000  RAM that did not fit below 3 GiB
+//! 0x1_0000_0000  RAM that does not fit below 3 GiB
 //! above          the root image (virtio-pmem), 128 MiB aligned
 //! ```
 
@@ -30,21 +30,22 @@ pub const SETUP_SEED: GuestAddress = GuestAddress(0x8000);
 pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
 /// The kernel command line.
 pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
-/// The most bytes of command line, with its terminating NUL: the kernel's own `COMMAND_LINE_SIZE` on x86.
+/// The most bytes of command line, with its terminating NUL: `COMMAND_LINE_SIZE` of Linux on x86.
 pub const CMDLINE_BYTES: usize = 2048;
-/// Kernel messages that the monitor reads after the guest's end. Below 1 MiB, which the kernel never gives to its
-/// allocator anyway, so that keeping it costs the guest nothing.
+/// Kernel messages that the monitor reads after the guest's end. Below 1 MiB, which the kernel
+/// never gives to its allocator, so that the reservation costs the guest nothing.
 pub const LOG: GuestAddress = GuestAddress(0x6_0000);
-/// A power of two, as ramoops wants it; a panic with what led to it is some 8 KiB.
+/// The size of the log: a power of two, as ramoops requires. A panic and the messages that led to
+/// it are some 8 KiB.
 pub const LOG_BYTES: u64 = 64 * 1024;
 /// The MP table.
 pub const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// The end of conventional memory.
 pub const LOW_END: GuestAddress = GuestAddress(0xa_0000);
-/// RAM above the hole that was firmware; the kernel may not be lower.
+/// RAM above the hole of the firmware; the kernel may not be lower.
 pub const HIGH_START: GuestAddress = GuestAddress(0x10_0000);
 
-/// Where the hole for devices starts. RAM beyond it continues at [`ABOVE_4G`].
+/// The start of the hole for devices. RAM beyond it continues at [`ABOVE_4G`].
 pub const DEVICE_HOLE: GuestAddress = GuestAddress(0xc000_0000);
 /// RAM that does not fit below [`DEVICE_HOLE`].
 pub const ABOVE_4G: GuestAddress = GuestAddress(0x1_0000_0000);
@@ -67,7 +68,8 @@ pub const SERIAL_IRQ: u32 = 4;
 pub const SERIAL_PORT: u64 = 0x3f8;
 /// Ports of a 16550.
 pub const SERIAL_PORTS: u64 = 8;
-/// The interrupt line of the first virtio-mmio device; others follow. Above what a PC gives to fixed devices.
+/// The interrupt line of the first virtio-mmio device; others follow. Above the lines of a PC's
+/// fixed devices.
 pub const VIRTIO_IRQ: u32 = 5;
 /// Lines of the I/O APIC.
 pub const IRQ_LINES: u8 = 24;
@@ -76,7 +78,7 @@ pub const IRQ_LINES: u8 = 24;
 /// (`SECTION_SIZE_BITS` 27), so that no section is shared with RAM.
 pub const IMAGE_ALIGN: u64 = 128 << 20;
 
-/// Guest RAM as ranges of guest addresses, lowest first; at most two.
+/// Returns guest RAM as ranges of guest addresses, lowest first; at most two.
 pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     let low = bytes.min(DEVICE_HOLE.0);
     let mut ranges = vec![(GuestAddress(0), low)];
@@ -86,13 +88,14 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
-/// Where the root image goes: above 4 GiB and above all RAM.
+/// Returns the address of the root image: above 4 GiB and above all RAM.
 pub fn image_address(ram_bytes: u64) -> GuestAddress {
     let ram_end = ABOVE_4G.0 + ram_bytes.saturating_sub(DEVICE_HOLE.0);
     GuestAddress(ram_end.next_multiple_of(IMAGE_ALIGN))
 }
 
-// Structures below 1 MiB must not overlap; checked here because each is written by another file.
+// Structures below 1 MiB must not overlap. The check is here because each is written by another
+// file.
 const _: () = {
     assert!(GDT.0 + 4 * 8 <= BOOT_PARAMS.0);
     assert!(BOOT_PARAMS.0 + 4096 <= SETUP_SEED.0);
@@ -110,7 +113,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn ram_steps_over_the_device_hole() {
+    fn ram_ranges_leave_out_the_device_hole() {
         assert_eq!(ram_ranges(64 << 20), [(GuestAddress(0), 64 << 20)]);
         assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
         assert_eq!(
@@ -120,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn image_is_above_all_ram() {
+    fn root_image_is_above_all_ram() {
         assert_eq!(image_address(64 << 20), GuestAddress(4 * GIB));
         assert_eq!(image_address(3 * GIB), GuestAddress(4 * GIB));
         assert_eq!(image_address(3 * GIB + 1), GuestAddress(4 * GIB + IMAGE_ALIGN));

@@ -1,6 +1,7 @@
-//! The state in which a guest is entered: 64-bit mode, flat segments, the lowest GiB mapped to itself.
+//! The state in which a guest is entered: 64-bit mode, flat segments, and the lowest GiB mapped to
+//! itself.
 
-use kvm_bindings::{kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{BOOT_PARAMS, GDT, PAGE_TABLES};
@@ -21,7 +22,7 @@ const PAGE_LARGE: u64 = 1 << 7;
 const PAGE_BYTES: u64 = 4096;
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// Null, unused, 64-bit code (0x10), data (0x18): the selectors the boot protocol asks for.
+/// Null, unused, 64-bit code (0x10), data (0x18): the selectors of the boot protocol.
 const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
@@ -30,13 +31,20 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
-/// Writes descriptor table and page tables: 512 pages of 2 MiB, each mapped to itself.
+/// The model-specific registers that firmware would have set, by index and value: string
+/// instructions are fast, memory is cached.
+pub const ENTRY_MSRS: [(u32, u64); 2] = [
+    (MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+    (MSR_MTRR_DEF_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK),
+];
+
+/// Writes the descriptor table and the page tables: 512 pages of 2 MiB, each mapped to itself.
 ///
-/// The kernel replaces both with its own within its first instructions.
+/// The kernel replaces both within its first instructions.
 ///
 /// # Errors
 /// The guest has no memory at [`GDT`] or [`PAGE_TABLES`].
-pub fn write_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
+pub fn write_page_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
     let write = |entries: &[u64], at: GuestAddress| {
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         ram.write_slice(&bytes, at)
@@ -87,7 +95,8 @@ pub fn enter_long_mode(sregs: &mut kvm_sregs) {
     sregs.efer = EFER_LME | EFER_LMA;
 }
 
-/// General registers at the entry point: interrupts off, `RSI` at the boot parameters, a stack in the page below them.
+/// Returns the general registers at the entry point: interrupts off, `RSI` at the boot parameters,
+/// and a stack in the page below them.
 pub fn entry_registers(entry: GuestAddress) -> kvm_regs {
     kvm_regs {
         rip: entry.0,
@@ -98,24 +107,15 @@ pub fn entry_registers(entry: GuestAddress) -> kvm_regs {
     }
 }
 
-/// Model-specific registers that firmware would have set: string instructions are fast, memory is cached.
-pub fn entry_msrs() -> [kvm_msr_entry; 2] {
-    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    [
-        msr(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
-        msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory;
 
     #[test]
-    fn the_kernel_is_mapped_to_itself() {
-        let ram = memory::create(64 << 20).unwrap();
-        write_tables(&ram).unwrap();
+    fn page_tables_map_the_kernel_to_itself() {
+        let ram = memory::create_ram(64 << 20).unwrap();
+        write_page_tables(&ram).unwrap();
         let load = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         let address = 0x100_0000u64;
         let pdpt = load(PAGE_TABLES.0) & !0xfff;

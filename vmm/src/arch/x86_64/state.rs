@@ -1,49 +1,33 @@
-//! The saved state of processors and interrupt controllers: what KVM gives out and takes back, as bytes.
+//! The saved state of vCPUs and interrupt controllers, in the structures of KVM.
 
 use kvm_bindings::{
     kvm_debugregs, kvm_fpu, kvm_ioapic_state, kvm_mp_state, kvm_pic_state, kvm_regs, kvm_sregs,
     kvm_vcpu_events,
 };
 
-use crate::state::Malformed;
-use crate::state::wire::{Plain, Reader, Writer};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::state::malformed::Malformed;
+use crate::state::wire::{Reader, Writer};
 
 /// The most model-specific registers of a vCPU: as many as one call of KVM takes.
 pub const MAX_MSRS: u16 = 256;
 
 /// The size of the XSAVE area, in 32-bit words.
 pub const XSAVE_WORDS: usize = 1024;
-/// The registers of a local APIC, in 32-bit words.
+/// The size of a local APIC's registers, in 32-bit words.
 pub const LAPIC_WORDS: usize = 256;
 
-// SAFETY (all of them): structures of the kernel's interface, made of integers, with explicit fields where padding would be.
-// SAFETY: see above.
-unsafe impl Plain for kvm_regs {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_sregs {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_fpu {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_debugregs {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_vcpu_events {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_mp_state {}
-// SAFETY: see above.
-unsafe impl Plain for kvm_pic_state {}
-// SAFETY: see above; its union is an integer and its bit fields.
-unsafe impl Plain for kvm_ioapic_state {}
-
-/// Registers of the floating point and vector units.
+/// The registers of the floating point and vector units.
 #[derive(Clone)]
-pub enum Vectors {
-    /// Of a processor without XSAVE.
+pub enum FpuState {
+    /// Those of a processor without XSAVE.
     Fxsave(Box<kvm_fpu>),
-    /// Of one with it: the area in its standard form, and which parts of it are in use.
+    /// Those of a processor with XSAVE.
     Xsave {
-        /// The area: [`XSAVE_WORDS`].
+        /// The area in its standard form: [`XSAVE_WORDS`].
         area: Vec<u32>,
-        /// The register that enables parts of it.
+        /// The extended control register that enables parts of the area.
         xcr0: u64,
     },
 }
@@ -51,34 +35,34 @@ pub enum Vectors {
 /// One vCPU.
 #[derive(Clone)]
 pub struct VcpuState {
-    /// The frequency its time stamp counter had.
+    /// The frequency of the time stamp counter.
     pub tsc_khz: u32,
     /// Running, halted, or waiting to be started.
     pub activity: kvm_mp_state,
-    /// General registers.
+    /// The general registers.
     pub regs: kvm_regs,
-    /// Segments, control registers, the address of the local APIC.
+    /// Segments, control registers, and the address of the local APIC.
     pub sregs: kvm_sregs,
     /// Floating point and vectors.
-    pub vectors: Vectors,
-    /// Break points.
+    pub fpu: FpuState,
+    /// The debug registers.
     pub debug: kvm_debugregs,
-    /// The local APIC's registers: [`LAPIC_WORDS`].
+    /// The registers of the local APIC: [`LAPIC_WORDS`].
     pub lapic: Vec<u32>,
-    /// Model-specific registers: index and value, in the order in which they are to be set.
+    /// Model-specific registers: index and value, in the order in which they are set.
     pub msrs: Vec<(u32, u64)>,
-    /// The time stamp counter, and when its timer is to fire; set last, when the guest goes on.
+    /// The state that continues by itself. Set last, when the guest continues.
     pub time: Timekeeping,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions and interrupts.
     pub events: kvm_vcpu_events,
 }
 
-/// What of a vCPU goes on by itself while it does not run.
+/// The state of a vCPU that continues by itself while the vCPU does not run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timekeeping {
     /// The time stamp counter.
     pub tsc: u64,
-    /// At which count the timer of the local APIC fires; zero if it is not in this mode.
+    /// The count at which the timer of the local APIC fires; `None` if it is not in this mode.
     pub deadline: Option<u64>,
 }
 
@@ -91,75 +75,150 @@ pub struct ChipState {
     pub ioapic: kvm_ioapic_state,
 }
 
+/// `kvm_fpu` as plain bytes, which kvm-bindings does not declare it to be.
+#[derive(FromBytes, Immutable, IntoBytes)]
+#[repr(C)]
+struct FxsaveArea {
+    fpr: [[u8; 16]; 8],
+    fcw: u16,
+    fsw: u16,
+    ftwx: u8,
+    pad1: u8,
+    last_opcode: u16,
+    last_ip: u64,
+    last_dp: u64,
+    xmm: [[u8; 16]; 16],
+    mxcsr: u32,
+    pad2: u32,
+}
+
+impl From<kvm_fpu> for FxsaveArea {
+    fn from(fpu: kvm_fpu) -> Self {
+        Self {
+            fpr: fpu.fpr,
+            fcw: fpu.fcw,
+            fsw: fpu.fsw,
+            ftwx: fpu.ftwx,
+            pad1: fpu.pad1,
+            last_opcode: fpu.last_opcode,
+            last_ip: fpu.last_ip,
+            last_dp: fpu.last_dp,
+            xmm: fpu.xmm,
+            mxcsr: fpu.mxcsr,
+            pad2: fpu.pad2,
+        }
+    }
+}
+
+impl From<FxsaveArea> for kvm_fpu {
+    fn from(area: FxsaveArea) -> Self {
+        Self {
+            fpr: area.fpr,
+            fcw: area.fcw,
+            fsw: area.fsw,
+            ftwx: area.ftwx,
+            pad1: area.pad1,
+            last_opcode: area.last_opcode,
+            last_ip: area.last_ip,
+            last_dp: area.last_dp,
+            xmm: area.xmm,
+            mxcsr: area.mxcsr,
+            pad2: area.pad2,
+        }
+    }
+}
+
 impl ChipState {
-    /// Writes all of it.
+    /// Appends the state.
     pub fn encode(&self, writer: &mut Writer) {
-        writer.plain(&self.pics);
-        writer.sparse(&self.ioapic);
+        writer.write_value(&self.pics);
+        writer.write_sparse(&self.ioapic);
     }
 
-    /// Reads it back.
+    /// Reads the state.
     ///
     /// # Errors
-    /// There are not enough bytes.
+    /// There are too few bytes.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        Ok(Self { pics: reader.plain()?, ioapic: reader.sparse()? })
+        Ok(Self { pics: reader.read_value()?, ioapic: reader.read_sparse()? })
+    }
+}
+
+impl FpuState {
+    fn encode(&self, writer: &mut Writer) {
+        match self {
+            Self::Fxsave(fpu) => {
+                writer.write_value(&0u8);
+                writer.write_sparse(&FxsaveArea::from(**fpu));
+            }
+            Self::Xsave { area, xcr0 } => {
+                writer.write_value(&1u8);
+                writer.write_value(xcr0);
+                writer.write_sparse_words(area);
+            }
+        }
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        if reader.read_flag()? {
+            let xcr0 = reader.read_value()?;
+            Ok(Self::Xsave { xcr0, area: reader.read_sparse_words(XSAVE_WORDS)? })
+        } else {
+            let area: FxsaveArea = reader.read_sparse()?;
+            Ok(Self::Fxsave(Box::new(area.into())))
+        }
+    }
+}
+
+impl Timekeeping {
+    fn encode(&self, writer: &mut Writer) {
+        writer.write_value(&self.tsc);
+        writer.write_value(&u8::from(self.deadline.is_some()));
+        writer.write_value(&self.deadline.unwrap_or(0));
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let (tsc, has_deadline) = (reader.read_value()?, reader.read_flag()?);
+        let deadline = reader.read_value()?;
+        Ok(Self { tsc, deadline: has_deadline.then_some(deadline) })
     }
 }
 
 impl VcpuState {
-    /// Writes all of it.
+    /// Appends the state.
     pub fn encode(&self, writer: &mut Writer) {
-        writer.plain(&self.tsc_khz);
-        writer.plain(&self.activity);
-        writer.sparse(&self.regs);
-        writer.sparse(&self.sregs);
-        match &self.vectors {
-            Vectors::Fxsave(fpu) => {
-                writer.plain(&0u8);
-                writer.sparse(&**fpu);
-            }
-            Vectors::Xsave { area, xcr0 } => {
-                writer.plain(&1u8);
-                writer.plain(xcr0);
-                writer.sparse_words(area);
-            }
-        }
-        writer.sparse(&self.debug);
-        writer.sparse_words(&self.lapic);
-        writer.list(&self.msrs, MAX_MSRS, |writer, (index, data)| {
-            writer.plain(index);
-            writer.sparse(data);
+        writer.write_value(&self.tsc_khz);
+        writer.write_value(&self.activity);
+        writer.write_sparse(&self.regs);
+        writer.write_sparse(&self.sregs);
+        self.fpu.encode(writer);
+        writer.write_sparse(&self.debug);
+        writer.write_sparse_words(&self.lapic);
+        writer.write_list(&self.msrs, MAX_MSRS, |writer, (index, data)| {
+            writer.write_value(index);
+            writer.write_sparse(data);
         });
-        writer.plain(&self.time.tsc);
-        writer.plain(&u8::from(self.time.deadline.is_some()));
-        writer.plain(&self.time.deadline.unwrap_or(0));
-        writer.sparse(&self.events);
+        self.time.encode(writer);
+        writer.write_sparse(&self.events);
     }
 
-    /// Reads it back.
+    /// Reads the state.
     ///
     /// # Errors
     /// It is malformed.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(Self {
-            tsc_khz: reader.plain()?,
-            activity: reader.plain()?,
-            regs: reader.sparse()?,
-            sregs: reader.sparse()?,
-            vectors: if reader.flag()? {
-                Vectors::Xsave { xcr0: reader.plain()?, area: reader.sparse_words(XSAVE_WORDS)? }
-            } else {
-                Vectors::Fxsave(Box::new(reader.sparse()?))
-            },
-            debug: reader.sparse()?,
-            lapic: reader.sparse_words(LAPIC_WORDS)?,
-            msrs: reader.list(MAX_MSRS, |reader| Ok((reader.plain()?, reader.sparse()?)))?,
-            time: {
-                let (tsc, armed, deadline) = (reader.plain()?, reader.flag()?, reader.plain()?);
-                Timekeeping { tsc, deadline: armed.then_some(deadline) }
-            },
-            events: reader.sparse()?,
+            tsc_khz: reader.read_value()?,
+            activity: reader.read_value()?,
+            regs: reader.read_sparse()?,
+            sregs: reader.read_sparse()?,
+            fpu: FpuState::decode(reader)?,
+            debug: reader.read_sparse()?,
+            lapic: reader.read_sparse_words(LAPIC_WORDS)?,
+            msrs: reader
+                .read_list(MAX_MSRS, |reader| Ok((reader.read_value()?, reader.read_sparse()?)))?,
+            time: Timekeeping::decode(reader)?,
+            events: reader.read_sparse()?,
         })
     }
 }

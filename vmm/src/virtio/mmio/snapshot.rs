@@ -9,8 +9,8 @@ use virtio_bindings::virtio_config::{
 use super::super::queue::QueuePosition;
 use super::super::{HandlerState, NotQuiescent, QueueHandler};
 use super::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, MmioTransport, QueueRegisters, Worker};
-use crate::state::Malformed;
 use crate::state::machine::{DeviceState, QueueState};
+use crate::state::malformed::Malformed;
 
 impl<W: Worker> MmioTransport<W> {
     /// Returns the state of the device, of a guest whose vCPUs are stopped. `handler` is the
@@ -62,7 +62,7 @@ impl<W: Worker> MmioTransport<W> {
             || agreed && features & !self.features() != 0
             || queues.len() != self.queues.len()
         {
-            return Err(Malformed("a device is in a state that no driver can reach"));
+            return Err(Malformed::Device);
         }
         for (registers, saved) in self.queues.iter_mut().zip(queues) {
             let [descriptors, available, used] = saved.rings;
@@ -79,9 +79,7 @@ impl<W: Worker> MmioTransport<W> {
                 next_used: saved.next_used,
             };
             let positions: Vec<_> = queues.iter().map(position).collect();
-            let queues = self
-                .build_queues(&positions)
-                .map_err(|_| Malformed("a queue is not in guest memory"))?;
+            let queues = self.build_queues(&positions).map_err(|_| Malformed::Queue)?;
             self.activate(queues, *request);
         }
         if *interrupts != 0 {
