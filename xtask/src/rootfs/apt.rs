@@ -1,5 +1,6 @@
-//! Finds and downloads packages with apt, out of the archives that the machine is configured for, but with a state of its
-//! own: what is installed here, and which foreign archives are configured, has no influence. Needs no root.
+//! Finds and downloads packages with apt, from the archives that the machine is configured for, but
+//! with a private state: neither installed packages nor foreign archives have an influence. Needs no
+//! root.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,7 +13,7 @@ use super::lock::Pin;
 use super::recipe::Recipe;
 use crate::process::{capture_output, new_command};
 
-/// A private apt: package lists of its own, nothing installed, Debian's archives only.
+/// A private apt: separate package lists, nothing installed, Debian's archives only.
 pub struct Apt {
     directory: tempfile::TempDir,
 }
@@ -23,34 +24,36 @@ impl Apt {
         let directory = tempfile::Builder::new()
             .prefix("chitin-apt-")
             .tempdir()
-            .context("make a directory for apt")?;
+            .context("create a directory for apt")?;
         let root = directory.path();
-        let root_text = root.to_str().context("the temporary directory's name is not UTF-8")?;
+        let root_text =
+            root.to_str().context("the path of the temporary directory is not UTF-8")?;
         ensure!(
             !root_text.contains(['"', '\n']),
-            "the temporary directory's name is not fit for apt: {root_text}"
+            "apt cannot use the path of the temporary directory: {root_text}"
         );
         for below in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(root.join(below)).context("make apt's directories")?;
+            fs::create_dir_all(root.join(below)).context("create the directories of apt")?;
         }
-        fs::write(root.join("status"), "").context("make apt's status file")?;
-        fs::write(root.join("preferences"), preferences(&recipe.suite))
-            .context("make apt's preferences")?;
-        fs::write(root.join("apt.conf"), configuration(root_text, &recipe.architecture))
-            .context("configure apt")?;
+        fs::write(root.join("status"), "").context("write the status file of apt")?;
+        fs::write(root.join("preferences"), format_preferences(&recipe.suite))
+            .context("write the preferences of apt")?;
+        fs::write(root.join("apt.conf"), format_configuration(root_text, &recipe.architecture))
+            .context("write the configuration of apt")?;
         let apt = Self { directory };
         let status = apt
             .apt_command("apt-get")
             .args(["update", "-qq"])
             .status()
             .context("run apt-get update")?;
-        // Broken foreign archives are common and no reason to fail. But with one of Debian's missing, pinned versions would
-        // seem to be gone, and older ones without security fixes would be taken instead.
+        // Broken foreign archives are common and no reason to fail. But without one of Debian's,
+        // pinned versions would seem to be gone, and be replaced by older ones without security
+        // fixes.
         for suite in [recipe.suite.clone(), format!("{}-security", recipe.suite)] {
             ensure!(
                 apt.has_lists(&suite)?,
-                "apt-get update ({status}) did not get Debian's package lists for {suite}: is there a network, and are \
-                 {suite} and {0}-security among this machine's apt sources?",
+                "apt-get update ({status}) did not fetch the package lists of {suite}: check the network, \
+                 and that the apt sources of this machine have {0} and {0}-security",
                 recipe.suite
             );
         }
@@ -62,7 +65,7 @@ impl Apt {
         let entries = fs::read_dir(&lists).with_context(|| format!("list {}", lists.display()))?;
         let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
         let names: Vec<String> =
-            names.collect::<std::io::Result<_>>().context("list apt's lists")?;
+            names.collect::<std::io::Result<_>>().context("list the package lists of apt")?;
         for release in names.iter().filter(|name| name.ends_with("Release")) {
             let text = fs::read(lists.join(release)).with_context(|| format!("read {release}"))?;
             let prefix = release.trim_end_matches("Release").trim_end_matches("In");
@@ -75,86 +78,87 @@ impl Apt {
         Ok(false)
     }
 
-    /// The dependency closure of the recipe's packages in current versions, without what the recipe skips.
-    pub fn resolve(&self, recipe: &Recipe) -> Result<Vec<Pin>> {
+    /// Returns the dependency closure of the recipe's packages in current versions, without the
+    /// packages that the recipe skips.
+    pub fn resolve_closure(&self, recipe: &Recipe) -> Result<Vec<Pin>> {
         let mut install = self.apt_command("apt-get");
         install.args(["install", "-qq", "-y", "--print-uris"]).args(recipe.requested());
-        let closure =
-            parse_uris(&capture_output(&mut install).context("find the recipe's packages")?)?;
+        let closure = parse_uris(
+            &capture_output(&mut install).context("resolve the packages of the recipe")?,
+        )?;
         for skip in &recipe.skip {
             if !closure.iter().any(|found| found.name == skip.name) {
-                eprintln!(
-                    "rootfs: the recipe skips {}, which is not a dependency (any more)",
-                    skip.name
-                );
+                eprintln!("rootfs: the recipe skips {}, which is not a dependency", skip.name);
             }
         }
-        // `install` prints a weaker hash or none; `download` prints SHA-256.
+        // `install` prints a weaker hash or none, `download` prints SHA-256.
         let wanted = closure.into_iter().filter(|found| !recipe.skips(&found.name));
         let mut download = self.apt_command("apt-get");
-        download.args(["download", "-qq", "--print-uris"]).args(wanted.map(|found| found.exact()));
+        download
+            .args(["download", "-qq", "--print-uris"])
+            .args(wanted.map(|found| found.exact_spec()));
         parse_uris(&capture_output(&mut download)?)?.into_iter().map(Found::into_pin).collect()
     }
 
-    /// Those of `pins` that the archives no longer have.
-    pub fn missing<'a>(&self, pins: &[&'a Pin]) -> Result<Vec<&'a Pin>> {
-        // Prints what it finds, and ends with a failure only if that is nothing.
+    /// Returns the packages that the archives have dropped.
+    pub fn list_missing<'a>(&self, pins: &[&'a Pin]) -> Result<Vec<&'a Pin>> {
+        // Fails only if it finds none of the packages.
         let shown = self
             .apt_command("apt-cache")
             .arg("show")
-            .args(pins.iter().map(|pin| exact(pin)))
+            .args(pins.iter().map(|pin| exact_spec(pin)))
             .output();
         let shown = shown.context("run apt-cache show")?.stdout;
         let shown = String::from_utf8_lossy(&shown);
-        // By content: the same version with another one would be a package that is gone, too.
+        // By content: the same version with other content is a dropped package as well.
         let hashes: Vec<_> =
             shown.lines().filter_map(|line| line.strip_prefix("SHA256: ")).collect();
         Ok(pins.iter().copied().filter(|pin| !hashes.contains(&pin.sha256.as_str())).collect())
     }
 
-    /// Downloads `pins` and returns the files' directory, which lives as long as `self`. apt checks the archive's signature
-    /// and hashes; the caller compares the hash with the pinned one.
-    pub fn download(&self, pins: &[&Pin]) -> Result<PathBuf> {
+    /// Downloads packages and returns their directory, which is removed with `self`. apt checks
+    /// signature and hashes of the archive; the caller compares the hash with the pinned one.
+    pub fn download_packages(&self, pins: &[&Pin]) -> Result<PathBuf> {
         let target = self.directory.path().join("packages");
-        fs::create_dir_all(&target).context("make a directory for packages")?;
+        fs::create_dir_all(&target).context("create a directory for packages")?;
         let mut download = self.apt_command("apt-get");
         download
             .current_dir(&target)
             .args(["download", "-qq"])
-            .args(pins.iter().map(|pin| exact(pin)));
+            .args(pins.iter().map(|pin| exact_spec(pin)));
         capture_output(&mut download).context("download packages")?;
         Ok(target)
     }
 
     fn apt_command(&self, program: &str) -> Command {
-        // Given as an option and not as $APT_CONFIG, because the latter is read before the machine's own configuration.
+        // As an option, because $APT_CONFIG is read before the configuration of the machine.
         let mut command = new_command(program, ["-c"]);
         command.arg(self.directory.path().join("apt.conf"));
         command
     }
 }
 
-fn exact(pin: &Pin) -> String {
+fn exact_spec(pin: &Pin) -> String {
     format!("{}={}", pin.name, pin.version)
 }
 
-fn preferences(suite: &str) -> String {
+fn format_preferences(suite: &str) -> String {
     format!(
         "Package: *\nPin: release o=Debian,n={suite}*\nPin-Priority: 900\n\n\
          Package: *\nPin: release o=*\nPin-Priority: -1\n"
     )
 }
 
-fn configuration(root: &str, architecture: &str) -> String {
+fn format_configuration(root: &str, architecture: &str) -> String {
     format!(
         "Dir::State \"{root}\";\n\
          Dir::State::status \"{root}/status\";\n\
          Dir::State::lists \"{root}/lists\";\n\
          Dir::Cache \"{root}/cache\";\n\
          Dir::Cache::archives \"{root}/cache/archives\";\n\
-         // Container images turn this cache off, and each query would then parse all lists again.\n\
+         // Container images turn this cache off; each query would then parse all lists again.\n\
          Dir::Cache::pkgcache \"pkgcache.bin\";\n\
-         // Desktop tools hook into updates to keep their own data; ours is none of their business.\n\
+         // Desktop tools run hooks after updates, which have no business here.\n\
          #clear APT::Update::Pre-Invoke;\n\
          #clear APT::Update::Post-Invoke;\n\
          #clear APT::Update::Post-Invoke-Success;\n\
@@ -168,16 +172,16 @@ fn configuration(root: &str, architecture: &str) -> String {
          APT::Architectures {{ \"{architecture}\"; }};\n\
          APT::Install-Recommends \"false\";\n\
          APT::Install-Suggests \"false\";\n\
-         // Its user could not write into our directory, and all that is fetched is checked against signed hashes.\n\
+         // The user _apt could not write into our directory. Every file is checked against a signed hash.\n\
          APT::Sandbox::User \"root\";\n"
     )
 }
 
-/// Whether an archive's Release file is that of one of Debian's suites.
+/// Reports whether the Release file of an archive is that of a suite of Debian.
 fn is_release(text: &str, suite: &str) -> bool {
-    let says =
+    let has =
         |field: &str, value: &str| text.lines().any(|line| line.strip_prefix(field) == Some(value));
-    says("Origin: ", "Debian") && says("Codename: ", suite)
+    has("Origin: ", "Debian") && has("Codename: ", suite)
 }
 
 /// A line of `--print-uris`.
@@ -189,7 +193,7 @@ struct Found {
 }
 
 impl Found {
-    fn exact(&self) -> String {
+    fn exact_spec(&self) -> String {
         format!("{}={}", self.name, self.version)
     }
 
@@ -217,14 +221,12 @@ fn parse_uris(text: &str) -> Result<Vec<Found>> {
     };
     text.lines()
         .filter(|text| !text.trim().is_empty())
-        .map(|text| {
-            line(text).with_context(|| format!("apt printed a line of unknown form: {text:?}"))
-        })
+        .map(|text| line(text).with_context(|| format!("apt printed an unknown line: {text:?}")))
         .collect()
 }
 
-/// The package file of `pin` among those that `apt-get download` left in `directory`.
-pub fn package_file(directory: &Path, pin: &Pin) -> Result<PathBuf> {
+/// Returns the file of a package in a directory of `apt-get download`.
+pub fn find_package_file(directory: &Path, pin: &Pin) -> Result<PathBuf> {
     let prefix = format!("{}_{}_", pin.name, pin.version.replace(':', "%3a"));
     for entry in fs::read_dir(directory).with_context(|| format!("list {}", directory.display()))? {
         let path = entry?.path();
@@ -232,7 +234,11 @@ pub fn package_file(directory: &Path, pin: &Pin) -> Result<PathBuf> {
             return Ok(path);
         }
     }
-    anyhow::bail!("apt downloaded {} {}, but there is no {prefix}*.deb", pin.name, pin.version)
+    anyhow::bail!(
+        "apt downloaded {} {}, but the file {prefix}*.deb is missing",
+        pin.name,
+        pin.version
+    )
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn uris_are_read() {
+fn uris_are_parsed() {
     let text = "'http://archive/pool/a/attr/libattr1_2.5.1-4_amd64.deb' libattr1_1%3a2.5.1-4_amd64.deb 22164 SHA256:ab\n\
                 'http://archive/pool/p/pcre2/libpcre2-8-0_10.42-1%2bdeb12u2_amd64.deb' libpcre2-8-0_10.42-1+deb12u2_amd64.deb 261628 \n\
                 \n\
@@ -22,7 +22,7 @@ fn uris_are_read() {
 }
 
 #[test]
-fn other_lines_are_errors() {
+fn unknown_line_is_an_error() {
     for line in [
         "dash",
         "'http://archive/dash.deb' dash.deb 5 SHA256:ab",
@@ -33,7 +33,7 @@ fn other_lines_are_errors() {
 }
 
 #[test]
-fn a_package_without_a_usable_hash_is_refused() {
+fn package_without_sha256_is_refused() {
     let found = |sha256: Option<&str>| Found {
         name: "dash".into(),
         version: "0.5".into(),
@@ -45,19 +45,19 @@ fn a_package_without_a_usable_hash_is_refused() {
 }
 
 #[test]
-fn the_downloaded_file_of_a_version_with_epoch_is_found() {
+fn file_of_a_version_with_epoch_is_found() {
     let directory = tempfile::tempdir().unwrap();
     let pin = Pin { name: "libattr1".into(), version: "1:2.5.1-4".into(), sha256: "ab".repeat(32) };
-    assert!(package_file(directory.path(), &pin).is_err());
+    assert!(find_package_file(directory.path(), &pin).is_err());
     let file = directory.path().join("libattr1_1%3a2.5.1-4_amd64.deb");
     fs::write(&file, "").unwrap();
-    assert_eq!(package_file(directory.path(), &pin).unwrap(), file);
+    assert_eq!(find_package_file(directory.path(), &pin).unwrap(), file);
 }
 
 #[test]
-fn only_debians_own_suite_counts() {
+fn release_file_must_be_of_debian_and_the_suite() {
     let release = "Origin: Debian\nLabel: Debian-Security\nCodename: bookworm-security\n";
     assert!(is_release(release, "bookworm-security"));
     assert!(!is_release(release, "bookworm"));
-    assert!(!is_release("Origin: Somebody\nCodename: bookworm\n", "bookworm"));
+    assert!(!is_release("Origin: Other\nCodename: bookworm\n", "bookworm"));
 }

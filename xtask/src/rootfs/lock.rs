@@ -1,4 +1,4 @@
-//! `rootfs/packages.lock`: the exact packages an image is made of.
+//! `rootfs/packages.lock`: the exact packages of an image.
 
 use std::fmt;
 
@@ -7,39 +7,39 @@ use serde::Serialize;
 
 use super::recipe::{Recipe, is_package_name};
 
-/// First line of the file, so that a file of another kind or time is not misread.
+/// The first line of the file: a file of another kind or version is refused.
 const HEADER: &str = "# Chitin root image packages, version 1";
 const REQUESTED: &str = "requested";
 
-/// One package file, identified by its content.
+/// A package file, identified by its content.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Pin {
-    /// The package's name.
+    /// The name of the package.
     pub name: String,
     /// Its full version, epoch included.
     pub version: String,
-    /// Of the package file, in hexadecimal.
+    /// The digest of the package file, in hexadecimal.
     pub sha256: String,
 }
 
 /// The pinned packages, sorted by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lock {
-    /// The recipe's packages at the time: when they differ, so does the closure.
+    /// The packages of the recipe when the lock was written: if they differ, so does the closure.
     pub requested: Vec<String>,
-    /// What is downloaded and unpacked.
+    /// The packages to download and unpack.
     pub pins: Vec<Pin>,
 }
 
 impl Lock {
-    /// A lock for the given recipe; skipped packages are dropped.
+    /// Returns a lock for a recipe, without the packages that it skips.
     pub fn new(recipe: &Recipe, mut pins: Vec<Pin>) -> Self {
         pins.retain(|pin| !recipe.skips(&pin.name));
         pins.sort();
         Self { requested: recipe.requested().into_iter().map(Into::into).collect(), pins }
     }
 
-    /// Reads a lock file.
+    /// Parses a lock file.
     pub fn parse(text: &str) -> Result<Self> {
         let mut lines = text.lines();
         ensure!(lines.next() == Some(HEADER), "the first line is not {HEADER:?}");
@@ -61,24 +61,24 @@ impl Lock {
         }
         ensure!(
             lock.pins.is_sorted_by(|a, b| a.name < b.name),
-            "packages are not sorted, or one stands there twice"
+            "the packages are not sorted, or one is listed twice"
         );
         Ok(lock)
     }
 
-    /// Fails if the recipe has changed in what it asks for or leaves out since the lock was made.
+    /// Fails if the recipe requests or skips other packages than when the lock was written.
     pub fn check_against(&self, recipe: &Recipe) -> Result<()> {
         let stale = self.requested != recipe.requested()
             || self.pins.iter().any(|pin| recipe.skips(&pin.name));
         ensure!(
             !stale,
-            "the recipe's packages have changed since: run `cargo xtask rootfs --update`"
+            "the packages of the recipe have changed: run `cargo xtask rootfs --update`"
         );
         Ok(())
     }
 
-    /// What differs from `other`, a line for each package.
-    pub fn changes_to(&self, other: &Self) -> Vec<String> {
+    /// Returns a line for each package that differs in `other`.
+    pub fn list_changes(&self, other: &Self) -> Vec<String> {
         let find = |lock: &Self, name: &str| lock.pins.iter().find(|pin| pin.name == name).cloned();
         let mut lines = Vec::new();
         for pin in &self.pins {
@@ -97,14 +97,14 @@ impl Lock {
 }
 
 impl Pin {
-    /// These words become arguments and file names.
+    /// Fails unless name, version and digest can be used as arguments and file names.
     pub fn check(&self) -> Result<()> {
         ensure!(is_package_name(&self.name), "{:?} is not the name of a Debian package", self.name);
         let version =
             self.version.chars().all(|c| c.is_ascii_alphanumeric() || "+-.:~".contains(c));
         ensure!(
             version && self.version.starts_with(|c: char| c.is_ascii_digit()),
-            "{:?} is no version",
+            "{:?} is not a version",
             self.version
         );
         let sha256 = self.sha256.len() == 64

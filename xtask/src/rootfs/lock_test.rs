@@ -9,7 +9,7 @@ fn lock(pins: &[Pin]) -> Lock {
 }
 
 #[test]
-fn a_written_lock_reads_as_the_same() {
+fn written_lock_parses_to_itself() {
     let lock = lock(&[
         pin("dash", "0.5.12-2"),
         pin("libattr1", "1:2.5.1-4"),
@@ -19,7 +19,7 @@ fn a_written_lock_reads_as_the_same() {
 }
 
 #[test]
-fn the_committed_lock_fits_the_recipe() {
+fn committed_lock_matches_the_recipe() {
     let rootfs = crate::workspace::root_dir().join("rootfs");
     let recipe =
         Recipe::parse(&std::fs::read_to_string(rootfs.join("recipe.toml")).unwrap()).unwrap();
@@ -30,7 +30,7 @@ fn the_committed_lock_fits_the_recipe() {
 }
 
 #[test]
-fn what_is_not_a_lock_is_refused() {
+fn invalid_lock_is_refused() {
     let sha256 = "0123456789abcdef".repeat(4);
     let short = &sha256[1..];
     for (line, reason) in [
@@ -40,10 +40,10 @@ fn what_is_not_a_lock_is_refused() {
         (format!("dash 0.5 {}", sha256.to_uppercase()), "not a SHA-256"),
         (format!("--dash 0.5 {sha256}"), "not the name"),
         (format!("../dash 0.5 {sha256}"), "not the name"),
-        (format!("dash ../5 {sha256}"), "is no version"),
-        (format!("dash -5 {sha256}"), "is no version"),
+        (format!("dash ../5 {sha256}"), "is not a version"),
+        (format!("dash -5 {sha256}"), "is not a version"),
         (format!("sed 1 {sha256}\ndash 1 {sha256}"), "not sorted"),
-        (format!("dash 1 {sha256}\ndash 2 {sha256}"), "stands there twice"),
+        (format!("dash 1 {sha256}\ndash 2 {sha256}"), "is listed twice"),
     ] {
         let error = format!("{:#}", Lock::parse(&format!("{HEADER}\n{line}\n")).expect_err(&line));
         assert!(error.contains(reason), "{line}: {error}");
@@ -53,9 +53,9 @@ fn what_is_not_a_lock_is_refused() {
 }
 
 #[test]
-fn changes_are_told_by_name() {
+fn changes_are_listed_by_name() {
     let old = lock(&[pin("bash", "5"), pin("dash", "1"), pin("sed", "4")]);
     let new = lock(&[pin("dash", "2"), pin("sed", "4"), pin("tar", "1")]);
-    assert_eq!(old.changes_to(&new), ["bash 5 is gone", "dash 1 → 2", "tar 1 is new"]);
-    assert_eq!(old.changes_to(&old), [""; 0]);
+    assert_eq!(old.list_changes(&new), ["bash 5 is gone", "dash 1 → 2", "tar 1 is new"]);
+    assert_eq!(old.list_changes(&old), [""; 0]);
 }

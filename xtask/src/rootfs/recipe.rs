@@ -1,47 +1,47 @@
-//! `rootfs/recipe.toml`: what is in the root image.
+//! `rootfs/recipe.toml`: the contents of the root image.
 
 use std::path::{Component, Path};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-/// The recipe as written; see the comments in the file for what the fields mean.
+/// The recipe as written; the comments in the file explain the fields.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// Debian's code name, as in the `Codename` of its archives.
+    /// The code name of the Debian release, as in the `Codename` of its archives.
     pub suite: String,
-    /// Debian's name of the architecture.
+    /// The architecture, as Debian calls it.
     pub architecture: String,
-    /// UUID of the file system.
+    /// The UUID of the file system.
     pub uuid: String,
-    /// Time stamp of every file, in seconds since 1970.
+    /// The time stamp of every file, in seconds since 1970.
     pub timestamp: u64,
-    /// Size the image must not exceed.
+    /// The largest allowed size of the image.
     pub max_mib: u64,
-    /// What is asked for; dependencies come along.
+    /// The requested packages; their dependencies are added.
     pub package: Vec<Reasoned>,
-    /// Dependencies that are left out.
+    /// Dependencies to leave out.
     #[serde(default)]
     pub skip: Vec<Reasoned>,
-    /// What is removed from the unpacked tree.
+    /// Paths to remove from the unpacked tree.
     #[serde(default)]
     pub prune: Vec<Prune>,
-    /// Symbolic links to make.
+    /// Symbolic links to create.
     #[serde(default)]
     pub link: Vec<Link>,
-    /// Directories to make.
+    /// Directories to create.
     #[serde(default)]
     pub directory: Vec<Directory>,
 }
 
-/// A package and the reason for the recipe's saying so.
+/// A package, and the reason to request or skip it.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reasoned {
-    /// The package's name.
+    /// The name of the package.
     pub name: String,
-    /// Never empty.
+    /// The reason; never empty.
     pub why: String,
 }
 
@@ -51,30 +51,30 @@ pub struct Reasoned {
 pub struct Prune {
     /// Patterns, see [`matches`].
     pub paths: Vec<String>,
-    /// Patterns of what stays although `paths` match.
+    /// Patterns of paths to keep although `paths` match.
     #[serde(default)]
     pub keep: Vec<String>,
-    /// Never empty.
+    /// The reason; never empty.
     pub why: String,
 }
 
-/// A symbolic link; it replaces a file or link of that name.
+/// A symbolic link; it replaces a file or link of its name.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Link {
-    /// Where the link is.
+    /// The path of the link.
     pub path: String,
-    /// What it says.
+    /// The target of the link.
     pub target: String,
 }
 
-/// A directory that must be there.
+/// A directory that must exist.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Directory {
-    /// Where it is.
+    /// The path of the directory.
     pub path: String,
-    /// Octal, as for chmod.
+    /// The mode in octal, as for chmod.
     #[serde(default = "default_mode")]
     pub mode: String,
     /// User and group id.
@@ -94,7 +94,7 @@ impl Directory {
         })?;
         ensure!(
             bits <= 0o1777,
-            "mode {} of directory {}: set-id bits are not for this image",
+            "mode {} of directory {}: set-id bits are not allowed",
             self.mode,
             self.path
         );
@@ -103,10 +103,10 @@ impl Directory {
 }
 
 impl Recipe {
-    /// Reads and checks a recipe.
+    /// Parses and checks a recipe.
     pub fn parse(text: &str) -> Result<Self> {
         let recipe: Self = toml::from_str(text)?;
-        ensure!(!recipe.package.is_empty(), "no package is asked for");
+        ensure!(!recipe.package.is_empty(), "the recipe requests no package");
         for Reasoned { name, why } in recipe.package.iter().chain(&recipe.skip) {
             ensure!(is_package_name(name), "{name:?} is not the name of a Debian package");
             ensure!(!why.trim().is_empty(), "package {name} has no reason");
@@ -126,37 +126,39 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Names of the packages asked for, sorted.
+    /// Returns the names of the requested packages, sorted.
     pub fn requested(&self) -> Vec<&str> {
         let mut names: Vec<_> = self.package.iter().map(|package| package.name.as_str()).collect();
         names.sort_unstable();
         names
     }
 
-    /// Whether a package of the closure is left out.
+    /// Reports whether a package of the closure is left out.
     pub fn skips(&self, name: &str) -> bool {
         self.skip.iter().any(|package| package.name == name)
     }
 }
 
-/// Debian policy 5.6.1. Also keeps names from being read as options or paths by the tools they are given to.
+/// Reports whether a name follows Debian policy 5.6.1. Such a name cannot be mistaken for an option or
+/// a path by the tools that receive it.
 pub fn is_package_name(name: &str) -> bool {
     name.len() >= 2
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c))
 }
 
-/// Fails for a path that is absolute, empty, or not in its simplest form.
+/// Fails if a path is absolute, empty, or not in its simplest form.
 pub fn check_path(path: &str) -> Result<()> {
     let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
-    // `components` drops doubled and trailing slashes; the rest of the code compares strings and would miss such a path.
+    // `components` drops doubled and trailing slashes; the rest of the code compares strings and
+    // would miss such a path.
     let simplest = path.split('/').all(|part| !part.is_empty() && part != ".");
     ensure!(plain && simplest, "{path:?} must be a path below the image's root, without . and ..");
     Ok(())
 }
 
-/// Whether `path` fits `pattern`, in which `*` stands for any characters within one name and `**` for any number of
-/// directories, also none.
+/// Reports whether `path` matches `pattern`, in which `*` matches any characters within one name and
+/// `**` any number of directories, including none.
 pub fn matches(pattern: &str, path: &str) -> bool {
     fn parts(pattern: &[&str], path: &[&str]) -> bool {
         match (pattern.split_first(), path.split_first()) {

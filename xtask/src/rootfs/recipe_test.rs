@@ -16,7 +16,7 @@ fn error_of(addition: &str) -> String {
 }
 
 #[test]
-fn the_committed_recipe_is_valid() {
+fn committed_recipe_is_valid() {
     let path = crate::workspace::root_dir().join("rootfs/recipe.toml");
     let recipe = Recipe::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
     assert!(recipe.requested().is_sorted());
@@ -25,7 +25,7 @@ fn the_committed_recipe_is_valid() {
 }
 
 #[test]
-fn everything_needs_a_reason() {
+fn package_and_prune_need_a_reason() {
     assert!(error_of("[[package]]\nname = \"sed\"\nwhy = \" \"").contains("sed has no reason"));
     assert!(
         error_of("[[prune]]\npaths = [\"usr/share/man\"]\nwhy = \"\"").contains("has no reason")
@@ -33,14 +33,14 @@ fn everything_needs_a_reason() {
 }
 
 #[test]
-fn misspelt_fields_and_names_are_errors() {
+fn unknown_field_or_name_is_an_error() {
     assert!(error_of("[[packages]]\nname = \"sed\"").contains("packages"));
     assert!(error_of("[[package]]\nname = \"--force\"\nwhy = \"x\"").contains("not the name"));
     assert!(error_of("[[package]]\nname = \"a/b\"\nwhy = \"x\"").contains("not the name"));
 }
 
 #[test]
-fn paths_cannot_leave_the_image() {
+fn path_outside_the_image_is_refused() {
     for path in
         ["/etc", "../etc", "usr/../../etc", "usr//share", "usr/", "./usr", "usr/./share", ""]
     {
@@ -55,13 +55,13 @@ fn paths_cannot_leave_the_image() {
 }
 
 #[test]
-fn modes_are_octal_and_without_set_id_bits() {
+fn mode_is_octal_without_set_id_bits() {
     assert!(error_of("[[directory]]\npath = \"tmp\"\nmode = \"0999\"").contains("not octal"));
     assert!(error_of("[[directory]]\npath = \"tmp\"\nmode = \"4755\"").contains("set-id"));
 }
 
 #[test]
-fn patterns_match_names_and_depths() {
+fn pattern_matches_names_and_depths() {
     for (pattern, path, expected) in [
         ("usr/share/man", "usr/share/man", true),
         ("usr/share/man", "usr/share/man/man1", false),

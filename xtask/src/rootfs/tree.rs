@@ -1,7 +1,8 @@
-//! Works on an unpacked root tree.
+//! Operations on an unpacked root tree.
 //!
-//! The tree contains absolute symbolic links (`usr/lib/ssl/certs` → `/etc/ssl/certs`) that mean the image's root but, followed
-//! here, lead to the builder's own files. So nothing is ever written below a link: see [`inside`].
+//! The tree contains absolute symbolic links (`usr/lib/ssl/certs` → `/etc/ssl/certs`). They refer to
+//! the root of the image, but followed here they lead to files of the builder. So nothing is ever
+//! written below a link: see [`resolve_inside`].
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
@@ -13,11 +14,12 @@ use sha2::{Digest, Sha256};
 
 use super::recipe::{Directory, Link, Prune, check_path, matches};
 
-/// Directories that Debian 12 keeps below /usr but whose packages still name them at the root.
+/// Directories that Debian 12 keeps below /usr, while its packages still have them at the root.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 
-/// Where the relative `path` is in `tree`, with its parent directories made. Fails if one of them is a link or a file.
-pub fn inside(tree: &Path, path: &str) -> Result<PathBuf> {
+/// Returns the path in `tree` of a relative path, and creates its parent directories. Fails if one of
+/// them is a link or a file.
+pub fn resolve_inside(tree: &Path, path: &str) -> Result<PathBuf> {
     check_path(path)?;
     let mut at = tree.to_path_buf();
     let mut parts = path.split('/').peekable();
@@ -28,8 +30,10 @@ pub fn inside(tree: &Path, path: &str) -> Result<PathBuf> {
         }
         match fs::symlink_metadata(&at) {
             Ok(found) => ensure!(found.is_dir(), "{path}: {part} is not a directory in the image"),
-            Err(error) if error.kind() == ErrorKind::NotFound => make_directory(&at)?,
-            Err(error) => return Err(error).with_context(|| format!("look at {}", at.display())),
+            Err(error) if error.kind() == ErrorKind::NotFound => create_directory(&at)?,
+            Err(error) => {
+                return Err(error).with_context(|| format!("read the metadata of {}", at.display()));
+            }
         }
     }
     Ok(at)
@@ -38,11 +42,11 @@ pub fn inside(tree: &Path, path: &str) -> Result<PathBuf> {
 /// Moves /bin, /sbin, /lib and /lib64 into /usr and leaves links, as Debian's usrmerge does.
 pub fn merge_usr(tree: &Path) -> Result<()> {
     for name in MERGED {
-        let (from, to) = (tree.join(name), inside(tree, &format!("usr/{name}"))?);
+        let (from, to) = (tree.join(name), resolve_inside(tree, &format!("usr/{name}"))?);
         if fs::symlink_metadata(&from).is_ok() {
             move_into(&from, &to)?;
         } else if fs::symlink_metadata(&to).is_err() {
-            make_directory(&to)?;
+            create_directory(&to)?;
         }
         symlink(format!("usr/{name}"), &from)
             .with_context(|| format!("link {}", from.display()))?;
@@ -56,20 +60,23 @@ fn move_into(from: &Path, to: &Path) -> Result<()> {
             return fs::rename(from, to)
                 .with_context(|| format!("move {} to {}", from.display(), to.display()));
         }
-        Err(error) => return Err(error).with_context(|| format!("look at {}", to.display())),
+        Err(error) => {
+            return Err(error).with_context(|| format!("read the metadata of {}", to.display()));
+        }
         Ok(there) => {
             let both = there.is_dir() && fs::symlink_metadata(from)?.is_dir();
-            ensure!(both, "two packages have {}: in /usr and outside of it", to.display());
+            ensure!(both, "{} is in two packages, below /usr and outside of it", to.display());
         }
     }
-    for name in names(from)? {
+    for name in sorted_names(from)? {
         move_into(&from.join(&name), &to.join(&name))?;
     }
     fs::remove_dir(from).with_context(|| format!("remove {}", from.display()))
 }
 
-/// Removes what the rules match. Returns the patterns that matched nothing: they are out of date.
-pub fn prune(tree: &Path, rules: &[Prune]) -> Result<Vec<String>> {
+/// Removes the paths that the rules match. Returns the patterns that matched nothing: they are out of
+/// date.
+pub fn prune_paths(tree: &Path, rules: &[Prune]) -> Result<Vec<String>> {
     let mut used = vec![false; rules.iter().map(|rule| rule.paths.len()).sum()];
     prune_below(tree, "", rules, &mut used)?;
     let patterns = rules.iter().flat_map(|rule| &rule.paths);
@@ -77,11 +84,12 @@ pub fn prune(tree: &Path, rules: &[Prune]) -> Result<Vec<String>> {
 }
 
 fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> Result<()> {
-    for name in names(&tree.join(below))? {
+    for name in sorted_names(&tree.join(below))? {
         let path = if below.is_empty() { name } else { format!("{below}/{name}") };
         let full = tree.join(&path);
-        let is_dir =
-            fs::symlink_metadata(&full).with_context(|| format!("look at {path}"))?.is_dir();
+        let is_dir = fs::symlink_metadata(&full)
+            .with_context(|| format!("read the metadata of {path}"))?
+            .is_dir();
         let mut first = 0;
         let mut verdict = None;
         for rule in rules {
@@ -94,7 +102,7 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
         }
         match verdict {
             Some(rule) if rule.keep.iter().any(|pattern| matches(pattern, &path)) => {}
-            // Something below may have to stay: the same rule decides on each of its entries.
+            // An entry below may have to stay: the same rule decides on each of them.
             Some(rule) if is_dir && !rule.keep.is_empty() => prune_below(tree, &path, rules, used)?,
             Some(_) if is_dir => {
                 fs::remove_dir_all(&full).with_context(|| format!("remove {path}"))?
@@ -107,9 +115,9 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
     Ok(())
 }
 
-/// Makes a link; a file or link in its place is replaced.
-pub fn make_link(tree: &Path, link: &Link) -> Result<()> {
-    let path = inside(tree, &link.path)?;
+/// Creates a link, in place of a file or link of its name.
+pub fn replace_link(tree: &Path, link: &Link) -> Result<()> {
+    let path = resolve_inside(tree, &link.path)?;
     match fs::remove_file(&path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("replace {}", link.path))
@@ -119,28 +127,28 @@ pub fn make_link(tree: &Path, link: &Link) -> Result<()> {
     }
 }
 
-/// Gives every file the mode 0644 or 0755, every directory 0755 or what the recipe says: independent of the builder's umask
-/// and without set-id bits.
+/// Sets the mode of every file to 0644 or 0755, of every directory to 0755 or the mode of the recipe:
+/// independent of the builder's umask, and without set-id bits.
 pub fn set_modes(tree: &Path, directories: &[Directory]) -> Result<()> {
     set_modes_below(tree)?;
     for directory in directories {
-        set_mode(&inside(tree, &directory.path)?, directory.mode_bits()?)?;
+        set_mode(&resolve_inside(tree, &directory.path)?, directory.mode_bits()?)?;
     }
     Ok(())
 }
 
 fn set_modes_below(path: &Path) -> Result<()> {
-    let found =
-        fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?;
+    let found = fs::symlink_metadata(path)
+        .with_context(|| format!("read the metadata of {}", path.display()))?;
     if found.is_dir() {
         set_mode(path, 0o755)?;
-        for name in names(path)? {
+        for name in sorted_names(path)? {
             set_modes_below(&path.join(name))?;
         }
     } else if found.is_file() {
         set_mode(path, if found.permissions().mode() & 0o111 == 0 { 0o644 } else { 0o755 })?;
     } else if !found.is_symlink() {
-        bail!("{} is neither file, directory nor link", path.display());
+        bail!("{} is not a file, directory or link", path.display());
     }
     Ok(())
 }
@@ -150,29 +158,30 @@ fn set_mode(path: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("set the mode of {}", path.display()))
 }
 
-/// Makes a directory unless it is there.
+/// Creates a directory unless it exists.
 pub fn ensure_directory(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => Ok(()),
-        Ok(_) => bail!("{} is there and no directory", path.display()),
-        Err(_) => make_directory(path),
+        Ok(_) => bail!("{} exists and is not a directory", path.display()),
+        Err(_) => create_directory(path),
     }
 }
 
-fn make_directory(path: &Path) -> Result<()> {
-    fs::create_dir(path).with_context(|| format!("make directory {}", path.display()))
+fn create_directory(path: &Path) -> Result<()> {
+    fs::create_dir(path).with_context(|| format!("create the directory {}", path.display()))
 }
 
-/// Copies a tree over another one: files with their modes, links as links; what is there already is replaced.
+/// Copies a tree over another one: files with their modes, links as links. Existing files are
+/// replaced.
 pub fn copy_over(from: &Path, to: &Path) -> Result<()> {
-    for name in names(from)? {
+    for name in sorted_names(from)? {
         let (source, target) = (from.join(&name), to.join(&name));
         let found = fs::symlink_metadata(&source)
-            .with_context(|| format!("look at {}", source.display()))?;
+            .with_context(|| format!("read the metadata of {}", source.display()))?;
         if found.is_dir() {
             ensure_directory(&target)?;
             copy_over(&source, &target)?;
-            // After its content, since it might forbid writing.
+            // After its content, because the mode may forbid writing.
             set_mode(&target, found.permissions().mode() & 0o7777)?;
             continue;
         }
@@ -190,12 +199,12 @@ pub fn copy_over(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Feeds names, kinds, executable bits and contents of a tree to a hash.
+/// Adds names, kinds, executable bits and contents of a tree to a hash.
 pub fn hash_tree(tree: &Path, hash: &mut Sha256) -> Result<()> {
-    for name in names(tree)? {
+    for name in sorted_names(tree)? {
         let path = tree.join(&name);
-        let found =
-            fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
+        let found = fs::symlink_metadata(&path)
+            .with_context(|| format!("read the metadata of {}", path.display()))?;
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(&name);
         if found.is_dir() {
@@ -218,8 +227,8 @@ pub fn hash_tree(tree: &Path, hash: &mut Sha256) -> Result<()> {
     Ok(())
 }
 
-/// Names in a directory, sorted.
-fn names(directory: &Path) -> Result<Vec<String>> {
+/// Returns the names in a directory, sorted.
+fn sorted_names(directory: &Path) -> Result<Vec<String>> {
     let list = || format!("list {}", directory.display());
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).with_context(list)? {

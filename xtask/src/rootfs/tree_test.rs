@@ -6,9 +6,9 @@ fn write(tree: &Path, path: &str, content: &str) {
     fs::write(path, content).unwrap();
 }
 
-fn listing(tree: &Path) -> Vec<String> {
+fn list_tree(tree: &Path) -> Vec<String> {
     fn walk(tree: &Path, below: &str, found: &mut Vec<String>) {
-        for name in names(&tree.join(below)).unwrap() {
+        for name in sorted_names(&tree.join(below)).unwrap() {
             let path = if below.is_empty() { name } else { format!("{below}/{name}") };
             if fs::symlink_metadata(tree.join(&path)).unwrap().is_dir() {
                 walk(tree, &path, found);
@@ -27,22 +27,22 @@ fn rule(paths: &[&str], keep: &[&str]) -> Prune {
 }
 
 #[test]
-fn nothing_is_written_through_a_link() {
+fn write_through_a_link_is_refused() {
     let (tree, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     symlink(outside.path(), tree.path().join("etc")).unwrap();
-    assert!(inside(tree.path(), "etc/passwd").is_err());
-    assert!(inside(tree.path(), "../passwd").is_err());
+    assert!(resolve_inside(tree.path(), "etc/passwd").is_err());
+    assert!(resolve_inside(tree.path(), "../passwd").is_err());
     let link = Link { path: "etc/localtime".into(), target: "/x".into() };
-    assert!(make_link(tree.path(), &link).is_err());
+    assert!(replace_link(tree.path(), &link).is_err());
 
     let overlay = tempfile::tempdir().unwrap();
     write(overlay.path(), "etc/passwd", "root");
     assert!(copy_over(overlay.path(), tree.path()).is_err());
-    assert!(listing(outside.path()).is_empty());
+    assert!(list_tree(outside.path()).is_empty());
 }
 
 #[test]
-fn a_link_to_a_file_is_replaced_not_followed() {
+fn link_to_a_file_is_replaced_not_followed() {
     let (tree, overlay) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(tree.path(), "target", "untouched");
     symlink("target", tree.path().join("name")).unwrap();
@@ -51,7 +51,7 @@ fn a_link_to_a_file_is_replaced_not_followed() {
     assert_eq!(fs::read_to_string(tree.path().join("target")).unwrap(), "untouched");
     assert_eq!(fs::read_to_string(tree.path().join("name")).unwrap(), "new");
 
-    make_link(tree.path(), &Link { path: "name".into(), target: "elsewhere".into() }).unwrap();
+    replace_link(tree.path(), &Link { path: "name".into(), target: "elsewhere".into() }).unwrap();
     assert_eq!(fs::read_link(tree.path().join("name")).unwrap(), Path::new("elsewhere"));
 }
 
@@ -79,22 +79,23 @@ fn usr_is_merged() {
         "usr/sbin",
         "usr",
     ];
-    assert_eq!(listing(tree.path()), expected);
+    assert_eq!(list_tree(tree.path()), expected);
     assert_eq!(fs::read_link(tree.path().join("lib64")).unwrap(), Path::new("usr/lib64"));
 }
 
 #[test]
-fn usr_with_the_same_file_twice_is_not_merged() {
+fn usr_with_the_same_file_twice_is_refused() {
     let tree = tempfile::tempdir().unwrap();
     write(tree.path(), "bin/dash", "one");
     write(tree.path(), "usr/bin/dash", "other");
     assert!(
-        format!("{:#}", merge_usr(tree.path()).expect_err("a conflict")).contains("two packages")
+        format!("{:#}", merge_usr(tree.path()).expect_err("a conflict"))
+            .contains("is in two packages")
     );
 }
 
 #[test]
-fn pruning_removes_keeps_and_tells_what_is_stale() {
+fn prune_removes_keeps_and_returns_stale_rules() {
     let tree = tempfile::tempdir().unwrap();
     for path in
         ["doc/dash/copyright", "doc/dash/NEWS", "doc/sed/examples/a", "man/man1/sed.1", "bin/sed"]
@@ -103,15 +104,15 @@ fn pruning_removes_keeps_and_tells_what_is_stale() {
     }
     symlink("/etc", tree.path().join("man/outside")).unwrap();
     let rules = [rule(&["doc/*/**/*"], &["doc/*/copyright"]), rule(&["man", "info"], &[])];
-    assert_eq!(prune(tree.path(), &rules).unwrap(), ["info"]);
+    assert_eq!(prune_paths(tree.path(), &rules).unwrap(), ["info"]);
     let left =
         ["bin/sed", "bin", "doc/dash/copyright", "doc/dash", "doc/sed/examples", "doc/sed", "doc"];
-    assert_eq!(listing(tree.path()), left);
+    assert_eq!(list_tree(tree.path()), left);
     assert!(Path::new("/etc").exists());
 }
 
 #[test]
-fn modes_do_not_depend_on_the_builder() {
+fn modes_are_independent_of_the_builder() {
     let tree = tempfile::tempdir().unwrap();
     let mode = |path: &str| {
         fs::symlink_metadata(tree.path().join(path)).unwrap().permissions().mode() & 0o7777
@@ -128,7 +129,7 @@ fn modes_do_not_depend_on_the_builder() {
 }
 
 #[test]
-fn a_hash_sees_names_contents_kinds_and_executable_bits() {
+fn hash_covers_names_contents_kinds_and_modes() {
     let hash = |change: &dyn Fn(&Path)| {
         let tree = tempfile::tempdir().unwrap();
         write(tree.path(), "a/b", "content");

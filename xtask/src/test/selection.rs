@@ -5,6 +5,7 @@ use std::fmt;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::process::{capture_output, new_command};
 use crate::workspace;
@@ -52,10 +53,20 @@ impl fmt::Display for Tier {
 /// The end-to-end tests to run.
 #[derive(Debug)]
 pub struct Selection {
-    filter: Option<String>,
+    /// The expression that selects the tests of the filter.
+    filterset: Option<String>,
     tier: Option<Tier>,
-    /// Names of the tests that filter and tier select, with the tier of each.
-    tests: BTreeMap<String, Tier>,
+    tests: Vec<Test>,
+}
+
+/// An end-to-end test.
+#[derive(Debug, PartialEq, Eq)]
+struct Test {
+    /// The name of its file.
+    binary: String,
+    /// Its name, with its modules.
+    name: String,
+    tier: Tier,
 }
 
 impl Selection {
@@ -69,30 +80,32 @@ impl Selection {
         }
         let mut list = new_command("cargo", ["nextest", "list", "--message-format", "json"]);
         list.args(["--package", "chitin-integration"]);
-        if let Some(filter) = filter {
-            list.args(["--filterset", &name_filter(filter)]);
-        }
         let listed = capture_output(list.current_dir(workspace::root_dir()))
             .context("list the end-to-end tests")?;
         let mut tests = parse_list(&listed)?;
-        tests.retain(|_, of| tier.is_none_or(|tier| tier == *of));
+        let filterset = filter.map(|filter| build_filterset(filter, &tests));
+        tests.retain(|test| {
+            tier.is_none_or(|tier| tier == test.tier)
+                && filter
+                    .is_none_or(|filter| test.name.contains(filter) || test.binary.contains(filter))
+        });
         ensure!(
             !tests.is_empty(),
             "no end-to-end test matches{}{}",
             filter.map_or_else(String::new, |filter| format!(" `{filter}`")),
             tier.map_or_else(String::new, |tier| format!(" on the tier {tier}")),
         );
-        Ok(Self { filter: filter.map(str::to_owned), tier, tests })
+        Ok(Self { filterset, tier, tests })
     }
 
     /// Returns the number of selected tests of a tier.
     pub fn count(&self, tier: Tier) -> usize {
-        self.tests.values().filter(|of| **of == tier).count()
+        self.tests.iter().filter(|test| test.tier == tier).count()
     }
 
     /// Reports whether a test of this name is selected.
-    pub fn contains(&self, test: &str) -> bool {
-        self.tests.keys().any(|name| name.rsplit("::").next() == Some(test))
+    pub fn contains(&self, name: &str) -> bool {
+        self.tests.iter().any(|test| test.name.rsplit("::").next() == Some(name))
     }
 
     /// Returns the options of nextest that select these tests, and of them those that another
@@ -105,16 +118,20 @@ impl Selection {
             }
             _ => None,
         };
-        let filter = self.filter.as_deref().map(name_filter);
-        let all = [filter, tier, and.map(str::to_owned)];
+        let all = [self.filterset.clone(), tier, and.map(str::to_owned)];
         let all: Vec<String> = all.into_iter().flatten().map(|each| format!("({each})")).collect();
         if all.is_empty() { Vec::new() } else { vec!["--filterset".into(), all.join(" & ")] }
     }
 }
 
-/// Returns the expression for tests with this text in their name or in that of their file.
-fn name_filter(filter: &str) -> String {
-    format!("test(~{filter}) | binary(~{filter})")
+/// Returns the expression for tests with this text in their name or in that of their file. An
+/// expression for files that do not exist is an error of nextest.
+fn build_filterset(filter: &str, tests: &[Test]) -> String {
+    if tests.iter().any(|test| test.binary.contains(filter)) {
+        format!("test(~{filter}) | binary(~{filter})")
+    } else {
+        format!("test(~{filter})")
+    }
 }
 
 /// Fails unless a filter can stand in an expression as it is.
@@ -130,34 +147,23 @@ fn check_filter(filter: &str) -> Result<()> {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct TestList {
-    rust_suites: BTreeMap<String, Suite>,
-}
-
-#[derive(Deserialize)]
-struct Suite {
-    testcases: BTreeMap<String, TestCase>,
+    rust_suites: BTreeMap<String, TestBinary>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct TestCase {
-    filter_match: FilterMatch,
+struct TestBinary {
+    binary_name: String,
+    testcases: BTreeMap<String, IgnoredAny>,
 }
 
-#[derive(Deserialize)]
-struct FilterMatch {
-    status: String,
-}
-
-fn parse_list(json: &str) -> Result<BTreeMap<String, Tier>> {
+fn parse_list(json: &str) -> Result<Vec<Test>> {
     let list: TestList = serde_json::from_str(json).context("read nextest's list of tests")?;
-    let mut tests = BTreeMap::new();
-    for (binary, suite) in list.rust_suites {
-        for (name, case) in suite.testcases {
-            if case.filter_match.status == "matches" {
-                let tier = Tier::of_test(&name);
-                tests.insert(format!("{binary}::{name}"), tier);
-            }
+    let mut tests = Vec::new();
+    for TestBinary { binary_name, testcases } in list.rust_suites.into_values() {
+        for name in testcases.into_keys() {
+            let tier = Tier::of_test(&name);
+            tests.push(Test { binary: binary_name.clone(), name, tier });
         }
     }
     Ok(tests)
@@ -167,8 +173,12 @@ fn parse_list(json: &str) -> Result<BTreeMap<String, Tier>> {
 mod tests {
     use super::*;
 
-    fn selection(filter: Option<&str>, tier: Option<Tier>) -> Selection {
-        Selection { filter: filter.map(str::to_owned), tier, tests: BTreeMap::new() }
+    fn selection(filterset: Option<&str>, tier: Option<Tier>) -> Selection {
+        Selection { filterset: filterset.map(str::to_owned), tier, tests: Vec::new() }
+    }
+
+    fn test(binary: &str, name: &str) -> Test {
+        Test { binary: binary.into(), name: name.into(), tier: Tier::of_test(name) }
     }
 
     #[test]
@@ -185,12 +195,16 @@ mod tests {
         assert_eq!(selection(None, None).options(None), Vec::<String>::new());
         assert_eq!(selection(None, Some(Tier::Ironclaw)).options(None), Vec::<String>::new());
         assert_eq!(
-            selection(Some("exit"), Some(Tier::Nemoclaw)).options(Some("not test(=x)")),
-            [
-                "--filterset",
-                "(test(~exit) | binary(~exit)) & (test(/(^|::)nemoclaw::/)) & (not test(=x))"
-            ]
+            selection(Some("a | b"), Some(Tier::Nemoclaw)).options(Some("not test(=x)")),
+            ["--filterset", "(a | b) & (test(/(^|::)nemoclaw::/)) & (not test(=x))"]
         );
+    }
+
+    #[test]
+    fn filter_matches_files_that_exist() {
+        let tests = [test("run", "reads"), test("conformance", "exit::ironclaw::codes")];
+        assert_eq!(build_filterset("exit", &tests), "test(~exit)");
+        assert_eq!(build_filterset("conf", &tests), "test(~conf) | binary(~conf)");
     }
 
     #[test]
@@ -202,15 +216,11 @@ mod tests {
     }
 
     #[test]
-    fn list_has_matching_tests_only() {
-        let json = r#"{"rust-suites": {"chitin-integration::run": {"testcases": {
-            "nanoclaw::a": {"ignored": false, "filter-match": {"status": "matches"}},
-            "b": {"ignored": false, "filter-match": {"status": "mismatch", "reason": "string"}}
-        }}}}"#;
-        let tests = parse_list(json).unwrap();
-        assert_eq!(
-            tests.into_iter().collect::<Vec<_>>(),
-            [("chitin-integration::run::nanoclaw::a".to_owned(), Tier::Nanoclaw)]
-        );
+    fn list_of_nextest_is_parsed() {
+        let json = r#"{"rust-suites": {"chitin-integration::run": {
+            "binary-name": "run",
+            "testcases": {"nanoclaw::a": {"ignored": false}, "b": {"ignored": false}}
+        }}}"#;
+        assert_eq!(parse_list(json).unwrap(), [test("run", "b"), test("run", "nanoclaw::a")]);
     }
 }
