@@ -1,8 +1,8 @@
 //! Debian packages as build inputs: downloaded and unpacked, never installed.
 //!
-//! Versions are pinned, because a different kernel gives different figures. Mirrors keep only the last few versions, so
-//! a pinned one can vanish; then the newest is taken instead, which is said, and remembered in the cache so that the
-//! next run agrees with this one without asking the mirror.
+//! Versions are pinned, because a different kernel gives different figures. Mirrors keep only the
+//! last few versions. If a pinned one is gone, the newest is used instead. That is printed, and
+//! remembered in the cache, so that the next run agrees with this one without asking the mirror.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,20 +10,21 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::process::{capture_output, new_command};
+use crate::progress::print_note;
 use crate::{cache, workspace};
 
 /// A package of a known version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Package {
-    /// Its name in the archive.
+    /// The name in the archive.
     pub name: String,
-    /// Its full Debian version.
+    /// The full Debian version.
     pub version: String,
 }
 
 impl Package {
-    /// The package to use for a pinned one: itself, or the substitute that an earlier run had to take.
-    pub fn resolve(name: &str, version: &str) -> Result<Self> {
+    /// Returns the pinned package, or the substitute that an earlier run had to use.
+    pub fn resolve_pinned(name: &str, version: &str) -> Result<Self> {
         let pinned = Self { name: name.to_owned(), version: version.to_owned() };
         let remembered = fs::read_to_string(pinned.substitute_file()?).ok();
         Ok(remembered.as_deref().and_then(parse_substitute).unwrap_or(pinned))
@@ -33,27 +34,31 @@ impl Package {
         Ok(workspace::cache_dir()?.join(format!("{}_{}.substitute", self.name, self.version)))
     }
 
-    /// Downloads the package into `dir`. When the archive no longer has it, `newest` names what to take instead.
+    /// Downloads the package into `dir`. If the archive has dropped it, `newest` returns the package
+    /// to use instead.
     ///
-    /// Returns what was downloaded and the file.
-    pub fn download(
+    /// Returns the package that was downloaded, and its file.
+    pub fn download_binary(
         &self,
         dir: &Path,
         newest: impl FnOnce() -> Result<Self>,
     ) -> Result<(Self, PathBuf)> {
-        self.or_substitute(|package| package.download_exactly(dir), newest)
+        self.download_or_substitute(|package| package.download_exactly(dir), newest)
     }
 
-    /// Downloads upstream's part of a source package into `dir`, from the release `suite`, which need not be the machine's:
-    /// it is asked for with lists of its own, for which no rights are needed.
+    /// Downloads the upstream archive of a source package into `dir`, from the release `suite`. That
+    /// can be another release than the machine's: its package lists are separate, and need no root.
     ///
-    /// Returns what was downloaded and the file.
+    /// Returns the package that was downloaded, and its file.
     pub fn download_source(&self, suite: &str, dir: &Path) -> Result<(Self, PathBuf)> {
         let apt = SourceApt::update(suite, dir)?;
-        self.or_substitute(|package| apt.download(package, dir), || apt.newest(&self.name))
+        self.download_or_substitute(
+            |package| apt.download_source(package, dir),
+            || apt.find_newest(&self.name),
+        )
     }
 
-    fn or_substitute(
+    fn download_or_substitute(
         &self,
         download: impl Fn(&Self) -> Result<PathBuf>,
         newest: impl FnOnce() -> Result<Self>,
@@ -66,7 +71,7 @@ impl Package {
         if substitute == *self {
             return Err(first);
         }
-        eprintln!("{self} is not in the archive any more; taking {substitute}");
+        print_note(&format!("{self} is no longer in the archive; using {substitute}"));
         let file = download(&substitute)?;
         fs::write(
             self.substitute_file()?,
@@ -77,10 +82,10 @@ impl Package {
 
     fn download_exactly(&self, dir: &Path) -> Result<PathBuf> {
         let spec = format!("{}={}", self.name, self.version);
-        // As root, apt would drop to the user _apt, who cannot write here, and say so each time.
+        // As root, apt would switch to the user _apt, who cannot write here.
         let apt = ["-q", "-o", "APT::Sandbox::User=root", "download"];
         capture_output(new_command("apt-get", apt).arg(spec).current_dir(dir)).with_context(
-            || format!("download {self} (if the package lists are empty: apt-get update)"),
+            || format!("download {self} (if the package lists are empty, run apt-get update)"),
         )?;
         file_with_extension(dir, "deb")
             .with_context(|| format!("apt-get download of {self} left no file"))
@@ -103,13 +108,13 @@ fn parse_substitute(text: &str) -> Option<Package> {
     Some(Package { name: name.to_owned(), version: version.to_owned() })
 }
 
-/// The version of a package that apt would install.
+/// Returns a package in the version that apt would install.
 pub fn find_candidate(name: &str) -> Result<Package> {
     let policy = capture_output(&mut new_command("apt-cache", ["policy", name]))?;
     match parse_candidate(&policy) {
         Some(version) => Ok(Package { name: name.to_owned(), version }),
         None => bail!(
-            "apt knows no package {name}: is bookworm-security in its sources, and was apt-get update run?"
+            "apt does not know the package {name}: check that its sources have bookworm-security, and run apt-get update"
         ),
     }
 }
@@ -119,15 +124,15 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_owned())
 }
 
-/// The commands, for root, that install packages. A fresh container has no package lists, and stale ones name versions that
-/// are gone.
+/// Returns the commands, for root, that install packages. They update the package lists first: a fresh
+/// container has none, and old ones name versions that are gone.
 pub fn install_commands(names: &[&str]) -> Vec<Vec<String>> {
     let apt = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
     vec![apt(&["apt-get", "update"]), apt(&install)]
 }
 
-/// An apt that knows the source packages of one release. The machine's own sources stay as they are.
+/// An apt for the source packages of one release. The sources of the machine stay unchanged.
 struct SourceApt {
     options: Vec<String>,
 }
@@ -150,7 +155,7 @@ impl SourceApt {
                 option("Dir::Etc::SourceParts", Path::new("/dev/null")),
                 option("Dir::State::Lists", &state),
                 option("Dir::Cache", &cache),
-                // As root, apt would drop to the user _apt, who cannot write here.
+                // As root, apt would switch to the user _apt, who cannot write here.
                 "--option=APT::Sandbox::User=root".into(),
             ],
         };
@@ -159,16 +164,17 @@ impl SourceApt {
         Ok(apt)
     }
 
-    fn newest(&self, name: &str) -> Result<Package> {
+    fn find_newest(&self, name: &str) -> Result<Package> {
         let shown =
             capture_output(new_command("apt-cache", &self.options).args(["showsrc", name]))?;
         let version = shown.lines().find_map(|line| line.strip_prefix("Version: "));
-        let version =
-            version.with_context(|| format!("apt knows no source package {name}"))?.to_owned();
+        let version = version
+            .with_context(|| format!("apt does not know the source package {name}"))?
+            .to_owned();
         Ok(Package { name: name.to_owned(), version })
     }
 
-    fn download(&self, package: &Package, dir: &Path) -> Result<PathBuf> {
+    fn download_source(&self, package: &Package, dir: &Path) -> Result<PathBuf> {
         let mut source = new_command("apt-get", &self.options);
         source.args(["-q", "source", "--download-only", "--tar-only"]).current_dir(dir);
         capture_output(source.arg(format!("{}={}", package.name, package.version)))
@@ -178,15 +184,15 @@ impl SourceApt {
     }
 }
 
-/// Debian's own keys, which its base system brings.
+/// The keys of Debian, a part of its base system.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Where the machine's Debian comes from, which has its other releases too.
+/// Returns the archive of the machine's Debian, which has the other releases as well.
 fn find_archive() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    let codename =
-        codename.context("/etc/os-release names no VERSION_CODENAME: this is no Debian release")?;
+    let codename = codename
+        .context("/etc/os-release has no VERSION_CODENAME: this is not a Debian release")?;
     let targets = capture_output(&mut new_command(
         "apt-get",
         [
@@ -198,7 +204,7 @@ fn find_archive() -> Result<String> {
         ],
     ))?;
     parse_archive(&targets, codename).with_context(|| {
-        format!("apt has no source for {codename} main: run apt-get update, or add one")
+        format!("apt has no source for {codename} main: run apt-get update, or add it")
     })
 }
 
@@ -215,7 +221,7 @@ pub fn unpack_package(deb: &Path, into: &Path) -> Result<()> {
     fs::remove_file(deb).with_context(|| format!("remove {}", deb.display()))
 }
 
-/// Unpacks upstream's archive of a source package, whose files are in one directory, and removes it.
+/// Unpacks the upstream archive of a source package, whose files are in one directory, and removes it.
 pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
     capture_output(
         new_command("tar", ["--extract", "--strip-components=1", "--file"])
@@ -226,40 +232,41 @@ pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
     fs::remove_file(archive).with_context(|| format!("remove {}", archive.display()))
 }
 
-/// Applies patches to a source. No fuzz: one that does not fit exactly was written for another version.
+/// Applies patches to a source, without fuzz: a patch that does not fit exactly was written for another
+/// version.
 pub fn apply_patches(source: &Path, patches: &[PathBuf]) -> Result<()> {
     for patch in patches {
         let mut apply = new_command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
         capture_output(apply.arg(patch).current_dir(source))
-            .with_context(|| format!("{} does not fit the source any more", patch.display()))?;
+            .with_context(|| format!("{} does not fit the source", patch.display()))?;
     }
     Ok(())
 }
 
-/// The cache entry of what `build` makes of a package, or of the substitute that it had to take and returns. That one is filed
-/// under its own key, so that the next run finds it.
+/// Returns the cache entry that `build` makes of a package, or of the substitute that it had to use and
+/// returns. The entry of a substitute has its own key, so that the next run finds it.
 pub fn find_or_build(
-    what: &str,
+    kind: &str,
     package: &Package,
     key: impl Fn(&Package) -> cache::Key,
     build: impl FnOnce(&Path) -> Result<Package>,
 ) -> Result<PathBuf> {
     let mut used = package.clone();
-    let entry = cache::find_or_build(what, key(package), |dir| {
+    let entry = cache::find_or_build(kind, key(package), |dir| {
         used = build(dir)?;
         Ok(())
     })?;
     if used == *package {
         return Ok(entry);
     }
-    let renamed = entry.with_file_name(format!("{what}-{}", key(&used).into_hex()));
+    let renamed = entry.with_file_name(format!("{kind}-{}", key(&used).into_hex()));
     if !renamed.exists() {
         fs::rename(&entry, &renamed).with_context(|| format!("rename {}", entry.display()))?;
     }
     Ok(renamed)
 }
 
-/// A scratch directory inside a cache entry under construction, removed by the caller's `finish`.
+/// Creates a directory in a cache entry under construction; the caller removes it.
 pub fn create_scratch_dir(dir: &Path, name: &str) -> Result<PathBuf> {
     let path = dir.join(name);
     cache::remove_tree(&path)?;
@@ -272,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn candidate_is_read_from_policy() {
+    fn candidate_is_parsed_from_policy() {
         let policy = "linux-source-6.12:\n  Installed: (none)\n  Candidate: 6.12.117-1~deb12u1\n  Version table:\n";
         assert_eq!(parse_candidate(policy).as_deref(), Some("6.12.117-1~deb12u1"));
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
@@ -280,21 +287,21 @@ mod tests {
     }
 
     #[test]
-    fn the_archive_is_read() {
+    fn archive_of_the_release_is_found() {
         let targets = "http://a/debian-security/ bookworm-security\nhttp://a/debian/ bookworm\n";
         assert_eq!(parse_archive(targets, "bookworm").as_deref(), Some("http://a/debian/"));
         assert_eq!(parse_archive(targets, "trixie"), None);
     }
 
     #[test]
-    fn lists_are_fetched_before_packages_are() {
+    fn package_lists_are_updated_before_install() {
         let lines = install_commands(&["x"]).into_iter().map(|words| words.join(" "));
         let expected = ["apt-get update", "apt-get install --yes --no-install-recommends x"];
         assert_eq!(lines.collect::<Vec<_>>(), expected);
     }
 
     #[test]
-    fn substitute_survives_the_file() {
+    fn substitute_is_parsed_from_its_file() {
         let package = Package { name: "linux-source-6.12".into(), version: "6.12.200-1".into() };
         assert_eq!(parse_substitute("linux-source-6.12 6.12.200-1\n"), Some(package));
         assert_eq!(parse_substitute(""), None);

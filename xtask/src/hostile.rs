@@ -1,8 +1,9 @@
 //! `cargo xtask hostile`: bare guests attack the monitor's devices.
 //!
-//! They are a few hundred instructions each and need no guest kernel, so that they run on any `/dev/kvm`, also on one that
-//! only emulates; where there is none, on the emulated host. With `--mutate` the same attacks meet monitors of which one
-//! check was removed, and at least one has to succeed: what proves that the attacks can.
+//! A bare guest is a few hundred instructions and needs no guest kernel, so that it runs on any
+//! `/dev/kvm`, also on one that only emulates. On a machine without `/dev/kvm` it runs on the emulated
+//! host. With `--mutate` the same attacks run on monitors without one of the checks, and at least one
+//! attack has to succeed: this proves that the attacks can.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,43 +15,42 @@ use crate::build::Profile;
 use crate::process::{self, capture_output, describe_start_failure, new_command};
 use crate::{microvm, workspace};
 
-/// Where the mutations are, from the workspace root.
+/// The directory of the mutations, from the workspace root.
 const MUTATIONS: &str = "integration/mutations";
-/// Exit code of the attacks' program when one did not come out as expected; other failures have other codes.
+/// The exit code of the attacks' program when an attack did not end as expected. Other failures have
+/// other codes.
 const ATTACK_FAILED: u8 = 1;
 
-/// Have bare guests attack the monitor, and print what became of each
+/// Attack the monitor from bare guests, and print the result of each attack
 #[derive(Debug, Default, clap::Args)]
 pub struct Args {
-    /// Only the attacks whose names hold this
+    /// Run only the attacks with this in their name
     filter: Option<String>,
-    /// Attack monitors without a check instead: a name of integration/mutations, or `all`
+    /// Attack monitors without a check: a name of integration/mutations, or `all`
     #[arg(long, value_name = "NAME")]
     mutate: Option<String>,
 }
 
 /// Builds the monitor and the attacks, and runs them.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    build(workspace::root_dir(), &["--package", "chitin-hostile"], &[])?;
+    build_quietly(workspace::root_dir(), &["--package", "chitin-hostile"], &[])?;
     let filter = args.filter.as_deref();
     match args.mutate.as_deref() {
         None => {
             crate::build::build_monitor(Profile::Release)?;
-            attack(&workspace::target_dir().join("release/chitin-vmm"), filter)
+            run_attacks(&workspace::target_dir().join("release/chitin-vmm"), filter)
         }
-        Some(name) => mutate(name, filter),
+        Some(name) => attack_mutations(name, filter),
     }
 }
 
-/// Runs the attacks on a monitor, here if there is any KVM.
-fn attack(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
+/// Runs the attacks on a monitor, on this machine if it has any KVM.
+fn run_attacks(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
     let hostile = workspace::target_dir().join("debug/chitin-hostile");
     let words = [hostile.to_string_lossy(), monitor.to_string_lossy()];
     let words: Vec<&str> = words.iter().map(AsRef::as_ref).chain(filter).collect();
     if fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!(
-            "hostile guests run in the emulated KVM host, because /dev/kvm cannot be opened here"
-        );
+        eprintln!("hostile guests run in an emulated KVM host, because /dev/kvm cannot be opened");
         return microvm::run_nested(&[], &words);
     }
     let mut attack = new_command(words[0], &words[1..]);
@@ -58,24 +58,25 @@ fn attack(monitor: &Path, filter: Option<&str>) -> Result<ExitCode> {
     Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(125)))
 }
 
-/// Takes one check out of the monitor, or each in turn, and fails if no attack notices.
-fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
+/// Removes one check from the monitor, or each in turn, and fails if no attack succeeds then.
+fn attack_mutations(name: &str, filter: Option<&str>) -> Result<ExitCode> {
     let all = workspace::list_patches(MUTATIONS)?;
     let chosen: Vec<&PathBuf> = all
         .iter()
         .filter(|path| name == "all" || path.file_stem().is_some_and(|stem| stem == name))
         .collect();
-    ensure!(!chosen.is_empty(), "no mutation `{name}` in {MUTATIONS}");
+    ensure!(!chosen.is_empty(), "{MUTATIONS} has no mutation `{name}`");
     let scratch = workspace::target_dir().join("mutations");
     let tree = scratch.join("tree");
     copy_tree(&tree)?;
     let mut missed = Vec::new();
     for path in &chosen {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        patch(&tree, path, &[])?;
-        // What is tested is one check, not the optimizer: without its work the build takes a third of the time.
+        apply_mutation(&tree, path, &[])?;
+        // The test is of one check, not of the optimizer: without LTO the build takes a third of the
+        // time.
         let target = scratch.join("target");
-        build(
+        build_quietly(
             tree.clone(),
             &["--release", "--package", "chitin-vmm"],
             &[
@@ -85,24 +86,20 @@ fn mutate(name: &str, filter: Option<&str>) -> Result<ExitCode> {
             ],
         )?;
         println!("\nmutation: {name}");
-        let code = attack(&target.join("release/chitin-vmm"), filter)?;
-        patch(&tree, path, &["--reverse"])?;
+        let code = run_attacks(&target.join("release/chitin-vmm"), filter)?;
+        apply_mutation(&tree, path, &["--reverse"])?;
         match code {
             code if code == ExitCode::from(ATTACK_FAILED) => println!("mutation {name}: noticed"),
             ExitCode::SUCCESS => missed.push(name),
-            _ => bail!("the attacks on mutation {name} did not run to their end"),
+            _ => bail!("the attacks on mutation {name} did not end"),
         }
     }
-    ensure!(
-        missed.is_empty(),
-        "no attack notices what these mutations remove: {}",
-        missed.join(", ")
-    );
+    ensure!(missed.is_empty(), "no attack notices these mutations: {}", missed.join(", "));
     println!("\n{} mutations, each noticed by at least one attack", chosen.len());
     Ok(ExitCode::SUCCESS)
 }
 
-/// Copies what belongs to the workspace. What is the same already keeps its time, so that it need not be built again.
+/// Copies the files of the workspace. An unchanged file keeps its time, so that it is not built again.
 fn copy_tree(to: &Path) -> Result<()> {
     let root = workspace::root_dir();
     let listed = capture_output(
@@ -111,7 +108,7 @@ fn copy_tree(to: &Path) -> Result<()> {
     )?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (source, target) = (root.join(name), to.join(name));
-        // A file that was removed is still listed.
+        // git lists a removed file as well.
         let Ok(content) = fs::read(&source) else { continue };
         if fs::read(&target).is_ok_and(|there| there == content) {
             continue;
@@ -123,7 +120,7 @@ fn copy_tree(to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn patch(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
+fn apply_mutation(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
     let file = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
     let mut patch = Command::new("patch");
     patch
@@ -133,7 +130,7 @@ fn patch(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn build(dir: PathBuf, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+fn build_quietly(dir: PathBuf, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
     let mut build = new_command("cargo", ["build", "--quiet"]);
     process::run_command(build.args(args).envs(env.iter().copied()).current_dir(dir))
 }
@@ -143,13 +140,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_mutation_says_what_it_removes_and_fits_the_monitor() {
+    fn each_mutation_has_a_title_and_fits_the_monitor() {
         let all = workspace::list_patches(MUTATIONS).unwrap();
         assert!(all.len() >= 3);
         for path in all {
             let text = fs::read_to_string(&path).unwrap();
-            assert!(text.starts_with("Removes: "), "{} says nothing", path.display());
-            patch(&workspace::root_dir(), &path, &["--dry-run"]).unwrap();
+            assert!(text.starts_with("Removes: "), "{} has no title", path.display());
+            apply_mutation(&workspace::root_dir(), &path, &["--dry-run"]).unwrap();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Kconfig fragments: reading them, and checking that a final `.config` kept every promise.
+//! Kconfig fragments, and the check that a final `.config` has all of their options.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,14 +11,15 @@ pub type Options = BTreeMap<String, String>;
 
 /// All fragments together.
 pub struct Fragments {
-    /// What make gets, and what the cache key is made of: the option lines only, so that a better reason in a comment
+    /// The input of make and of the cache key: the option lines only, so that a change of a comment
     /// does not rebuild the kernel.
     pub text: String,
-    /// The same, parsed.
+    /// The parsed lines.
     pub options: Options,
 }
 
-/// Reads `*.config` of a directory in the order of their names. No option may appear twice.
+/// Reads the `*.config` of a directory in the order of their names. An option that is set twice is an
+/// error.
 pub fn read_fragments(dir: &Path) -> Result<Fragments> {
     let items = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
     let mut paths: Vec<_> = items.filter_map(|item| Some(item.ok()?.path())).collect();
@@ -30,7 +31,7 @@ pub fn read_fragments(dir: &Path) -> Result<Fragments> {
         let fragment =
             fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         for (line, (name, value)) in
-            fragment.lines().filter_map(|line| Some((line.trim_end(), option(line)?)))
+            fragment.lines().filter_map(|line| Some((line.trim_end(), parse_option(line)?)))
         {
             ensure!(
                 options.insert(name.clone(), value).is_none(),
@@ -45,31 +46,32 @@ pub fn read_fragments(dir: &Path) -> Result<Fragments> {
 }
 
 /// Parses a `.config`.
-pub fn parse(text: &str) -> Options {
-    text.lines().filter_map(option).collect()
+pub fn parse_config(text: &str) -> Options {
+    text.lines().filter_map(parse_option).collect()
 }
 
-/// `CONFIG_X=value` or `# CONFIG_X is not set`; anything else is no option.
-fn option(line: &str) -> Option<(String, String)> {
+/// Parses `CONFIG_X=value` or `# CONFIG_X is not set`; other lines are not options.
+fn parse_option(line: &str) -> Option<(String, String)> {
     let line = line.trim_end();
     if let Some(name) = line.strip_prefix("# ").and_then(|rest| rest.strip_suffix(" is not set")) {
-        return is_name(name).then(|| (name.to_owned(), "n".to_owned()));
+        return is_option_name(name).then(|| (name.to_owned(), "n".to_owned()));
     }
     let (name, value) = line.split_once('=')?;
-    is_name(name).then(|| (name.to_owned(), value.to_owned()))
+    is_option_name(name).then(|| (name.to_owned(), value.to_owned()))
 }
 
-fn is_name(text: &str) -> bool {
+fn is_option_name(text: &str) -> bool {
     text.strip_prefix("CONFIG_").is_some_and(|rest| {
         !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
     })
 }
 
-/// What was asked for and is not so, a line each. An option that Kconfig does not mention is not set.
-pub fn mismatches(wanted: &Options, got: &Options) -> Vec<String> {
+/// Returns a line for each option that has another value. An option that Kconfig does not mention is
+/// not set.
+pub fn list_mismatches(wanted: &Options, got: &Options) -> Vec<String> {
     let differing = wanted.iter().filter_map(|(name, wanted)| {
         let got = got.get(name).map_or("n", String::as_str);
-        (got != wanted).then(|| format!("  {name}: asked for {wanted}, is {got}"))
+        (got != wanted).then(|| format!("  {name}: is {got} instead of {wanted}"))
     });
     differing.collect()
 }

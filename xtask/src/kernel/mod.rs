@@ -1,7 +1,7 @@
 //! `cargo xtask kernel`: the guest kernel, from Debian's kernel source and `kernel-config/`.
 //!
-//! The result is cached under the hash of source version, configuration, patches and compiler. The same four give the
-//! same bytes: time, user and host of the build are fixed.
+//! The result is cached under the hash of source version, configuration, patches and compiler. The
+//! same four give the same bytes: time, user and host of the build are fixed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,38 +12,38 @@ use anyhow::{Context, Result, ensure};
 
 use crate::debian::{self, Package};
 use crate::process::{capture_output, new_command, query_version};
-use crate::progress::Progress;
+use crate::progress::{Progress, print_note};
 use crate::{cache, workspace};
 
 mod config;
 
 const SOURCE: &str = "linux-source-6.12";
 const SOURCE_VERSION: &str = "6.12.117-1~deb12u1";
-/// Steps that make prints for our configuration: only the length of the progress bar.
+/// Steps that make prints for this configuration: only the length of the progress bar.
 const STEPS: u64 = 1450;
 
 /// Build the guest kernel, target/artifacts/vmlinux
 #[derive(Debug, Default, clap::Args)]
 pub struct Args {
-    /// Print the path of the cache entry, with .config and System.map of the build beside vmlinux
+    /// Print the path of the cache entry, which has vmlinux, its .config and its System.map
     #[arg(long)]
     print_entry: bool,
 }
 
-/// Builds, or finds, the kernel and publishes it.
+/// Builds the kernel if it is not in the cache, and publishes it.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let entry = find_or_build()?;
     let published = cache::publish_file(&entry.join("vmlinux"), "vmlinux")?;
     if args.print_entry {
         println!("{}", entry.display());
     } else {
-        eprintln!("{}", published.display());
+        print_note(&format!("{}", published.display()));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The cache entry with `vmlinux`, `config` and `System.map`.
-pub fn find_or_build() -> Result<PathBuf> {
+/// Returns the cache entry with `vmlinux`, `config` and `System.map`.
+fn find_or_build() -> Result<PathBuf> {
     let fragments = config::read_fragments(&workspace::root_dir().join("kernel-config"))?;
     let patches = workspace::list_patches("kernel-config/patches")?;
     let patch_key = cache::Key::new("patches", 1).with_files(&patches)?.into_hex();
@@ -54,7 +54,7 @@ pub fn find_or_build() -> Result<PathBuf> {
         key.with_text("compiler", &compiler).with_text("linker", &linker)
     };
 
-    let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
+    let package = Package::resolve_pinned(SOURCE, SOURCE_VERSION)?;
     debian::find_or_build("kernel", &package, key, |dir| build(dir, &package, &patches, &fragments))
 }
 
@@ -66,7 +66,7 @@ fn build(
 ) -> Result<Package> {
     let scratch = debian::create_scratch_dir(dir, "build")?;
     let progress = Progress::start(&format!("Fetching and unpacking {package}"), 0);
-    let (used, deb) = package.download(&scratch, || debian::find_candidate(SOURCE))?;
+    let (used, deb) = package.download_binary(&scratch, || debian::find_candidate(SOURCE))?;
     debian::unpack_package(&deb, &scratch)?;
     debian::unpack_source(&scratch.join(format!("usr/src/{SOURCE}.tar.xz")), &scratch)?;
     debian::apply_patches(&scratch, patches)?;
@@ -83,7 +83,7 @@ fn build(
     Ok(used)
 }
 
-/// Makes `.config` of "everything off" plus the fragments, and checks that it says what they asked for.
+/// Generates `.config` from "everything off" plus the fragments, and checks it against them.
 fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
     fs::write(source.join("chitin.config"), &fragments.text)?;
     capture_output(
@@ -92,10 +92,11 @@ fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
     )?;
     let result =
         fs::read_to_string(source.join(".config")).context("make allnoconfig left no .config")?;
-    let broken = config::mismatches(&fragments.options, &config::parse(&result));
+    let broken = config::list_mismatches(&fragments.options, &config::parse_config(&result));
     ensure!(
         broken.is_empty(),
-        "Kconfig did not take {} of the options in kernel-config (a dependency is missing, or something selects them):\n{}",
+        "Kconfig did not accept {} options of kernel-config (a dependency is missing, or another option \
+         selects them):\n{}",
         broken.len(),
         broken.join("\n")
     );
@@ -106,9 +107,9 @@ fn compile(source: &Path) -> Result<()> {
     let jobs = thread::available_parallelism().map_or(2, usize::from);
     let mut make = new_command("make", [format!("-j{jobs}").as_str(), "vmlinux"]);
     make.current_dir(source);
-    // What would differ from one build to the next.
+    // These would differ from one build to the next.
     make.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01T00:00:00Z").env("KBUILD_BUILD_USER", "chitin");
     make.env("KBUILD_BUILD_HOST", "chitin").env("KBUILD_BUILD_VERSION", "1").env("LC_ALL", "C");
-    // A line per step: "  CC      kernel/fork.o".
+    // One line for each step: "  CC      kernel/fork.o".
     Progress::follow(&mut make, "Building the guest kernel", STEPS, |line| line.starts_with("  "))
 }

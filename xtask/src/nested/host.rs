@@ -62,7 +62,7 @@ fn build_initrd(kernel: &Path, dir: &Path) -> Result<()> {
 /// Returns the cache entry with `vmlinuz` and `modules/NN-name.ko`, numbered in the order of
 /// loading.
 fn find_or_fetch_kernel() -> Result<PathBuf> {
-    let package = Package::resolve(KERNEL, KERNEL_VERSION)?;
+    let package = Package::resolve_pinned(KERNEL, KERNEL_VERSION)?;
     let modules = MODULES.join(" ");
     let key = |package: &Package| {
         cache::Key::new("nested-kernel", 1)
@@ -72,7 +72,7 @@ fn find_or_fetch_kernel() -> Result<PathBuf> {
     debian::find_or_build("nested-kernel", &package, key, |dir| {
         let progress = Progress::start(&format!("Fetching {package}"), 0);
         let scratch = debian::create_scratch_dir(dir, "unpacked")?;
-        let (used, deb) = package.download(&scratch, find_newest)?;
+        let (used, deb) = package.download_binary(&scratch, find_newest)?;
         debian::unpack_package(&deb, &scratch)?;
         extract(&scratch, dir)?;
         cache::remove_tree(&scratch)?;

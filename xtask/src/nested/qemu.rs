@@ -58,7 +58,7 @@ pub fn find_or_build() -> Result<PathBuf> {
             .with_text("inputs", &inputs);
         key.with_text("configure", &CONFIGURE.join(" ")).with_text("compiler", &compiler)
     };
-    let package = Package::resolve(SOURCE, SOURCE_VERSION)?;
+    let package = Package::resolve_pinned(SOURCE, SOURCE_VERSION)?;
     let entry = debian::find_or_build("qemu", &package, key, |dir| build(dir, &package, &patches))?;
     Ok(entry.join(PROGRAM))
 }

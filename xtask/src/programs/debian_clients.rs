@@ -52,7 +52,7 @@ fn fetch(dir: &Path) -> Result<()> {
     let tree = debian::create_scratch_dir(dir, "tree")?;
     for name in PACKAGES {
         let package = debian::find_candidate(name)?;
-        let (_, deb) = package.download(dir, || debian::find_candidate(name))?;
+        let (_, deb) = package.download_binary(dir, || debian::find_candidate(name))?;
         debian::unpack_package(&deb, &tree)?;
     }
     let to = dir.join("debian");

@@ -32,7 +32,8 @@ pub fn resolve_inside(tree: &Path, path: &str) -> Result<PathBuf> {
             Ok(found) => ensure!(found.is_dir(), "{path}: {part} is not a directory in the image"),
             Err(error) if error.kind() == ErrorKind::NotFound => create_directory(&at)?,
             Err(error) => {
-                return Err(error).with_context(|| format!("read the metadata of {}", at.display()));
+                return Err(error)
+                    .with_context(|| format!("read the metadata of {}", at.display()));
             }
         }
     }
