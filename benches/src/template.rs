@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use chitin::{Builder, Templates, Warming};
+use chitin::{Builder, Templates, WarmUpSpec};
 
 use crate::error::BenchError;
 
@@ -13,15 +13,16 @@ pub struct TemporaryTemplate {
 }
 
 impl TemporaryTemplate {
-    /// Builds a template, named after this process, whose copies run `first` first.
+    /// Builds a template, named after this process, whose copies run `first_command` first.
     pub async fn build(
         builder: Builder,
-        warm_up: Option<String>,
-        first: Vec<OsString>,
+        script: Option<String>,
+        first_command: Vec<OsString>,
     ) -> Result<TemporaryTemplate, BenchError> {
         let templates = Templates::locate().map_err(chitin::Error::from)?;
         let name = format!("bench-{}", std::process::id());
-        builder.build_template(&name, &Warming { warm_up, first }).await?;
+        let warm_up = WarmUpSpec { script, first_command };
+        builder.build_template(&name, &warm_up).await?;
         Ok(TemporaryTemplate { templates, name })
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
 
-use chitin::doctor::Availability;
+use chitin::doctor::probe_tier;
 use chitin::{
     Artifacts, BaselineContainer, Capabilities, Sandbox, TierKind, TierSelection, Unavailable,
     printable,
@@ -108,7 +108,7 @@ pub async fn measure_tiers(
 }
 
 async fn find_tier(tier: TierKind) -> Result<Capabilities, Unavailable> {
-    let found = Availability::find(tier, &Artifacts::locate()).await;
+    let found = probe_tier(tier, &Artifacts::locate()).await;
     let unknown = || Unavailable { reason: String::new(), remedy: String::new() };
     found.capabilities.ok_or_else(|| found.unavailable.unwrap_or_else(unknown))
 }
@@ -184,7 +184,7 @@ impl TierRunner<'_> {
         let argv: Vec<String> =
             self.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         let builder = Sandbox::builder().tier(self.tier).memory_mib(self.guest.memory);
-        Ok(builder.bare(&argv).await?)
+        Ok(builder.create_baseline(&argv).await?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use chitin::audit::{self, Finding, PROPERTIES, Verdict};
-use chitin::doctor::Availability;
+use chitin::doctor::probe_tier;
 use chitin::{
     Artifacts, Boundary, Capabilities, Sandbox, SelectedTier, TierKind, TierSelection, Unavailable,
     printable,
@@ -109,7 +109,7 @@ impl TierAudit {
 /// Attacks the selected tiers and prints what held.
 pub async fn run_audit(args: &Args, is_verbose: bool) -> Result<u8, CliError> {
     if args.document {
-        print!("{}", audit::document());
+        print!("{}", audit::render_document());
         return Ok(0);
     }
     let mut tiers = Vec::new();
@@ -154,7 +154,7 @@ async fn attack_tier(args: &Args, kind: TierKind, is_verbose: bool) -> Result<Ti
     let mut tier = TierAudit::new(kind);
     let is_one_of_many = args.tier == TierSelection::All;
     if is_one_of_many {
-        tier.unavailable = Availability::find(kind, &Artifacts::locate()).await.unavailable;
+        tier.unavailable = probe_tier(kind, &Artifacts::locate()).await.unavailable;
         if let Some(unavailable) = &tier.unavailable {
             println!("{kind:<9} unavailable: {}", printable(&unavailable.to_string()));
             return Ok(tier);
@@ -170,7 +170,7 @@ async fn attack_tier(args: &Args, kind: TierKind, is_verbose: bool) -> Result<Ti
         print_finding(&finding, is_one_of_many.then_some(kind), is_verbose);
         tier.findings.push(finding);
     };
-    match audit::audit(&builder, on_finding).await {
+    match audit::attack_properties(&builder, on_finding).await {
         Err(error) if is_one_of_many => tier.failed = Some(CliError::from(error).line()),
         outcome => outcome?,
     }
@@ -276,7 +276,7 @@ mod tests {
         let committed = include_str!("../../docs/tiers.md");
         assert_eq!(
             committed,
-            chitin::audit::document(),
+            chitin::audit::render_document(),
             "update it: chitin audit --document > docs/tiers.md"
         );
     }

@@ -1,6 +1,6 @@
 //! `chitin doctor`: reports which tiers this host can run.
 
-use chitin::doctor::{Availability, Diagnosis};
+use chitin::doctor::{Diagnosis, TierAvailability, diagnose_host};
 use chitin::{Artifacts, TierKind};
 
 use crate::error::CliError;
@@ -20,7 +20,7 @@ pub struct Args {
 
 /// Examines the host and prints the result.
 pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
-    let diagnosis = chitin::doctor::diagnose(&Artifacts::locate()).await;
+    let diagnosis = diagnose_host(&Artifacts::locate()).await;
     if args.json {
         let json = serde_json::to_string_pretty(&diagnosis)
             .map_err(|error| CliError::io("encode the diagnosis")(error.into()))?;
@@ -35,7 +35,7 @@ fn print_text(diagnosis: &Diagnosis) {
     for check in &diagnosis.checks {
         println!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
     }
-    for Availability { tier, capabilities, unavailable } in &diagnosis.tiers {
+    for TierAvailability { tier, capabilities, unavailable } in &diagnosis.tiers {
         match (capabilities, unavailable) {
             (Some(found), _) => {
                 println!("{tier}: available ({} {})", found.implementation, found.version);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Policy, Sandbox, Templates, Warming};
+use chitin::{Manifest, Policy, Sandbox, Templates, WarmUpSpec};
 
 use crate::error::CliError;
 use crate::machine_args::MachineArgs;
@@ -96,8 +96,9 @@ async fn build_template(args: BuildArgs, templates: Templates) -> Result<(), Cli
         builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
     }
     let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
-    let warming = Warming { warm_up: args.warm_up, first: first.unwrap_or_default() };
-    let manifest = builder.build_template(&args.name.name, &warming).await?;
+    let first_command = first.unwrap_or_default();
+    let warm_up = WarmUpSpec { script: args.warm_up, first_command };
+    let manifest = builder.build_template(&args.name.name, &warm_up).await?;
     println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use chitin::{Builder, Error, Exit, Templates, TierKind, Warming};
+use chitin::{Builder, Error, Exit, Templates, TierKind, WarmUpSpec};
 use chitin_hostile::attacks::{self, Expected};
 use chitin_integration::{Belongings, Chitin, On, builder, workspace};
 use chitin_vmm::spec::MIN_MEMORY_MIB;
@@ -107,7 +107,7 @@ async fn nothing_is_left_of_five_hundred_microvms() {
     on.run("true").outcome().ok();
     let dir = tempfile::tempdir().unwrap();
     let copy = builder().memory_mib(64).templates(Templates::at(dir.path()));
-    copy.clone().build_template("t", &Warming::default()).await.unwrap();
+    copy.clone().build_template("t", &WarmUpSpec::default()).await.unwrap();
     let copy = copy.template("t");
     let guests: Vec<_> = attacks::all()
         .into_iter()

@@ -116,7 +116,7 @@ async fn pools_and_forks_keep_the_policy() {
     let builder =
         || builder().policy(chitin::Policy::parse(RESTRICTED, "p.yaml").expect("a policy"));
     let pool = builder().pool(1).await.unwrap();
-    pool.filled().await.unwrap();
+    pool.wait_until_full().await.unwrap();
     // One that waited, and one that is started because none waits any more.
     for _ in 0..2 {
         assert!(confined(&pool.start().await.unwrap()).await);

@@ -5,12 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use chitin::{Builder, Error, Exit, MAX_POOL, Templates, Warming};
+use chitin::{Builder, Error, Exit, MAX_POOL, Templates, WarmUpSpec};
 use chitin_integration::{builder, unix_time};
 
 async fn template(dir: &Path) -> Builder {
     let builder = builder().memory_mib(64).templates(Templates::at(dir));
-    builder.clone().build_template("t", &Warming::default()).await.expect("build a template");
+    builder.clone().build_template("t", &WarmUpSpec::default()).await.expect("build a template");
     builder.template("t")
 }
 
@@ -33,7 +33,7 @@ async fn sandboxes_of_a_pool_are_their_own_and_are_replaced() {
     let mut seen = HashSet::new();
     for _ in 0..3 {
         // The clock of a guest that waited is right all the same.
-        pool.filled().await.unwrap();
+        pool.wait_until_full().await.unwrap();
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let before = unix_time();
         let sandbox = pool.start().await.unwrap();
@@ -45,7 +45,7 @@ async fn sandboxes_of_a_pool_are_their_own_and_are_replaced() {
         assert!((before..=unix_time()).contains(&lines[2].parse().unwrap()), "{text}");
         sandbox.stop().await.unwrap();
     }
-    pool.filled().await.unwrap();
+    pool.wait_until_full().await.unwrap();
     assert_eq!((pool.ready(), monitors().len()), (2, 2));
     // Those that wait have all they need.
     Templates::at(dir.path()).remove("t").unwrap();

@@ -1,16 +1,19 @@
-//! Files in and out: a tree on a stream, written and read by `chitin-tree` at both ends.
+//! Copies of files into and out of a sandbox: a tree on a stream, written and read by `chitin-tree`
+//! at both ends.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use chitin_protocol::{Failure, ToGuest};
+use chitin_protocol::ToGuest;
 use chitin_tree::Summary;
+use tokio::task::JoinHandle;
 use tokio_util::io::SyncIoBridge;
 
-use crate::Error;
-use crate::session::{Answer, Session};
+use crate::error::{CopyDirection, Error};
+use crate::session::Session;
 
-/// The most entries of one copy out. A hostile guest could name empty files for ever; each costs an inode here.
+/// Most entries of one copy out. A hostile guest could send empty files without end; each costs an
+/// inode on the host.
 const MAX_ENTRIES: u64 = 1_000_000;
 
 #[tracing::instrument(level = "debug", skip_all, fields(?source, ?target))]
@@ -20,31 +23,29 @@ pub(crate) async fn copy_in(
     target: &Path,
 ) -> Result<Summary, Error> {
     let stream = session.channel.open_writer().ok_or(Error::TooManyStreams)?;
-    let request = session.channel.name();
-    let put =
-        ToGuest::Put { request, path: target.as_os_str().as_bytes().into(), stream: stream.id() };
-    let answer = session.ask(request, &put)?;
+    let request = session.channel.next_id();
+    let path = target.as_os_str().as_bytes().into();
+    let put = ToGuest::Put { request, path, stream: stream.id() };
+    let reply = session.send_request(request, &put)?;
     let root = source.to_owned();
     let sending = tokio::task::spawn_blocking(move || {
         let mut bridge = SyncIoBridge::new(stream);
         let sent = chitin_tree::send(&root, &mut bridge, &chitin_tree::SendOptions::host());
         let stream = bridge.into_inner();
         if sent.is_err() {
-            // An end would make half a tree look whole.
-            stream.abort();
+            // An end of file would make half a tree look complete.
+            stream.reset();
         }
         sent
     });
-    let sent = finished(sending).await;
-    let answer = answered(session, answer).await?;
-    let what = || format!("{} to {}", source.display(), target.display());
-    match (sent, answer) {
-        // When the agent refuses, sending breaks off too: the agent's reason is the cause.
-        (Err(error), Err(_)) if !error.is_broken_stream() => {
-            Err(Error::Copy { direction: "in", what: what(), source: error })
-        }
+    let sent = join_copy(sending).await;
+    let reply = session.receive_reply(reply).await?;
+    let failed = |error| copy_error(CopyDirection::In, source, target, error);
+    match (sent, reply) {
+        // If the agent refuses, sending breaks off too: the agent's reason is the cause.
+        (Err(error), Err(_)) if !error.is_broken_stream() => Err(failed(error)),
         (_, Err(failure)) => Err(Error::Guest(failure)),
-        (Err(error), Ok(())) => Err(Error::Copy { direction: "in", what: what(), source: error }),
+        (Err(error), Ok(())) => Err(failed(error)),
         (Ok(summary), Ok(())) => Ok(summary),
     }
 }
@@ -56,28 +57,27 @@ pub(crate) async fn copy_out(
     target: &Path,
 ) -> Result<Summary, Error> {
     let stream = session.channel.open_reader().ok_or(Error::TooManyStreams)?;
-    let request = session.channel.name();
-    let get =
-        ToGuest::Get { request, path: source.as_os_str().as_bytes().into(), stream: stream.id() };
-    let answer = session.ask(request, &get)?;
-    let dest = target.to_owned();
-    // A guest's files live in its memory: more than that is a lie told with sparse or endless files.
+    let request = session.channel.next_id();
+    let path = source.as_os_str().as_bytes().into();
+    let get = ToGuest::Get { request, path, stream: stream.id() };
+    let reply = session.send_request(request, &get)?;
+    let root = target.to_owned();
+    // A guest's files are in its memory. A larger tree can only be made of sparse or endless files.
     let options = chitin_tree::ReceiveOptions::host(session.memory_bytes, MAX_ENTRIES);
     let receiving = tokio::task::spawn_blocking(move || {
         let mut bridge = SyncIoBridge::new(stream);
-        chitin_tree::receive(&mut bridge, &dest, &options)
+        chitin_tree::receive(&mut bridge, &root, &options)
     });
-    let received = finished(receiving).await;
-    let answer = answered(session, answer).await?;
-    let what = || format!("{} to {}", source.display(), target.display());
-    match (received, answer) {
-        (Err(error), _) if !error.is_broken_stream() => {
-            Err(Error::Copy { direction: "out", what: what(), source: error })
-        }
+    let received = join_copy(receiving).await;
+    let reply = session.receive_reply(reply).await?;
+    let failed = |error| copy_error(CopyDirection::Out, source, target, error);
+    match (received, reply) {
+        (Err(error), _) if !error.is_broken_stream() => Err(failed(error)),
         (_, Err(failure)) => Err(Error::Guest(failure)),
-        (Err(error), Ok(())) => Err(Error::Copy { direction: "out", what: what(), source: error }),
+        (Err(error), Ok(())) => Err(failed(error)),
         (Ok(summary), Ok(())) if summary.refused > 0 => Err(Error::LinksRefused {
-            what: what(),
+            from: source.to_owned(),
+            to: target.to_owned(),
             count: summary.refused,
             examples: summary.refused_examples,
         }),
@@ -85,20 +85,21 @@ pub(crate) async fn copy_out(
     }
 }
 
-/// What the agent says of a copy; an error is that of the channel.
-async fn answered(session: &Session, answer: Answer) -> Result<Result<(), Failure>, Error> {
-    match answer.await {
-        Ok(answer) => Ok(answer),
-        Err(_) => Err(session.why_closed().await),
-    }
+fn copy_error(
+    direction: CopyDirection,
+    from: &Path,
+    to: &Path,
+    source: chitin_tree::Error,
+) -> Error {
+    Error::Copy { direction, from: from.to_owned(), to: to.to_owned(), source }
 }
 
-async fn finished(
-    copying: tokio::task::JoinHandle<Result<Summary, chitin_tree::Error>>,
+async fn join_copy(
+    copying: JoinHandle<Result<Summary, chitin_tree::Error>>,
 ) -> Result<Summary, chitin_tree::Error> {
     match copying.await {
         Ok(result) => result,
-        // The task is never aborted, so it panicked: so do we, with its message.
+        // The task is never aborted, so it panicked: this task panics with the same message.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

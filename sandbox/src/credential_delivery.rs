@@ -1,5 +1,7 @@
-//! Credentials that were handed over: each is replaced when another was issued in its place, and taken back when it is over or
-//! somebody says so. What is taken back and what is not, delivery by delivery, is in `docs/credentials.md`.
+//! The credentials of a running sandbox after their delivery. Each is replaced when the vault reissues
+//! it, and disabled when it has expired or the caller revokes it.
+//!
+//! The effects of a revocation, and its limits, are in `docs/credentials.md` for each kind of delivery.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,23 +15,23 @@ use chitin_broker::vault::{Change, Changes, select_field};
 use chitin_broker::{AuditLog, SecretValue};
 use chitin_protocol::{Secret, ToGuest};
 use chitin_spec::DeliveryKind;
+use chitin_vmm::error_chain;
 
-use crate::Error;
+use crate::error::{Error, RotationError};
 use crate::session::Session;
 
-/// How long an agent may take to answer. One that does not must not keep the other credentials from what is to become of them.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Time for the agent to reply. An agent that does not must not delay the other credentials.
+const REPLY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The credentials of a running sandbox.
 pub(crate) struct DeliveredCredentials {
     session: Arc<Session>,
-    /// How each is delivered.
     deliveries: Vec<(String, DeliveryKind)>,
-    bound: Vec<RotatingCredential>,
+    rotating: Vec<RotatingCredential>,
     proxy: Option<Arc<Proxy>>,
-    endpoint: Option<Arc<AwsCredentialServer>>,
+    aws_server: Option<Arc<AwsCredentialServer>>,
     audit: Arc<AuditLog>,
-    /// Taken back by who runs the sandbox: nothing takes their place.
+    /// Credentials that the caller has revoked: no rotation replaces them.
     revoked: Mutex<BTreeSet<String>>,
 }
 
@@ -47,120 +49,136 @@ impl DeliveredCredentials {
         fetched: &FetchedCredentials,
         audit: Arc<AuditLog>,
     ) -> DeliveredCredentials {
-        let deliveries = fetched.deliveries().map(|(name, how)| (name.to_owned(), how)).collect();
-        let (bound, proxy, endpoint) =
-            (fetched.rotating.clone(), fetched.proxy.clone(), fetched.aws_server.clone());
+        let deliveries = fetched.deliveries().map(|(name, kind)| (name.to_owned(), kind));
         DeliveredCredentials {
             session,
-            deliveries,
-            bound,
-            proxy,
-            endpoint,
+            deliveries: deliveries.collect(),
+            rotating: fetched.rotating.clone(),
+            proxy: fetched.proxy.clone(),
+            aws_server: fetched.aws_server.clone(),
             audit,
             revoked: Mutex::default(),
         }
     }
 
-    /// Takes one back, for good.
+    /// Revokes a credential permanently.
     pub async fn revoke(&self, name: &str) -> Result<(), Error> {
         self.revoked.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
-        self.take_back(name).await
+        self.disable_credential(name).await
     }
 
-    async fn take_back(&self, name: &str) -> Result<(), Error> {
-        let Some(how) = self.how(name) else {
-            let reason = "there is no credential of that name in the sandbox".into();
-            return Err(Error::Secret { name: name.into(), reason });
-        };
-        match how {
-            DeliveryKind::Endpoint => self.endpoint.iter().for_each(|endpoint| endpoint.revoke()),
+    /// Makes the AWS endpoint refuse all requests, if there is one.
+    pub fn disable_aws_server(&self) {
+        if let Some(server) = &self.aws_server {
+            server.revoke();
+        }
+    }
+
+    async fn disable_credential(&self, name: &str) -> Result<(), Error> {
+        let kind = self.delivery_kind(name)?;
+        match kind {
+            DeliveryKind::Endpoint => self.disable_aws_server(),
             DeliveryKind::Proxy => self.proxy.iter().for_each(|proxy| proxy.revoke(name)),
             DeliveryKind::Memory | DeliveryKind::Env => {
-                let request = self.session.channel.name();
-                self.ask(name, request, ToGuest::Revoke { request, name: name.into() }).await?;
+                let request = self.session.channel.next_id();
+                self.call_agent(name, request, ToGuest::Revoke { request, name: name.into() })
+                    .await?;
             }
         }
-        // It is taken back all the same, and nothing is dialled any more where lines are lost.
-        self.audit.record_revocation(name, how);
+        // A line that cannot be written does not undo the revocation: the broker then stops dialling.
+        self.audit.record_revocation(name, kind);
         Ok(())
     }
 
-    fn how(&self, name: &str) -> Option<DeliveryKind> {
-        self.deliveries.iter().find(|(own, _)| own == name).map(|(_, how)| *how)
+    fn delivery_kind(&self, name: &str) -> Result<DeliveryKind, Error> {
+        let mut deliveries = self.deliveries.iter();
+        match deliveries.find(|(delivered, _)| delivered == name) {
+            Some((_, kind)) => Ok(*kind),
+            None => Err(Error::UnknownCredential { name: name.into() }),
+        }
     }
 
-    /// Does what the changes say, until there will be no more. What went wrong, a line each.
-    pub async fn apply_rotations(
-        self: Arc<DeliveredCredentials>,
-        mut changes: Changes,
-    ) -> Vec<String> {
-        let mut troubles = Vec::new();
+    /// Applies changes until there will be no more. Returns a warning for each that failed.
+    pub async fn apply_rotations(self: Arc<Self>, mut changes: Changes) -> Vec<String> {
+        let mut warnings = Vec::new();
         while let Some(change) = changes.recv().await {
-            for bound in self.bound.iter().filter(|bound| bound.source.location() == change.what) {
-                let revoked = self
-                    .revoked
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .contains(&bound.name);
-                let followed = match revoked {
-                    true => Ok(()),
-                    false => self.change(bound, &change).await,
-                };
-                match followed {
-                    // There is nothing any more to take it back from.
-                    Err(Error::Stopped | Error::Timeout { .. } | Error::GuestEnded(_)) => {
-                        return troubles;
-                    }
-                    Err(error) => troubles.push(error.to_string()),
+            let changed = |one: &&RotatingCredential| one.source.location() == change.what;
+            for credential in self.rotating.iter().filter(changed) {
+                if self.is_revoked(&credential.name) {
+                    continue;
+                }
+                match self.apply_change(credential, &change).await {
                     Ok(()) => {}
+                    // The sandbox has ended, and its credentials with it.
+                    Err(Error::Stopped | Error::Timeout { .. } | Error::GuestEnded(_)) => {
+                        return warnings;
+                    }
+                    Err(error) => warnings.push(error_chain(&error)),
                 }
             }
         }
-        troubles
+        warnings
     }
 
-    async fn change(&self, bound: &RotatingCredential, change: &Change) -> Result<(), Error> {
-        let name = bound.name.as_str();
-        let Some(fields) = &change.fields else { return self.take_back(name).await };
-        let value = select_field(&bound.source, fields).map_err(|error| error.to_string());
-        let replaced = match value.and_then(|bytes| SecretValue::new(bytes, false)) {
-            Ok(value) => self.replace(name, value).await,
-            Err(reason) => Err(Error::Secret { name: name.into(), reason }),
+    fn is_revoked(&self, name: &str) -> bool {
+        self.revoked.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+
+    /// Replaces a credential by its reissued value, or disables it if there is none.
+    async fn apply_change(
+        &self,
+        credential: &RotatingCredential,
+        change: &Change,
+    ) -> Result<(), Error> {
+        let name = credential.name.as_str();
+        let Some(fields) = &change.fields else { return self.disable_credential(name).await };
+        let value = select_field(&credential.source, fields).map_err(RotationError::Field);
+        let value = value.and_then(|bytes| {
+            SecretValue::new(bytes, false).map_err(|reason| RotationError::Value { reason })
+        });
+        let replaced = match value {
+            Ok(value) => self.replace_value(name, value).await,
+            Err(error) => Err(rotation_error(name, error)),
         };
         if replaced.is_err() {
-            // What it was before is over.
-            self.take_back(name).await?;
+            // The former value has expired.
+            self.disable_credential(name).await?;
         }
         replaced
     }
 
-    async fn replace(&self, name: &str, value: SecretValue) -> Result<(), Error> {
-        let failed = |reason| Error::Secret { name: name.to_owned(), reason };
-        let how = self.how(name).ok_or_else(|| failed("it was not handed over".into()))?;
-        // What cannot be written down is not done.
+    async fn replace_value(&self, name: &str, value: SecretValue) -> Result<(), Error> {
+        let kind = self.delivery_kind(name)?;
+        // Not delivered unless the audit has its line.
         self.audit
-            .record_delivery(name, how)
-            .map_err(|error| failed(format!("write the audit: {error}")))?;
-        let delivery = match how {
+            .record_delivery(name, kind)
+            .map_err(|error| rotation_error(name, RotationError::Audit(error)))?;
+        let delivery = match kind {
             DeliveryKind::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };
-                return proxy.replace(name, value).map_err(failed);
+                return proxy
+                    .replace(name, value)
+                    .map_err(|reason| rotation_error(name, RotationError::Value { reason }));
             }
-            // It is read anew each time that the workload asks.
+            // The server reads the secret at each request of the workload.
             DeliveryKind::Endpoint => return Ok(()),
             DeliveryKind::Env => chitin_protocol::Delivery::Env,
             DeliveryKind::Memory => chitin_protocol::Delivery::Memory,
         };
-        let request = self.session.channel.name();
+        let request = self.session.channel.next_id();
         let secret = Secret { request, name: name.into(), value: value.to_bytes(), delivery };
-        self.ask(name, request, ToGuest::Secret(secret)).await
+        self.call_agent(name, request, ToGuest::Secret(secret)).await
     }
 
-    async fn ask(&self, name: &str, request: u32, message: ToGuest) -> Result<(), Error> {
-        let asking = self.session.request(request, &message);
-        tokio::time::timeout(ANSWER_LIMIT, asking).await.unwrap_or_else(|_| {
-            let reason = format!("the agent has not answered within {} s", ANSWER_LIMIT.as_secs());
-            Err(Error::Secret { name: name.into(), reason })
-        })
+    async fn call_agent(&self, name: &str, request: u32, message: ToGuest) -> Result<(), Error> {
+        let calling = self.session.call_agent(request, &message);
+        let unanswered = RotationError::Unanswered { limit: REPLY_LIMIT };
+        tokio::time::timeout(REPLY_LIMIT, calling)
+            .await
+            .unwrap_or_else(|_| Err(rotation_error(name, unanswered)))
     }
+}
+
+fn rotation_error(name: &str, source: RotationError) -> Error {
+    Error::Rotation { name: name.into(), source }
 }

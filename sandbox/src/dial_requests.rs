@@ -1,19 +1,19 @@
-//! The channel as the broker's source of requests.
+//! The channel as the broker's source of connection requests.
 
 use chitin_broker::egress::{DialRequest, DialSource, Ended};
 use tokio::sync::mpsc;
 
-use crate::channel::{Channel, Dial, Tunnel};
+use crate::channel::{Channel, GuestDial, Tunnel};
 
-/// What the workload of one sandbox tries to reach, from now on.
+/// The connection requests of one sandbox, from the creation of this value on.
 #[derive(Debug)]
 pub(crate) struct DialRequests {
     channel: Channel,
-    receiver: mpsc::Receiver<Dial>,
+    receiver: mpsc::Receiver<GuestDial>,
 }
 
 impl DialRequests {
-    pub fn of(channel: &Channel) -> DialRequests {
+    pub fn new(channel: &Channel) -> DialRequests {
         DialRequests { channel: channel.clone(), receiver: channel.dial_requests() }
     }
 }
@@ -23,21 +23,21 @@ impl DialSource for DialRequests {
 
     async fn next_request(&mut self) -> Option<DialRequest<Tunnel>> {
         Some(match self.receiver.recv().await? {
-            Dial::Connection { host, port, stream } => {
-                DialRequest::Dial { host, port, tunnel: self.channel.adopt(stream) }
+            GuestDial::Connection { host, port, stream } => {
+                DialRequest::Dial { host, port, tunnel: self.channel.adopt_stream(stream) }
             }
-            Dial::Denied { host } => DialRequest::Denied { host },
+            GuestDial::Denied { host } => DialRequest::Denied { host },
         })
     }
 
     fn take_missed(&mut self) -> u64 {
-        self.channel.missed()
+        self.channel.take_dropped_dials()
     }
 
     fn ended(&self) -> Ended {
         let channel = self.channel.clone();
         Box::pin(async move {
-            channel.closed().await;
+            channel.wait_until_closed().await;
         })
     }
 }
@@ -52,8 +52,8 @@ mod tests {
 
     use super::*;
 
-    /// An agent that sends these, and what it has sent.
-    fn send(socket: &mut UnixStream, connection: &mut Connection<Guest>) {
+    /// Writes the queued output of an agent.
+    fn flush(socket: &mut UnixStream, connection: &mut Connection<Guest>) {
         while !connection.pending_output().is_empty() {
             let count = socket.write(connection.pending_output()).unwrap();
             connection.consume_output(count);
@@ -61,7 +61,7 @@ mod tests {
     }
 
     /// Reads until something happens on a stream: its bytes, or `None` for its reset.
-    fn next(socket: &mut UnixStream, connection: &mut Connection<Guest>) -> Option<Vec<u8>> {
+    fn next_data(socket: &mut UnixStream, connection: &mut Connection<Guest>) -> Option<Vec<u8>> {
         loop {
             match connection.next_event().unwrap() {
                 Some(Event::Data { bytes, .. }) => return Some(bytes.to_vec()),
@@ -76,16 +76,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn dial_request_brings_its_tunnel() {
+    async fn dial_request_carries_its_tunnel() {
         let (ours, mut socket) = UnixStream::pair().unwrap();
         let channel = Channel::new(ours);
-        let mut requests = DialRequests::of(&channel);
+        let mut requests = DialRequests::new(&channel);
         let mut agent = Connection::<Guest>::new();
         agent.send_message(&ToHost::Denied { host: "b.test".into() }).unwrap();
         let stream = agent.open_stream(Direction::Both).unwrap();
         agent.send_message(&ToHost::Dial { host: "a.test".into(), port: 443, stream }).unwrap();
         agent.send_data(stream, b"ping");
-        send(&mut socket, &mut agent);
+        flush(&mut socket, &mut agent);
 
         let denied = requests.next_request().await;
         assert!(matches!(denied, Some(DialRequest::Denied { host }) if host == "b.test"));
@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(&bytes, b"ping");
         tunnel.write_all(b"pong").await.unwrap();
         let answers = tokio::task::spawn_blocking(move || {
-            let answers = [(); 2].map(|()| next(&mut socket, &mut agent));
+            let answers = [(); 2].map(|()| next_data(&mut socket, &mut agent));
             (answers, socket)
         });
         drop(tunnel);

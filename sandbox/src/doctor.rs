@@ -1,8 +1,8 @@
-//! What this host can do, and why not: found out by trying, not by looking.
+//! The capabilities of this host, determined by trying them out.
 
 use chitin_spec::TierKind;
 use chitin_tiers::microvm::check_host;
-use chitin_tiers::{Artifacts, Capabilities, Tier, Unavailable, tier_of};
+use chitin_tiers::{Artifacts, Capabilities, Unavailable, tier_of};
 use chitin_vmm::jail::Jail;
 use serde::{Deserialize, Serialize};
 
@@ -10,51 +10,48 @@ pub use chitin_tiers::microvm::Check;
 
 use crate::cleanup;
 
-/// What was found.
+/// The findings about this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diagnosis {
-    /// Whether a microVM can run here: every check is well.
+    /// True if a microVM can run here: every check has passed.
     pub ironclaw: bool,
-    /// What a microVM needs, one by one.
+    /// The requirements of a microVM, one by one.
     pub checks: Vec<Check>,
-    /// What the jail of a monitor is like here; none if it cannot be closed, which is one of the checks.
+    /// The parts of a monitor's jail that this host has. `None` if the jail cannot be set up, which
+    /// is one of the checks.
     pub jail: Option<Jail>,
-    /// The ways to isolate a sandbox, the strongest first.
-    pub tiers: Vec<Availability>,
+    /// The tiers, the strongest first.
+    pub tiers: Vec<TierAvailability>,
 }
 
-/// Whether a tier can be had.
+/// The availability of a tier on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Availability {
+pub struct TierAvailability {
     /// The tier.
     pub tier: TierKind,
-    /// What it is made of, where it can be had.
+    /// The implementation, if the tier is available.
     pub capabilities: Option<Capabilities>,
-    /// What is missing, where it cannot.
+    /// The missing part, if the tier is unavailable.
     pub unavailable: Option<Unavailable>,
 }
 
-impl Availability {
-    /// Finds out whether this host has that tier, by trying.
-    pub async fn find(tier: TierKind, artifacts: &Artifacts) -> Availability {
-        Availability::of(tier_of(tier, artifacts, cleanup::tracker()).as_ref()).await
-    }
-
-    async fn of(tier: &dyn Tier) -> Availability {
-        let (capabilities, unavailable) = match tier.probe().await {
-            Ok(capabilities) => (Some(capabilities), None),
-            Err(unavailable) => (None, Some(unavailable)),
-        };
-        Availability { tier: tier.kind(), capabilities, unavailable }
-    }
+/// Determines by trying whether a tier is available on this host.
+pub async fn probe_tier(tier: TierKind, artifacts: &Artifacts) -> TierAvailability {
+    let probed = tier_of(tier, artifacts, cleanup::tracker()).probe().await;
+    let (capabilities, unavailable) = match probed {
+        Ok(capabilities) => (Some(capabilities), None),
+        Err(unavailable) => (None, Some(unavailable)),
+    };
+    TierAvailability { tier, capabilities, unavailable }
 }
 
-/// Looks at everything a microVM needs. Ends within some ten seconds, whatever the host does.
-pub async fn diagnose(artifacts: &Artifacts) -> Diagnosis {
+/// Checks everything that a microVM needs, and probes every tier. Ends within some ten seconds,
+/// whatever the host does.
+pub async fn diagnose_host(artifacts: &Artifacts) -> Diagnosis {
     let (checks, jail) = check_host(artifacts).await;
     let mut tiers = Vec::new();
-    for kind in TierKind::ALL {
-        tiers.push(Availability::find(kind, artifacts).await);
+    for tier in TierKind::ALL {
+        tiers.push(probe_tier(tier, artifacts).await);
     }
     Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail, tiers }
 }

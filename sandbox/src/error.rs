@@ -1,41 +1,69 @@
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use chitin_protocol::{Failure, Fault};
+use chitin_broker::egress::EgressError;
+use chitin_broker::vault::VaultError;
+use chitin_policy::PolicyError;
+use chitin_protocol::{Exit, Failure, Fault, MAX_CONTROL, MAX_STREAMS};
 use chitin_tiers::GuestEnd;
+use chitin_vmm::{FailureCode, SpecError};
 
-/// What can go wrong with a sandbox. Each variant says what failed and on what; its source, if any, says why.
+use crate::template::TemplateError;
+
+/// A failed operation on a sandbox. Each variant names the operation and its object; the source, if
+/// there is one, is the cause. [`error_chain`](crate::error_chain) prints both.
+///
+/// [`Error::code`] has the cause of a failed monitor for programs:
+///
+/// ```no_run
+/// use chitin::{FailureCode, Sandbox};
+///
+/// # async fn example() -> Result<(), chitin::Error> {
+/// let sandbox = match Sandbox::builder().start().await {
+///     Err(error) if error.code() == Some(FailureCode::KvmPermission) => {
+///         eprintln!("log in as a member of the group `kvm`: {error}");
+///         return Err(error);
+///     }
+///     started => started?,
+/// };
+/// # sandbox.stop().await
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Something asked for is out of range.
+    /// A setting is out of range.
     #[error(transparent)]
-    Spec(#[from] chitin_vmm::SpecError),
-    /// The host refused something every process may usually do.
-    #[error("{what}")]
+    Spec(#[from] SpecError),
+    /// The host refused an operation that every process may usually do.
+    #[error("{operation}")]
     Host {
         /// The operation.
-        what: &'static str,
-        /// Why.
+        operation: &'static str,
+        /// The cause.
         source: io::Error,
     },
-    /// The guest ended before it was told to.
+    /// The guest ended before it was stopped.
     #[error("{0}")]
     GuestEnded(GuestEnd),
-    /// No tier is available, or the one that was chosen failed.
+    /// No acceptable tier is available, or the selected one failed.
     #[error(transparent)]
     Tier(chitin_tiers::Error),
-    /// The guest did not come up.
-    #[error("the guest has not answered for {} s: in a microVM, --console shows why", limit.as_secs())]
+    /// The guest did not boot in time.
+    #[error(
+        "the guest has not answered for {} s: in a microVM, --console shows why",
+        limit.as_secs()
+    )]
     BootTimeout {
-        /// How long it was given.
+        /// The time that it was given.
         limit: Duration,
     },
     /// The agent broke the protocol. The sandbox has been ended.
     #[error("the agent in the sandbox broke the protocol, so the sandbox was ended: {0}")]
     Protocol(Fault),
-    /// The sandbox's time was up.
-    #[error("the time limit of {} was reached", humane(*limit))]
+    /// The time limit of the sandbox was reached.
+    #[error("the time limit of {} was reached", format_limit(*limit))]
     Timeout {
         /// The limit.
         limit: Duration,
@@ -43,95 +71,199 @@ pub enum Error {
     /// The sandbox has been stopped.
     #[error("the sandbox has been stopped")]
     Stopped,
-    /// A secret could not be had.
-    #[error("secret {name}: {reason}")]
-    Secret {
-        /// Its name.
-        name: String,
-        /// What failed on which source; never the value.
-        reason: String,
-    },
-    /// A credential could not be fetched, or not be delivered as was asked.
+    /// A credential could not be fetched, or cannot be delivered in the requested way.
     #[error(transparent)]
     Credential(#[from] chitin_broker::Error),
-    /// A policy cannot be read, or cannot be kept.
+    /// No credential of this name was delivered to the sandbox.
+    #[error("secret {name}: no credential of this name was delivered to the sandbox")]
+    UnknownCredential {
+        /// The requested name.
+        name: String,
+    },
+    /// The endpoint of a credential was allowed as a destination as well.
+    #[error(
+        "secret {name}: localhost:{port} is its endpoint in the sandbox: remove it from the allowed \
+         endpoints"
+    )]
+    EndpointConflict {
+        /// The credential.
+        name: String,
+        /// The port of the endpoint.
+        port: u16,
+    },
+    /// A template was to be built with a credential.
+    #[error("secret {name}: a template would store it on disk")]
+    SecretInTemplate {
+        /// The credential.
+        name: String,
+    },
+    /// A rotated credential could not be delivered, or a credential not be revoked.
+    #[error("secret {name}")]
+    Rotation {
+        /// The credential.
+        name: String,
+        /// The cause.
+        source: RotationError,
+    },
+    /// A policy is invalid, or does not permit a request.
     #[error(transparent)]
-    Policy(#[from] crate::PolicyError),
-    /// Egress that cannot be had.
+    Policy(#[from] PolicyError),
+    /// The requested egress is invalid.
     #[error(transparent)]
-    Egress(#[from] crate::EgressError),
-    /// An audit could not be carried out.
-    #[error("audit: {what}")]
-    Audit {
-        /// What went wrong.
-        what: String,
+    Egress(#[from] EgressError),
+    /// The sandbox that an audit attacks from the first one did not start.
+    #[error("audit: the second sandbox is not ready")]
+    AuditNeighbour,
+    /// A probe of an audit failed, so that its property could not be judged.
+    #[error("audit: the probe of `{property}` failed")]
+    Probe {
+        /// The property.
+        property: &'static str,
+        /// The cause.
+        source: ProbeError,
     },
     /// Only a microVM can be saved and copied.
     #[error("only a microVM can be saved and copied: use the tier ironclaw")]
-    NoMicrovm,
-    /// It was not started for that, or has been forked.
+    MicrovmRequired,
+    /// The sandbox was not started as forkable, or was forked already.
     #[error(
         "this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once"
     )]
     NotForkable,
-    /// That many copies cannot be made at once.
-    #[error("{count} copies at once: at most {}", crate::MAX_FORKS)]
+    /// Too many copies were requested at once.
+    #[error("{count} copies at once: at most {max}")]
     ForkCount {
-        /// What was asked for.
+        /// The requested number.
         count: usize,
+        /// The limit.
+        max: usize,
     },
-    /// A pool cannot be of this size.
-    #[error("a pool of {size}: from 1 to {} monitors can wait", crate::MAX_POOL)]
+    /// The size of a pool is out of range.
+    #[error("a pool of {size}: from 1 to {max} monitors can wait")]
     PoolSize {
-        /// What was asked for.
+        /// The requested size.
         size: usize,
+        /// The limit.
+        max: usize,
     },
-    /// A template cannot be had or used.
+    /// A template cannot be built or used.
     #[error(transparent)]
-    Template(#[from] crate::TemplateError),
-    /// The command that was to warm a template up has failed.
+    Template(#[from] TemplateError),
+    /// The warm-up command of a template failed.
     #[error("the warm-up command failed ({exit:?}): {}", stderr.trim())]
     WarmUp {
-        /// How it ended.
-        exit: chitin_protocol::Exit,
-        /// What it wrote to standard error.
+        /// The exit status.
+        exit: Exit,
+        /// The output to standard error.
         stderr: String,
     },
     /// Command line and environment do not fit one message.
     #[error(
-        "the command and its environment take {len} bytes, over the limit of {}: hand large data in as a file",
-        chitin_protocol::MAX_CONTROL
+        "the command and its environment take {len} bytes, over the limit of {MAX_CONTROL}: pass \
+         large data as a file"
     )]
     CommandTooLong {
         /// Their encoded length in bytes.
         len: usize,
     },
-    /// Too much is going on in one sandbox.
-    #[error("more than {} streams at once in one sandbox", chitin_protocol::MAX_STREAMS)]
+    /// Too many streams are open in one sandbox.
+    #[error("more than {MAX_STREAMS} streams at once in one sandbox")]
     TooManyStreams,
     /// A copy failed on the host's side.
-    #[error("copy {direction} {what}")]
+    #[error("copy {direction} {} to {}", from.display(), to.display())]
     Copy {
-        /// `in` or `out`.
-        direction: &'static str,
-        /// From where to where.
-        what: String,
-        /// Why.
+        /// The direction.
+        direction: CopyDirection,
+        /// The source path.
+        from: PathBuf,
+        /// The target path.
+        to: PathBuf,
+        /// The cause.
         source: chitin_tree::Error,
     },
-    /// A copy out held links that lead out of what was copied. Everything else has been copied.
-    #[error("copy out {what}: {count} links lead outside of what is copied and were left out: {}", examples.join(", "))]
+    /// The copied tree contains links that lead out of it. Everything else has been copied.
+    #[error(
+        "copy out {} to {}: {count} links lead out of the copied tree and were omitted: {}",
+        from.display(), to.display(), examples.join(", ")
+    )]
     LinksRefused {
-        /// From where to where.
-        what: String,
-        /// How many.
+        /// The source path, in the sandbox.
+        from: PathBuf,
+        /// The target path, on the host.
+        to: PathBuf,
+        /// The number of such links.
         count: u64,
         /// The first few.
         examples: Vec<String>,
     },
-    /// The agent could not do what it was asked.
+    /// The agent could not do what was requested.
     #[error("in the sandbox")]
     Guest(#[source] Failure),
+}
+
+/// The direction of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyDirection {
+    /// From the host into the sandbox.
+    In,
+    /// From the sandbox to the host.
+    Out,
+}
+
+impl std::fmt::Display for CopyDirection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            CopyDirection::In => "in",
+            CopyDirection::Out => "out",
+        })
+    }
+}
+
+/// The cause of a credential that was not rotated or revoked in a running sandbox.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RotationError {
+    /// The agent did not reply.
+    #[error("the agent has not answered within {} s", limit.as_secs())]
+    Unanswered {
+        /// The time that it was given.
+        limit: Duration,
+    },
+    /// The audit file cannot be written. A value is delivered only after its line is written.
+    #[error("write the audit")]
+    Audit(#[source] io::Error),
+    /// The rotated secret of the vault does not have the field.
+    #[error(transparent)]
+    Field(#[from] VaultError),
+    /// The rotated value cannot be delivered.
+    #[error("{reason}")]
+    Value {
+        /// The rule that the value breaks.
+        reason: String,
+    },
+}
+
+/// The cause of a failed probe.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProbeError {
+    /// The probe ended with an error.
+    #[error("{exit:?}: {stderr}")]
+    Exited {
+        /// The exit status.
+        exit: Exit,
+        /// The last line of standard error.
+        stderr: String,
+    },
+    /// The probe did not end in time.
+    #[error("it has not ended within {} s", limit.as_secs())]
+    Unfinished {
+        /// The time that it was given.
+        limit: Duration,
+    },
+    /// The sandbox ended under the probe.
+    #[error(transparent)]
+    Sandbox(Box<Error>),
 }
 
 impl From<chitin_tiers::Error> for Error {
@@ -145,7 +277,15 @@ impl From<chitin_tiers::Error> for Error {
 }
 
 impl Error {
-    /// The last messages of the guest kernel, where they may explain the error. Untrusted text.
+    /// Returns the cause for programs, if the monitor of a microVM reported the failure.
+    pub fn code(&self) -> Option<FailureCode> {
+        match self {
+            Error::Tier(chitin_tiers::Error::Monitor { code, .. }) => Some(*code),
+            _ => None,
+        }
+    }
+
+    /// Returns the last messages of the guest kernel, if they may explain the error. Untrusted text.
     pub fn guest_log(&self) -> Option<&str> {
         match self {
             Error::GuestEnded(end) if !end.log.is_empty() => Some(&end.log),
@@ -154,7 +294,7 @@ impl Error {
     }
 }
 
-fn humane(limit: Duration) -> String {
+fn format_limit(limit: Duration) -> String {
     if limit.subsec_nanos() == 0 {
         format!("{} s", limit.as_secs())
     } else {

@@ -1,4 +1,4 @@
-//! The other way: ports of this host that lead into a sandbox.
+//! Ports of this host that lead into a sandbox.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,13 +10,15 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::session::Session;
 
-/// Connections at once on one port: a quarter of the streams that a sandbox has, so that commands and files find some left.
+/// Most connections at once on one port: a quarter of the streams of a sandbox, so that some are left
+/// for commands and files.
 const MAX_CONNECTIONS: usize = 64;
 
-/// How long to wait when accepting fails, for want of descriptors most likely.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The delay after a failed accept, which most likely lacked descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// A port of this host that leads to one of a sandbox. Dropping it closes the port and what goes through it.
+/// A port of this host that leads to a port of a sandbox. Dropping it closes the port and its
+/// connections.
 #[derive(Debug)]
 pub struct Forward {
     task: JoinHandle<()>,
@@ -24,7 +26,7 @@ pub struct Forward {
 
 impl Forward {
     pub(crate) fn new(session: Arc<Session>, listener: TcpListener, port: u16) -> Forward {
-        Forward { task: tokio::spawn(accept(session, listener, port)) }
+        Forward { task: tokio::spawn(accept_connections(session, listener, port)) }
     }
 }
 
@@ -34,35 +36,36 @@ impl Drop for Forward {
     }
 }
 
-async fn accept(session: Arc<Session>, listener: TcpListener, port: u16) {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    // Dropped with this task, and with it what runs.
+async fn accept_connections(session: Arc<Session>, listener: TcpListener, port: u16) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // Dropped with this task, which ends the connections.
     let mut connections = JoinSet::new();
-    while let Ok(permit) = room.clone().acquire_owned().await {
+    while let Ok(permit) = permits.clone().acquire_owned().await {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = session.channel.closed() => return,
+            _ = session.channel.wait_until_closed() => return,
         };
         while connections.try_join_next().is_some() {}
         let Ok((client, _)) = accepted else {
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(ACCEPT_RETRY).await;
             continue;
         };
         let session = session.clone();
         connections.spawn(async move {
-            serve(&session, client, port).await;
+            forward_connection(&session, client, port).await;
             drop(permit);
         });
     }
 }
 
-async fn serve(session: &Session, mut client: TcpStream, port: u16) {
+async fn forward_connection(session: &Session, mut client: TcpStream, port: u16) {
     let _ = client.set_nodelay(true);
-    let spliced = match session.connect(port).await {
+    let spliced = match session.connect_port(port).await {
         Ok(tunnel) => {
             splice(tunnel, &mut client, &Allowance::default(), &Counts::default()).await.is_ok()
         }
-        // Nobody serves the port in the sandbox, or not yet: as on any host, but later.
+        // No process listens on the port in the sandbox, or not yet: the client is reset, as by any
+        // host, but later.
         Err(_) => false,
     };
     if !spliced {

@@ -1,7 +1,8 @@
 //! Chitin runs untrusted agent code behind a hardware wall.
 //!
-//! A [`Sandbox`] is a microVM with a tiny Linux in it, no network interface and no shared file system. What the
-//! workload needs is handed in, and what it made is handed out, over one channel to the agent inside.
+//! A [`Sandbox`] is a microVM with a small Linux, without a network interface and without a shared file
+//! system. Its inputs are copied in and its results are copied out, over one channel to the agent
+//! inside.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), chitin::Error> {
@@ -22,7 +23,20 @@
 //! # }
 //! ```
 //!
-//! Dropping a [`Sandbox`] ends it. So does the death of the process that holds it, however it dies.
+//! A [`Sandbox`] ends when it is dropped, and when the process that holds it ends for any reason.
+//!
+//! The modules build on each other in this order:
+//!
+//! ```text
+//!   channel                                   bytes, messages, streams
+//!   session                                   a running sandbox as its processes see it
+//!   process  copy  forward                    commands, files, ports
+//!   credential_delivery  trust_store          credentials after the start
+//!   template  spec                            saved guests; settings after validation
+//!   launch                                    from a launched guest to one ready for use
+//!   sandbox  builder                          the public handle, and its settings
+//!   fork  pool  template::build  audit        many sandboxes
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod audit;
@@ -36,15 +50,17 @@ pub mod doctor;
 mod error;
 mod fork;
 mod forward;
+mod launch;
 mod phases;
 mod pool;
 mod process;
 mod sandbox;
 mod session;
+mod spec;
 mod template;
 mod trust_store;
 
-pub use builder::{Builder, ECHO, Warming};
+pub use builder::Builder;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
 pub use chitin_broker::egress::EgressError;
 pub use chitin_policy::{self as policy, Policy, PolicyError};
@@ -60,11 +76,12 @@ pub use chitin_vmm::FailureCode;
 pub use chitin_vmm::jail::Jail;
 pub use chitin_vmm::{error_chain, printable};
 pub use cleanup::wait_for_cleanup;
-pub use error::Error;
+pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;
 pub use forward::Forward;
 pub use phases::Phases;
 pub use pool::{MAX_POOL, Pool};
-pub use process::{Command, Output, Process};
+pub use process::{Command, ECHO, Output, Process};
 pub use sandbox::Sandbox;
+pub use template::build::WarmUpSpec;
 pub use template::{Manifest, TemplateError, Templates};

@@ -1,14 +1,14 @@
-//! Sandboxes that are all but started.
+//! Monitors that are prepared before a sandbox is needed.
 //!
 //! ```text
-//!             one is missing                  ready                    start
-//!   (nothing) ──────────────▶ being prepared ──────▶ waiting ──────────────────▶ a sandbox
+//!              one is missing                  ready                     start
+//!   (nothing) ──────────────▶ being prepared ──────▶ prepared ──────────────────▶ a sandbox
 //!                                   │                   │
 //!                                   └── fails ──────────┴── dies ──▶ gone, replaced
 //! ```
 //!
-//! A monitor that waits has opened its files, made its VM, filled its memory and restored its vCPUs. What is left is to give
-//! it a channel. It has seen no secret, and its guest has not run.
+//! A prepared monitor has opened its files, created its VM, filled its memory and restored its vCPUs.
+//! Only the channel is missing. It has seen no secret, and its guest has not run.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,119 +20,134 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::{Builder, Error, Sandbox};
+use crate::builder::Builder;
+use crate::error::Error;
+use crate::launch::{Launched, launch_microvm};
+use crate::sandbox::Sandbox;
+use crate::spec::SandboxSpec;
 
-/// The most monitors that wait in one pool. Each is a process with some ten descriptors and a few MiB; a service that needs
-/// more of them at the same moment is short of CPUs first.
+/// Most prepared monitors of one pool. Each is a process with some ten descriptors and a few MiB; a
+/// service that needs more at the same moment runs out of CPUs first.
 pub const MAX_POOL: usize = 256;
 
-/// How long after a monitor was taken the next one is prepared, while others still wait: what the new sandbox does first is
-/// worth more than a pool that is full again sooner.
-const BREATHER: Duration = Duration::from_millis(100);
+/// The delay between the use of a monitor and the preparation of the next, while others are ready:
+/// the first work of the new sandbox matters more than a full pool.
+const REFILL_DELAY: Duration = Duration::from_millis(100);
 
-/// What cannot be prepared now is not tried again at once.
-const PAUSE: Duration = Duration::from_millis(500);
+/// The delay after a failed preparation.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
-/// A number of monitors that wait for a sandbox to become. Dropping it ends those that still wait, and none that was started.
+/// A number of prepared monitors, each for one sandbox. Dropping the pool ends those that were not
+/// used yet; sandboxes that were started continue.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
-    filler: JoinHandle<()>,
+    refill_task: JoinHandle<()>,
 }
 
 #[derive(Debug)]
 struct Shared {
-    builder: Builder,
+    spec: SandboxSpec,
     size: usize,
-    waiting: Mutex<VecDeque<Waiting>>,
-    /// How many wait.
+    prepared: Mutex<VecDeque<PreparedMonitor>>,
     count: watch::Sender<usize>,
 }
 
-/// A monitor that has done all it can do without a channel, and what it was given.
+/// A monitor that waits for its channel, and the specification that it was given.
 #[derive(Debug)]
-struct Waiting {
+struct PreparedMonitor {
     monitor: Monitor,
-    plan: LaunchSpec,
+    launch_spec: LaunchSpec,
 }
 
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
-        // A list of processes is whole at every moment.
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_prepared(&self) -> MutexGuard<'_, VecDeque<PreparedMonitor>> {
+        // A list of processes is consistent at every moment.
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The one that has waited longest and still lives.
-    fn take(&self) -> Option<Waiting> {
-        let mut waiting = self.waiting();
+    /// Removes and returns the monitor that has waited longest and has not ended.
+    fn take_oldest(&self) -> Option<PreparedMonitor> {
+        let mut prepared = self.lock_prepared();
         loop {
-            let first = waiting.pop_front()?;
-            let lives = first.monitor.reported.borrow().end.is_none();
-            if lives {
-                return Some(first);
+            let oldest = prepared.pop_front()?;
+            let runs = oldest.monitor.reported.borrow().end.is_none();
+            if runs {
+                return Some(oldest);
             }
         }
     }
 
     fn publish_count(&self) {
-        let count = self.waiting().len();
+        let count = self.lock_prepared().len();
         self.count.send_replace(count);
     }
 }
 
+impl Builder {
+    /// Prepares `size` monitors up to the point where only a channel is missing, each for one sandbox.
+    ///
+    /// # Errors
+    /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`].
+    pub async fn pool(self, size: usize) -> Result<Pool, Error> {
+        Pool::new(self.validate()?, size).await
+    }
+}
+
 impl Pool {
-    /// Prepares the first one, and the others in the background.
-    pub(crate) async fn new(builder: Builder, size: usize) -> Result<Pool, Error> {
+    /// Prepares the first monitor, and the others in the background.
+    async fn new(spec: SandboxSpec, size: usize) -> Result<Pool, Error> {
         if !(1..=MAX_POOL).contains(&size) {
-            return Err(Error::PoolSize { size });
+            return Err(Error::PoolSize { size, max: MAX_POOL });
         }
-        let first = prepare(&builder).await?;
+        let first = prepare_monitor(&spec).await?;
         let shared = Arc::new(Shared {
-            builder,
+            spec,
             size,
-            waiting: Mutex::new(VecDeque::from([first])),
+            prepared: Mutex::new(VecDeque::from([first])),
             count: watch::Sender::new(1),
         });
-        let filler = tokio::spawn(fill(shared.clone()));
-        Ok(Pool { shared, filler })
+        let refill_task = tokio::spawn(refill_pool(shared.clone()));
+        Ok(Pool { shared, refill_task })
     }
 
-    /// Starts a sandbox: from a monitor that waits, or as [`Builder::start`] does where none is ready.
+    /// Starts a sandbox from a prepared monitor, or as [`Builder::start`] does if none is ready.
     ///
     /// # Errors
     /// As for [`Builder::start`].
     pub async fn start(&self) -> Result<Sandbox, Error> {
         let started = Instant::now();
-        let builder = &self.shared.builder;
-        let fetched = builder.fetch().await?;
-        let sandbox = match self.shared.take() {
-            Some(Waiting { mut monitor, plan }) => {
-                let channel = match monitor.go() {
-                    Ok(channel) => channel,
+        let spec = &self.shared.spec;
+        let fetched = spec.fetch_credentials().await?;
+        let provisioned = match self.shared.take_oldest() {
+            Some(PreparedMonitor { mut monitor, launch_spec }) => {
+                let stream = match monitor.go() {
+                    Ok(stream) => stream,
                     Err(error) => {
                         fetched.revoke().await;
                         return Err(error.into());
                     }
                 };
-                let sandbox = builder.watch(monitor, channel, &plan.spec, started);
-                builder.finish(sandbox, &plan, fetched).await
+                let vm = &launch_spec.spec;
+                let launched = Launched::from_monitor(monitor, stream, spec, vm, started);
+                launched.provision(spec, launch_spec.confined, fetched).await
             }
-            None => builder.begin_microvm(fetched, started).await,
+            None => launch_microvm(spec, fetched, started).await,
         };
         self.shared.publish_count();
-        sandbox
+        provisioned.map(Sandbox::from)
     }
 
-    /// How many wait.
+    /// Returns the number of prepared monitors.
     pub fn ready(&self) -> usize {
-        self.shared.waiting().len()
+        self.shared.lock_prepared().len()
     }
 
     /// Waits until the pool is full.
     ///
     /// # Errors
-    /// [`Error::BootTimeout`] if that takes so long that something must be wrong.
-    pub async fn filled(&self) -> Result<(), Error> {
+    /// [`Error::BootTimeout`] if it is not full within the time that a boot may take.
+    pub async fn wait_until_full(&self) -> Result<(), Error> {
         let mut count = self.shared.count.subscribe();
         let full = count.wait_for(|count| *count >= self.shared.size);
         match tokio::time::timeout(BOOT_LIMIT, full).await {
@@ -144,40 +159,40 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.filler.abort();
-        self.shared.waiting().clear();
+        self.refill_task.abort();
+        self.shared.lock_prepared().clear();
     }
 }
 
-/// Keeps the pool full.
-async fn fill(shared: Arc<Shared>) {
+/// Prepares a monitor whenever one is missing.
+async fn refill_pool(shared: Arc<Shared>) {
     let mut count = shared.count.subscribe();
     loop {
         if count.wait_for(|count| *count < shared.size).await.is_err() {
             return;
         }
         if *shared.count.borrow() > 0 {
-            tokio::time::sleep(BREATHER).await;
+            tokio::time::sleep(REFILL_DELAY).await;
         }
-        match prepare(&shared.builder).await {
-            Ok(waiting) => {
-                shared.waiting().push_back(waiting);
+        match prepare_monitor(&shared.spec).await {
+            Ok(monitor) => {
+                shared.lock_prepared().push_back(monitor);
                 shared.publish_count();
             }
-            // Whoever starts a sandbox meanwhile is told why it cannot be done.
-            Err(_) => tokio::time::sleep(PAUSE).await,
+            // A caller that starts a sandbox meanwhile gets the same error.
+            Err(_) => tokio::time::sleep(RETRY_DELAY).await,
         }
     }
 }
 
-/// Starts a monitor and waits until it waits.
-async fn prepare(builder: &Builder) -> Result<Waiting, Error> {
-    let mut plan = builder.plan()?;
-    // It has them now; ours are not needed while it waits.
-    let files = plan.files.take();
-    let mut monitor = microvm::prepare(&builder.artifacts, &plan.spec, files.as_ref())?;
+/// Starts a monitor and waits until only its channel is missing.
+async fn prepare_monitor(spec: &SandboxSpec) -> Result<PreparedMonitor, Error> {
+    let mut launch_spec = spec.microvm_launch_spec()?;
+    // The monitor has its own descriptors: these would only stay open while it waits.
+    let files = launch_spec.files.take();
+    let mut monitor = microvm::prepare(&spec.artifacts, &launch_spec.spec, files.as_ref())?;
     match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
-        Ok(true) => Ok(Waiting { monitor, plan }),
+        Ok(true) => Ok(PreparedMonitor { monitor, launch_spec }),
         Ok(false) => Err(match monitor.ended().await {
             End::Failed(code, reason) => chitin_tiers::Error::Monitor { code, reason }.into(),
             End::Guest(end) => Error::GuestEnded(end),

@@ -1,3 +1,5 @@
+//! Commands in a sandbox, in the manner of [`std::process`].
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
@@ -7,17 +9,21 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
 use tracing::{Span, field};
 
-use crate::Error;
 use crate::channel::{StreamReader, StreamWriter};
+use crate::error::Error;
 use crate::session::Session;
 
-/// The user every workload is, unless told otherwise: `agent` of the root image.
+/// A small static program of every root image that prints its arguments, for tests and benchmarks of
+/// the sandbox itself.
+pub const ECHO: &str = "/usr/lib/chitin/echo";
+
+/// User and group of every workload: `agent` of the root image.
 const AGENT_UID: u32 = 1000;
 
-/// Where a workload starts: its home, and the one place that is its own.
+/// Home and first working directory of a workload, and the only directory that it owns.
 const HOME: &str = "/work";
 
-/// What every workload finds in its environment; nothing of the host's is passed on.
+/// The environment of every workload. Nothing of the host's is passed on.
 const ENVIRONMENT: [(&str, &str); 5] = [
     ("PATH", "/usr/local/bin:/usr/bin:/bin"),
     ("HOME", HOME),
@@ -33,18 +39,18 @@ pub struct Command {
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     cwd: OsString,
-    stdin: bool,
+    piped_stdin: bool,
 }
 
 impl Command {
     pub(crate) fn new(session: Arc<Session>, program: OsString) -> Command {
-        let more = session.environment.get().into_iter().flatten();
+        let extra = session.extra_environment.get().into_iter().flatten();
         let env = ENVIRONMENT
             .iter()
-            .chain(more)
+            .chain(extra)
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
-        Command { session, argv: vec![program], env, cwd: HOME.into(), stdin: false }
+        Command { session, argv: vec![program], env, cwd: HOME.into(), piped_stdin: false }
     }
 
     /// Adds one argument.
@@ -59,7 +65,7 @@ impl Command {
         self
     }
 
-    /// Sets an environment variable. The last one of a name counts.
+    /// Sets an environment variable. The last value of a name counts.
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Command {
         self.env.retain(|(other, _)| other != name.as_ref());
         self.env.push((name.as_ref().to_owned(), value.as_ref().to_owned()));
@@ -72,35 +78,35 @@ impl Command {
         self
     }
 
-    /// Gives the command a standard input to be written to; without it, it reads nothing.
+    /// Gives the command a standard input that can be written to. If not set, the command reads an
+    /// end of file.
     pub fn piped_stdin(mut self) -> Command {
-        self.stdin = true;
+        self.piped_stdin = true;
         self
     }
 
-    /// Starts the command. Whether it could be executed is known when it has ended: see [`Exit::NotStarted`].
+    /// Starts the command. A program that cannot be executed is reported by the exit status, as
+    /// [`Exit::NotStarted`].
     ///
     /// # Errors
-    /// If command and environment are too long for one message, or too many streams are open.
+    /// Command and environment are too long for one message, or too many streams are open.
     pub fn spawn(self) -> Result<Process, Error> {
         let channel = &self.session.channel;
         let open_reader = || channel.open_reader().ok_or(Error::TooManyStreams);
-        let stdin = match self.stdin {
+        let stdin = match self.piped_stdin {
             true => Some(channel.open_writer().ok_or(Error::TooManyStreams)?),
             false => None,
         };
         let (stdout, stderr) = (open_reader()?, open_reader()?);
-        let name = channel.name();
+        let id = channel.next_id();
         // Arguments and environment may contain values of credentials: only the program is logged.
         let span = tracing::info_span!("exec", program = ?self.argv[0], exit = field::Empty);
+        let env = self.env.into_iter();
+        let env = env.map(|(name, value)| (name.into_vec(), value.into_vec())).collect();
         let start = Start {
-            process: name,
+            process: id,
             argv: self.argv.into_iter().map(OsString::into_vec).collect(),
-            env: self
-                .env
-                .into_iter()
-                .map(|(name, value)| (name.into_vec(), value.into_vec()))
-                .collect(),
+            env,
             cwd: self.cwd.into_vec(),
             uid: AGENT_UID,
             gid: AGENT_UID,
@@ -108,20 +114,14 @@ impl Command {
             stdout: stdout.id(),
             stderr: stderr.id(),
         };
-        let ended =
-            channel.start(start).map_err(|error| Error::CommandTooLong { len: error.len })?;
-        Ok(Process {
-            name,
-            ended,
-            stdin,
-            stdout: Some(stdout),
-            stderr: Some(stderr),
-            session: self.session,
-            span,
-        })
+        let end = channel
+            .start_process(start)
+            .map_err(|error| Error::CommandTooLong { len: error.len })?;
+        let (stdout, stderr) = (Some(stdout), Some(stderr));
+        Ok(Process { stdin, stdout, stderr, id, end, session: self.session, span })
     }
 
-    /// Runs the command to its end and collects what it printed, without bound.
+    /// Runs the command to its end and collects its output, without bound.
     ///
     /// # Errors
     /// As for [`spawn`](Command::spawn) and [`Process::wait`].
@@ -130,7 +130,7 @@ impl Command {
         drop(process.stdin.take());
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         if let (Some(mut out), Some(mut err)) = (process.stdout.take(), process.stderr.take()) {
-            // A broken stream is a broken channel, and `wait` says why it broke.
+            // A broken stream means a broken channel, and `wait` reports the reason.
             let _ = tokio::join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr));
         }
         let (exit, usage) = process.wait().await?;
@@ -138,32 +138,32 @@ impl Command {
     }
 }
 
-/// A command that has run.
+/// The result of a command that has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// How it ended.
+    /// The exit status.
     pub exit: Exit,
-    /// What it used.
+    /// The resources that it used.
     pub usage: Usage,
-    /// All it wrote to standard output.
+    /// The output to standard output.
     pub stdout: Vec<u8>,
-    /// All it wrote to standard error.
+    /// The output to standard error.
     pub stderr: Vec<u8>,
 }
 
-/// A command that is running, or has.
+/// A command that runs or has ended.
 #[derive(Debug)]
 pub struct Process {
-    /// Its standard input, if asked for. Dropping it is the end of file.
+    /// Standard input, if it was requested. Dropping it is the end of file.
     pub stdin: Option<StreamWriter>,
-    /// Its standard output. Read it, or the command stops when the window is full.
+    /// Standard output. It must be read: the command blocks when the window is full.
     pub stdout: Option<StreamReader>,
-    /// Its standard error, likewise.
+    /// Standard error. It must be read as well.
     pub stderr: Option<StreamReader>,
-    name: u32,
-    ended: oneshot::Receiver<(Exit, Usage)>,
+    id: u32,
+    end: oneshot::Receiver<(Exit, Usage)>,
     session: Arc<Session>,
-    /// Lasts until this is dropped, and names the program and its end.
+    /// Names the program and its exit status, and lasts until the process is dropped.
     span: Span,
 }
 
@@ -171,19 +171,20 @@ impl Process {
     /// Waits for the end of the command.
     ///
     /// # Errors
-    /// If the sandbox ended first: its time was up, the guest died, or the agent broke the protocol.
+    /// The sandbox ended first: its time limit was reached, the guest died, or the agent broke the
+    /// protocol.
     pub async fn wait(&mut self) -> Result<(Exit, Usage), Error> {
-        match (&mut self.ended).await {
-            Ok(ended) => {
-                self.span.record("exit", field::debug(&ended.0));
-                Ok(ended)
+        match (&mut self.end).await {
+            Ok(end) => {
+                self.span.record("exit", field::debug(&end.0));
+                Ok(end)
             }
-            Err(_) => Err(self.session.why_closed().await),
+            Err(_) => Err(self.session.explain_close().await),
         }
     }
 
-    /// Sends a signal (a Linux number) to the command and what it started, unless it has ended.
+    /// Sends a signal (a Linux number) to the command and its descendants, unless it has ended.
     pub fn signal(&self, signal: u8) {
-        self.session.channel.signal(self.name, signal);
+        self.session.channel.send_signal(self.id, signal);
     }
 }

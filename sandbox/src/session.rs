@@ -1,126 +1,197 @@
-//! What a sandbox shares with its processes: the channel, what is at its other end, and the reason for their end.
+//! The state that a running sandbox shares with its processes, copies and port forwards.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
-use chitin_tiers::Instance;
 use chitin_tiers::microvm::Reported;
+use chitin_tiers::{BOOT_LIMIT, GuestEnd, GuestFiles, Instance};
+use chitin_vmm::control::Request;
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use crate::channel::{Channel, Closed, Tunnel};
-use crate::{Error, GuestEnd};
+use crate::channel::{Channel, CloseReason, Tunnel};
+use crate::error::Error;
 
-/// A sandbox's random identity.
-const INSTANCE_BYTES: usize = 16;
+/// Bytes of a guest's random identity.
+const IDENTITY_BYTES: usize = 16;
 
-/// An answer of the agent on its way.
-pub(crate) type Answer = oneshot::Receiver<Result<(), Failure>>;
+/// Time for a sandbox to end, or to report why it did, after its channel has closed.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a sandbox may take to end, or to say how it did, once the channel is gone.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// A reply of the agent that has not arrived yet.
+pub(crate) type Reply = oneshot::Receiver<Result<(), Failure>>;
 
-/// What a sandbox shares with its processes.
+/// A time limit and the moment at which it is reached.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadline {
+    pub at: Instant,
+    pub limit: Duration,
+}
+
+/// A running sandbox as its processes see it.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub channel: Channel,
-    pub memory_bytes: u64,
     pub instance: Mutex<Box<dyn Instance>>,
-    /// By the monitor of a microVM.
-    pub reported: Option<watch::Receiver<Reported>>,
-    /// When the start was begun, `CLOCK_MONOTONIC` nanoseconds.
-    pub spawned: u64,
-    /// Environment variables of every command, beside those that all sandboxes have.
-    pub environment: OnceLock<Vec<(&'static str, &'static str)>>,
-    /// The moment at which the time is up, and the limit that makes it.
-    pub timeout: Option<(Instant, Duration)>,
-    /// Whether a copy could be made another one than its template.
-    pub reseeded: std::sync::Mutex<Option<Answer>>,
+    /// The reports of a microVM's monitor.
+    pub monitor_reports: Option<watch::Receiver<Reported>>,
+    pub memory_bytes: u64,
+    /// The start of the launch, `CLOCK_MONOTONIC` nanoseconds.
+    pub launched_at_ns: u64,
+    /// Environment variables of every command, in addition to those that all sandboxes have.
+    pub extra_environment: OnceLock<Vec<(&'static str, &'static str)>>,
+    pub deadline: Option<Deadline>,
+    /// The reply to the reseed of a restored guest, until it is read.
+    reseed_reply: std::sync::Mutex<Option<Reply>>,
 }
 
 impl Session {
-    /// Asks the agent and waits for its answer.
-    pub async fn request(&self, request: u32, message: &ToGuest) -> Result<(), Error> {
-        let answer = self.ask(request, message)?;
-        self.answered(answer).await
+    /// Takes over a launched guest. Must be called within a tokio runtime.
+    pub fn new(
+        mut launched: chitin_tiers::Launched,
+        memory_bytes: u64,
+        deadline: Option<Deadline>,
+    ) -> Session {
+        let monitor_reports = launched.instance.monitor().map(|monitor| monitor.reported.clone());
+        Session {
+            channel: Channel::new(launched.stream),
+            instance: Mutex::new(launched.instance),
+            monitor_reports,
+            memory_bytes,
+            launched_at_ns: launched.spawned,
+            extra_environment: OnceLock::new(),
+            deadline,
+            reseed_reply: std::sync::Mutex::default(),
+        }
     }
 
-    /// Asks the agent; [`answered`](Self::answered) waits.
-    pub fn ask(&self, request: u32, message: &ToGuest) -> Result<Answer, Error> {
+    /// Waits for the agent's first message.
+    pub async fn wait_for_agent(&self) -> Result<(), Error> {
+        let limit = self.instance.lock().await.start_limit();
+        match tokio::time::timeout(limit, self.channel.wait_until_ready()).await {
+            Ok(Ok(())) => {
+                self.instance.lock().await.answered();
+                Ok(())
+            }
+            Ok(Err(_)) => Err(self.explain_close().await),
+            Err(_) => Err(Error::BootTimeout { limit }),
+        }
+    }
+
+    /// Sends a request to the agent and waits for the reply.
+    pub async fn call_agent(&self, request: u32, message: &ToGuest) -> Result<(), Error> {
+        let reply = self.send_request(request, message)?;
+        self.wait_for_reply(reply).await
+    }
+
+    /// Sends a request to the agent; [`wait_for_reply`](Self::wait_for_reply) waits for the reply.
+    pub fn send_request(&self, request: u32, message: &ToGuest) -> Result<Reply, Error> {
         self.channel
-            .request(request, message)
+            .send_request(request, message)
             .map_err(|error| Error::CommandTooLong { len: error.len })
     }
 
-    /// Waits for an answer.
-    pub async fn answered(&self, answer: Answer) -> Result<(), Error> {
-        match answer.await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(failure)) => Err(Error::Guest(failure)),
-            Err(_) => Err(self.why_closed().await),
+    /// Waits for a reply and returns the agent's failure as an error.
+    pub async fn wait_for_reply(&self, reply: Reply) -> Result<(), Error> {
+        self.receive_reply(reply).await?.map_err(Error::Guest)
+    }
+
+    /// Waits for a reply. The outer error is the channel's, the inner one the agent's.
+    pub async fn receive_reply(&self, reply: Reply) -> Result<Result<(), Failure>, Error> {
+        match reply.await {
+            Ok(result) => Ok(result),
+            Err(_) => Err(self.explain_close().await),
         }
     }
 
     /// Connects to a port of the sandbox's loopback address.
-    pub async fn connect(&self, port: u16) -> Result<Tunnel, Error> {
+    pub async fn connect_port(&self, port: u16) -> Result<Tunnel, Error> {
         let tunnel = self.channel.open_tunnel().ok_or(Error::TooManyStreams)?;
-        let request = self.channel.name();
-        self.request(request, &ToGuest::Connect { request, port, stream: tunnel.id() }).await?;
+        let request = self.channel.next_id();
+        let connect = ToGuest::Connect { request, port, stream: tunnel.id() };
+        self.call_agent(request, &connect).await?;
         Ok(tunnel)
     }
 
-    /// Makes a restored guest one of its own, before anything else is asked of it.
+    /// Gives a restored guest its own entropy, clock and identity, before any other request.
     ///
-    /// Nobody waits for the answer: the agent does nothing else before this has been done, and ends when it is asked for
-    /// something after it has failed.
-    pub fn reseed(&self) -> Result<(), Error> {
-        let mut random = Zeroizing::new([0; MIN_ENTROPY + INSTANCE_BYTES]);
+    /// The reply is not waited for: the agent does nothing else until it has reseeded, and ends at the
+    /// next request if that has failed.
+    pub fn send_reseed(&self) -> Result<(), Error> {
+        let mut random = Zeroizing::new([0; MIN_ENTROPY + IDENTITY_BYTES]);
         getrandom::fill(&mut *random)
-            .map_err(|error| Error::Host { what: "get random bytes", source: error.into() })?;
-        let (entropy, instance) = random.split_at(MIN_ENTROPY);
-        let request = self.channel.name();
+            .map_err(|error| Error::Host { operation: "get random bytes", source: error.into() })?;
+        let (entropy, identity) = random.split_at(MIN_ENTROPY);
+        let request = self.channel.next_id();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let reseed = Reseed {
             request,
             entropy: SecretBytes::new(entropy.to_vec()),
             unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
-            instance: instance.try_into().unwrap_or_default(),
+            instance: identity.try_into().unwrap_or_default(),
         };
-        let answer = self.ask(request, &ToGuest::Reseed(reseed))?;
-        *self.reseeded.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        let reply = self.send_request(request, &ToGuest::Reseed(reseed))?;
+        *self.reseed_reply.lock().unwrap_or_else(PoisonError::into_inner) = Some(reply);
         Ok(())
     }
 
-    /// The error to report when the channel has closed: what lies behind it rather than that it did.
-    pub async fn why_closed(&self) -> Error {
-        let closed = self.channel.closed().await;
-        // It is there, or it will never be.
-        let reseeded = self.reseeded.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut answer) = reseeded
-            && let Ok(Err(failure)) = answer.try_recv()
+    /// Freezes the guest, so that it can be saved.
+    pub async fn freeze(&self) -> Result<(), Error> {
+        let request = self.channel.next_id();
+        self.call_agent(request, &ToGuest::Freeze { request }).await
+    }
+
+    /// Saves the frozen guest into these files, which ends it.
+    pub async fn save(&self, binding: String, files: &GuestFiles) -> Result<(), Error> {
+        let mut instance = self.instance.lock().await;
+        let monitor = instance.monitor().ok_or(Error::MicrovmRequired)?;
+        let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
+        if frozen.is_err() {
+            return Err(Error::BootTimeout { limit: BOOT_LIMIT });
+        }
+        let fds = [files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()];
+        Ok(monitor.finish(&Request::Snapshot { binding }, &fds).await?)
+    }
+
+    /// Writes a state that lists the pages which the guest has used so far. This ends the guest.
+    pub async fn record_used_pages(&self, state: &File, key: &File) -> Result<(), Error> {
+        let mut instance = self.instance.lock().await;
+        let monitor = instance.monitor().ok_or(Error::MicrovmRequired)?;
+        Ok(monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await?)
+    }
+
+    /// Returns the error behind a closed channel. Waits until it is closed.
+    pub async fn explain_close(&self) -> Error {
+        let reason = self.channel.wait_until_closed().await;
+        // The reply to the reseed has arrived by now, or never will.
+        let reseed_reply = self.reseed_reply.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut reply) = reseed_reply
+            && let Ok(Err(failure)) = reply.try_recv()
         {
             return Error::Guest(failure);
         }
-        if let Some((deadline, limit)) = self.timeout
-            && deadline <= Instant::now()
+        if let Some(Deadline { at, limit }) = self.deadline
+            && at <= Instant::now()
         {
             return Error::Timeout { limit };
         }
-        match closed {
-            Closed::Local => Error::Stopped,
-            Closed::Fault(fault) => Error::Protocol(fault),
-            Closed::Eof | Closed::Io(_) => self.last_words().await,
+        match reason {
+            CloseReason::Local => Error::Stopped,
+            CloseReason::Fault(fault) => Error::Protocol(fault),
+            CloseReason::Eof | CloseReason::Io(_) => self.wait_for_end().await,
         }
     }
 
-    async fn last_words(&self) -> Error {
+    async fn wait_for_end(&self) -> Error {
         let mut instance = self.instance.lock().await;
-        match tokio::time::timeout(LAST_WORDS, instance.ended()).await {
-            Ok(why) => why.into(),
+        match tokio::time::timeout(END_LIMIT, instance.ended()).await {
+            Ok(error) => error.into(),
             Err(_) => Error::GuestEnded(GuestEnd {
-                reason: "it closed the channel and went on running".into(),
+                reason: "it closed the channel and continued to run".into(),
                 log: String::new(),
             }),
         }

@@ -129,7 +129,7 @@ async fn start_sandbox(source: &Source, job: &Job<'_>) -> Result<StartTimes, Ben
         Source::Builder(builder) => Builder::clone(builder).start().await?,
         Source::Pool(pool) => {
             // The measured case is a pool that had the time to fill up.
-            pool.filled().await?;
+            pool.wait_until_full().await?;
             pool.start().await?
         }
     };

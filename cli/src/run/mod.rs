@@ -113,7 +113,7 @@ async fn run_sandbox(
             return Ok(SIGNALED + number);
         }
     };
-    let selected = sandbox.chosen();
+    let selected = sandbox.selected_tier();
     warn_if_weaker(selected);
     progress.selected = Some(selected.clone());
     let forwards: Vec<Forward> =
@@ -121,9 +121,9 @@ async fn run_sandbox(
     let outcome = use_sandbox(&sandbox, args, env, &mut signals, progress).await;
     (progress.phases, progress.jail) = (sandbox.phases(), sandbox.jail());
     drop(forwards);
-    let (stopped, troubles) = sandbox.end().await;
-    for trouble in troubles {
-        eprintln!("chitin: credentials: {trouble}");
+    let (stopped, warnings) = sandbox.stop_with_warnings().await;
+    for warning in warnings {
+        eprintln!("chitin: credentials: {warning}");
     }
     let code = outcome?;
     stopped?;

@@ -44,7 +44,7 @@ def refused(what, number, *arguments):
     """A system call that is not to be had at all: an error that only its own code returns means that it ran."""
     result, error = syscall(number, *arguments)
     refusals = ["ENOSYS", "EPERM", "EACCES", "EAFNOSUPPORT"]
-    if CONTEXT.get("wall") == "gvisor":
+    if CONTEXT.get("boundary") == "gvisor":
         # What gVisor says of some of those that it does not have.
         refusals.append("ENOTSUP")
     return [what, error not in refusals, error or f"returned {result}"]

@@ -121,7 +121,7 @@ impl Property {
 }
 
 /// Returns the text of `docs/tiers.md`: every property, and the tiers that promise it.
-pub fn document() -> String {
+pub fn render_document() -> String {
     use std::fmt::Write as _;
     let mut text = String::from(
         "# What each tier promises\n\n\

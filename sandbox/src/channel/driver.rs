@@ -1,4 +1,4 @@
-//! The task that moves a channel's bytes.
+//! The task that moves a channel's bytes between its socket and its state.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -6,30 +6,32 @@ use std::os::unix::net::UnixStream;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::state::{Closed, Shared};
+use super::state::{CloseReason, Shared};
 
-/// Moves bytes until the channel ends, and says why it did.
-pub(super) async fn drive(shared: &Shared, socket: UnixStream) -> Closed {
-    move_all(shared, socket).await.unwrap_or_else(|error| Closed::Io(error.kind()))
+/// Moves bytes until the channel ends, and returns the reason.
+pub(super) async fn drive_channel(shared: &Shared, socket: UnixStream) -> CloseReason {
+    move_bytes(shared, socket).await.unwrap_or_else(|error| CloseReason::Io(error.kind()))
 }
 
-async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
+async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReason> {
     socket.set_nonblocking(true)?;
-    let incoming = watch(socket, Interest::READABLE)?;
-    // There only while the socket takes nothing more: otherwise we would be woken each time that the other side has read.
+    let incoming = register_socket(socket, Interest::READABLE)?;
+    // Registered only while the socket is full: otherwise the task would be woken each time that the
+    // other side has read.
     let mut outgoing = None;
-    // A peer that no longer listens may have said why: what it wrote last is read before the channel is given up.
-    let mut listens = true;
+    // A peer that has stopped reading may have reported why: its last bytes are read before the
+    // channel is given up.
+    let mut peer_reads = true;
     loop {
-        listens = listens && write_out(shared, incoming.get_ref()).is_ok();
+        peer_reads = peer_reads && write_output(shared, incoming.get_ref()).is_ok();
         let blocked = match shared.lock() {
-            state if state.closed => return Ok(Closed::Local),
-            state => listens && !state.connection.pending_output().is_empty(),
+            state if state.closed => return Ok(CloseReason::Local),
+            state => peer_reads && !state.connection.pending_output().is_empty(),
         };
         if !blocked {
             outgoing = None;
         } else if outgoing.is_none() {
-            outgoing = Some(watch(incoming.get_ref().try_clone()?, Interest::WRITABLE)?);
+            outgoing = Some(register_socket(incoming.get_ref().try_clone()?, Interest::WRITABLE)?);
         }
         let writable = async {
             match &outgoing {
@@ -40,10 +42,10 @@ async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
         tokio::select! {
             ready = incoming.readable() => {
                 let mut ready = ready?;
-                match read_in(shared, incoming.get_ref()) {
+                match read_input(shared, incoming.get_ref()) {
                     Ok(true) => {}
                     Ok(false) => ready.clear_ready(),
-                    Err(why) => return Ok(why),
+                    Err(reason) => return Ok(reason),
                 }
             }
             ready = writable => ready?,
@@ -54,13 +56,14 @@ async fn move_all(shared: &Shared, socket: UnixStream) -> io::Result<Closed> {
 
 #[expect(
     deprecated,
-    reason = "its successor is unsafe, because of types whose descriptor changes: this one's does not"
+    reason = "the successor is unsafe for types whose descriptor may change, which this one's cannot"
 )]
-fn watch(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
+fn register_socket(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
     AsyncFd::with_interest(socket, interest)
 }
 
-fn write_out(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
+/// Writes queued output until there is none or the socket is full.
+fn write_output(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
     let mut state = shared.lock();
     let mut wrote = false;
     while !state.connection.pending_output().is_empty() {
@@ -85,20 +88,20 @@ fn write_out(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads once; false when there was no more.
-fn read_in(shared: &Shared, mut socket: &UnixStream) -> Result<bool, Closed> {
+/// Reads once and handles the events. Returns false when the socket is empty.
+fn read_input(shared: &Shared, mut socket: &UnixStream) -> Result<bool, CloseReason> {
     let mut state = shared.lock();
     let space = state.connection.input_buffer();
     let room = space.len();
     let count = match socket.read(space) {
-        Ok(0) => return Err(Closed::Eof),
+        Ok(0) => return Err(CloseReason::Eof),
         Ok(count) => count,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
         Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
-        Err(error) => return Err(Closed::Io(error.kind())),
+        Err(error) => return Err(CloseReason::Io(error.kind())),
     };
     state.connection.commit_input(count);
-    while state.handle_event(shared).map_err(Closed::Fault)? {}
-    // That it has ended is an event of its own.
+    while state.handle_event(shared).map_err(CloseReason::Fault)? {}
+    // A short read means that the socket is empty. The end of file is reported as a separate event.
     Ok(count == room)
 }

@@ -1,26 +1,26 @@
-//! The host's end of the channel: a task that moves bytes, and streams that look like any other to tokio.
+//! The host's end of the channel: a task that moves bytes, and streams for tokio.
 //!
-//! One lock guards the protocol's state machine and every stream's inbox. It is held for memory copies only, never
-//! across I/O or an await. The driver task alone reads and writes the socket; readers and writers wake it when they
-//! have queued something.
+//! One lock guards the protocol's state machine and every stream's inbox. It is held for memory
+//! copies only, never across I/O or an await. The driver task alone reads and writes the socket;
+//! readers and writers wake it when they have queued something.
 
 mod driver;
 mod state;
 mod streams;
 
-use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use chitin_protocol::{Connection, Direction, Failure, Start, StreamId, ToGuest, TooLarge};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use chitin_protocol::{Direction, Failure, Start, StreamId, ToGuest, TooLarge};
+use tokio::sync::{mpsc, oneshot};
 
-use driver::drive;
-pub(crate) use state::{Closed, Dial, Seen};
-use state::{Ended, Shared, State, Status, Stream};
+use driver::drive_channel;
+pub(crate) use state::{CloseReason, GuestDial, Timestamps};
+use state::{ProcessEnd, Shared, Stream};
 pub use streams::{StreamReader, StreamWriter, Tunnel};
 
-/// Attempts that wait for the broker, which takes each at once. A guest that sends more between two of its turns floods.
+/// Requests that wait for the broker, which takes each at once. A guest that sends more between two
+/// of its turns floods.
 const MAX_DIAL_REQUESTS: usize = 256;
 
 /// A handle on the channel; clones share it.
@@ -32,94 +32,85 @@ pub(crate) struct Channel {
 impl Channel {
     /// Takes over a connected socket and starts to drive it. Must be called within a tokio runtime.
     pub fn new(socket: UnixStream) -> Channel {
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State {
-                connection: Connection::new(),
-                streams: HashMap::new(),
-                processes: HashMap::new(),
-                requests: HashMap::new(),
-                dial_requests: None,
-                missed: 0,
-                last_name: 0,
-                seen: Seen::default(),
-                closed: false,
-            }),
-            driver: Notify::new(),
-            status: watch::Sender::new(Status::default()),
-        });
+        let shared = Arc::new(Shared::new());
         let channel = Channel { shared: shared.clone() };
         tokio::spawn(async move {
-            let why = drive(&shared, socket).await;
-            shared.close(why);
+            let reason = drive_channel(&shared, socket).await;
+            shared.close(reason);
         });
         channel
     }
 
     /// Waits for the agent's first message.
-    pub async fn ready(&self) -> Result<(), Closed> {
+    pub async fn wait_until_ready(&self) -> Result<(), CloseReason> {
         let mut status = self.shared.status.subscribe();
         match status.wait_for(|status| status.ready || status.closed.is_some()).await {
             Ok(status) => match &status.closed {
-                Some(why) => Err(why.clone()),
+                Some(reason) => Err(reason.clone()),
                 None => Ok(()),
             },
-            Err(_) => Err(Closed::Local),
+            Err(_) => Err(CloseReason::Local),
         }
     }
 
-    /// Why the channel was closed. Waits until it is.
-    pub async fn closed(&self) -> Closed {
+    /// Waits until the channel is closed, and returns the reason.
+    pub async fn wait_until_closed(&self) -> CloseReason {
         let mut status = self.shared.status.subscribe();
         match status.wait_for(|status| status.closed.is_some()).await {
-            Ok(status) => status.closed.clone().unwrap_or(Closed::Local),
-            Err(_) => Closed::Local,
+            Ok(status) => status.closed.clone().unwrap_or(CloseReason::Local),
+            Err(_) => CloseReason::Local,
         }
     }
 
-    /// Ends the channel from this side. Everything that waits on it fails.
+    /// Closes the channel from this side. Everything that waits on it fails.
     pub fn close(&self) {
-        self.shared.close(Closed::Local);
+        self.shared.close(CloseReason::Local);
     }
 
-    pub fn seen(&self) -> Seen {
-        self.shared.lock().seen
+    pub fn timestamps(&self) -> Timestamps {
+        self.shared.lock().timestamps
     }
 
-    /// A name for a process or a request, never given before.
-    pub fn name(&self) -> u32 {
+    /// Returns an id for a process or a request that was never used before.
+    pub fn next_id(&self) -> u32 {
         let mut state = self.shared.lock();
-        state.last_name += 1;
-        state.last_name
+        state.last_id += 1;
+        state.last_id
     }
 
-    /// Opens a stream on which this side sends.
+    /// Opens a stream on which this side sends. Returns `None` if too many are open.
     pub fn open_writer(&self) -> Option<StreamWriter> {
-        self.open(Direction::Send).map(|id| StreamWriter { channel: self.clone(), id })
+        let id = self.open_stream(Direction::Send)?;
+        Some(StreamWriter::new(self.shared.clone(), id))
     }
 
-    /// Opens a stream on which this side receives.
+    /// Opens a stream on which this side receives. Returns `None` if too many are open.
     pub fn open_reader(&self) -> Option<StreamReader> {
-        self.open(Direction::Receive).map(|id| StreamReader { channel: self.clone(), id })
+        let id = self.open_stream(Direction::Receive)?;
+        Some(StreamReader::new(self.shared.clone(), id))
     }
 
-    /// How many attempts were turned away before the broker heard of them, since this was last asked.
-    pub fn missed(&self) -> u64 {
-        std::mem::take(&mut self.shared.lock().missed)
-    }
-
-    /// Opens a stream both ways.
+    /// Opens a stream in both directions. Returns `None` if too many are open.
     pub fn open_tunnel(&self) -> Option<Tunnel> {
-        self.open(Direction::Both).map(|id| self.adopt(id))
+        self.open_stream(Direction::Both).map(|id| self.adopt_stream(id))
     }
 
-    /// Takes a stream over that the agent has opened, from a [`Dial`]. To be called once a stream.
-    pub fn adopt(&self, id: StreamId) -> Tunnel {
-        let reader = StreamReader { channel: self.clone(), id };
-        Tunnel { reader, writer: StreamWriter { channel: self.clone(), id } }
+    /// Takes over a stream that the agent has opened, from a [`GuestDial`]. Must be called once a
+    /// stream.
+    pub fn adopt_stream(&self, id: StreamId) -> Tunnel {
+        Tunnel::new(self.shared.clone(), id)
     }
 
-    /// What the workload tries to reach, from now on; until then the agent may not report any.
-    pub fn dial_requests(&self) -> mpsc::Receiver<Dial> {
+    fn open_stream(&self, direction: Direction) -> Option<StreamId> {
+        let mut state = self.shared.lock();
+        let id = state.connection.open_stream(direction)?;
+        state.streams.insert(id, Stream::default());
+        Some(id)
+    }
+
+    /// Returns the workload's connection requests from now on. Until this is called, a request is a
+    /// breach of the protocol.
+    pub fn dial_requests(&self) -> mpsc::Receiver<GuestDial> {
         let (sender, receiver) = mpsc::channel(MAX_DIAL_REQUESTS);
         let mut state = self.shared.lock();
         if !state.closed {
@@ -128,15 +119,15 @@ impl Channel {
         receiver
     }
 
-    fn open(&self, direction: Direction) -> Option<StreamId> {
-        let mut state = self.shared.lock();
-        let id = state.connection.open_stream(direction)?;
-        state.streams.insert(id, Stream::default());
-        Some(id)
+    /// Returns the number of requests that were dropped before the broker saw them, since the last
+    /// call.
+    pub fn take_dropped_dials(&self) -> u64 {
+        std::mem::take(&mut self.shared.lock().dropped_dials)
     }
 
-    /// Sends `start`; what comes back resolves when the process has ended, or fails when the channel has.
-    pub fn start(&self, start: Start) -> Result<oneshot::Receiver<Ended>, TooLarge> {
+    /// Sends `start`. The receiver resolves when the process has ended, and fails when the channel is
+    /// closed.
+    pub fn start_process(&self, start: Start) -> Result<oneshot::Receiver<ProcessEnd>, TooLarge> {
         let (sender, receiver) = oneshot::channel();
         let process = start.process;
         let mut state = self.shared.lock();
@@ -149,8 +140,9 @@ impl Channel {
         Ok(receiver)
     }
 
-    /// Sends a request; what comes back resolves with the agent's answer.
-    pub fn request(
+    /// Sends a request. The receiver resolves with the agent's reply, and fails when the channel is
+    /// closed.
+    pub fn send_request(
         &self,
         request: u32,
         message: &ToGuest,
@@ -167,7 +159,7 @@ impl Channel {
     }
 
     /// Sends a signal to a process.
-    pub fn signal(&self, process: u32, signal: u8) {
+    pub fn send_signal(&self, process: u32, signal: u8) {
         // A few bytes always fit a frame.
         let sent = self.shared.lock().connection.send_message(&ToGuest::Signal { process, signal });
         debug_assert_eq!(sent, Ok(()));

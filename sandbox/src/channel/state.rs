@@ -1,4 +1,4 @@
-//! The state of a channel behind its lock.
+//! The state of a channel, and the lock that guards it.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -12,46 +12,49 @@ use chitin_spec::MAX_HOST;
 use chitin_tiers::clock::now_ns;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-/// Why a channel no longer works.
+/// The reason why a channel no longer works.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Closed {
-    /// The other end is gone.
+pub(crate) enum CloseReason {
+    /// The other end is closed.
     Eof,
     /// Reading or writing failed.
     Io(io::ErrorKind),
     /// The agent broke the protocol.
     Fault(Fault),
-    /// This side ended it: the sandbox was stopped, or its time was up.
+    /// This side closed it: the sandbox was stopped, or its time limit was reached.
     Local,
 }
 
-/// When things happened on the channel, `CLOCK_MONOTONIC` nanoseconds of the host.
+/// The times of events on the channel, `CLOCK_MONOTONIC` nanoseconds of the host.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Seen {
+pub(crate) struct Timestamps {
     /// The agent's first message was read.
     pub ready: Option<u64>,
-    /// How long the agent took from its first instruction to that message, nanoseconds.
-    pub agent_took: u64,
+    /// The agent's own measure of the time from its first instruction to that message, in
+    /// nanoseconds.
+    pub agent_start_ns: u64,
     /// The first byte of any workload's output was read.
-    pub output: Option<u64>,
-    /// A workload's end was read, the latest.
-    pub exited: Option<u64>,
+    pub first_output: Option<u64>,
+    /// The end of a workload was read, the latest one.
+    pub last_exit: Option<u64>,
 }
 
-pub(super) type Ended = (Exit, Usage);
+/// The exit of a process and the resources that it used.
+pub(super) type ProcessEnd = (Exit, Usage);
 
-/// What a workload has tried to reach. All of it is the guest's word.
+/// A connection request of the workload. All of it is untrusted.
 #[derive(Debug)]
-pub(crate) enum Dial {
-    /// A connection, and the stream that is to be it: see [`Channel::adopt`].
+pub(crate) enum GuestDial {
+    /// A connection, and its stream: see [`Channel::adopt_stream`](super::Channel::adopt_stream).
     Connection { host: String, port: u16, stream: StreamId },
     /// A name that the agent has refused.
     Denied { host: String },
 }
 
+/// The part of a channel that its handle, its streams and its driver share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub state: Mutex<State>,
+    state: Mutex<State>,
     /// Wakes the driver: there is output to write, or the channel was closed.
     pub driver: Notify,
     pub status: watch::Sender<Status>,
@@ -60,28 +63,28 @@ pub(super) struct Shared {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Status {
     pub ready: bool,
-    pub closed: Option<Closed>,
+    pub closed: Option<CloseReason>,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
     pub connection: Connection<Host>,
     pub streams: HashMap<StreamId, Stream>,
-    pub processes: HashMap<u32, oneshot::Sender<Ended>>,
+    pub processes: HashMap<u32, oneshot::Sender<ProcessEnd>>,
     pub requests: HashMap<u32, oneshot::Sender<Result<(), Failure>>>,
-    /// Who is told what the workload tries to reach, if it may reach anything.
-    pub dial_requests: Option<mpsc::Sender<Dial>>,
-    /// Attempts that the broker was not told of.
-    pub missed: u64,
-    /// The last name given to a process or a request.
-    pub last_name: u32,
-    pub seen: Seen,
+    /// Receives the workload's connection requests, if egress is enabled.
+    pub dial_requests: Option<mpsc::Sender<GuestDial>>,
+    /// Requests that were dropped because too many waited.
+    pub dropped_dials: u64,
+    /// The last id given to a process or a request.
+    pub last_id: u32,
+    pub timestamps: Timestamps,
     pub closed: bool,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Stream {
-    /// Received and not yet read; bounded by the protocol's window.
+    /// Bytes received and not yet read; bounded by the protocol's window.
     pub inbox: VecDeque<u8>,
     pub ended: bool,
     pub reset: bool,
@@ -98,38 +101,58 @@ impl Stream {
 }
 
 impl Shared {
+    pub fn new() -> Shared {
+        Shared {
+            state: Mutex::new(State {
+                connection: Connection::new(),
+                streams: HashMap::new(),
+                processes: HashMap::new(),
+                requests: HashMap::new(),
+                dial_requests: None,
+                dropped_dials: 0,
+                last_id: 0,
+                timestamps: Timestamps::default(),
+                closed: false,
+            }),
+            driver: Notify::new(),
+            status: watch::Sender::new(Status::default()),
+        }
+    }
+
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic under the lock would be a bug in this file; the state machine stays consistent between calls.
+        // A panic under the lock would be a bug of this module; the state machine stays consistent
+        // between calls.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn close(&self, why: Closed) {
+    /// Closes the channel, unless it is closed already, and wakes everything that waits on it.
+    pub fn close(&self, reason: CloseReason) {
         let mut state = self.lock();
         if std::mem::replace(&mut state.closed, true) {
             return;
         }
-        // Dropping the senders is what tells those who wait.
+        // Dropping the senders fails their receivers.
         state.processes.clear();
         state.requests.clear();
         state.dial_requests = None;
         state.streams.values_mut().for_each(Stream::wake);
         drop(state);
-        self.status.send_modify(|status| status.closed = Some(why));
+        self.status.send_modify(|status| status.closed = Some(reason));
         self.driver.notify_one();
     }
 }
 
 impl State {
-    /// Handles one event; false when there is none.
+    /// Handles one event. Returns false if there is none.
     pub fn handle_event(&mut self, shared: &Shared) -> Result<bool, Fault> {
         match self.connection.next_event()? {
             None => return Ok(false),
             Some(Event::Established { .. }) => {}
             Some(Event::Message(message)) => self.handle_message(message, shared)?,
             Some(Event::Data { stream, bytes }) => {
-                // The host's own streams are even: what a workload sends elsewhere is not its output.
+                // Streams that the host opened have even ids: only those carry a workload's output.
                 if stream % 2 == 0 {
-                    self.seen.output.get_or_insert_with(now_ns);
+                    self.timestamps.first_output.get_or_insert_with(now_ns);
                 }
                 if let Some(stream) = self.streams.get_mut(&stream) {
                     stream.inbox.extend(bytes);
@@ -160,19 +183,19 @@ impl State {
     fn handle_message(&mut self, message: ToHost, shared: &Shared) -> Result<(), Fault> {
         match message {
             ToHost::Ready { started_ns, ready_ns } => {
-                if self.seen.ready.is_some() {
+                if self.timestamps.ready.is_some() {
                     return Err(Fault::Unexpected(Unexpected::DuplicateReady));
                 }
-                self.seen.ready = Some(now_ns());
-                self.seen.agent_took = ready_ns.saturating_sub(started_ns);
+                self.timestamps.ready = Some(now_ns());
+                self.timestamps.agent_start_ns = ready_ns.saturating_sub(started_ns);
                 shared.status.send_modify(|status| status.ready = true);
             }
             ToHost::Exited { process, exit, usage } => {
                 let Some(sender) = self.processes.remove(&process) else {
                     return Err(Fault::Unexpected(Unexpected::UnknownProcess(process)));
                 };
-                self.seen.exited = Some(now_ns());
-                // Whoever started it may have stopped caring.
+                self.timestamps.last_exit = Some(now_ns());
+                // The caller may have dropped the process.
                 let _ = sender.send((exit, usage));
             }
             ToHost::Done { request, result } => {
@@ -184,30 +207,31 @@ impl State {
             ToHost::Dial { host, port, stream } => {
                 self.connection.accept_stream(stream, Direction::Both)?;
                 self.streams.insert(stream, Stream::default());
-                if !self.report_dial(Dial::Connection { host: bounded(host), port, stream })? {
+                let host = truncate_host(host);
+                if !self.queue_dial(GuestDial::Connection { host, port, stream })? {
                     self.streams.remove(&stream);
                     self.connection.reset_stream(stream);
                 }
             }
             ToHost::Denied { host } => {
-                self.report_dial(Dial::Denied { host: bounded(host) })?;
+                self.queue_dial(GuestDial::Denied { host: truncate_host(host) })?;
             }
         }
         Ok(())
     }
 
-    /// Tells the broker. `false`: it has too much to do already.
-    fn report_dial(&mut self, dial: Dial) -> Result<bool, Fault> {
+    /// Queues a request for the broker. Returns false if too many wait already.
+    fn queue_dial(&mut self, dial: GuestDial) -> Result<bool, Fault> {
         let Some(dial_requests) = &self.dial_requests else {
             return Err(Fault::Unexpected(Unexpected::EgressNotEnabled));
         };
-        let told = dial_requests.try_send(dial).is_ok();
-        self.missed += u64::from(!told);
-        Ok(told)
+        let queued = dial_requests.try_send(dial).is_ok();
+        self.dropped_dials += u64::from(!queued);
+        Ok(queued)
     }
 }
 
-/// What waits is bounded also in length. A name that is cut is still too long to be one.
-fn bounded(host: String) -> String {
+/// Bounds the memory of a waiting request. A truncated name is still too long to be valid.
+fn truncate_host(host: String) -> String {
     if host.len() > MAX_HOST { host.chars().take(MAX_HOST + 1).collect() } else { host }
 }

@@ -1,22 +1,28 @@
-//! The streams of a channel, which look like any other to tokio.
+//! The streams of a channel as tokio's readers and writers.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use chitin_protocol::StreamId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::Channel;
+use super::state::Shared;
 
-/// Receives what the sandbox sends on one stream. Dropping it tells the sender to stop (a workload gets `SIGPIPE`).
+/// Receives bytes that the sandbox sends on one stream. Dropping it makes the sender stop: a workload
+/// gets `SIGPIPE`.
 #[derive(Debug)]
 pub struct StreamReader {
-    pub(super) channel: Channel,
-    pub(super) id: StreamId,
+    shared: Arc<Shared>,
+    id: StreamId,
 }
 
 impl StreamReader {
+    pub(super) fn new(shared: Arc<Shared>, id: StreamId) -> StreamReader {
+        StreamReader { shared, id }
+    }
+
     pub(crate) fn id(&self) -> StreamId {
         self.id
     }
@@ -28,7 +34,7 @@ impl AsyncRead for StreamReader {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut state = self.channel.shared.lock();
+        let mut state = self.shared.lock();
         let state = &mut *state;
         let Some(stream) = state.streams.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
         if stream.inbox.is_empty() {
@@ -51,7 +57,7 @@ impl AsyncRead for StreamReader {
         }
         state.connection.return_credit(self.id, taken);
         if !state.connection.pending_output().is_empty() {
-            self.channel.shared.driver.notify_one();
+            self.shared.driver.notify_one();
         }
         Poll::Ready(Ok(()))
     }
@@ -59,35 +65,40 @@ impl AsyncRead for StreamReader {
 
 impl Drop for StreamReader {
     fn drop(&mut self) {
-        let mut state = self.channel.shared.lock();
+        let mut state = self.shared.lock();
         state.streams.remove(&self.id);
         state.connection.reset_stream(self.id);
         drop(state);
-        self.channel.shared.driver.notify_one();
+        self.shared.driver.notify_one();
     }
 }
 
-/// Sends to the sandbox on one stream. Shutting it down or dropping it is the end of file at the other side.
+/// Sends bytes to the sandbox on one stream. Shutting it down or dropping it is the end of file at
+/// the other side.
 #[derive(Debug)]
 pub struct StreamWriter {
-    pub(super) channel: Channel,
-    pub(super) id: StreamId,
+    shared: Arc<Shared>,
+    id: StreamId,
 }
 
 impl StreamWriter {
+    pub(super) fn new(shared: Arc<Shared>, id: StreamId) -> StreamWriter {
+        StreamWriter { shared, id }
+    }
+
     pub(crate) fn id(&self) -> StreamId {
         self.id
     }
 
-    /// Tells the other side that what was sent is not to be used: an end that is not an end of file.
-    pub(crate) fn abort(&self) {
-        self.channel.shared.lock().connection.reset_stream(self.id);
-        self.channel.shared.driver.notify_one();
+    /// Resets the stream, so that the other side discards it instead of seeing an end of file.
+    pub(crate) fn reset(&self) {
+        self.shared.lock().connection.reset_stream(self.id);
+        self.shared.driver.notify_one();
     }
 
-    fn end(&self) {
-        self.channel.shared.lock().connection.end_stream(self.id);
-        self.channel.shared.driver.notify_one();
+    fn end_stream(&self) {
+        self.shared.lock().connection.end_stream(self.id);
+        self.shared.driver.notify_one();
     }
 }
 
@@ -97,7 +108,7 @@ impl AsyncWrite for StreamWriter {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let mut state = self.channel.shared.lock();
+        let mut state = self.shared.lock();
         let state = &mut *state;
         if state.closed || !state.connection.is_sending(self.id) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
@@ -109,38 +120,45 @@ impl AsyncWrite for StreamWriter {
             }
             return Poll::Pending;
         }
-        self.channel.shared.driver.notify_one();
+        self.shared.driver.notify_one();
         Poll::Ready(Ok(count))
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // What was taken is on its way, and the driver never holds it back.
+        // Accepted bytes are on their way: the driver never holds them back.
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.end();
+        self.end_stream();
         Poll::Ready(Ok(()))
     }
 }
 
 impl Drop for StreamWriter {
     fn drop(&mut self) {
-        self.end();
-        self.channel.shared.lock().streams.remove(&self.id);
+        self.end_stream();
+        self.shared.lock().streams.remove(&self.id);
     }
 }
 
-/// A connection with something in the sandbox, or of something in it: bytes both ways. Shutting it down ends this side's
-/// half; dropping it before both have ended resets it.
+/// A connection to or from the sandbox, with bytes in both directions. Shutting it down ends this
+/// side's half; dropping it before both halves have ended resets it.
 #[derive(Debug)]
 pub struct Tunnel {
-    // Dropped first: its reset is none if both halves have ended.
-    pub(super) reader: StreamReader,
-    pub(super) writer: StreamWriter,
+    // Dropped first: its reset has no effect if both halves have ended.
+    reader: StreamReader,
+    writer: StreamWriter,
 }
 
 impl Tunnel {
+    pub(super) fn new(shared: Arc<Shared>, id: StreamId) -> Tunnel {
+        Tunnel {
+            reader: StreamReader::new(shared.clone(), id),
+            writer: StreamWriter::new(shared, id),
+        }
+    }
+
     pub(crate) fn id(&self) -> StreamId {
         self.reader.id
     }

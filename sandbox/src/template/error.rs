@@ -1,48 +1,53 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::store::MAX_NAME;
-
-/// What can be wrong with a template.
+/// An invalid template, or a failed operation on one.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    /// The name could not be a directory's.
+    /// The name is not valid as the name of a directory.
     #[error(
-        "`{0}` is no name of a template: letters, digits, `.`, `_` and `-`, at most {MAX_NAME}, the first one not `.` or `-`"
+        "`{name}` is not a template name: letters, digits, `.`, `_` and `-`, at most {max}, the \
+         first one not `.` or `-`"
     )]
-    Name(String),
-    /// There is no template of that name.
-    #[error("there is no template `{name}` in {}: `chitin template ls` shows those there are", dir.display())]
-    Missing {
-        /// The name.
+    Name {
+        /// The requested name.
         name: String,
-        /// Where it was looked for.
+        /// The largest length.
+        max: usize,
+    },
+    /// There is no template of this name.
+    #[error("there is no template `{name}` in {}: `chitin template ls` lists them", dir.display())]
+    Missing {
+        /// The requested name.
+        name: String,
+        /// The directory that was searched.
         dir: PathBuf,
     },
-    /// A file of it cannot be used.
+    /// A file of the template cannot be used.
     #[error("{operation} {}", path.display())]
     File {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
-        /// On what.
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
-    /// `template.json` is not one of ours.
+    /// `template.json` is not valid.
     #[error("{} is damaged: build the template again", path.display())]
     Manifest {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         source: serde_json::Error,
     },
-    /// The memory file is not the one that was sealed.
+    /// The memory file is not the one that was sealed, or the key is not the one it was sealed with.
     #[error(
-        "the memory of template `{0}` was changed, replaced or moved, or the key is another: build the template again"
+        "the memory of template `{0}` was changed, replaced or moved, or the key is another: build \
+         the template again"
     )]
     Seal(String),
-    /// There is no place for templates.
-    #[error("no home directory: name a directory for templates in CHITIN_TEMPLATES")]
+    /// No directory for templates is known.
+    #[error("no home directory: set CHITIN_TEMPLATES to a directory for templates")]
     NoHome,
 }

@@ -1,4 +1,4 @@
-//! The directory of a user's templates.
+//! The directory of a user's templates, and drafts of new ones.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -16,22 +16,22 @@ use super::{Manifest, TemplateError};
 pub(crate) const KEY_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
 
-/// Longest name of a template.
-pub(super) const MAX_NAME: usize = 64;
+/// The largest length of a template's name.
+const MAX_NAME: usize = 64;
 
-/// Largest `template.json` that is read.
+/// The largest `template.json` that is read.
 const MAX_MANIFEST: u64 = 64 * 1024;
-/// The place where a user's templates are.
+/// The directory of a user's templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Templates {
     dir: PathBuf,
 }
 
 impl Templates {
-    /// `$CHITIN_TEMPLATES`, else `chitin/templates` in the user's data directory.
+    /// Finds the directory: `$CHITIN_TEMPLATES`, else `chitin/templates` in the user's data directory.
     ///
     /// # Errors
-    /// [`TemplateError::NoHome`] where neither is known.
+    /// [`TemplateError::NoHome`] if neither is known.
     pub fn locate() -> Result<Templates, TemplateError> {
         let home = || std::env::home_dir().map(|home| home.join(".local/share"));
         let dir = match std::env::var_os("CHITIN_TEMPLATES") {
@@ -45,25 +45,25 @@ impl Templates {
         Ok(Templates { dir })
     }
 
-    /// Those in a directory, which is made when the first one is built.
+    /// Uses this directory, which is created when the first template is built.
     pub fn at(dir: impl Into<PathBuf>) -> Templates {
         Templates { dir: dir.into() }
     }
 
-    /// All of them, by name.
+    /// Lists all templates, sorted by name.
     ///
     /// # Errors
     /// The directory or a manifest cannot be read.
     pub fn list(&self) -> Result<Vec<Manifest>, TemplateError> {
         let entries = match fs::read_dir(&self.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(failed("list", &self.dir))?,
+            other => other.map_err(file_error("list", &self.dir))?,
         };
         let mut found = Vec::new();
         for entry in entries {
-            let name = entry.map_err(failed("list", &self.dir))?.file_name();
-            // The key, and templates that are just being built.
-            if let Some(name) = name.to_str().filter(|name| check_name(name).is_ok())
+            let name = entry.map_err(file_error("list", &self.dir))?.file_name();
+            // Skips the key, and templates that are being built.
+            if let Some(name) = name.to_str().filter(|name| check_template_name(name).is_ok())
                 && self.dir.join(name).is_dir()
             {
                 found.push(self.inspect(name)?);
@@ -73,29 +73,29 @@ impl Templates {
         Ok(found)
     }
 
-    /// What one is.
+    /// Reads the manifest of a template.
     ///
     /// # Errors
-    /// There is none of that name, or its manifest cannot be read.
+    /// There is no template of this name, or its manifest cannot be read.
     pub fn inspect(&self, name: &str) -> Result<Manifest, TemplateError> {
-        let path = self.existing(name)?.join("template.json");
+        let path = self.find_template(name)?.join("template.json");
         let mut json = Vec::new();
-        let file = File::open(&path).map_err(failed("open", &path))?;
-        file.take(MAX_MANIFEST).read_to_end(&mut json).map_err(failed("read", &path))?;
+        let file = File::open(&path).map_err(file_error("open", &path))?;
+        file.take(MAX_MANIFEST).read_to_end(&mut json).map_err(file_error("read", &path))?;
         serde_json::from_slice(&json).map_err(|source| TemplateError::Manifest { path, source })
     }
 
-    /// Removes one. Its copies that are running are not touched.
+    /// Removes a template. Running copies of it are not affected.
     ///
     /// # Errors
-    /// There is none of that name, or its files cannot be removed.
+    /// There is no template of this name, or its files cannot be removed.
     pub fn remove(&self, name: &str) -> Result<(), TemplateError> {
-        let dir = self.existing(name)?;
-        fs::remove_dir_all(&dir).map_err(failed("remove", &dir))
+        let dir = self.find_template(name)?;
+        fs::remove_dir_all(&dir).map_err(file_error("remove", &dir))
     }
 
-    fn existing(&self, name: &str) -> Result<PathBuf, TemplateError> {
-        check_name(name)?;
+    fn find_template(&self, name: &str) -> Result<PathBuf, TemplateError> {
+        check_template_name(name)?;
         let path = self.dir.join(name);
         if path.is_dir() {
             return Ok(path);
@@ -103,133 +103,138 @@ impl Templates {
         Err(TemplateError::Missing { name: name.into(), dir: self.dir.clone() })
     }
 
-    /// Opens the files of one, after the seal has been verified.
+    /// Verifies the seal of a template and opens its files.
     pub(crate) fn open(&self, name: &str) -> Result<GuestFiles, TemplateError> {
-        let dir = self.existing(name)?;
+        let dir = self.find_template(name)?;
         let open = |file: &str| {
             let path = dir.join(file);
-            File::open(&path).map_err(failed("open", &path))
+            File::open(&path).map_err(file_error("open", &path))
         };
         let (memory, state) = (open("memory")?, open("state")?);
         let path = dir.join("seal");
-        let sealed = fs::read(&path).map_err(failed("read", &path))?;
-        let key = self.key()?;
-        let mac = seal(&*key, &memory, &state).map_err(failed("look at", &dir))?;
+        let sealed = fs::read(&path).map_err(file_error("read", &path))?;
+        let key = self.read_key()?;
+        let mac = compute_seal(&*key, &memory, &state).map_err(file_error("inspect", &dir))?;
         mac.verify_slice(&sealed).map_err(|_| TemplateError::Seal(name.into()))?;
-        Ok(GuestFiles { memory, state, key: self.key_file()? })
+        Ok(GuestFiles { memory, state, key: self.open_key()? })
     }
 
-    /// Makes a place for a new one, which [`Draft::publish`] gives its name.
-    pub(crate) fn draft(&self, name: &str) -> Result<Draft, TemplateError> {
-        check_name(name)?;
-        private_dir().recursive(true).create(&self.dir).map_err(failed("create", &self.dir))?;
+    /// Creates the directory of a new template, which [`TemplateDraft::publish`] renames.
+    pub(crate) fn create_draft(&self, name: &str) -> Result<TemplateDraft, TemplateError> {
+        check_template_name(name)?;
+        private_dir().recursive(true).create(&self.dir).map_err(file_error("create", &self.dir))?;
         let dir = self.dir.join(format!(".{name}.{}", std::process::id()));
-        private_dir().create(&dir).map_err(failed("create", &dir))?;
-        Ok(Draft { templates: self.clone(), name: name.into(), dir, published: false })
+        private_dir().create(&dir).map_err(file_error("create", &dir))?;
+        Ok(TemplateDraft { templates: self.clone(), name: name.into(), dir, published: false })
     }
 
-    fn key(&self) -> Result<Zeroizing<[u8; KEY_BYTES]>, TemplateError> {
+    fn read_key(&self) -> Result<Zeroizing<[u8; KEY_BYTES]>, TemplateError> {
         let mut key = Zeroizing::new([0; KEY_BYTES]);
-        self.key_file()?.read_exact(&mut *key).map_err(failed("read", &self.dir.join("key")))?;
+        self.open_key()?
+            .read_exact(&mut *key)
+            .map_err(file_error("read", &self.dir.join("key")))?;
         Ok(key)
     }
 
-    /// Opens the key, made when it is first needed.
-    fn key_file(&self) -> Result<File, TemplateError> {
+    /// Opens the key, which is created when it is first needed.
+    pub(super) fn open_key(&self) -> Result<File, TemplateError> {
         let path = self.dir.join("key");
         match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
             Ok(mut file) => {
                 let mut key = Zeroizing::new([0; KEY_BYTES]);
                 getrandom::fill(&mut *key)
                     .map_err(io::Error::from)
-                    .map_err(failed("make", &path))?;
-                file.write_all(&*key).map_err(failed("write", &path))?;
+                    .map_err(file_error("create", &path))?;
+                file.write_all(&*key).map_err(file_error("write", &path))?;
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(failed("create", &path)(error)),
+            Err(error) => return Err(file_error("create", &path)(error)),
         }
-        File::open(&path).map_err(failed("open", &path))
+        File::open(&path).map_err(file_error("open", &path))
     }
 }
 
-/// A template that is being built. Dropped without being published, it leaves nothing.
+/// A template that is being built. If it is dropped before it is published, its files are removed.
 #[derive(Debug)]
-pub(crate) struct Draft {
+pub(crate) struct TemplateDraft {
     templates: Templates,
     name: String,
     dir: PathBuf,
     published: bool,
 }
 
-impl Draft {
-    /// GuestFiles to save a guest into.
-    pub fn files(&self) -> Result<GuestFiles, TemplateError> {
+impl TemplateDraft {
+    /// Creates the files that a guest is saved into.
+    pub fn create_files(&self) -> Result<GuestFiles, TemplateError> {
         Ok(GuestFiles {
-            memory: self.create("memory")?,
-            state: self.create("state")?,
-            key: self.templates.key_file()?,
+            memory: self.create_file("memory")?,
+            state: self.create_file("state")?,
+            key: self.templates.open_key()?,
         })
     }
 
-    /// The saved files, to be read.
-    pub fn saved(&self) -> Result<GuestFiles, TemplateError> {
+    /// Opens the saved files for reading.
+    pub fn open_files(&self) -> Result<GuestFiles, TemplateError> {
         let open = |file: &str| {
             let path = self.dir.join(file);
-            File::open(&path).map_err(failed("open", &path))
+            File::open(&path).map_err(file_error("open", &path))
         };
         Ok(GuestFiles {
             memory: open("memory")?,
             state: open("state")?,
-            key: self.templates.key_file()?,
+            key: self.templates.open_key()?,
         })
     }
 
-    /// A file for a state that knows more, which replaces the first one.
-    pub fn new_state(&self) -> Result<File, TemplateError> {
-        self.create("state.new")
+    /// Creates the file of a state with recorded pages, which replaces the first state.
+    pub fn create_new_state(&self) -> Result<File, TemplateError> {
+        self.create_file("state.new")
     }
 
-    /// The key, opened anew: each reader reads it once.
-    pub fn key(&self) -> Result<File, TemplateError> {
-        self.templates.key_file()
+    /// Opens the key again: each reader reads it once.
+    pub fn open_key(&self) -> Result<File, TemplateError> {
+        self.templates.open_key()
     }
 
-    fn create(&self, file: &str) -> Result<File, TemplateError> {
+    fn create_file(&self, file: &str) -> Result<File, TemplateError> {
         let path = self.dir.join(file);
         let create =
             OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path);
-        create.map_err(failed("create", &path))
+        create.map_err(file_error("create", &path))
     }
 
-    /// Seals it and gives it its name, in place of one that has that name already.
+    /// Seals the template and gives it its name. An existing template of this name is replaced.
     pub fn publish(mut self, mut manifest: Manifest) -> Result<Manifest, TemplateError> {
-        let at = |file: &str| self.dir.join(file);
-        fs::rename(at("state.new"), at("state")).map_err(failed("rename", &at("state.new")))?;
-        let memory = File::open(at("memory")).map_err(failed("open", &at("memory")))?;
-        let state = File::open(at("state")).map_err(failed("open", &at("state")))?;
-        let metadata = memory.metadata().map_err(failed("look at", &at("memory")))?;
+        let path = |file: &str| self.dir.join(file);
+        fs::rename(path("state.new"), path("state"))
+            .map_err(file_error("rename", &path("state.new")))?;
+        let memory = File::open(path("memory")).map_err(file_error("open", &path("memory")))?;
+        let state = File::open(path("state")).map_err(file_error("open", &path("state")))?;
+        let metadata = memory.metadata().map_err(file_error("inspect", &path("memory")))?;
         manifest.memory_bytes = metadata.blocks() * 512;
-        let mac =
-            seal(&*self.templates.key()?, &memory, &state).map_err(failed("look at", &self.dir))?;
-        fs::write(at("seal"), mac.finalize().into_bytes()).map_err(failed("write", &at("seal")))?;
+        let mac = compute_seal(&*self.templates.read_key()?, &memory, &state)
+            .map_err(file_error("inspect", &self.dir))?;
+        fs::write(path("seal"), mac.finalize().into_bytes())
+            .map_err(file_error("write", &path("seal")))?;
         let json = serde_json::to_vec_pretty(&manifest)
-            .map_err(|source| TemplateError::Manifest { path: at("template.json"), source })?;
-        fs::write(at("template.json"), json).map_err(failed("write", &at("template.json")))?;
+            .map_err(|source| TemplateError::Manifest { path: path("template.json"), source })?;
+        fs::write(path("template.json"), json)
+            .map_err(file_error("write", &path("template.json")))?;
 
         let target = self.templates.dir.join(&self.name);
         if target.exists() {
-            fs::remove_dir_all(&target).map_err(failed("replace", &target))?;
+            fs::remove_dir_all(&target).map_err(file_error("replace", &target))?;
         }
-        fs::rename(&self.dir, &target).map_err(failed("rename", &self.dir))?;
+        fs::rename(&self.dir, &target).map_err(file_error("rename", &self.dir))?;
         self.published = true;
         Ok(manifest)
     }
 }
 
-impl Drop for Draft {
+impl Drop for TemplateDraft {
     fn drop(&mut self) {
         if !self.published {
-            // It is of no use to anybody, and nobody is left to be told.
+            // A failure cannot be reported here, and the draft is of no further use.
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
@@ -241,13 +246,14 @@ fn private_dir() -> fs::DirBuilder {
     builder
 }
 
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError {
+fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError {
     let path = path.to_owned();
     move |source| TemplateError::File { operation, path, source }
 }
 
-/// The MAC of a memory file's identity and of the state that goes with it, which its own MAC stands for.
-fn seal(key: &[u8], memory: &File, state: &File) -> io::Result<Hmac<Sha256>> {
+/// Computes the MAC of a memory file's identity and of the state that belongs to it, which is
+/// represented by its own MAC.
+fn compute_seal(key: &[u8], memory: &File, state: &File) -> io::Result<Hmac<Sha256>> {
     use std::os::unix::fs::FileExt;
     let mut mac = Hmac::<Sha256>::new_from_slice(key).map_err(io::Error::other)?;
     let metadata = memory.metadata()?;
@@ -270,32 +276,19 @@ fn seal(key: &[u8], memory: &File, state: &File) -> io::Result<Hmac<Sha256>> {
     Ok(mac)
 }
 
-/// What a guest's files must be where it is restored: the image that it has mapped, and whose pages it knows.
-pub(crate) fn binding(root_image: &Path) -> io::Result<String> {
-    let image = fs::metadata(root_image)?;
-    Ok(format!(
-        "chitin {}; root image of {} bytes, inode {}, changed {}.{:09}",
-        env!("CARGO_PKG_VERSION"),
-        image.len(),
-        image.ino(),
-        image.mtime(),
-        image.mtime_nsec()
-    ))
-}
-
-/// Seconds since 1970.
-pub(crate) fn now() -> u64 {
+/// Returns the seconds since 1970.
+pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-fn check_name(name: &str) -> Result<(), TemplateError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    let starts = !name.is_empty() && !name.starts_with(['.', '-']);
-    // The key lies beside the templates.
-    if starts && name.len() <= MAX_NAME && name.bytes().all(plain) && name != "key" {
+fn check_template_name(name: &str) -> Result<(), TemplateError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let valid_start = !name.is_empty() && !name.starts_with(['.', '-']);
+    // The key is in the same directory.
+    if valid_start && name.len() <= MAX_NAME && name.bytes().all(allowed) && name != "key" {
         return Ok(());
     }
-    Err(TemplateError::Name(name.into()))
+    Err(TemplateError::Name { name: name.into(), max: MAX_NAME })
 }
 #[cfg(test)]
 #[path = "store_test.rs"]

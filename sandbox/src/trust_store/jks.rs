@@ -1,38 +1,40 @@
-//! A list of authorities as Java keeps one (JKS), which reads no PEM.
+//! The encoder of a Java keystore (JKS) of CA certificates. Java reads no PEM.
 
 use rustls::pki_types::CertificateDer;
 
-/// First bytes, and the version that has the kind of a certificate by name (`sun.security.provider.JavaKeyStore`).
+/// The magic number, and the version whose entries name the certificate type
+/// (`sun.security.provider.JavaKeyStore`).
 const MAGIC: u32 = 0xfeed_feed;
 const VERSION: u32 = 2;
 
-/// An entry that is trusted, and has no key.
+/// The tag of a trusted certificate entry, which has no key.
 const TRUSTED: u32 = 2;
 
-/// A digest keyed with a password ends the file. Lists of what is trusted are read without one, and then it is not looked at.
+/// The digest at the end of the file, keyed with a password. Java opens trust stores without a
+/// password, and then does not verify it.
 const DIGEST: [u8; 20] = [0; 20];
 
-/// The file of these certificates.
-pub(crate) fn keystore(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
+/// Returns the content of a keystore with these certificates.
+pub(crate) fn encode_keystore(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
     let mut file = Vec::new();
-    let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).to_be_bytes();
+    let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).to_be_bytes();
     file.extend([MAGIC, VERSION].map(u32::to_be_bytes).concat());
-    file.extend(number(certificates.len()));
+    file.extend(length(certificates.len()));
     for (index, certificate) in certificates.iter().enumerate() {
         file.extend(TRUSTED.to_be_bytes());
-        text(&mut file, &index.to_string());
-        // When it was made, milliseconds since 1970: nobody asks.
+        push_string(&mut file, &index.to_string());
+        // The creation date, milliseconds since 1970, which trust managers do not read.
         file.extend(0_u64.to_be_bytes());
-        text(&mut file, "X.509");
-        file.extend(number(certificate.len()));
+        push_string(&mut file, "X.509");
+        file.extend(length(certificate.len()));
         file.extend_from_slice(certificate);
     }
     file.extend(DIGEST);
     file
 }
 
-/// Its length in two bytes, and an ASCII text.
-fn text(file: &mut Vec<u8>, text: &str) {
+/// Appends an ASCII string with its length in two bytes.
+fn push_string(file: &mut Vec<u8>, text: &str) {
     file.extend(u16::try_from(text.len()).unwrap_or(u16::MAX).to_be_bytes());
     file.extend_from_slice(text.as_bytes());
 }
@@ -42,8 +44,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_its_entries_one_after_the_other() {
-        let file = keystore(&[CertificateDer::from(vec![1, 2, 3]), CertificateDer::from(vec![4])]);
+    fn keystore_has_its_entries_in_order() {
+        let file =
+            encode_keystore(&[CertificateDer::from(vec![1, 2, 3]), CertificateDer::from(vec![4])]);
         let expected = [
             &[0xfe, 0xed, 0xfe, 0xed, 0, 0, 0, 2, 0, 0, 0, 2][..],
             &[

@@ -1,9 +1,9 @@
-//! Has programs in a sandbox trust its authority, and nobody outside of it.
+//! Makes the programs of one sandbox trust the CA of its proxy.
 
 mod jks;
 
 use std::fs::{self, Permissions};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -12,23 +12,25 @@ use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use crate::copy::{copy_in, copy_out};
+use crate::error::Error;
 use crate::session::Session;
-use crate::{Error, copy};
+use jks::encode_keystore;
 
-/// Where Debian and its relatives keep all certificates that are trusted; OpenSSL, Go and curl look there.
+/// The CA bundle of Debian and its derivatives. OpenSSL, Go and curl read it.
 const BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-/// Ten times what there is.
+/// The largest bundle that is read: ten times the size of Debian's.
 const MAX_BUNDLE: u64 = 4 * 1024 * 1024;
 
-/// Beside it, the same for Java, where Debian's looks for it.
+/// Java's CA keystore on Debian.
 const KEYSTORE: &str = "/etc/ssl/certs/java/cacerts";
 
-/// For programs that bring their own list of authorities, and would not look there.
+/// Variables for programs that bring a CA list and ignore the system's.
 const VARIABLES: [&str; 10] = [
-    // OpenSSL, and with it Python's ssl; Go; rustls where it asks the system.
+    // OpenSSL and Python's ssl; Go; rustls if it uses the system's list.
     "SSL_CERT_FILE",
-    // Python's requests and what is built on it; pip.
+    // Python's requests and packages built on it; pip.
     "REQUESTS_CA_BUNDLE",
     "PIP_CERT",
     "CURL_CA_BUNDLE",
@@ -41,73 +43,82 @@ const VARIABLES: [&str; 10] = [
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 ];
 
-/// Every JVM reads it, and says so on standard error.
-const JAVA: &str = "JAVA_TOOL_OPTIONS";
+/// Options that every JVM reads. It reports them on standard error.
+const JAVA_OPTIONS: &str = "JAVA_TOOL_OPTIONS";
 
-/// Where the two lie.
-struct Place {
+/// The paths of the bundle and the keystore in a sandbox.
+struct TrustStorePaths {
     bundle: &'static str,
     keystore: &'static str,
-    java: &'static str,
+    java_options: &'static str,
 }
 
-/// Where no workload can write.
-const SYSTEM: Place = Place {
+/// Paths that no workload can write to.
+const SYSTEM: TrustStorePaths = TrustStorePaths {
     bundle: BUNDLE,
     keystore: KEYSTORE,
-    java: "-Djavax.net.ssl.trustStore=/etc/ssl/certs/java/cacerts",
+    java_options: "-Djavax.net.ssl.trustStore=/etc/ssl/certs/java/cacerts",
 };
 
-/// Where the root is read-only for everybody, as in containers. A workload that changes it fools itself.
-const SCRATCH: Place = Place {
+/// Paths for sandboxes whose root is read-only for the agent as well, such as containers. A workload
+/// that changes these files deceives only itself.
+const SCRATCH: TrustStorePaths = TrustStorePaths {
     bundle: "/tmp/.chitin/ca-certificates.crt",
     keystore: "/tmp/.chitin/cacerts",
-    java: "-Djavax.net.ssl.trustStore=/tmp/.chitin/cacerts",
+    java_options: "-Djavax.net.ssl.trustStore=/tmp/.chitin/cacerts",
 };
 
-/// Adds the authority to what the sandbox's programs trust, and has every command use it.
-pub(crate) async fn trust(session: &Session, proxy: &Proxy) -> Result<(), Error> {
-    let failed =
-        |source| Error::Host { what: "add the sandbox's authority to its certificates", source };
+/// Adds the CA of the proxy to the sandbox's CA files, and points every command at them.
+pub(crate) async fn install_ca(session: &Session, proxy: &Proxy) -> Result<(), Error> {
+    let failed = |source| Error::Host { operation: "add the CA to the sandbox's CA files", source };
     let dir = tempfile::tempdir().map_err(failed)?;
-    let path = dir.path().join("bundle");
-    let mut bundle = match copy::copy_out(session, Path::new(BUNDLE), &path).await {
-        Ok(_) => read(&path).map_err(failed)?,
-        // An image may have none.
-        Err(Error::Guest(failure)) if failure.errno == Errno::NOENT.raw_os_error() => Vec::new(),
-        Err(error) => return Err(error),
-    };
+    let mut bundle = copy_bundle_out(session, &dir.path().join("bundle"), failed).await?;
     if !bundle.is_empty() && !bundle.ends_with(b"\n") {
         bundle.push(b'\n');
     }
     bundle.extend_from_slice(proxy.certificate().as_bytes());
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&bundle).flatten().collect();
     let (joined, keystore) = (dir.path().join("joined"), dir.path().join("keystore"));
-    for (path, content) in [(&joined, &bundle), (&keystore, &jks::keystore(&certificates))] {
+    for (path, content) in [(&joined, &bundle), (&keystore, &encode_keystore(&certificates))] {
         fs::write(path, content).map_err(failed)?;
         fs::set_permissions(path, Permissions::from_mode(0o444)).map_err(failed)?;
     }
-    let place = match copy::copy_in(session, &joined, Path::new(SYSTEM.bundle)).await {
+    let paths = match copy_in(session, &joined, Path::new(SYSTEM.bundle)).await {
         Ok(_) => SYSTEM,
         Err(Error::Guest(failure)) if failure.errno == Errno::ROFS.raw_os_error() => {
-            copy::copy_in(session, &joined, Path::new(SCRATCH.bundle)).await?;
+            copy_in(session, &joined, Path::new(SCRATCH.bundle)).await?;
             SCRATCH
         }
         Err(error) => return Err(error),
     };
-    copy::copy_in(session, &keystore, Path::new(place.keystore)).await?;
-    let variables =
-        VARIABLES.map(|name| (name, place.bundle)).into_iter().chain([(JAVA, place.java)]);
-    // A second time, for a sandbox that is the same, changes nothing.
-    let _ = session.environment.set(variables.collect());
+    copy_in(session, &keystore, Path::new(paths.keystore)).await?;
+    let bundle_variables = VARIABLES.map(|name| (name, paths.bundle));
+    let variables = bundle_variables.into_iter().chain([(JAVA_OPTIONS, paths.java_options)]);
+    // Set once: a second call for the same sandbox would set the same.
+    let _ = session.extra_environment.set(variables.collect());
     Ok(())
 }
 
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+/// Copies the image's CA bundle out and reads it. Empty if the image has none.
+async fn copy_bundle_out(
+    session: &Session,
+    target: &Path,
+    failed: impl Fn(io::Error) -> Error,
+) -> Result<Vec<u8>, Error> {
+    match copy_out(session, Path::new(BUNDLE), target).await {
+        Ok(_) => read_bundle(target).map_err(failed),
+        Err(Error::Guest(failure)) if failure.errno == Errno::NOENT.raw_os_error() => {
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn read_bundle(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     fs::File::open(path)?.take(MAX_BUNDLE + 1).read_to_end(&mut bytes)?;
     match bytes.len() as u64 > MAX_BUNDLE {
-        true => Err(std::io::Error::other("the image's bundle of certificates is over 4 MiB")),
+        true => Err(io::Error::other("the image's CA bundle is larger than 4 MiB")),
         false => Ok(bytes),
     }
 }

@@ -1,0 +1,335 @@
+//! The steps from a launched guest to a sandbox that is ready for use. Each step is a type.
+//!
+//! ```text
+//!   SandboxSpec ──▶ Launched ──agent's hello──▶ AgentReady ──credentials, CA, policy──▶ Provisioned ──▶ Sandbox
+//!                      │                            │
+//!                      └─ dropped, boot limit       └─ dropped, agent refuses ──▶ channel closed, guest ended
+//! ```
+//!
+//! A guest that boots is sent its credentials before the agent answers: the agent finds them when it
+//! is up, which saves a round trip. A restored guest is waited for and reseeded first.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chitin_broker::AuditLog;
+use chitin_broker::credentials::{CredentialValue, FetchedCredentials};
+use chitin_broker::egress::Broker;
+use chitin_broker::vault::LeaseRenewer;
+use chitin_policy::Policy;
+use chitin_protocol::{Secret, ToGuest};
+use chitin_tiers::microvm::{self, MicrovmTier, Monitor};
+use chitin_tiers::{GuestFiles, LaunchSpec, SelectedTier, Tier};
+use chitin_vmm::VmSpec;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::copy;
+use crate::credential_delivery::DeliveredCredentials;
+use crate::dial_requests::DialRequests;
+use crate::error::Error;
+use crate::session::{Deadline, Reply, Session};
+use crate::spec::SandboxSpec;
+use crate::trust_store::install_ca;
+
+/// The specifications that a forkable sandbox was started with.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub spec: SandboxSpec,
+    pub vm: VmSpec,
+    pub started: Instant,
+}
+
+/// A guest that runs. Dropping it closes the channel, which ends the guest.
+#[derive(Debug)]
+pub(crate) struct LiveGuest {
+    pub session: Arc<Session>,
+    pub selected: SelectedTier,
+    pub policy: Option<Arc<Policy>>,
+    /// Present if the sandbox may be forked.
+    pub origin: Option<Box<Origin>>,
+    deadline_timer: Option<JoinHandle<()>>,
+}
+
+impl Drop for LiveGuest {
+    fn drop(&mut self) {
+        self.session.channel.close();
+        if let Some(timer) = self.deadline_timer.take() {
+            timer.abort();
+        }
+    }
+}
+
+/// A guest that was launched, whose agent has not answered yet.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    guest: LiveGuest,
+    restored: bool,
+}
+
+/// A guest whose agent has answered. A restored guest has its own identity from here on.
+#[derive(Debug)]
+pub(crate) struct AgentReady {
+    guest: LiveGuest,
+}
+
+/// A guest that holds its credentials and enforces its policy.
+#[derive(Debug)]
+pub(crate) struct Provisioned {
+    pub guest: LiveGuest,
+    /// Serves the guest's connection requests, if it may make any.
+    pub broker: Option<JoinHandle<()>>,
+    pub credentials: Arc<DeliveredCredentials>,
+    /// Renews the leases of a vault, if there are any.
+    pub lease_renewer: Option<LeaseRenewer>,
+    /// Delivers rotated credentials, and returns a warning for each that could not be.
+    pub rotations: Option<JoinHandle<Vec<String>>>,
+}
+
+/// Launches a sandbox on a tier and provisions it. Its time counts from `started`.
+///
+/// On failure nothing of it is left running, and issued credentials are revoked.
+#[tracing::instrument(name = "launch", skip_all, fields(
+    tier = selected.name(),
+    vcpus = launch_spec.spec.vcpus,
+    memory_mib = launch_spec.spec.memory_mib,
+    template = spec.template,
+))]
+pub(crate) async fn launch_on_tier(
+    tier: &dyn Tier,
+    selected: SelectedTier,
+    spec: &SandboxSpec,
+    launch_spec: &LaunchSpec,
+    fetched: FetchedCredentials,
+    started: Instant,
+) -> Result<Provisioned, Error> {
+    let launching = async { tier.launch(launch_spec).await.map_err(Error::from) };
+    let launched = match spec.timeout {
+        Some(limit) => tokio::time::timeout_at(started + limit, launching)
+            .await
+            .unwrap_or(Err(Error::Timeout { limit })),
+        None => launching.await,
+    };
+    match launched {
+        Ok(launched) => {
+            let launched = Launched::new(launched, selected, spec, &launch_spec.spec, started);
+            launched.provision(spec, launch_spec.confined, fetched).await
+        }
+        Err(error) => {
+            fetched.revoke().await;
+            Err(error)
+        }
+    }
+}
+
+/// Launches a microVM and provisions it, as [`launch_on_tier`] does.
+pub(crate) async fn launch_microvm(
+    spec: &SandboxSpec,
+    fetched: FetchedCredentials,
+    started: Instant,
+) -> Result<Provisioned, Error> {
+    match spec.microvm_launch_spec() {
+        Ok(launch_spec) => {
+            let tier = MicrovmTier(spec.artifacts.clone());
+            let selected = SelectedTier::microvm();
+            launch_on_tier(&tier, selected, spec, &launch_spec, fetched, started).await
+        }
+        Err(error) => {
+            fetched.revoke().await;
+            Err(error)
+        }
+    }
+}
+
+impl Launched {
+    /// Starts a monitor, with the files of the guest if it is restored.
+    pub fn spawn(
+        spec: &SandboxSpec,
+        vm: &VmSpec,
+        files: Option<&GuestFiles>,
+        started: Instant,
+    ) -> Result<Launched, Error> {
+        let (monitor, stream) = microvm::launch(&spec.artifacts, vm, files)?;
+        Ok(Launched::from_monitor(monitor, stream, spec, vm, started))
+    }
+
+    /// Takes over a monitor that runs already.
+    pub fn from_monitor(
+        monitor: Monitor,
+        stream: UnixStream,
+        spec: &SandboxSpec,
+        vm: &VmSpec,
+        started: Instant,
+    ) -> Launched {
+        let spawned = monitor.spawned;
+        let launched = chitin_tiers::Launched { spawned, instance: Box::new(monitor), stream };
+        Launched::new(launched, SelectedTier::microvm(), spec, vm, started)
+    }
+
+    /// Takes over a launched guest and starts the timer of its deadline.
+    fn new(
+        launched: chitin_tiers::Launched,
+        selected: SelectedTier,
+        spec: &SandboxSpec,
+        vm: &VmSpec,
+        started: Instant,
+    ) -> Launched {
+        let deadline = |limit: Duration| Deadline { at: started + limit, limit };
+        let deadline = spec.timeout.map(deadline);
+        let session = Arc::new(Session::new(launched, vm.memory_bytes(), deadline));
+        let deadline_timer = deadline.map(|deadline| {
+            let channel = session.channel.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep_until(deadline.at).await;
+                channel.close();
+            })
+        });
+        let origin = || Box::new(Origin { spec: spec.clone(), vm: vm.clone(), started });
+        let origin = spec.forkable.then(origin);
+        let policy = spec.policy.clone();
+        let guest = LiveGuest { session, selected, policy, origin, deadline_timer };
+        Launched { guest, restored: vm.restore }
+    }
+
+    /// Waits for the agent. A restored guest is reseeded.
+    pub async fn wait_for_agent(self) -> Result<AgentReady, Error> {
+        let Launched { guest, restored } = self;
+        guest.session.wait_for_agent().await?;
+        tracing::debug!("the agent has answered");
+        if restored {
+            // Not sent earlier: the message carries the time, so the guest must be listening.
+            guest.session.send_reseed()?;
+        }
+        Ok(AgentReady { guest })
+    }
+
+    /// Delivers credentials and enforces the policy, unless the guest is `confined` already.
+    ///
+    /// On failure the guest is stopped and issued credentials are revoked.
+    #[tracing::instrument(name = "provision", level = "debug", skip_all)]
+    pub async fn provision(
+        self,
+        spec: &SandboxSpec,
+        confined: bool,
+        mut fetched: FetchedCredentials,
+    ) -> Result<Provisioned, Error> {
+        let lease_renewer = fetched.lease_renewer.take();
+        let session = self.guest.session.clone();
+        match self.provision_guest(spec, confined, &fetched).await {
+            Ok((AgentReady { guest }, deliveries)) => {
+                let credentials = Arc::new(deliveries.credentials);
+                // Changes that happened meanwhile are queued.
+                let rotations = fetched
+                    .changes
+                    .take()
+                    .map(|changes| tokio::spawn(credentials.clone().apply_rotations(changes)));
+                let broker = deliveries.broker;
+                Ok(Provisioned { guest, broker, credentials, lease_renewer, rotations })
+            }
+            Err(error) => {
+                FetchedCredentials { lease_renewer, ..FetchedCredentials::default() }
+                    .revoke()
+                    .await;
+                // A guest that does not answer may not end by itself. Its failure to end says less
+                // than the first error.
+                session.channel.close();
+                let _ = session.instance.lock().await.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn provision_guest(
+        self,
+        spec: &SandboxSpec,
+        confined: bool,
+        fetched: &FetchedCredentials,
+    ) -> Result<(AgentReady, Deliveries), Error> {
+        let (ready, mut deliveries) = if self.restored {
+            let ready = self.wait_for_agent().await?;
+            let deliveries = Deliveries::send(&ready.guest.session, spec, fetched)?;
+            (ready, deliveries)
+        } else {
+            let deliveries = Deliveries::send(&self.guest.session, spec, fetched)?;
+            (self.wait_for_agent().await?, deliveries)
+        };
+        for reply in deliveries.replies.drain(..) {
+            ready.session().wait_for_reply(reply).await?;
+        }
+        if let Some(proxy) = &fetched.proxy {
+            install_ca(ready.session(), proxy).await?;
+        }
+        if !confined {
+            ready.apply_policy().await?;
+        }
+        Ok((ready, deliveries))
+    }
+}
+
+impl AgentReady {
+    pub fn session(&self) -> &Arc<Session> {
+        &self.guest.session
+    }
+
+    /// Copies in the policy's files, and makes the agent enforce the rest of the policy.
+    pub async fn apply_policy(&self) -> Result<(), Error> {
+        let LiveGuest { session, selected, policy, .. } = &self.guest;
+        let Some(policy) = policy else { return Ok(()) };
+        for file in &policy.files {
+            copy::copy_in(session, &file.source, &file.path).await?;
+        }
+        let confine = policy.confine(session.channel.next_id(), selected.boundary());
+        session.call_agent(confine.request, &ToGuest::Confine(confine)).await
+    }
+}
+
+/// Requests to the agent that were sent, and the tasks and records that go with them.
+struct Deliveries {
+    replies: Vec<Reply>,
+    broker: Option<JoinHandle<()>>,
+    credentials: DeliveredCredentials,
+}
+
+impl Deliveries {
+    /// Sends the credentials and the egress rules, and starts the broker if there is egress.
+    fn send(
+        session: &Arc<Session>,
+        spec: &SandboxSpec,
+        fetched: &FetchedCredentials,
+    ) -> Result<Deliveries, Error> {
+        let audit = Arc::new(spec.egress.open_audit()?);
+        spec.egress.record_deliveries(&audit, fetched.deliveries())?;
+        let credentials = DeliveredCredentials::new(session.clone(), fetched, audit.clone());
+        let mut replies = Vec::new();
+        for CredentialValue { name, delivery, value } in &fetched.values {
+            let request = session.channel.next_id();
+            let (name, value) = (name.clone(), value.to_bytes());
+            let secret = Secret { request, name, value, delivery: *delivery };
+            replies.push(session.send_request(request, &ToGuest::Secret(secret))?);
+        }
+        let mut deliveries = Deliveries { replies, broker: None, credentials };
+        if spec.egress.is_on() || fetched.aws_server.is_some() {
+            deliveries.enable_egress(session, spec, fetched, audit)?;
+        }
+        Ok(deliveries)
+    }
+
+    fn enable_egress(
+        &mut self,
+        session: &Arc<Session>,
+        spec: &SandboxSpec,
+        fetched: &FetchedCredentials,
+        audit: Arc<AuditLog>,
+    ) -> Result<(), Error> {
+        let (proxy, aws_server) = (fetched.proxy.clone(), fetched.aws_server.clone());
+        let broker = Arc::new(Broker::new(&spec.egress, audit, proxy, aws_server));
+        let endpoints = broker.wire();
+        // Receives requests before the agent may send any.
+        let requests = DialRequests::new(&session.channel);
+        self.broker = Some(tokio::spawn(broker.serve(requests)));
+        let request = session.channel.next_id();
+        self.replies.push(session.send_request(request, &ToGuest::Egress { request, endpoints })?);
+        Ok(())
+    }
+}

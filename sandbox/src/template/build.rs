@@ -1,0 +1,88 @@
+//! Builds a template: boots a guest, warms it up, saves it, and records a first copy.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use chitin_protocol::Exit;
+use tokio::time::Instant;
+
+use super::{Manifest, unix_seconds};
+use crate::error::Error;
+use crate::launch::Launched;
+use crate::process::{Command, ECHO};
+use crate::session::Session;
+use crate::spec::SandboxSpec;
+
+/// Commands that run before a template is saved.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WarmUpSpec {
+    /// A shell script. Processes that it leaves running go on in each copy.
+    pub script: Option<String>,
+    /// The first command of the copies, [`ECHO`] if empty. The pages that it uses are loaded in each
+    /// copy before it runs. It runs twice for that, and its exit status does not matter.
+    pub first_command: Vec<OsString>,
+}
+
+/// Builds a template of this name from a validated specification.
+pub(crate) async fn build_template(
+    spec: SandboxSpec,
+    name: &str,
+    warm_up: &WarmUpSpec,
+) -> Result<Manifest, Error> {
+    let started = Instant::now();
+    let mut vm = spec.vm.clone();
+    spec.artifacts.check()?;
+    let draft = spec.locate_templates()?.create_draft(name)?;
+
+    vm.template = true;
+    let guest = Launched::spawn(&spec, &vm, None, started)?.wait_for_agent().await?;
+    guest.apply_policy().await?;
+    if let Some(script) = &warm_up.script {
+        run_script(guest.session(), script).await?;
+    }
+    // Started once before the save, so that the saved kernel has its files in the page cache.
+    run_first_command(guest.session(), &warm_up.first_command).await?;
+    guest.session().freeze().await?;
+    let files = draft.create_files()?;
+    let binding = spec.bind_restored(&mut vm)?;
+    guest.session().save(binding, &files).await?;
+
+    (vm.template, vm.record) = (false, true);
+    let copy = Launched::spawn(&spec, &vm, Some(&draft.open_files()?), Instant::now())?;
+    let copy = copy.wait_for_agent().await?;
+    run_first_command(copy.session(), &warm_up.first_command).await?;
+    copy.session().record_used_pages(&draft.create_new_state()?, &draft.open_key()?).await?;
+
+    let manifest = Manifest {
+        name: name.into(),
+        chitin: env!("CARGO_PKG_VERSION").into(),
+        created: unix_seconds(),
+        vcpus: vm.vcpus,
+        memory_mib: vm.memory_mib,
+        warm_up: warm_up.script.clone(),
+        policy: spec.policy.as_ref().map(|policy| policy.digest.clone()),
+        memory_bytes: 0,
+    };
+    Ok(draft.publish(manifest)?)
+}
+
+async fn run_script(session: &Arc<Session>, script: &str) -> Result<(), Error> {
+    let shell = Command::new(session.clone(), "/bin/sh".into());
+    let output = shell.args(["-c", script]).output().await?;
+    if output.exit == Exit::Code(0) {
+        return Ok(());
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(Error::WarmUp { exit: output.exit, stderr })
+}
+
+/// Runs the first command of the copies, whatever its exit status.
+async fn run_first_command(session: &Arc<Session>, argv: &[OsString]) -> Result<(), Error> {
+    let command = match argv.split_first() {
+        Some((program, arguments)) => {
+            Command::new(session.clone(), program.clone()).args(arguments)
+        }
+        None => Command::new(session.clone(), ECHO.into()).arg("chitin"),
+    };
+    command.output().await.map(drop)
+}
