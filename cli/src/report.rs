@@ -91,7 +91,7 @@ impl Isolation {
         Isolation {
             implementation: selected.capabilities.implementation.clone(),
             version: selected.capabilities.version.clone(),
-            why: selected.why(),
+            why: selected.explain(),
             short_of: selected.capabilities.short_of.clone(),
             passed_over: selected.passed_over.clone(),
         }

@@ -4,8 +4,8 @@ use chitin::{SelectedTier, printable};
 
 /// Prints a notice if a sandbox is weaker than what was asked for.
 pub fn warn_if_weaker(selected: &SelectedTier) {
-    if selected.is_less() {
-        let notice = format!("running as {}: {}", selected.name(), selected.why());
+    if selected.is_weaker_than_requested() {
+        let notice = format!("running as {}: {}", selected.name(), selected.explain());
         eprintln!("chitin: {}", printable(&notice));
     }
 }

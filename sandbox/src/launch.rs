@@ -92,8 +92,8 @@ pub(crate) struct Provisioned {
 /// On failure nothing of it is left running, and issued credentials are revoked.
 #[tracing::instrument(name = "launch", skip_all, fields(
     tier = selected.name(),
-    vcpus = launch_spec.spec.vcpus,
-    memory_mib = launch_spec.spec.memory_mib,
+    vcpus = launch_spec.vm.vcpus,
+    memory_mib = launch_spec.vm.memory_mib,
     template = spec.template,
 ))]
 pub(crate) async fn launch_on_tier(
@@ -113,7 +113,7 @@ pub(crate) async fn launch_on_tier(
     };
     match launched {
         Ok(launched) => {
-            let launched = Launched::new(launched, selected, spec, &launch_spec.spec, started);
+            let launched = Launched::new(launched, selected, spec, &launch_spec.vm, started);
             launched.provision(spec, launch_spec.confined, fetched).await
         }
         Err(error) => {
@@ -150,7 +150,7 @@ impl Launched {
         files: Option<&GuestFiles>,
         started: Instant,
     ) -> Result<Launched, Error> {
-        let (monitor, stream) = microvm::launch(&spec.artifacts, vm, files)?;
+        let (monitor, stream) = microvm::launch_monitor(&spec.artifacts, vm, files)?;
         Ok(Launched::from_monitor(monitor, stream, spec, vm, started))
     }
 

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chitin_tiers::microvm::{self, End, Monitor};
+use chitin_tiers::microvm::{self, Monitor, MonitorEnd};
 use chitin_tiers::{BOOT_LIMIT, LaunchSpec};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -121,14 +121,14 @@ impl Pool {
         let fetched = spec.fetch_credentials().await?;
         let provisioned = match self.shared.take_oldest() {
             Some(PreparedMonitor { mut monitor, launch_spec }) => {
-                let stream = match monitor.go() {
+                let stream = match monitor.enter_guest() {
                     Ok(stream) => stream,
                     Err(error) => {
                         fetched.revoke().await;
                         return Err(error.into());
                     }
                 };
-                let vm = &launch_spec.spec;
+                let vm = &launch_spec.vm;
                 let launched = Launched::from_monitor(monitor, stream, spec, vm, started);
                 launched.provision(spec, launch_spec.confined, fetched).await
             }
@@ -189,14 +189,16 @@ async fn refill_pool(shared: Arc<Shared>) {
 async fn prepare_monitor(spec: &SandboxSpec) -> Result<PreparedMonitor, Error> {
     let mut launch_spec = spec.microvm_launch_spec()?;
     // The monitor has its own descriptors: these would only stay open while it waits.
-    let files = launch_spec.files.take();
-    let mut monitor = microvm::prepare(&spec.artifacts, &launch_spec.spec, files.as_ref())?;
-    match tokio::time::timeout(BOOT_LIMIT, monitor.prepared()).await {
+    let files = launch_spec.guest_files.take();
+    let mut monitor = microvm::prepare_monitor(&spec.artifacts, &launch_spec.vm, files.as_ref())?;
+    match tokio::time::timeout(BOOT_LIMIT, monitor.wait_until_prepared()).await {
         Ok(true) => Ok(PreparedMonitor { monitor, launch_spec }),
-        Ok(false) => Err(match monitor.ended().await {
-            End::Failed(code, reason) => chitin_tiers::Error::Monitor { code, reason }.into(),
-            End::Guest(end) => Error::GuestEnded(end),
-            End::Saved => Error::Stopped,
+        Ok(false) => Err(match monitor.wait_for_end().await {
+            MonitorEnd::Failed { code, message } => {
+                chitin_tiers::Error::Monitor { code, message }.into()
+            }
+            MonitorEnd::Guest(end) => Error::GuestEnded(end),
+            MonitorEnd::Saved => Error::Stopped,
         }),
         Err(_) => Err(Error::BootTimeout { limit: BOOT_LIMIT }),
     }

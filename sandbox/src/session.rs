@@ -74,7 +74,7 @@ impl Session {
         let limit = self.instance.lock().await.start_limit();
         match tokio::time::timeout(limit, self.channel.wait_until_ready()).await {
             Ok(Ok(())) => {
-                self.instance.lock().await.answered();
+                self.instance.lock().await.release_start_resources();
                 Ok(())
             }
             Ok(Err(_)) => Err(self.explain_close().await),
@@ -149,19 +149,19 @@ impl Session {
     pub async fn save(&self, binding: String, files: &GuestFiles) -> Result<(), Error> {
         let mut instance = self.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::MicrovmRequired)?;
-        let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.frozen()).await;
+        let frozen = tokio::time::timeout(BOOT_LIMIT, monitor.wait_until_frozen()).await;
         if frozen.is_err() {
             return Err(Error::BootTimeout { limit: BOOT_LIMIT });
         }
         let fds = [files.memory.as_fd(), files.state.as_fd(), files.key.as_fd()];
-        Ok(monitor.finish(&Request::Snapshot { binding }, &fds).await?)
+        Ok(monitor.send_last_request(&Request::Snapshot { binding }, &fds).await?)
     }
 
     /// Writes a state that lists the pages which the guest has used so far. This ends the guest.
     pub async fn record_used_pages(&self, state: &File, key: &File) -> Result<(), Error> {
         let mut instance = self.instance.lock().await;
         let monitor = instance.monitor().ok_or(Error::MicrovmRequired)?;
-        Ok(monitor.finish(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await?)
+        Ok(monitor.send_last_request(&Request::Record {}, &[state.as_fd(), key.as_fd()]).await?)
     }
 
     /// Returns the error behind a closed channel. Waits until it is closed.
@@ -188,7 +188,7 @@ impl Session {
 
     async fn wait_for_end(&self) -> Error {
         let mut instance = self.instance.lock().await;
-        match tokio::time::timeout(END_LIMIT, instance.ended()).await {
+        match tokio::time::timeout(END_LIMIT, instance.wait_for_end()).await {
             Ok(error) => error.into(),
             Err(_) => Error::GuestEnded(GuestEnd {
                 reason: "it closed the channel and continued to run".into(),

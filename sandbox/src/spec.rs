@@ -102,7 +102,14 @@ impl SandboxSpec {
             directory: file.source.is_dir(),
         });
         let tasks = limits.map_or(MAX_TASKS, |limits| limits.pids);
-        LaunchSpec { spec, files, confined, tasks, disk_bytes, fixed: fixed.collect() }
+        LaunchSpec {
+            vm: spec,
+            guest_files: files,
+            confined,
+            max_tasks: tasks,
+            disk_bytes,
+            read_only_paths: fixed.collect(),
+        }
     }
 
     /// Fetches the credentials. Dropping the future revokes what a vault has issued meanwhile.

@@ -1,12 +1,11 @@
+//! The files that every microVM is made of.
+
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::Error;
 
-const BUILD_ARTIFACTS: &str = "build it with `cargo xtask setup && cargo xtask kernel && cargo xtask rootfs`, or name \
-                               the directory that holds it in CHITIN_ARTIFACTS";
-const BUILD_MONITOR: &str = "build it with `cargo xtask build`, or name it in CHITIN_VMM";
-
-/// The files every microVM is made of.
+/// The files that every microVM is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifacts {
     /// The guest kernel, an ELF `vmlinux`.
@@ -17,11 +16,51 @@ pub struct Artifacts {
     pub monitor: PathBuf,
 }
 
+/// The kind of a file of [`Artifacts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ArtifactKind {
+    /// The guest kernel.
+    Kernel,
+    /// The root image.
+    RootImage,
+    /// The monitor.
+    Monitor,
+}
+
+impl ArtifactKind {
+    /// Returns the remedy for a missing file.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            ArtifactKind::Kernel | ArtifactKind::RootImage => {
+                "build it with `cargo xtask setup && cargo xtask kernel && cargo xtask rootfs`, or \
+                 set CHITIN_ARTIFACTS to its directory"
+            }
+            ArtifactKind::Monitor => {
+                "build it with `cargo xtask build`, or set CHITIN_VMM to its path"
+            }
+        }
+    }
+}
+
+impl fmt::Display for ArtifactKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ArtifactKind::Kernel => "guest kernel",
+            ArtifactKind::RootImage => "root image",
+            ArtifactKind::Monitor => "monitor",
+        })
+    }
+}
+
 impl Artifacts {
-    /// Finds them: in `$CHITIN_ARTIFACTS`, else in `../artifacts` seen from the running program (a build tree), else in
-    /// `../lib/chitin` (an installation). The monitor is `$CHITIN_VMM`, else beside the running program.
+    /// Returns the paths of the artifacts.
     ///
-    /// Nothing is checked to exist: [`check`](Artifacts::check) does that, and a builder may replace a path first.
+    /// Kernel and root image are in `$CHITIN_ARTIFACTS`, or in `../artifacts` relative to the
+    /// running program (a build tree), or in `../lib/chitin` (an installation). The monitor is
+    /// `$CHITIN_VMM`, or next to the running program.
+    ///
+    /// This does not check that the files exist, so that a builder can replace a path first: see
+    /// [`check`](Artifacts::check).
     pub fn locate() -> Artifacts {
         let here = std::env::current_exe()
             .ok()
@@ -41,18 +80,18 @@ impl Artifacts {
         }
     }
 
-    /// Says which file is missing and how to get it.
+    /// Checks that every file exists.
     ///
     /// # Errors
     /// [`Error::Artifact`] for the first one that is not a file.
     pub fn check(&self) -> Result<(), Error> {
-        for (what, path, remedy) in [
-            ("guest kernel", &self.kernel, BUILD_ARTIFACTS),
-            ("root image", &self.root_image, BUILD_ARTIFACTS),
-            ("monitor", &self.monitor, BUILD_MONITOR),
+        for (kind, path) in [
+            (ArtifactKind::Kernel, &self.kernel),
+            (ArtifactKind::RootImage, &self.root_image),
+            (ArtifactKind::Monitor, &self.monitor),
         ] {
             if !path.is_file() {
-                return Err(Error::Artifact { what, path: path.clone(), remedy });
+                return Err(Error::Artifact { kind, path: path.clone() });
             }
         }
         Ok(())

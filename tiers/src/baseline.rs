@@ -1,5 +1,5 @@
-//! The same container without Chitin in it: a command instead of the agent, by the program that the tier is made of. What a
-//! benchmark measures beside a sandbox.
+//! A container without Chitin in it, for benchmarks: the same engine and limits, but a command
+//! instead of the agent.
 
 use chitin_spec::TierKind;
 use tokio::process::Command;
@@ -9,47 +9,47 @@ use crate::docker::DockerTier;
 use crate::oci::{self, OciTier};
 use crate::{Artifacts, Error, LaunchSpec};
 
-/// A command that runs in a container by itself.
+/// A container that runs a command by itself.
 #[derive(Debug)]
-pub struct BaselineContainer(Kind);
+pub struct BaselineContainer(Engine);
 
 #[derive(Debug)]
-enum Kind {
+enum Engine {
     Runtime(Box<oci::Baseline>),
     Docker(Vec<String>),
 }
 
 impl BaselineContainer {
-    /// One of that tier, with this command in it; none of a microVM.
+    /// Creates a container of a tier that runs `argv`. Returns `None` for a microVM.
     ///
     /// # Errors
-    /// The tier cannot be had here.
+    /// Fails if the tier is unavailable.
     pub async fn create(
         tier: TierKind,
         artifacts: &Artifacts,
-        plan: &LaunchSpec,
+        spec: &LaunchSpec,
         argv: &[String],
         cleanup: &TaskTracker,
     ) -> Result<Option<BaselineContainer>, Error> {
         Ok(match tier {
             TierKind::Ironclaw => None,
             TierKind::Nanoclaw => {
-                let bare = OciTier::new(artifacts, cleanup).baseline(plan, argv).await?;
-                Some(BaselineContainer(Kind::Runtime(Box::new(bare))))
+                let baseline = OciTier::new(artifacts, cleanup).create_baseline(spec, argv).await?;
+                Some(BaselineContainer(Engine::Runtime(Box::new(baseline))))
             }
-            TierKind::Nemoclaw => Some(BaselineContainer(Kind::Docker(
-                DockerTier::new(artifacts, cleanup).baseline(plan, argv).await?,
+            TierKind::Nemoclaw => Some(BaselineContainer(Engine::Docker(
+                DockerTier::new(artifacts, cleanup).baseline_args(spec, argv).await?,
             ))),
         })
     }
 
-    /// To be run once at a time: `runsc run`, or `docker run`, whose output is the command's.
+    /// Returns `runsc run` or `docker run`, whose output is the command's. Runs must not overlap.
     pub fn command(&self) -> Command {
         match &self.0 {
-            Kind::Runtime(bare) => bare.command(),
-            Kind::Docker(words) => {
+            Engine::Runtime(baseline) => baseline.command(),
+            Engine::Docker(args) => {
                 let mut command = Command::new("docker");
-                command.args(words);
+                command.args(args);
                 command
             }
         }

@@ -1,43 +1,47 @@
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// What can go wrong with a tier. Each variant says what failed and on what; its source, if any, says why.
+use chitin_vmm::FailureCode;
+
+use crate::RejectedTier;
+use crate::artifacts::ArtifactKind;
+
+/// An error of a tier. Each variant names the operation and its object; a source has the cause.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file Chitin itself needs is not there.
-    #[error("no {what} at {}: {remedy}", path.display())]
+    /// A file that every microVM needs is missing.
+    #[error("no {kind} at {}: {}", path.display(), kind.remedy())]
     Artifact {
-        /// What it is, in words.
-        what: &'static str,
-        /// Where it was looked for.
+        /// Kind of file.
+        kind: ArtifactKind,
+        /// Path at which it was expected.
         path: PathBuf,
-        /// What to do.
-        remedy: &'static str,
     },
-    /// The monitor's process could not be started.
+    /// A program could not be started.
     #[error("start {}", path.display())]
     Spawn {
         /// The program.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// The host refused something every process may usually do.
-    #[error("{what}")]
+    /// The host refused an operation that processes can usually do.
+    #[error("{operation}")]
     Host {
         /// The operation.
-        what: &'static str,
-        /// Why.
+        operation: &'static str,
+        /// Cause.
         source: io::Error,
     },
-    /// The monitor could not start the guest. The message is the monitor's own.
-    #[error("start the microVM: {reason}")]
+    /// The monitor could not start the guest.
+    #[error("start the microVM: {message}")]
     Monitor {
         /// The cause, for programs: `KvmPermission` if the user may not open `/dev/kvm`.
-        code: chitin_vmm::FailureCode,
-        /// What the monitor says, with the remedy.
-        reason: String,
+        code: FailureCode,
+        /// The monitor's message, with the remedy.
+        message: String,
     },
     /// The guest ended before it was told to.
     #[error("{0}")]
@@ -45,42 +49,87 @@ pub enum Error {
     /// The sandbox has been stopped.
     #[error("the sandbox has been stopped")]
     Stopped,
-    /// None of the tiers that would do can be had.
-    #[error("no tier that would do can be had here: {missing}")]
-    NoTier {
-        /// Each of them, with what it lacks and what to do.
-        missing: String,
-    },
-    /// A container could not be started. The message is its runtime's own.
-    #[error("start a container with {engine}: {reason}")]
+    /// No acceptable tier is available.
+    #[error("no acceptable tier is available on this host: {0}")]
+    NoTier(Rejections),
+    /// A container could not be started.
+    #[error("start a container with {engine}: {source}")]
     Container {
-        /// The program behind it.
+        /// The program that runs containers.
         engine: String,
-        /// What it says.
-        reason: String,
+        /// Cause.
+        source: ContainerError,
     },
-    /// A policy puts a file where a container has no room for one.
-    #[error("{} cannot be put into a container: {reason}", path.display())]
-    Place {
-        /// Where it was to be.
+    /// A policy places a file where a container cannot have it.
+    #[error("{} cannot be copied into a container: {reason}", path.display())]
+    Path {
+        /// Path in the sandbox.
         path: PathBuf,
-        /// Why it cannot be there, and where it could.
-        reason: String,
+        /// Cause, with the remedy.
+        reason: PathError,
     },
-    /// A sandbox has ended, and its remains could not be cleared away.
-    #[error("could not clear away {what}")]
-    Left {
-        /// What is left, and where.
-        what: String,
+    /// The sandbox has ended, and something of it could not be removed.
+    #[error("could not remove {leftover}")]
+    Leftover {
+        /// The object and its location.
+        leftover: String,
     },
 }
 
-/// How a guest ended that was not told to.
+/// The cause of a failed start of a container.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    /// The engine or the agent reported this message. Untrusted text.
+    #[error("{0}")]
+    Reported(String),
+    /// The start was cancelled.
+    #[error("the start was cancelled")]
+    Cancelled,
+    /// The archive of the root differs from its manifest, or cannot be unpacked.
+    #[error("{0}")]
+    Root(String),
+}
+
+/// The reason why a container cannot have a file at a path.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PathError {
+    /// A directory above it is a file or link of the image.
+    #[error("the image has another file at {}", .0.display())]
+    NotADirectory(PathBuf),
+    /// gVisor's kernel has no Landlock, which enforces the files of a policy.
+    #[error(
+        "gVisor has no Landlock, which enforces the files of a policy: choose the tier ironclaw or \
+         nemoclaw"
+    )]
+    NoLandlock,
+    /// Its directory belongs to the image.
+    #[error(
+        "{} belongs to the image and is read-only: choose a directory that the image does not have",
+        .0.display()
+    )]
+    ImageDirectory(PathBuf),
+}
+
+/// The tiers that were tried, each with the reason why it is unavailable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejections(pub Vec<RejectedTier>);
+
+impl fmt::Display for Rejections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, rejected) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}{}: {}", rejected.tier, rejected.unavailable)?;
+        }
+        Ok(())
+    }
+}
+
+/// The end of a guest that was not told to end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the guest ended before it was told to: {reason}")]
 pub struct GuestEnd {
-    /// Who ended it and why, in words.
+    /// Cause, for people.
     pub reason: String,
-    /// The last messages of the guest kernel. Untrusted text.
+    /// Last messages of the guest kernel. Untrusted text.
     pub log: String,
 }

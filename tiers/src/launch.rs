@@ -1,4 +1,4 @@
-//! What a tier is given to launch.
+//! The input of a launch.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -6,50 +6,52 @@ use std::time::Duration;
 
 use chitin_vmm::VmSpec;
 
-/// A guest that has not said hello by then never will. A cold boot takes a fraction of a second on hardware; on an
-/// emulated, loaded host it has been seen to take twenty.
+/// Time within which a guest must answer. A cold boot takes a fraction of a second on hardware, and
+/// has taken twenty seconds on a loaded, emulated host.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
-// What a specification may ask for is what the monitor takes.
+// The limits of a specification are those of the monitor.
 const _: () = assert!(chitin_spec::MAX_VCPUS == chitin_vmm::spec::MAX_VCPUS as u32);
 const _: () = assert!(
     chitin_spec::MIN_MEMORY_MIB == chitin_vmm::spec::MIN_MEMORY_MIB
         && chitin_spec::MAX_MEMORY_MIB == chitin_vmm::spec::MAX_MEMORY_MIB
 );
 
-/// What a tier is given.
+/// The specification of a launch.
 #[derive(Debug)]
 pub struct LaunchSpec {
-    /// Size and images; of a microVM all of it.
-    pub spec: VmSpec,
-    /// Of a guest that is restored; taken by the monitor.
-    pub files: Option<GuestFiles>,
-    /// Whether it already keeps the policy.
+    /// Size and images. A microVM uses all fields, a container the size only.
+    pub vm: VmSpec,
+    /// Files of the saved guest, if one is restored. The monitor takes them over.
+    pub guest_files: Option<GuestFiles>,
+    /// The restored guest enforces the policy already.
     pub confined: bool,
-    /// Processes and threads at once; of a microVM the agent sees to it, and to the disk.
-    pub tasks: u32,
-    /// What may be written at most.
+    /// Maximum number of processes and threads. In a microVM the agent enforces this and
+    /// `disk_bytes`.
+    pub max_tasks: u32,
+    /// Maximum size of all written files.
     pub disk_bytes: Option<u64>,
-    /// What the policy puts where nothing can be written later. The agent of a microVM makes room for it itself.
-    pub fixed: Vec<ReadOnlyPath>,
+    /// Read-only copies of the policy. A container needs a mount for each; the agent of a microVM
+    /// makes room for them itself.
+    pub read_only_paths: Vec<ReadOnlyPath>,
 }
 
 /// The files of a saved guest.
 #[derive(Debug)]
 pub struct GuestFiles {
-    /// Its memory.
+    /// Memory.
     pub memory: File,
-    /// What its devices and vCPUs were.
+    /// State of devices and vCPUs.
     pub state: File,
-    /// What both are sealed with.
+    /// Key of the MACs over both.
     pub key: File,
 }
 
-/// A copy that the workload may only read.
+/// A copy that the workload can read and not write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadOnlyPath {
-    /// Where it will be.
+    /// Path in the sandbox.
     pub path: PathBuf,
-    /// Whether it is a directory.
+    /// The copy is a directory.
     pub directory: bool,
 }

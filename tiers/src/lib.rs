@@ -1,10 +1,12 @@
-//! How a sandbox is isolated. A tier is anything that returns a byte stream to an agent; all the rest is written
-//! once, above it.
+//! The tiers: the ways to isolate a sandbox.
+//!
+//! A tier is anything that returns a byte stream to an agent. Commands, files, egress and
+//! credentials are written once, above that stream.
 //!
 //! ```text
-//!   probe ──▶ Capabilities or Unavailable          nothing is started that outlives it
-//!   launch ──▶ Launched: stream and Instance ──ended──▶ why
-//!                                            └──stop──▶ nothing of it is left
+//!   probe ──▶ Capabilities or Unavailable       leaves nothing running
+//!   launch ──▶ Launched: stream and Instance ──wait_for_end──▶ cause
+//!                                            └──stop──▶ nothing is left
 //! ```
 #![forbid(unsafe_code)]
 
@@ -27,80 +29,83 @@ use std::time::Duration;
 use chitin_spec::TierKind;
 use serde::{Deserialize, Serialize};
 
-pub use artifacts::Artifacts;
+pub use artifacts::{ArtifactKind, Artifacts};
 pub use baseline::BaselineContainer;
-pub use error::{Error, GuestEnd};
+pub use error::{ContainerError, Error, GuestEnd, PathError, Rejections};
 pub use launch::{BOOT_LIMIT, GuestFiles, LaunchSpec, ReadOnlyPath};
 pub use select::{RejectedTier, SelectedTier, select_tier, tier_of};
 
-/// What a tier answers when it is done with it.
+/// The future that the methods of a tier return.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A way to isolate a sandbox.
 pub trait Tier: Send + Sync {
-    /// Which one it is.
+    /// Returns the kind of tier.
     fn kind(&self) -> TierKind;
 
-    /// Finds out, by trying and within seconds, whether it can be had here. May be called at any time.
+    /// Finds out within seconds, by trying, whether the tier is available on this host. May be
+    /// called at any time.
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>>;
 
-    /// Starts a sandbox. That the agent answers is for the caller to see; that nothing is left where this fails, or is
-    /// dropped half-way, is the tier's.
-    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>>;
+    /// Starts a sandbox.
+    ///
+    /// The caller still has to wait for the agent. The tier leaves nothing behind if the launch
+    /// fails, or if its future is dropped.
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>>;
 }
 
-/// A sandbox that was started. It ends when the stream is closed, whoever closes it and however; dropping it does so at the
-/// latest.
+/// A started sandbox. It ends when either side closes the stream, and at the latest when it is
+/// dropped.
 pub trait Instance: fmt::Debug + Send {
-    /// The agent has answered: what was there for the start only can go.
-    fn answered(&mut self) {}
+    /// Releases what only the start needed. Called once the agent has answered.
+    fn release_start_resources(&mut self) {}
 
-    /// What has not answered by then never will.
+    /// Returns the time within which the agent must answer.
     fn start_limit(&self) -> Duration {
         BOOT_LIMIT
     }
 
-    /// Why it ended, or the stream did. Waits until it has.
-    fn ended(&mut self) -> Pending<'_, Error>;
+    /// Waits for the end of the sandbox or of the stream, and returns the cause.
+    fn wait_for_end(&mut self) -> Pending<'_, Error>;
 
-    /// Ends it and waits until nothing of it is left. May be repeated.
+    /// Ends the sandbox and waits until nothing of it is left. May be called again.
     fn stop(&mut self) -> Pending<'_, Result<(), Error>>;
 
-    /// The monitor of a microVM, which can do more: templates, copies.
+    /// Returns the monitor of a microVM, which can also save and copy the guest.
     fn monitor(&mut self) -> Option<&mut microvm::Monitor> {
         None
     }
 }
 
-/// What comes of a launch.
+/// The result of a launch.
 #[derive(Debug)]
 pub struct Launched {
-    /// Ends it, and says why it ended.
+    /// The handle that ends the sandbox and reports the cause of its end.
     pub instance: Box<dyn Instance>,
-    /// To the agent.
+    /// The channel to the agent.
     pub stream: UnixStream,
-    /// When it was begun, `CLOCK_MONOTONIC` nanoseconds.
+    /// Begin of the launch, `CLOCK_MONOTONIC` nanoseconds.
     pub spawned: u64,
 }
 
-/// What a tier is made of on this host.
+/// The implementation of a tier on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
-    /// The program behind it, and the way it works where it has several: `runsc/ptrace`.
+    /// The program, and its platform if it has several: `runsc/ptrace`.
     pub implementation: String,
-    /// Its version, in its own words.
+    /// The version that the program reports.
     pub version: String,
-    /// What the tier would rather be made of, and why each is not it.
+    /// The stronger implementations that were tried first, each with the reason against it.
     #[serde(default)]
     pub short_of: Vec<String>,
 }
 
-/// Why a tier cannot be had on this host.
+/// The reason why a tier is unavailable on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{reason}: {remedy}")]
 pub struct Unavailable {
-    /// What is missing.
+    /// Cause.
     pub reason: String,
-    /// What to do.
+    /// Remedy.
     pub remedy: String,
 }

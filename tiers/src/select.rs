@@ -1,38 +1,39 @@
-//! Which tier a sandbox gets. The first that was asked for, unless another one was named as acceptable.
+//! The selection of a tier: the first of the requested tiers that is available.
 
 use chitin_spec::{Boundary, TierKind};
 use serde::Serialize;
 use tokio_util::task::TaskTracker;
 
 use crate::docker::DockerTier;
+use crate::error::Rejections;
 use crate::microvm::{self, MicrovmTier};
 use crate::oci::OciTier;
 use crate::{Artifacts, Capabilities, Error, Tier, Unavailable};
 
-/// The tier of a sandbox, and why it is that one.
+/// The tier of a sandbox, and the reason for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SelectedTier {
     /// The tier.
     pub tier: TierKind,
-    /// What it is made of here.
+    /// Its implementation on this host.
     #[serde(flatten)]
     pub capabilities: Capabilities,
-    /// Those that were asked for before it, and what each lacks.
+    /// The tiers with precedence, each with the reason why it is unavailable.
     pub passed_over: Vec<RejectedTier>,
 }
 
-/// A tier that would have been better.
+/// A tier that is unavailable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RejectedTier {
     /// The tier.
     pub tier: TierKind,
-    /// Why it cannot be had.
+    /// The reason.
     #[serde(flatten)]
     pub unavailable: Unavailable,
 }
 
 impl SelectedTier {
-    /// A microVM, as it is where nobody asked for anything else.
+    /// Returns a microVM as the first choice.
     pub fn microvm() -> SelectedTier {
         SelectedTier {
             tier: TierKind::Ironclaw,
@@ -41,7 +42,7 @@ impl SelectedTier {
         }
     }
 
-    /// What isolates a sandbox of it.
+    /// Returns the isolation boundary of the sandbox.
     pub fn boundary(&self) -> Boundary {
         match self.tier {
             TierKind::Ironclaw => Boundary::Kvm,
@@ -52,7 +53,8 @@ impl SelectedTier {
         }
     }
 
-    /// The tier's name, with what it falls short of by: `nanoclaw/runc` has no kernel of its own.
+    /// Returns the name of the tier, with a weaker implementation if it has one: `nanoclaw/runc`
+    /// shares the host's kernel.
     pub fn name(&self) -> String {
         match self.is_weakened() {
             true => format!("{}/{}", self.tier, self.capabilities.implementation),
@@ -60,24 +62,24 @@ impl SelectedTier {
         }
     }
 
-    /// Whether its wall is weaker than its tier's, as gVisor's tier is without gVisor.
+    /// Returns true if the boundary is weaker than the tier's, as without gVisor.
     pub fn is_weakened(&self) -> bool {
-        self.tier == TierKind::Nanoclaw && !self.capabilities.implementation.starts_with("runsc")
+        self.tier == TierKind::Nanoclaw && self.boundary() != Boundary::Gvisor
     }
 
-    /// Whether it is less than what was asked for, which is never to go unsaid.
-    pub fn is_less(&self) -> bool {
+    /// Returns true if the sandbox is weaker than the first choice. The user must be told.
+    pub fn is_weaker_than_requested(&self) -> bool {
         !self.passed_over.is_empty() || self.is_weakened()
     }
 
-    /// Why it is this one, in a sentence.
-    pub fn why(&self) -> String {
-        if !self.is_less() {
-            return "it is what was asked for".into();
+    /// Explains the selection in one sentence.
+    pub fn explain(&self) -> String {
+        if !self.is_weaker_than_requested() {
+            return "it is the first choice".into();
         }
-        let others = self.passed_over.iter();
-        let mut reasons: Vec<_> = others
-            .map(|other| format!("no {}: {}", other.tier, other.unavailable.reason))
+        let rejected = self.passed_over.iter();
+        let mut reasons: Vec<_> = rejected
+            .map(|other| format!("{} is unavailable: {}", other.tier, other.unavailable.reason))
             .collect();
         if self.is_weakened() {
             reasons.extend(self.capabilities.short_of.iter().cloned());
@@ -86,7 +88,8 @@ impl SelectedTier {
     }
 }
 
-/// The tier of that kind, made of these files; what it clears away in the background is counted by `cleanup`.
+/// Returns the tier of a kind, made of these artifacts. `cleanup` tracks its work in the
+/// background.
 pub fn tier_of(kind: TierKind, artifacts: &Artifacts, cleanup: &TaskTracker) -> Box<dyn Tier> {
     match kind {
         TierKind::Ironclaw => Box::new(MicrovmTier(artifacts.clone())),
@@ -95,10 +98,10 @@ pub fn tier_of(kind: TierKind, artifacts: &Artifacts, cleanup: &TaskTracker) -> 
     }
 }
 
-/// The first of these that can be had.
+/// Selects the first tier that is available.
 ///
 /// # Errors
-/// [`Error::NoTier`], with what each lacks.
+/// [`Error::NoTier`] with the reason against each.
 pub async fn select_tier(
     tiers: Vec<Box<dyn Tier>>,
 ) -> Result<(Box<dyn Tier>, SelectedTier), Error> {
@@ -117,7 +120,5 @@ pub async fn select_tier(
             }
         }
     }
-    let each: Vec<_> =
-        passed_over.iter().map(|other| format!("{}: {}", other.tier, other.unavailable)).collect();
-    Err(Error::NoTier { missing: each.join("; ") })
+    Err(Error::NoTier(Rejections(passed_over)))
 }

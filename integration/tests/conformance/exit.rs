@@ -147,7 +147,7 @@ fn the_report_says_what_happened(on: On) {
     let name = report["tier"].as_str().expect("a tier");
     assert_eq!(name.split('/').next(), Some(on.tier.to_string().as_str()));
     let isolation = &report["isolation"];
-    assert_eq!(isolation["why"], "it is what was asked for");
+    assert_eq!(isolation["why"], "it is the first choice");
     for key in ["implementation", "version"] {
         assert!(isolation[key].as_str().is_some_and(|text| !text.is_empty()), "{report}");
     }

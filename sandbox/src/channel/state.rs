@@ -9,7 +9,7 @@ use chitin_protocol::{
     Connection, Direction, Event, Exit, Failure, Fault, Host, StreamId, ToHost, Unexpected, Usage,
 };
 use chitin_spec::MAX_HOST;
-use chitin_tiers::clock::now_ns;
+use chitin_tiers::clock::monotonic_ns;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 /// The reason why a channel no longer works.
@@ -152,7 +152,7 @@ impl State {
             Some(Event::Data { stream, bytes }) => {
                 // Streams that the host opened have even ids: only those carry a workload's output.
                 if stream % 2 == 0 {
-                    self.timestamps.first_output.get_or_insert_with(now_ns);
+                    self.timestamps.first_output.get_or_insert_with(monotonic_ns);
                 }
                 if let Some(stream) = self.streams.get_mut(&stream) {
                     stream.inbox.extend(bytes);
@@ -186,7 +186,7 @@ impl State {
                 if self.timestamps.ready.is_some() {
                     return Err(Fault::Unexpected(Unexpected::DuplicateReady));
                 }
-                self.timestamps.ready = Some(now_ns());
+                self.timestamps.ready = Some(monotonic_ns());
                 self.timestamps.agent_start_ns = ready_ns.saturating_sub(started_ns);
                 shared.status.send_modify(|status| status.ready = true);
             }
@@ -194,7 +194,7 @@ impl State {
                 let Some(sender) = self.processes.remove(&process) else {
                     return Err(Fault::Unexpected(Unexpected::UnknownProcess(process)));
                 };
-                self.timestamps.last_exit = Some(now_ns());
+                self.timestamps.last_exit = Some(monotonic_ns());
                 // The caller may have dropped the process.
                 let _ = sender.send((exit, usage));
             }

@@ -1,13 +1,14 @@
-//! The container tier of a Docker daemon, through its socket; Podman's serves as well.
+//! The container tier of a Docker daemon, or of Podman's, through its socket.
 //!
 //! ```text
-//!   create ──▶ attach ──▶ start ──▶ the agent says hello ──our side closes──▶ the agent ends ──▶ the daemon removes it
+//!   create ──▶ attach ──▶ start ──▶ hello ──our side closes──▶ agent ends ──▶ daemon removes it
 //!     └── no such image: import the root's archive once, by digest
 //! ```
 //!
-//! The channel is the container's standard input and output, which the daemon closes when our connection to it does, however
-//! we end. What a client has left that died between create and start has a label that names its process, and the next start
-//! removes it. A daemon that crashes leaves its containers running until it is started again, and then ends them.
+//! The channel is the container's standard input and output. The daemon closes them when our
+//! connection closes, also by the death of this process. A container of a client that died between
+//! create and start has a label with its process, and the next start removes it. A daemon that
+//! crashes leaves its containers running until it is restarted, and then ends them.
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream as StdStream;
@@ -35,40 +36,43 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 use tokio_util::task::TaskTracker;
 
-use crate::clock::now_ns;
+use crate::clock::monotonic_ns;
 use crate::container::{
     AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT,
-    new_name, place_bytes, scratch,
+    random_name, read_only_mount_bytes, scratch_mounts,
 };
+use crate::error::{ContainerError, Rejections};
 use crate::{
-    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
-    Unavailable,
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending,
+    RejectedTier, Tier, Unavailable,
 };
 
-/// A daemon that lives answers in milliseconds.
+/// Time limit of the probe. A daemon answers in milliseconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
-/// For one request, seconds. Importing the root is the longest.
+/// Time limit of a request, in seconds. The import of the root takes longest.
 const REQUEST_LIMIT: u64 = 120;
 
-/// Docker 20.10's: the first with private cgroup namespaces.
+/// The API of Docker 20.10, the first with private cgroup namespaces.
 const OLDEST_API: (usize, usize) = (1, 41);
 
-/// Marks our containers, so that none of somebody else's is ever removed, with the process that has created it.
+/// Label of our containers, so that no other one is ever removed. Its value is the process that
+/// created the container.
 const LABEL: &str = "chitin.sandbox";
 
-/// The name of our images; the tag is the root's digest.
+/// Name of our images. The tag is the digest of the root.
 const IMAGE: &str = "chitin-root";
 
-/// What has not been started by then never will be.
+/// Age after which a container that was not started is abandoned.
 const STALE: Duration = Duration::from_secs(120);
 
-/// One read from the channel: what its socket holds.
+/// Bytes of one read from the channel, the capacity of its socket.
 const CHUNK: usize = 64 * 1024;
 
-const REMEDY: &str = "start it (Debian: apt-get install docker.io), join the group docker, or name its socket in DOCKER_HOST";
+const REMEDY: &str = "start it (Debian: apt-get install docker.io), join the group docker, or set \
+                      DOCKER_HOST to its socket";
 
-/// Containers of a daemon.
+/// The tier of containers of a Docker daemon.
 #[derive(Debug)]
 pub(crate) struct DockerTier {
     artifacts: Artifacts,
@@ -91,11 +95,11 @@ impl DockerTier {
     }
 
     async fn daemon(&self) -> Result<&Daemon, Unavailable> {
-        self.daemon.get_or_try_init(|| self.find()).await
+        self.daemon.get_or_try_init(|| self.find_daemon()).await
     }
 
-    async fn find(&self) -> Result<Daemon, Unavailable> {
-        let address = address();
+    async fn find_daemon(&self) -> Result<Daemon, Unavailable> {
+        let address = daemon_address();
         let missing = |reason| Unavailable { reason, remedy: REMEDY.into() };
         let connect = async {
             let docker = connect(&address)?.negotiate_version().await?;
@@ -112,7 +116,7 @@ impl DockerTier {
             }
             Err(_) => {
                 return Err(missing(format!(
-                    "the Docker daemon at {address} has not answered for {} s",
+                    "the Docker daemon at {address} did not answer within {} s",
                     PROBE_LIMIT.as_secs()
                 )));
             }
@@ -122,12 +126,12 @@ impl DockerTier {
             let (major, minor) = OLDEST_API;
             return Err(Unavailable {
                 reason: format!(
-                    "the Docker daemon at {address} speaks API {api}, and {major}.{minor} is needed"
+                    "the Docker daemon at {address} has API {api}, and {major}.{minor} is required"
                 ),
                 remedy: "use Docker 20.10 or newer".into(),
             });
         }
-        let archive = RootArchive::of(&self.artifacts)?;
+        let archive = RootArchive::find(&self.artifacts)?;
         let components = version.components.unwrap_or_default();
         let podman = components.iter().any(|component| component.name.starts_with("Podman"));
         let implementation = if podman { "Podman" } else { "Docker" }.into();
@@ -135,23 +139,23 @@ impl DockerTier {
     }
 }
 
-/// `$DOCKER_HOST`, else the first socket that is there.
-fn address() -> String {
+/// Returns `$DOCKER_HOST`, or the first existing socket.
+fn daemon_address() -> String {
     if let Ok(host) = std::env::var("DOCKER_HOST")
         && !host.is_empty()
     {
         return host;
     }
-    let own = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).unwrap_or_default();
-    let places = [
+    let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).unwrap_or_default();
+    let sockets = [
         PathBuf::from("/run/docker.sock"),
         PathBuf::from("/var/run/docker.sock"),
-        own.join("docker.sock"),
-        own.join("podman/podman.sock"),
+        runtime_dir.join("docker.sock"),
+        runtime_dir.join("podman/podman.sock"),
         PathBuf::from("/run/podman/podman.sock"),
     ];
     let found =
-        places.iter().find(|path| path.is_absolute() && path.exists()).unwrap_or(&places[1]);
+        sockets.iter().find(|path| path.is_absolute() && path.exists()).unwrap_or(&sockets[1]);
     format!("unix://{}", found.display())
 }
 
@@ -177,34 +181,42 @@ impl Tier for DockerTier {
         })
     }
 
-    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
-            let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
-                missing: format!("{}: {unavailable}", TierKind::Nemoclaw),
-            })?;
+            let daemon = self.require_daemon().await?;
             let (implementation, version) = (&daemon.implementation, &daemon.version);
             tracing::debug!(implementation, version, "start a container");
-            let spawned = now_ns();
-            let (container, stream) = daemon.start(plan, &self.cleanup).await?;
+            let spawned = monotonic_ns();
+            let (container, stream) = daemon.start_container(spec, &self.cleanup).await?;
             Ok(Launched { instance: Box::new(container), stream, spawned })
         })
     }
 }
 
 impl DockerTier {
-    /// The words of a `docker run` that makes the same container of a command instead of the agent, for measuring what Docker
-    /// alone takes. The image is there as soon as one sandbox was started.
-    pub async fn baseline(&self, plan: &LaunchSpec, argv: &[String]) -> Result<Vec<String>, Error> {
-        let daemon = self.daemon().await.map_err(|unavailable| Error::NoTier {
-            missing: format!("{}: {unavailable}", TierKind::Nemoclaw),
-        })?;
-        let body = daemon.body(Limits::of(plan), &[]);
+    async fn require_daemon(&self) -> Result<&Daemon, Error> {
+        self.daemon().await.map_err(|unavailable| {
+            let tier = TierKind::Nemoclaw;
+            Error::NoTier(Rejections(vec![RejectedTier { tier, unavailable }]))
+        })
+    }
+
+    /// Returns the arguments of a `docker run` that creates the same container with a command
+    /// instead of the agent, to measure the cost of Docker alone. The image exists once a sandbox
+    /// has started.
+    pub async fn baseline_args(
+        &self,
+        spec: &LaunchSpec,
+        argv: &[String],
+    ) -> Result<Vec<String>, Error> {
+        let daemon = self.require_daemon().await?;
+        let body = daemon.container_body(Limits::of(spec), &[]);
         let host = body.host_config.unwrap_or_default();
         let number = |value: Option<i64>| value.unwrap_or_default().to_string();
-        let mut words: Vec<String> =
-            ["--host", &address(), "run", "--rm", "--read-only"].map(Into::into).into();
+        let mut args: Vec<String> =
+            ["--host", &daemon_address(), "run", "--rm", "--read-only"].map(Into::into).into();
         let mut option = |name: &str, values: Vec<String>| {
-            words.extend(values.into_iter().map(|value| format!("--{name}={value}")));
+            args.extend(values.into_iter().map(|value| format!("--{name}={value}")));
         };
         option("network", host.network_mode.into_iter().collect());
         option("dns", host.dns.unwrap_or_default());
@@ -218,58 +230,64 @@ impl DockerTier {
         option("shm-size", vec![number(host.shm_size)]);
         option("memory", vec![number(host.memory)]);
         option("memory-swap", vec![number(host.memory_swap)]);
-        option("cpus", vec![plan.spec.vcpus.to_string()]);
+        option("cpus", vec![spec.vm.vcpus.to_string()]);
         option("pids-limit", vec![number(host.pids_limit)]);
         option("log-driver", vec!["none".into()]);
         option("user", body.user.into_iter().collect());
         option("hostname", body.hostname.into_iter().collect());
         option("workdir", body.working_dir.into_iter().collect());
         option("env", body.env.unwrap_or_default());
-        words.extend(body.image);
-        words.extend_from_slice(argv);
-        Ok(words)
+        args.extend(body.image);
+        args.extend_from_slice(argv);
+        Ok(args)
     }
 }
 
 impl Daemon {
-    fn failed(&self, error: &bollard::errors::Error) -> Error {
-        Error::Container { engine: self.implementation.clone(), reason: error_chain(error) }
+    fn error(&self, source: ContainerError) -> Error {
+        Error::Container { engine: self.implementation.clone(), source }
     }
 
-    /// Starts one. The daemon makes what it was asked for, also if whoever asked does not wait for it any more: then that is
-    /// removed in the background, which the tier's clean-up tracker counts.
-    async fn start(
+    fn request_error(&self, error: &bollard::errors::Error) -> Error {
+        self.error(ContainerError::Reported(error_chain(error)))
+    }
+
+    /// Starts a container.
+    ///
+    /// The daemon completes a request even if the caller no longer waits for it. Such a container
+    /// is removed in the background, which `cleanup` tracks.
+    async fn start_container(
         &self,
-        plan: &LaunchSpec,
+        spec: &LaunchSpec,
         cleanup: &TaskTracker,
     ) -> Result<(Container, StdStream), Error> {
-        let body = self.body(Limits::of(plan), &self.archive.places(&plan.fixed)?);
+        let mount_points = self.archive.mount_points(&spec.read_only_paths)?;
+        let body = self.container_body(Limits::of(spec), &mount_points);
         let (sender, receiver) = oneshot::channel();
-        let (daemon, returning) = (self.clone(), cleanup.token());
+        let (daemon, token) = (self.clone(), cleanup.token());
         tokio::spawn(async move {
-            let started = daemon.create(body).await;
+            let started = daemon.create_container(body).await;
             if let Err(Ok((mut container, _))) = sender.send(started) {
-                // It is marked as ours, and the next start finds it.
+                // If this fails, the next start finds the container by its label.
                 let _ = container.remove().await;
             }
-            drop(returning);
+            drop(token);
         });
-        let interrupted = || Error::Container {
-            engine: self.implementation.clone(),
-            reason: "its start was cut off".into(),
-        };
-        receiver.await.unwrap_or_else(|_| Err(interrupted()))
+        receiver.await.unwrap_or_else(|_| Err(self.error(ContainerError::Cancelled)))
     }
 
-    async fn create(&self, body: ContainerCreateBody) -> Result<(Container, StdStream), Error> {
-        let name = new_name()?;
+    async fn create_container(
+        &self,
+        body: ContainerCreateBody,
+    ) -> Result<(Container, StdStream), Error> {
+        let name = random_name()?;
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let mut created = self.docker.create_container(Some(options.clone()), body.clone()).await;
         if is_status(&created, 404) {
-            self.import().await?;
+            self.import_root().await?;
             created = self.docker.create_container(Some(options), body).await;
         }
-        let id = created.map_err(|error| self.failed(&error))?.id;
+        let id = created.map_err(|error| self.request_error(&error))?.id;
         let mut container = Container {
             docker: self.docker.clone(),
             implementation: self.implementation.clone(),
@@ -280,32 +298,31 @@ impl Daemon {
             answered: false,
             gone: false,
         };
-        match container.run().await {
+        match container.attach_and_start().await {
             Ok(stream) => Ok((container, stream)),
             Err(error) => {
                 container.remove().await?;
-                Err(self.failed(&error))
+                Err(self.request_error(&error))
             }
         }
     }
 
-    /// Makes the archive an image. Two that do so at the same time make the same one.
-    async fn import(&self) -> Result<(), Error> {
+    /// Imports the archive as an image. Concurrent imports create the same image.
+    async fn import_root(&self) -> Result<(), Error> {
         let archive = self.archive.clone();
         let checking = tokio::task::spawn_blocking(move || archive.check());
         let checked = checking.await.map_err(|error| error.to_string()).and_then(|checked| checked);
-        checked
-            .map_err(|reason| Error::Container { engine: self.implementation.clone(), reason })?;
+        checked.map_err(|reason| self.error(ContainerError::Root(reason)))?;
         let path = &self.archive.path;
         let file = tokio::fs::File::open(path)
             .await
-            .map_err(|source| Error::Host { what: "open the archive of the root", source })?;
+            .map_err(|source| Error::Host { operation: "open the archive of the root", source })?;
         let options =
             CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(self.tag()).build();
         let body = bollard::body_try_stream(ReaderStream::with_capacity(file, CHUNK));
         let mut progress = Box::pin(self.docker.create_image(Some(options), Some(body), None));
         while let Some(step) = progress.next().await {
-            step.map_err(|error| self.failed(&error))?;
+            step.map_err(|error| self.request_error(&error))?;
         }
         Ok(())
     }
@@ -314,9 +331,9 @@ impl Daemon {
         &self.archive.digest[..32]
     }
 
-    fn body(&self, limits: Limits, places: &[PathBuf]) -> ContainerCreateBody {
+    fn container_body(&self, limits: Limits, mount_points: &[PathBuf]) -> ContainerCreateBody {
         let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
-        let [work, tmp, shm] = scratch(limits);
+        let [work, tmp, shm] = scratch_mounts(limits);
         let options = |mode: &str, owner: u32, bytes: u64| {
             format!("rw,nosuid,nodev,exec,mode={mode},uid={owner},gid={owner},size={bytes}")
         };
@@ -325,23 +342,24 @@ impl Daemon {
                 (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes))
             })
             .into();
-        for place in places {
-            // Not a byte of the policy, which is UTF-8, is lost.
-            let path = place.to_string_lossy().into_owned();
-            tmpfs.insert(path, options("0755", 0, place_bytes(limits, places.len())));
+        for mount_point in mount_points {
+            // A policy is UTF-8, so that nothing is lost.
+            let path = mount_point.to_string_lossy().into_owned();
+            let bytes = read_only_mount_bytes(limits, mount_points.len());
+            tmpfs.insert(path, options("0755", 0, bytes));
         }
         let host = HostConfig {
             auto_remove: Some(true),
             network_mode: Some("none".into()),
-            // The daemon puts a resolv.conf over that of the image, empty if the container's network is disabled altogether: it
-            // is to name the agent as well.
+            // The daemon replaces the image's resolv.conf, so that it must name the agent here as
+            // well.
             dns: Some(vec!["127.0.0.53".into()]),
             dns_search: Some(vec![".".into()]),
             ipc_mode: Some("private".into()),
             readonly_rootfs: Some(true),
             cap_drop: Some(vec!["ALL".into()]),
             cap_add: Some(CAPABILITIES.map(str::to_owned).to_vec()),
-            // The daemon's own filter, which it has by default, stays.
+            // The daemon's default seccomp filter stays in force.
             security_opt: Some(vec!["no-new-privileges".into()]),
             tmpfs: Some(tmpfs),
             shm_size: Some(bytes(shm.bytes)),
@@ -349,7 +367,7 @@ impl Daemon {
             memory_swap: Some(bytes(limits.memory)),
             nano_cpus: Some(bytes(u64::from(limits.vcpus) * 1_000_000_000)),
             pids_limit: Some(limits.tasks.into()),
-            // What the channel carries is nothing for a log on disk.
+            // The channel must not be written to a log on disk.
             log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
             init: Some(false),
             ..Default::default()
@@ -361,7 +379,7 @@ impl Daemon {
             working_dir: Some("/".into()),
             user: Some("0:0".into()),
             hostname: Some(HOST_NAME.into()),
-            labels: Some(HashMap::from([(LABEL.into(), Owner::this().to_string())])),
+            labels: Some(HashMap::from([(LABEL.into(), Owner::this_process().to_string())])),
             attach_stdin: Some(true),
             attach_stdout: Some(true),
             attach_stderr: Some(true),
@@ -375,7 +393,11 @@ impl Daemon {
 }
 
 fn is_status<T>(result: &Result<T, bollard::errors::Error>, code: u16) -> bool {
-    matches!(result, Err(bollard::errors::Error::DockerResponseServerError { status_code, .. }) if *status_code == code)
+    matches!(
+        result,
+        Err(bollard::errors::Error::DockerResponseServerError { status_code, .. })
+            if *status_code == code
+    )
 }
 
 /// A container of the daemon.
@@ -385,16 +407,16 @@ struct Container {
     implementation: String,
     id: String,
     log: Log,
-    /// What has broken the connection, if anything has.
+    /// The error that broke the connection.
     broken: Arc<Mutex<Option<String>>>,
     bridge: Option<JoinHandle<()>>,
     answered: bool,
-    /// The daemon has forgotten it.
+    /// The daemon has removed the container.
     gone: bool,
 }
 
 impl Container {
-    async fn run(&mut self) -> Result<StdStream, bollard::errors::Error> {
+    async fn attach_and_start(&mut self) -> Result<StdStream, bollard::errors::Error> {
         let (ours, theirs) = UnixStream::pair()?;
         let ours = ours.into_std()?;
         let options = AttachContainerOptionsBuilder::default()
@@ -403,22 +425,22 @@ impl Container {
             .stderr(true)
             .stream(true)
             .build();
-        // Before the start: what the agent says first must not be missed.
+        // Attach before the start, so that the agent's first message is not lost.
         let attached = self.docker.attach_container(&self.id, Some(options)).await?;
-        let bridge = bridge(attached, theirs, self.log.clone(), self.broken.clone());
+        let bridge = copy_both_ways(attached, theirs, self.log.clone(), self.broken.clone());
         self.bridge = Some(tokio::spawn(bridge));
         self.docker.start_container(&self.id, None::<StartContainerOptions>).await?;
-        tokio::spawn(sweep(self.docker.clone()));
+        tokio::spawn(remove_abandoned(self.docker.clone()));
         Ok(ours)
     }
 
-    /// Waits until the daemon has removed it, as it does when it has ended.
-    async fn removed(&mut self) -> bool {
+    /// Waits until the daemon has removed the container, which it does at the end of the agent.
+    async fn wait_until_removed(&mut self) -> bool {
         let options = WaitContainerOptionsBuilder::default().condition("removed").build();
         let waiting = async {
             let mut answers = Box::pin(self.docker.wait_container(&self.id, Some(options)));
             match answers.next().await {
-                // How it has ended is nobody's concern now.
+                // The exit code does not matter here.
                 Some(Ok(_) | Err(bollard::errors::Error::DockerContainerWaitError { .. }))
                 | None => true,
                 Some(error) => is_status(&error, 404),
@@ -427,23 +449,20 @@ impl Container {
         tokio::time::timeout(STOP_LIMIT, waiting).await.unwrap_or(false)
     }
 
-    /// Removes it by force.
+    /// Removes the container by force.
     async fn remove(&mut self) -> Result<(), Error> {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
         let removed = self.docker.remove_container(&self.id, Some(options)).await;
-        // 409: it is being removed.
+        // 409: the removal is in progress.
         self.gone = removed.is_ok()
             || is_status(&removed, 404)
-            || (is_status(&removed, 409) && self.removed().await);
+            || (is_status(&removed, 409) && self.wait_until_removed().await);
         match (self.gone, removed) {
             (false, Err(error)) => {
                 let id = &self.id[..self.id.len().min(12)];
-                Err(Error::Left {
-                    what: format!(
-                        "the container {id} of {}: {}",
-                        self.implementation,
-                        error_chain(&error)
-                    ),
+                let (engine, cause) = (&self.implementation, error_chain(&error));
+                Err(Error::Leftover {
+                    leftover: format!("the container {id} of {engine}: {cause}"),
                 })
             }
             _ => Ok(()),
@@ -452,7 +471,7 @@ impl Container {
 }
 
 impl Instance for Container {
-    fn answered(&mut self) {
+    fn release_start_resources(&mut self) {
         self.answered = true;
     }
 
@@ -460,7 +479,7 @@ impl Instance for Container {
         START_LIMIT
     }
 
-    fn ended(&mut self) -> Pending<'_, Error> {
+    fn wait_for_end(&mut self) -> Pending<'_, Error> {
         Box::pin(async {
             if let Some(bridge) = &mut self.bridge {
                 let _ = bridge.await;
@@ -475,7 +494,8 @@ impl Instance for Container {
                 }
                 (Err(error), _) => {
                     format!(
-                        "the {} daemon no longer answers, and ends the container when it is started again ({})",
+                        "the {} daemon no longer answers; it ends the container when it is \
+                         restarted ({})",
                         self.implementation,
                         error_chain(error)
                     )
@@ -492,10 +512,10 @@ impl Instance for Container {
                 }
             };
             if self.answered {
-                return Error::GuestEnded(GuestEnd { reason, log: self.log.text() });
+                return Error::GuestEnded(GuestEnd { reason, log: self.log.to_text() });
             }
-            let reason = self.log.last_line().unwrap_or(reason);
-            Error::Container { engine: self.implementation.clone(), reason }
+            let source = ContainerError::Reported(self.log.last_line().unwrap_or(reason));
+            Error::Container { engine: self.implementation.clone(), source }
         })
     }
 
@@ -505,11 +525,11 @@ impl Instance for Container {
                 return Ok(());
             }
             if let Some(bridge) = self.bridge.take() {
-                // It ends with the channel, which is closed; nothing that it could still carry is wanted.
+                // The channel is closed, and the rest of its bytes is not needed.
                 bridge.abort();
                 let _ = bridge.await;
             }
-            if self.answered && self.removed().await {
+            if self.answered && self.wait_until_removed().await {
                 self.gone = true;
                 return Ok(());
             }
@@ -518,8 +538,8 @@ impl Instance for Container {
     }
 }
 
-/// Carries the channel's bytes until one of its ends is gone.
-async fn bridge(
+/// Copies the bytes of the channel until one of its ends has closed.
+async fn copy_both_ways(
     attached: AttachContainerResults,
     stream: UnixStream,
     log: Log,
@@ -527,7 +547,7 @@ async fn bridge(
 ) {
     let AttachContainerResults { mut output, mut input } = attached;
     let (mut from_host, mut to_host) = stream.into_split();
-    let outward = async {
+    let to_host_task = async {
         while let Some(message) = output.next().await {
             match message {
                 Ok(LogOutput::StdOut { message } | LogOutput::Console { message }) => {
@@ -545,39 +565,40 @@ async fn bridge(
             }
         }
     };
-    let inward = async {
+    let to_container_task = async {
         let mut chunk = vec![0; CHUNK];
         while let Ok(count) = from_host.read(&mut chunk).await
             && count > 0
         {
             if input.write_all(&chunk[..count]).await.is_err() || input.flush().await.is_err() {
-                // The other direction may still hold why.
+                // The other direction may still deliver the cause.
                 std::future::pending::<()>().await;
             }
         }
         let _ = input.shutdown().await;
     };
     tokio::select! {
-        () = outward => {}
-        () = inward => {}
+        () = to_host_task => {}
+        () = to_container_task => {}
     }
 }
 
-/// Removes what was created by those who died before they started it.
-async fn sweep(docker: Docker) {
+/// Removes containers whose creators died before they started them.
+async fn remove_abandoned(docker: Docker) {
     let filters =
         HashMap::from([("label", vec![LABEL]), ("status", vec!["created", "exited", "dead"])]);
     let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
     let Ok(listed) = docker.list_containers(Some(options)).await else { return };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     for container in listed {
-        let born = Duration::from_secs(
+        let created = Duration::from_secs(
             container.created.and_then(|at| u64::try_from(at).ok()).unwrap_or(0),
         );
         let idle = container.state != Some(ContainerSummaryStateEnum::RUNNING);
         let owner = container.labels.as_ref().and_then(|labels| Owner::parse(labels.get(LABEL)?));
-        let left = owner.is_some_and(|owner| owner.has_ended()) || now.saturating_sub(born) > STALE;
-        if let (Some(id), true) = (container.id, idle && left) {
+        let abandoned =
+            owner.is_some_and(|owner| owner.has_ended()) || now.saturating_sub(created) > STALE;
+        if let (Some(id), true) = (container.id, idle && abandoned) {
             let force = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
             let _ = docker.remove_container(&id, Some(force)).await;
         }

@@ -1,4 +1,4 @@
-//! Whether a microVM can run on this host, and why not: found out by trying, not by looking.
+//! Checks by trying, not by looking, whether this host can run a microVM.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,21 +9,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::Artifacts;
 
-/// A probe takes microseconds on hardware and some 15 ms on an emulation. One that hangs is a finding.
+/// Time limit of a probe. It takes microseconds on hardware and 15 ms on an emulation; a probe that
+/// hangs is a finding.
 const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
-/// One thing that has to be well.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// What was looked at.
+    /// Name of the check.
     pub name: String,
-    /// Whether it is well.
+    /// The check passed.
     pub ok: bool,
-    /// What was found, and what to do where it is not well.
+    /// Finding, with a remedy if the check failed.
     pub detail: String,
 }
 
-/// What `chitin-vmm --probe` prints, as far as it matters here.
+/// The part of `chitin-vmm --probe`'s output that is used here.
 #[derive(Debug, Deserialize)]
 struct Probe {
     usable: bool,
@@ -31,9 +32,10 @@ struct Probe {
     elapsed_ns: Option<u64>,
 }
 
-/// Checks one by one what a microVM needs. What the jail of a monitor is like here; none if it cannot be closed.
+/// Checks everything that a microVM needs. Also returns the jail of a monitor on this host, or
+/// `None` if the jail cannot be set up.
 pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
-    let file = |name: &str, path: &std::path::Path, remedy: &str| Check {
+    let check_file = |name: &str, path: &std::path::Path, remedy: &str| Check {
         name: name.into(),
         ok: path.is_file(),
         detail: if path.is_file() {
@@ -43,26 +45,26 @@ pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
         },
     };
     let mut checks = vec![
-        file("monitor", &artifacts.monitor, "build it with `cargo xtask build`"),
-        file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
-        file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
-        probe(artifacts).await,
+        check_file("monitor", &artifacts.monitor, "build it with `cargo xtask build`"),
+        check_file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
+        check_file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
+        check_kvm(artifacts).await,
     ];
-    let (check, jail) = survey(artifacts).await;
+    let (check, jail) = check_jail(artifacts).await;
     checks.push(check);
     (checks, jail)
 }
 
-/// Closes a jail around nothing.
-async fn survey(artifacts: &Artifacts) -> (Check, Option<Jail>) {
-    let (ok, detail, jail) = match ask::<JailSupport>(artifacts, "--jail").await {
+/// Sets up an empty jail.
+async fn check_jail(artifacts: &Artifacts) -> (Check, Option<Jail>) {
+    let (ok, detail, jail) = match query_monitor::<JailSupport>(artifacts, "--jail").await {
         Ok(JailSupport { usable: true, jail: Some(jail), .. }) => {
             let user = match jail.uid {
-                Some(_) => "a user of its own",
-                None => "the user who starts it",
+                Some(_) => "a dedicated user",
+                None => "the calling user",
             };
             let mut detail =
-                format!("closes: as {user}, own namespaces, empty root, no capabilities, limits");
+                format!("works: {user}, private namespaces, empty root, no capabilities, limits");
             if jail.cgroup.is_some() {
                 detail.push_str(", a control group");
             }
@@ -72,15 +74,15 @@ async fn survey(artifacts: &Artifacts) -> (Check, Option<Jail>) {
             }
             (true, detail, Some(jail))
         }
-        Ok(survey) => (false, survey.reason.unwrap_or_default(), None),
-        Err(reason) => (false, format!("it could not be tried: {reason}"), None),
+        Ok(support) => (false, support.reason.unwrap_or_default(), None),
+        Err(reason) => (false, format!("the check could not run: {reason}"), None),
     };
     (Check { name: "jail".into(), ok, detail }, jail)
 }
 
-/// Runs a tiny guest.
-async fn probe(artifacts: &Artifacts) -> Check {
-    let (ok, detail) = match ask::<Probe>(artifacts, "--probe").await {
+/// Runs a small guest.
+async fn check_kvm(artifacts: &Artifacts) -> Check {
+    let (ok, detail) = match query_monitor::<Probe>(artifacts, "--probe").await {
         Ok(probe) => {
             let took = probe.elapsed_ns.map(|ns| format!("a probe guest ran in {} µs", ns / 1000));
             (probe.usable, probe.reason.or(took).unwrap_or_default())
@@ -90,8 +92,11 @@ async fn probe(artifacts: &Artifacts) -> Check {
     Check { name: "KVM".into(), ok, detail }
 }
 
-/// What the monitor's program answers to an option.
-async fn ask<T: DeserializeOwned>(artifacts: &Artifacts, option: &str) -> Result<T, String> {
+/// Runs the monitor with an option and returns its answer.
+async fn query_monitor<T: DeserializeOwned>(
+    artifacts: &Artifacts,
+    option: &str,
+) -> Result<T, String> {
     let output = tokio::process::Command::new(&artifacts.monitor)
         .arg(option)
         .stdin(Stdio::null())
@@ -100,7 +105,7 @@ async fn ask<T: DeserializeOwned>(artifacts: &Artifacts, option: &str) -> Result
         .output();
     let output = tokio::time::timeout(PROBE_LIMIT, output)
         .await
-        .map_err(|_| format!("it has not ended within {} s", PROBE_LIMIT.as_secs()))?
+        .map_err(|_| format!("no answer within {} s", PROBE_LIMIT.as_secs()))?
         .map_err(|error| error.to_string())?;
     serde_json::from_slice(&output.stdout).map_err(|error| {
         format!("{}, {error}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())

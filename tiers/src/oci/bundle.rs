@@ -1,4 +1,5 @@
-//! An OCI bundle: what a runtime is told about one container.
+//! An OCI bundle: the description of one container for a runtime (OCI runtime specification,
+//! "Filesystem Bundle").
 
 use std::fs::{self, File};
 use std::io;
@@ -11,40 +12,42 @@ use serde_json::{Value, json};
 
 use super::engine::Engine;
 use super::tree::Tree;
-use crate::container::{CAPABILITIES, HOST_NAME, Limits, Owner, new_name, place_bytes, scratch};
+use crate::container::{
+    CAPABILITIES, HOST_NAME, Limits, Owner, random_name, read_only_mount_bytes, scratch_mounts,
+};
 
 const BUNDLES: &str = "/run/chitin/bundles";
 
-/// In a bundle, the file that names the process that runs it.
+/// The file of a bundle that names the process of its runtime.
 const RUNTIME: &str = "runtime";
 
-/// What a container is made of.
+/// The content of a container.
 #[derive(Debug)]
 pub(super) struct Content<'a> {
-    /// The image, unpacked.
+    /// The unpacked image.
     pub root: &'a Path,
     pub limits: Limits,
-    /// Directories that the agent can write to, and the workload cannot.
-    pub places: &'a [PathBuf],
-    /// What runs in it.
+    /// Mount points that the agent can write below and the workload cannot.
+    pub mount_points: &'a [PathBuf],
+    /// Command of PID 1.
     pub argv: &'a [String],
 }
 
-/// A bundle's directory. Dropping it removes it.
+/// The directory of a bundle. Dropping it removes the directory.
 #[derive(Debug)]
 pub(crate) struct Bundle {
     path: PathBuf,
     name: String,
     tree: Option<Tree>,
-    /// As long as it is held the bundle has an owner.
+    /// Held as long as the bundle has an owner.
     _lock: File,
 }
 
 impl Bundle {
     pub fn create(engine: &Engine, content: &Content<'_>) -> io::Result<Bundle> {
-        let name = new_name().map_err(io::Error::other)?;
+        let name = random_name().map_err(io::Error::other)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(BUNDLES)?;
-        // It gets its name when it has its lock, so that nobody takes it for one without an owner.
+        // The lock comes before the name, so that no process takes the bundle for an abandoned one.
         let draft = Path::new(BUNDLES).join(format!(".{name}"));
         fs::create_dir(&draft)?;
         let lock = File::create(draft.join("lock"))?;
@@ -53,17 +56,17 @@ impl Bundle {
         let path = Path::new(BUNDLES).join(&full_name);
         fs::rename(&draft, &path)?;
         let mut bundle = Bundle { path, name, tree: None, _lock: lock };
-        if !content.places.is_empty() {
-            bundle.tree = Some(Tree::create(&full_name, content.root, content.places)?);
+        if !content.mount_points.is_empty() {
+            bundle.tree = Some(Tree::create(&full_name, content.root, content.mount_points)?);
         }
-        let config = config(engine, &bundle.name, content, bundle.tree.as_ref())?;
+        let config = runtime_config(engine, &bundle.name, content, bundle.tree.as_ref())?;
         let spec: Spec = serde_json::from_value(config)?;
         spec.save(bundle.path.join("config.json")).map_err(io::Error::other)?;
         Ok(bundle)
     }
 
-    /// Notes which process runs it, so that it can be ended if it hangs and nobody is there.
-    pub fn note(&self, runtime: &Owner) -> io::Result<()> {
+    /// Records the process of the runtime, so that a later start can end it if it hangs.
+    pub fn record_runtime(&self, runtime: &Owner) -> io::Result<()> {
         fs::write(self.path.join(RUNTIME), runtime.to_string())
     }
 
@@ -75,7 +78,7 @@ impl Bundle {
         &self.name
     }
 
-    /// Whether the container's root is of its own, and has to stay as long as it.
+    /// Returns true if the container has a private root, which must last as long as the container.
     pub fn has_tree(&self) -> bool {
         self.tree.is_some()
     }
@@ -83,21 +86,21 @@ impl Bundle {
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        // First, because a bundle is what leads a sweep to it.
+        // The tree goes first: an abandoned tree is found by its bundle.
         self.tree = None;
-        // What is left is swept by the next start.
+        // The next start removes leftovers.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// The process that runs a bundle, if it still does.
-fn runtime(bundle: &Path) -> Option<Owner> {
+/// Returns the process of a bundle's runtime if it is still running.
+fn running_runtime(bundle: &Path) -> Option<Owner> {
     let owner = Owner::parse(&fs::read_to_string(bundle.join(RUNTIME)).ok()?)?;
     (!owner.has_ended()).then_some(owner)
 }
 
-/// Removes what those have left who died while they started a container.
-pub(crate) async fn sweep() {
+/// Removes the bundles and containers of processes that died during a start.
+pub(crate) async fn remove_abandoned() {
     let Ok(entries) = fs::read_dir(BUNDLES) else { return };
     for entry in entries.flatten() {
         let path = entry.path();
@@ -106,13 +109,13 @@ pub(crate) async fn sweep() {
             continue;
         }
         let name = entry.file_name();
-        if let Some(runtime) = runtime(&path) {
-            runtime.kill();
+        if let Some(runtime) = running_runtime(&path) {
+            runtime.kill_group();
         }
         if let Some((engine, name)) = name.to_str().and_then(|name| name.split_once('-'))
-            && let Some(engine) = Engine::named(engine)
+            && let Some(engine) = Engine::find(engine)
         {
-            // There may be none of that name.
+            // There may be no container of that name.
             engine.delete(name).await;
         }
         Tree::remove(&name);
@@ -120,39 +123,50 @@ pub(crate) async fn sweep() {
     }
 }
 
-/// Users of a container are none of the host's, nor of another container's: each gets one of 16,384 ranges that no
-/// distribution hands out.
-fn user_range() -> io::Result<u64> {
+/// Returns the first host user of a container.
+///
+/// The users of a container are different from the host's and from another container's: each gets
+/// one of 16,384 ranges that no distribution assigns.
+fn random_user_range() -> io::Result<u64> {
     let mut random = [0; 2];
     getrandom::fill(&mut random)?;
     Ok(0x4000_0000 + u64::from(u16::from_ne_bytes(random) & 0x3fff) * USERS)
 }
 
-/// Users in one.
+/// Users of one range.
 const USERS: u64 = 65_536;
 
-fn config(
+/// Returns the content of `config.json`.
+fn runtime_config(
     engine: &Engine,
     name: &str,
     &Content { root, limits, argv, .. }: &Content<'_>,
     tree: Option<&Tree>,
 ) -> io::Result<Value> {
-    // In gVisor's kernel it is a right over nothing of the host's, and the agent's alone: with it the agent mounts a cgroup.
-    let own = engine.has_own_kernel().then_some("SYS_ADMIN");
-    let capabilities: Vec<String> =
-        CAPABILITIES.into_iter().chain(own).map(|capability| format!("CAP_{capability}")).collect();
-    let closed = ["nosuid", "nodev", "noexec"];
-    let borrowed = tree.iter().flat_map(|tree| &tree.borrowed).map(|(source, destination)| {
-        json!({"destination": destination, "type": "bind", "source": source, "options": ["bind", "ro", "nosuid", "nodev"]})
-    });
-    let mut mounts: Vec<Value> = borrowed.collect();
+    // In gVisor's kernel this capability has no power over the host. Only the agent has it, to
+    // mount a cgroup.
+    let sys_admin = engine.has_own_kernel().then_some("SYS_ADMIN");
+    let capabilities: Vec<String> = CAPABILITIES
+        .into_iter()
+        .chain(sys_admin)
+        .map(|capability| format!("CAP_{capability}"))
+        .collect();
+    let no_access = ["nosuid", "nodev", "noexec"];
+    let image_mounts =
+        tree.iter().flat_map(|tree| &tree.image_mounts).map(|(source, destination)| {
+            json!({"destination": destination, "type": "bind", "source": source,
+               "options": ["bind", "ro", "nosuid", "nodev"]})
+        });
+    let mut mounts: Vec<Value> = image_mounts.collect();
     mounts.extend([
-        json!({"destination": "/proc", "type": "proc", "source": "proc", "options": closed}),
+        json!({"destination": "/proc", "type": "proc", "source": "proc", "options": no_access}),
         json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
                "options": ["nosuid", "strictatime", "mode=0755", "size=64k"]}),
         json!({"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-               "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]}),
-        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "nodev", "noexec", "ro"]}),
+               "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620",
+                           "gid=5"]}),
+        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
+               "options": ["nosuid", "nodev", "noexec", "ro"]}),
     ]);
     let tmpfs = |path: &Path, mode: &str, owner: u32, bytes: u64| {
         let options = [
@@ -165,12 +179,12 @@ fn config(
         ];
         json!({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options})
     };
-    for scratch in scratch(limits) {
+    for scratch in scratch_mounts(limits) {
         mounts.push(tmpfs(scratch.path.as_ref(), scratch.mode, scratch.owner, scratch.bytes));
     }
-    for place in tree.iter().flat_map(|tree| &tree.places) {
-        let places = tree.map_or(0, |tree| tree.places.len());
-        mounts.push(tmpfs(place, "0755", 0, place_bytes(limits, places)));
+    for mount_point in tree.iter().flat_map(|tree| &tree.mount_points) {
+        let count = tree.map_or(0, |tree| tree.mount_points.len());
+        mounts.push(tmpfs(mount_point, "0755", 0, read_only_mount_bytes(limits, count)));
     }
     let mut namespaces = vec!["pid", "mount", "network", "ipc", "uts"];
     let mut memory = json!({"limit": limits.memory});
@@ -187,13 +201,13 @@ fn config(
         "maskedPaths": MASKED,
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys"],
     });
-    // gVisor's kernel is no user of the host's, and its own filter is narrower than this one.
+    // gVisor's kernel runs as a dedicated user, and its own filter is narrower than this one.
     if !engine.has_own_kernel() {
         namespaces.extend(["user", "cgroup"]);
-        let range = json!([{"containerID": 0, "hostID": user_range()?, "size": USERS}]);
+        let range = json!([{"containerID": 0, "hostID": random_user_range()?, "size": USERS}]);
         linux["uidMappings"] = range.clone();
         linux["gidMappings"] = range;
-        linux["seccomp"] = seccomp();
+        linux["seccomp"] = seccomp_filter();
     }
     linux["namespaces"] = namespaces.into_iter().map(|kind| json!({"type": kind})).collect();
     Ok(json!({
@@ -209,12 +223,16 @@ fn config(
             "env": ["PATH=/usr/bin"],
             "cwd": "/",
             "noNewPrivileges": true,
-            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+            "capabilities": {
+                "bounding": capabilities,
+                "effective": capabilities,
+                "permitted": capabilities,
+            },
         },
     }))
 }
 
-/// Of the host, and not for a sandbox to read: its memory, its keys, its timers, its firmware.
+/// Files of the host that a sandbox must not read: memory, keys, timers, firmware.
 const MASKED: [&str; 10] = [
     "/proc/acpi",
     "/proc/asound",
@@ -228,9 +246,11 @@ const MASKED: [&str; 10] = [
     "/sys/firmware",
 ];
 
-/// What neither the agent nor a workload needs of a kernel that is the host's. The agent's own filter comes on top of it.
-fn seccomp() -> Value {
-    // Namespaces, mounts, modules, and the calls that have most often been ways into the kernel.
+/// Returns the filter of a container that shares the host's kernel: the calls that neither the
+/// agent nor a workload needs. The agent adds its own filter.
+fn seccomp_filter() -> Value {
+    // Namespaces, mounts, modules, and the calls that have been the most frequent entry points of
+    // attacks on the kernel.
     let refused = vec![
         "add_key",
         "bpf",
@@ -272,17 +292,25 @@ fn seccomp() -> Value {
     ];
     // CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
     let new_namespaces: u64 = 0x7E02_0000;
-    let has = |bits: u64| json!([{"index": 0, "value": bits, "valueTwo": bits, "op": "SCMP_CMP_MASKED_EQ"}]);
+    let has_flag = |bits: u64| {
+        let op = "SCMP_CMP_MASKED_EQ";
+        json!([{"index": 0, "value": bits, "valueTwo": bits, "op": op}])
+    };
     let mut rules = vec![
         json!({"names": refused, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}),
-        // Its flags are in memory, where no filter sees them; C libraries go on with clone.
+        // Its flags are in memory, where no filter sees them. C libraries fall back to clone.
         json!({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}),
     ];
     for bit in 0..u64::BITS {
         let flag = new_namespaces & (1 << bit);
         if flag != 0 {
-            rules.push(json!({"names": ["clone", "unshare"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "args": has(flag)}));
+            rules.push(json!({"names": ["clone", "unshare"], "action": "SCMP_ACT_ERRNO",
+                              "errnoRet": 1, "args": has_flag(flag)}));
         }
     }
-    json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": rules})
+    json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": rules,
+    })
 }

@@ -1,5 +1,7 @@
-//! Which OCI runtime there is, and whether it works: found out by running a container, once, because a runtime that is
-//! installed may still not work on this kernel, and may hang.
+//! The OCI runtimes, and the search for one that works.
+//!
+//! A runtime that is installed may fail or hang on this kernel, so the search runs a container in
+//! it, once.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -15,11 +17,13 @@ use tokio::process::Command;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::{Container, RUN, succeeds};
+use super::{Container, RUN, run_silently};
 use crate::container::Limits;
+use crate::error::ContainerError;
 use crate::{Capabilities, Error, Instance, Unavailable};
 
-/// All there are, the strongest first; of gVisor each way to intercept system calls, the one it recommends first.
+/// All engines, the strongest first. gVisor has one entry for each platform that intercepts system
+/// calls, the recommended one first.
 const ENGINES: [(&str, Option<&str>); 5] = [
     ("runsc", Some("systrap")),
     ("runsc", Some("kvm")),
@@ -28,52 +32,55 @@ const ENGINES: [(&str, Option<&str>); 5] = [
     ("runc", None),
 ];
 
-/// A container that says hello takes a tenth of it. A gVisor whose KVM does not run guests hangs.
+/// Time limit of a trial. A container answers within a tenth of it; gVisor hangs on a KVM that
+/// cannot run guests.
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
 
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
 
-/// The least that a microVM has too.
-const TRIAL: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None };
+/// Limits of a trial: the least memory of a microVM.
+const TRIAL_LIMITS: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 64, disk: None };
 
-/// Threads that gVisor's kernel and its helper have on the host, beside those by which it runs the sandbox's.
+/// Threads of gVisor's kernel and its helper on the host, in addition to those that run the
+/// sandbox's.
 const GVISOR_TASKS: u32 = 256;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// Processes that were killed are in their cgroup until the kernel is done with them.
-const CLEAR_TRIES: u32 = 20;
-const CLEAR_PAUSE: Duration = Duration::from_millis(50);
+/// Attempts to remove a cgroup. Killed processes stay in it until the kernel has reaped them.
+const REMOVE_ATTEMPTS: u32 = 20;
+const REMOVE_PAUSE: Duration = Duration::from_millis(50);
 
-const FOUND: &str = "/run/chitin/works.json";
+/// The result of the last search. /run is empty after a boot.
+const RESULT_FILE: &str = "/run/chitin/works.json";
 
-/// A runtime.
+/// An OCI runtime on a platform.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Engine {
     pub name: &'static str,
     pub program: PathBuf,
     platform: Option<&'static str>,
     version: String,
-    /// Why none of those before it.
+    /// The stronger engines, each with the reason against it.
     short_of: Vec<String>,
 }
 
-/// What is remembered until the next boot.
+/// The result of a search, remembered until the next boot.
 #[derive(Serialize, Deserialize)]
-struct Found {
-    /// What the runtimes were at that time.
+struct SearchResult {
+    /// Identities of the programs at the time of the search.
     programs: Vec<String>,
-    /// The index in [`ENGINES`].
+    /// Index in [`ENGINES`].
     engine: usize,
     version: String,
     short_of: Vec<String>,
 }
 
 impl Engine {
-    /// The one of that name, to clear up behind it.
-    pub fn named(name: &str) -> Option<Engine> {
+    /// Finds an engine by name, to remove its leftovers.
+    pub fn find(name: &str) -> Option<Engine> {
         let (name, _) = ENGINES.into_iter().find(|(known, _)| *known == name)?;
-        Some(Engine { program: find(name)?, ..Engine::new(name, None) })
+        Some(Engine { program: find_program(name)?, ..Engine::new(name, None) })
     }
 
     fn new(name: &'static str, platform: Option<&'static str>) -> Engine {
@@ -86,21 +93,23 @@ impl Engine {
         }
     }
 
-    /// The program, and its platform if it has several.
-    fn title(&self) -> String {
+    /// Returns the program, and its platform if it has several.
+    fn full_name(&self) -> String {
         match self.platform {
             Some(platform) => format!("{}/{platform}", self.name),
             None => self.name.to_owned(),
         }
     }
 
-    /// Whether a sandbox under it has a kernel that is not the host's.
+    /// Returns true if its sandboxes do not share the host's kernel.
     pub fn has_own_kernel(&self) -> bool {
         self.name == "runsc"
     }
 
-    /// The most tasks of the host by which so many of a container run. gVisor has one or two for each, and the agent has it keep
-    /// the exact number inside: this one is met only by a kernel that does not.
+    /// Returns the host's task limit for a container with this many tasks.
+    ///
+    /// gVisor uses one or two host tasks for each, and its kernel enforces the exact number inside.
+    /// Only a compromised kernel reaches this limit.
     pub fn host_tasks(&self, tasks: u32) -> u32 {
         if self.has_own_kernel() {
             tasks.saturating_mul(2).saturating_add(GVISOR_TASKS)
@@ -111,15 +120,15 @@ impl Engine {
 
     pub fn capabilities(&self) -> Capabilities {
         Capabilities {
-            implementation: self.title(),
+            implementation: self.full_name(),
             version: self.version.clone(),
             short_of: self.short_of.clone(),
         }
     }
 
-    pub fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        // Our environment may hold the very secrets that are handed over.
+        // Our environment may hold secrets.
         command.env_clear().env("PATH", PATH).process_group(0);
         command.arg("--root").arg(Path::new(RUN).join(self.name));
         if self.name == "runsc" {
@@ -128,33 +137,34 @@ impl Engine {
         if let Some(platform) = self.platform {
             command.arg(format!("--platform={platform}"));
         }
-        command.args(words);
+        command.args(args);
         command
     }
 
-    /// Ends a container by force and forgets it; whether nothing is left of it.
+    /// Ends a container by force and removes its state. Returns true if nothing is left.
     pub async fn delete(&self, name: &str) -> bool {
-        // A runtime may call it a failure that there was none.
-        let deleted = succeeds(&mut self.command(&["delete", "--force", name])).await;
-        for _ in 0..CLEAR_TRIES {
-            if self.clear(name) {
+        // A runtime may report an error if the container does not exist.
+        let deleted = run_silently(&mut self.command(&["delete", "--force", name])).await;
+        for _ in 0..REMOVE_ATTEMPTS {
+            if self.remove_leftovers(name) {
                 break;
             }
-            tokio::time::sleep(CLEAR_PAUSE).await;
+            tokio::time::sleep(REMOVE_PAUSE).await;
         }
-        deleted || !self.knows(name)
+        deleted || !self.has_state(name)
     }
 
-    /// Kills every process of a container at the same time.
-    pub fn kill(&self, name: &str) {
-        for cgroup in cgroups(name) {
+    /// Kills every process of a container.
+    pub fn kill_container(&self, name: &str) {
+        for cgroup in container_cgroups(name) {
             let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
-                // Held before it is looked at, so that a number that is given again means nobody else.
-                let held = pidfd_open(pid, PidfdFlags::empty());
-                let place = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-                if let Ok(process) = held
-                    && place.lines().any(|line| line.ends_with(&format!("/chitin/{name}")))
+                // The pidfd comes before the check, so that a reused pid cannot name another
+                // process.
+                let pidfd = pidfd_open(pid, PidfdFlags::empty());
+                let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+                if let Ok(process) = pidfd
+                    && cgroup.lines().any(|line| line.ends_with(&format!("/chitin/{name}")))
                 {
                     let _ = pidfd_send_signal(process, Signal::KILL);
                 }
@@ -162,61 +172,66 @@ impl Engine {
         }
     }
 
-    /// Removes what a runtime forgets of a container when it was killed itself: cgroups, which have to be empty, and locks.
-    fn clear(&self, name: &str) -> bool {
-        let cleared = cgroups(name).all(|cgroup| fs::remove_dir(cgroup).is_ok());
-        for state in self.states(name).filter(|path| path.extension() == Some("lock".as_ref())) {
+    /// Removes what a killed runtime leaves: empty cgroups and locks. Returns true if all are
+    /// removed.
+    fn remove_leftovers(&self, name: &str) -> bool {
+        let removed = container_cgroups(name).all(|cgroup| fs::remove_dir(cgroup).is_ok());
+        for state in self.state_files(name).filter(|path| path.extension() == Some("lock".as_ref()))
+        {
             let _ = fs::remove_file(state);
         }
-        cleared
+        removed
     }
 
-    fn states(&self, name: &str) -> impl Iterator<Item = PathBuf> {
+    fn state_files(&self, name: &str) -> impl Iterator<Item = PathBuf> {
         let states = fs::read_dir(Path::new(RUN).join(self.name)).into_iter().flatten().flatten();
-        let of_it = move |path: &PathBuf| path.to_string_lossy().contains(name);
-        states.map(|state| state.path()).filter(of_it)
+        let is_named = move |path: &PathBuf| path.to_string_lossy().contains(name);
+        states.map(|state| state.path()).filter(is_named)
     }
 
-    /// Whether it has anything of a container.
-    pub fn knows(&self, name: &str) -> bool {
-        self.states(name).next().is_some()
+    /// Returns true if the engine has state of a container.
+    pub fn has_state(&self, name: &str) -> bool {
+        self.state_files(name).next().is_some()
     }
 }
 
-/// Those of a container: one, or with version 1 one in each hierarchy.
-fn cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
+/// Returns the cgroups of a container: one, or one in each hierarchy of version 1.
+fn container_cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
     let root = Path::new(CGROUPS);
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    let places = hierarchies
+    let cgroups = hierarchies
         .chain([root.to_owned()])
         .map(move |hierarchy| hierarchy.join("chitin").join(name));
-    places.filter(|cgroup| cgroup.is_dir())
+    cgroups.filter(|cgroup| cgroup.is_dir())
 }
 
+/// Directories of administrators' tools.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The program of that name: where this process would find it, or where administrators' tools are.
-fn find(name: &str) -> Option<PathBuf> {
+/// Finds a program in `$PATH` of this process or in [`PATH`].
+fn find_program(name: &str) -> Option<PathBuf> {
     let own = std::env::var_os("PATH").unwrap_or_default();
-    let places = std::env::split_paths(&own).chain(std::env::split_paths(PATH)).collect::<Vec<_>>();
-    places
-        .into_iter()
-        .filter(|place| place.is_absolute())
-        .map(|place| place.join(name))
+    let dirs = std::env::split_paths(&own).chain(std::env::split_paths(PATH)).collect::<Vec<_>>();
+    dirs.into_iter()
+        .filter(|dir| dir.is_absolute())
+        .map(|dir| dir.join(name))
         .find(|path| path.is_file())
 }
 
-/// The strongest that works.
-pub(crate) async fn that_works(root: &Path, cleanup: &TaskTracker) -> Result<Engine, Unavailable> {
-    let programs: Vec<String> = ENGINES.iter().map(|(name, _)| identity(name)).collect();
-    if let Some(engine) = remembered(&programs) {
+/// Finds the strongest engine that runs a container.
+pub(crate) async fn find_working_engine(
+    root: &Path,
+    cleanup: &TaskTracker,
+) -> Result<Engine, Unavailable> {
+    let programs: Vec<String> = ENGINES.iter().map(|(name, _)| program_identity(name)).collect();
+    if let Some(engine) = load_result(&programs) {
         return Ok(engine);
     }
     let mut short_of: Vec<String> = Vec::new();
     let mut trials = Trials { name: "", version: Ok(String::new()), running: VecDeque::new() };
     for (index, (name, platform)) in ENGINES.into_iter().enumerate() {
         let engine = Engine::new(name, platform);
-        let Some(program) = find(name) else {
+        let Some(program) = find_program(name) else {
             let reason = format!("{name} is not installed");
             if !short_of.contains(&reason) {
                 short_of.push(reason);
@@ -224,14 +239,14 @@ pub(crate) async fn that_works(root: &Path, cleanup: &TaskTracker) -> Result<Eng
             continue;
         };
         let engine = Engine { program, ..engine };
-        match trials.outcome(&engine, root, cleanup).await {
+        match trials.outcome_of(&engine, root, cleanup).await {
             Ok(version) => {
-                let found = Found { programs, engine: index, version, short_of };
-                // Not remembered, it is found out again.
-                let _ = serde_json::to_vec(&found).map(|json| fs::write(FOUND, json));
+                let found = SearchResult { programs, engine: index, version, short_of };
+                // If this fails, the next process searches again.
+                let _ = serde_json::to_vec(&found).map(|json| fs::write(RESULT_FILE, json));
                 return Ok(Engine { version: found.version, short_of: found.short_of, ..engine });
             }
-            Err(reason) => short_of.push(format!("{} does not work: {reason}", engine.title())),
+            Err(reason) => short_of.push(format!("{} does not work: {reason}", engine.full_name())),
         }
     }
     Err(Unavailable {
@@ -240,20 +255,21 @@ pub(crate) async fn that_works(root: &Path, cleanup: &TaskTracker) -> Result<Eng
     })
 }
 
-fn remembered(programs: &[String]) -> Option<Engine> {
-    let found: Found = serde_json::from_slice(&fs::read(FOUND).ok()?).ok()?;
+fn load_result(programs: &[String]) -> Option<Engine> {
+    let found: SearchResult = serde_json::from_slice(&fs::read(RESULT_FILE).ok()?).ok()?;
     let (name, platform) = *ENGINES.get(found.engine)?;
     (found.programs == programs).then_some(())?;
     let engine = Engine::new(name, platform);
     Some(Engine {
-        program: find(name)?,
+        program: find_program(name)?,
         version: found.version,
         short_of: found.short_of,
         ..engine
     })
 }
 
-/// Trials of one program, all its platforms at the same time: one that hangs costs its time once.
+/// The trials of one program on all its platforms, run concurrently so that platforms that hang
+/// cost the time limit once.
 struct Trials {
     name: &'static str,
     version: Result<String, String>,
@@ -261,8 +277,8 @@ struct Trials {
 }
 
 impl Trials {
-    /// Of the next platform of its program.
-    async fn outcome(
+    /// Returns the outcome of an engine: its version, or the reason why it does not work.
+    async fn outcome_of(
         &mut self,
         engine: &Engine,
         root: &Path,
@@ -271,7 +287,7 @@ impl Trials {
         if self.name != engine.name {
             self.name = engine.name;
             self.running.clear();
-            self.version = version(engine).await;
+            self.version = query_version(engine).await;
             let Ok(version) = &self.version else { return self.version.clone() };
             let platforms = ENGINES.into_iter().filter(|(name, _)| *name == engine.name);
             self.running = platforms
@@ -279,7 +295,7 @@ impl Trials {
                     let (engine, root) = (Engine { platform, ..engine.clone() }, root.to_owned());
                     let (version, cleanup) = (version.clone(), cleanup.clone());
                     tokio::spawn(async move {
-                        try_out(&engine, &root, &cleanup).await.map(|()| version)
+                        run_trial(&engine, &root, &cleanup).await.map(|()| version)
                     })
                 })
                 .collect();
@@ -293,34 +309,34 @@ impl Trials {
 
 impl Drop for Trials {
     fn drop(&mut self) {
-        // What is weaker than what works is not waited for.
+        // Do not wait for engines that are weaker than the one that works.
         self.running.iter().for_each(JoinHandle::abort);
     }
 }
 
-/// Changes when the program does.
-fn identity(name: &str) -> String {
-    let Some(path) = find(name) else { return String::new() };
-    let Ok(is) = fs::metadata(&path) else { return String::new() };
-    format!("{} {} {} {}", path.display(), is.ino(), is.len(), is.mtime())
+/// Returns a text that changes when the program is replaced.
+fn program_identity(name: &str) -> String {
+    let Some(path) = find_program(name) else { return String::new() };
+    let Ok(metadata) = fs::metadata(&path) else { return String::new() };
+    format!("{} {} {} {}", path.display(), metadata.ino(), metadata.len(), metadata.mtime())
 }
 
-async fn version(engine: &Engine) -> Result<String, String> {
+async fn query_version(engine: &Engine) -> Result<String, String> {
     let mut version = engine.command(&[]);
     version.kill_on_drop(true).arg("--version");
     let asked = tokio::time::timeout(VERSION_LIMIT, version.output()).await;
     let output = asked
-        .map_err(|_| "it does not say its version".to_owned())?
+        .map_err(|_| "it does not print its version".to_owned())?
         .map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let words = text.lines().next().unwrap_or_default();
-    Ok(words.rsplit(' ').next().unwrap_or_default().to_owned())
+    let first_line = text.lines().next().unwrap_or_default();
+    Ok(first_line.rsplit(' ').next().unwrap_or_default().to_owned())
 }
 
-/// Runs a container that says hello.
-async fn try_out(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Result<(), String> {
-    let (mut container, stream) =
-        Container::start(engine, root, TRIAL, &[], cleanup).map_err(|error| match error {
+/// Runs a container until its agent has answered.
+async fn run_trial(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Result<(), String> {
+    let (mut container, stream) = Container::start(engine, root, TRIAL_LIMITS, &[], cleanup)
+        .map_err(|error| match error {
             Error::Spawn { source, .. } | Error::Host { source, .. } => source.to_string(),
             other => other.to_string(),
         })?;
@@ -331,17 +347,16 @@ async fn try_out(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Result<
     let hello = tokio::time::timeout(TRIAL_LIMIT, stream.read(&mut [0])).await;
     let outcome = match hello {
         Ok(Ok(1)) => {
-            container.answered();
+            container.release_start_resources();
             Ok(())
         }
-        Ok(_) => Err(match container.ended().await {
-            Error::Container { reason, .. } => reason,
+        Ok(_) => Err(match container.wait_for_end().await {
+            Error::Container { source: ContainerError::Reported(message), .. } => message,
             other => other.to_string(),
         }),
         Err(_) => {
-            // It has had its time.
-            container.kill();
-            Err(format!("a container has not answered for {} s", TRIAL_LIMIT.as_secs()))
+            container.kill_runtime();
+            Err(format!("no answer of the agent within {} s", TRIAL_LIMIT.as_secs()))
         }
     };
     drop(stream);

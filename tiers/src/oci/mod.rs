@@ -1,16 +1,24 @@
-//! The container tier without a daemon: an OCI bundle, run by gVisor's `runsc`, whose kernel is a program of its own; where
-//! there is none that works, by `crun` or `runc`, which share the host's kernel, and then it is reported as `nanoclaw/runc`.
+//! The container tier without a daemon: an OCI bundle and an OCI runtime.
 //!
-//! A runtime has no interface but its command line. It stays in the foreground and is our child: what it is given as standard
-//! input and output, the channel's other end, is what the agent gets. When we close ours, however we end, the agent ends, the
-//! container with it, and the runtime clears up behind it.
+//! The runtime is gVisor's `runsc`, whose kernel is a user-space program. If no `runsc` works, it
+//! is `crun` or `runc`, which share the host's kernel; the tier is then reported as
+//! `nanoclaw/runc`.
+//!
+//! A runtime has no interface but its command line. It stays in the foreground as our child and
+//! gets the other end of the channel as standard input and output, which the agent inherits. When
+//! our end closes, also by the death of this process, the agent ends, then the container, and the
+//! runtime cleans up.
 //!
 //! ```text
-//!   /run/chitin/bundles/ENGINE-NAME    config.json, and a lock that its owner holds; gone when the agent has answered
-//!   /run/chitin/ENGINE                 the runtime's own state
-//!   /run/chitin/works.json             which runtime works here, found out once
-//!   /var/cache/chitin/roots/DIGEST     an unpacked root
-//!   /var/cache/chitin/trees/ENGINE-NAME    the top of a root in which a policy has a place; as long as its bundle
+//!   /run/chitin/
+//!     bundles/ENGINE-NAME   config.json, and a lock that the owner holds; removed when the agent has
+//!                           answered
+//!     ENGINE                state of the runtime
+//!     works.json            the runtime that works on this host, found by a trial
+//!   /var/cache/chitin/
+//!     roots/DIGEST          an unpacked root
+//!     trees/ENGINE-NAME     the top of a root with additional mount points of a policy; removed
+//!                           with its bundle
 //! ```
 
 mod bundle;
@@ -33,32 +41,40 @@ use tokio_util::task::TaskTracker;
 
 use self::bundle::{Bundle, Content};
 use self::engine::Engine;
-use crate::clock::now_ns;
+use crate::clock::monotonic_ns;
 use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
+use crate::error::{ContainerError, PathError, Rejections};
 use crate::{
-    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending, Tier,
-    Unavailable,
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending,
+    RejectedTier, Tier, Unavailable,
 };
 
-/// Where bundles are, and what runtimes know of their containers.
+/// Directory of the bundles and of the state of the runtimes.
 const RUN: &str = "/run/chitin";
 
-/// Tells the agent that it may bound the workload's processes itself.
+/// Option of the agent: it limits the workload's processes itself.
 const OWN_KERNEL: &str = "--own-kernel";
 
-/// How long a runtime may take to clear up by force: one that hangs is noticed within this and the time of its trial.
+/// Time limit of a forced deletion. A runtime that hangs is noticed within this limit and the
+/// trial's.
 const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long standard error may stay open behind a runtime that has ended.
+/// Time that standard error may stay open after the runtime has ended.
 const LOG_LIMIT: Duration = Duration::from_millis(500);
 
-/// What a runtime exits with when its container was ended by SIGKILL.
+/// Exit code of a runtime whose container was ended by SIGKILL.
 const KILLED: i32 = 137;
 
-/// What gVisor's kernel exits with, as every Go program, when it cannot go on.
+/// Exit code of gVisor's kernel after a panic, as of every Go program.
 const PANICKED: i32 = 2;
 
-/// Containers of an OCI runtime.
+const WRITE_BUNDLE: &str = "write an OCI bundle in /run/chitin";
+
+fn host_error(operation: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Host { operation, source }
+}
+
+/// The tier of containers of an OCI runtime.
 #[derive(Debug)]
 pub(crate) struct OciTier {
     artifacts: Artifacts,
@@ -66,12 +82,12 @@ pub(crate) struct OciTier {
     cleanup: TaskTracker,
 }
 
-/// What containers are made of.
+/// The parts of every container.
 #[derive(Debug)]
 struct Ready {
     engine: Engine,
     archive: RootArchive,
-    /// Its content.
+    /// The unpacked archive.
     root: PathBuf,
 }
 
@@ -86,23 +102,22 @@ impl OciTier {
             .get_or_try_init(|| async {
                 if !rustix::process::geteuid().is_root() {
                     return Err(Unavailable {
-                        reason: "an OCI runtime needs root to give a container users of its own"
+                        reason: "an OCI runtime needs root to give a container its own users"
                             .into(),
-                        remedy: "run chitin as root, or use nemoclaw, where the daemon is root"
-                            .into(),
+                        remedy: "run chitin as root, or use nemoclaw, whose daemon is root".into(),
                     });
                 }
-                let archive = RootArchive::of(&self.artifacts)?;
+                let archive = RootArchive::find(&self.artifacts)?;
                 let packed = archive.clone();
-                let unpacking = tokio::task::spawn_blocking(move || root::unpacked(&packed));
+                let unpacking = tokio::task::spawn_blocking(move || root::unpack_once(&packed));
                 let root = unpacking.await.map_err(|error| error.to_string()).and_then(|root| root);
                 let root = root.map_err(|reason| Unavailable {
                     reason: format!("the root cannot be unpacked: {reason}"),
                     remedy:
-                        "make room in /var/cache/chitin, or build it anew with `cargo xtask rootfs`"
+                        "free space in /var/cache/chitin, or rebuild it with `cargo xtask rootfs`"
                             .into(),
                 })?;
-                let engine = engine::that_works(&root, &self.cleanup).await?;
+                let engine = engine::find_working_engine(&root, &self.cleanup).await?;
                 Ok(Ready { engine, archive, root })
             })
             .await
@@ -118,32 +133,26 @@ impl Tier for OciTier {
         Box::pin(async { self.ready().await.map(|ready| ready.engine.capabilities()) })
     }
 
-    fn launch<'a>(&'a self, plan: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
         Box::pin(async {
-            let Ready { engine, archive, root } = self.ready().await.map_err(|unavailable| {
-                Error::NoTier { missing: format!("{}: {unavailable}", TierKind::Nanoclaw) }
-            })?;
-            bundle::sweep().await;
-            let limits = Limits::of(plan);
-            if let (Some(fixed), true) = (plan.fixed.first(), engine.has_own_kernel()) {
-                return Err(Error::Place {
-                    path: fixed.path.clone(),
-                    reason: "gVisor's kernel has no Landlock, by which a policy's files are kept: choose the tier ironclaw \
-                             or nemoclaw"
-                        .into(),
-                });
+            let Ready { engine, archive, root } = self.require_ready().await?;
+            tracing::debug!(?engine, "start a container");
+            bundle::remove_abandoned().await;
+            let limits = Limits::of(spec);
+            if let (Some(file), true) = (spec.read_only_paths.first(), engine.has_own_kernel()) {
+                let path = file.path.clone();
+                return Err(Error::Path { path, reason: PathError::NoLandlock });
             }
-            let places = archive.places(&plan.fixed)?;
-            tracing::debug!(engine = ?engine, "start a container");
-            let spawned = now_ns();
+            let mount_points = archive.mount_points(&spec.read_only_paths)?;
+            let spawned = monotonic_ns();
             let (container, stream) =
-                Container::start(engine, root, limits, &places, &self.cleanup)?;
+                Container::start(engine, root, limits, &mount_points, &self.cleanup)?;
             Ok(Launched { instance: Box::new(container), stream, spawned })
         })
     }
 }
 
-/// A container of a command instead of the agent.
+/// A container that runs a command instead of the agent.
 #[derive(Debug)]
 pub(crate) struct Baseline {
     engine: Engine,
@@ -151,14 +160,22 @@ pub(crate) struct Baseline {
 }
 
 impl OciTier {
-    /// For measuring what the runtime alone takes.
-    pub async fn baseline(&self, plan: &LaunchSpec, argv: &[String]) -> Result<Baseline, Error> {
-        let Ready { engine, root, .. } = self.ready().await.map_err(|unavailable| {
-            Error::NoTier { missing: format!("{}: {unavailable}", TierKind::Nanoclaw) }
-        })?;
-        let content = Content { root, limits: Limits::of(plan), places: &[], argv };
-        let bundle = Bundle::create(engine, &content)
-            .map_err(|source| Error::Host { what: "write an OCI bundle in /run/chitin", source })?;
+    async fn require_ready(&self) -> Result<&Ready, Error> {
+        self.ready().await.map_err(|unavailable| {
+            let tier = TierKind::Nanoclaw;
+            Error::NoTier(Rejections(vec![RejectedTier { tier, unavailable }]))
+        })
+    }
+
+    /// Creates a container that measures the cost of the runtime alone.
+    pub async fn create_baseline(
+        &self,
+        spec: &LaunchSpec,
+        argv: &[String],
+    ) -> Result<Baseline, Error> {
+        let Ready { engine, root, .. } = self.require_ready().await?;
+        let content = Content { root, limits: Limits::of(spec), mount_points: &[], argv };
+        let bundle = Bundle::create(engine, &content).map_err(host_error(WRITE_BUNDLE))?;
         Ok(Baseline { engine: engine.clone(), bundle })
     }
 }
@@ -171,14 +188,14 @@ impl Baseline {
     }
 }
 
-/// A container, by the runtime that runs it in the foreground.
+/// A container and the runtime that runs it in the foreground.
 #[derive(Debug)]
 struct Container {
     engine: Engine,
     limits: Limits,
     name: String,
     child: Child,
-    /// Until the agent has answered, or as long as the container's root is in it.
+    /// Kept until the agent has answered, or as long as the container's root is in it.
     bundle: Option<Bundle>,
     answered: bool,
     log: Log,
@@ -192,29 +209,28 @@ impl Container {
         engine: &Engine,
         root: &Path,
         limits: Limits,
-        places: &[PathBuf],
+        mount_points: &[PathBuf],
         cleanup: &TaskTracker,
     ) -> Result<(Container, UnixStream), Error> {
-        let host = |what| move |source| Error::Host { what, source };
         let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
         let argv: Vec<String> = argv.map(str::to_owned).collect();
-        let content = Content { root, limits, places, argv: &argv };
-        let bundle =
-            Bundle::create(engine, &content).map_err(host("write an OCI bundle in /run/chitin"))?;
-        let (ours, theirs) = UnixStream::pair().map_err(host("create a socket pair"))?;
-        let again: OwnedFd = theirs.try_clone().map_err(host("hand over the channel"))?.into();
+        let content = Content { root, limits, mount_points, argv: &argv };
+        let bundle = Bundle::create(engine, &content).map_err(host_error(WRITE_BUNDLE))?;
+        let (ours, theirs) = UnixStream::pair().map_err(host_error("create a socket pair"))?;
+        let stdin: OwnedFd =
+            theirs.try_clone().map_err(host_error("duplicate the channel"))?.into();
         let mut child = engine
             .command(&["run", "--bundle"])
             .arg(bundle.path())
             .arg(bundle.name())
-            .stdin(Stdio::from(again))
+            .stdin(Stdio::from(stdin))
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|source| Error::Spawn { path: engine.program.clone(), source })?;
         if let Some(pid) = child.id() {
-            // Without it, it can be ended by us alone.
-            let _ = bundle.note(&Owner::of(pid));
+            // Without the record only this process can end the runtime.
+            let _ = bundle.record_runtime(&Owner::of(pid));
         }
         let log = Log::default();
         let reader = tokio::spawn({
@@ -245,20 +261,22 @@ impl Container {
         Ok((container, ours))
     }
 
-    async fn wait(&mut self) -> ExitStatus {
+    /// Waits for the end of the runtime and its last output.
+    async fn wait_for_runtime(&mut self) -> ExitStatus {
         match self.ended {
             Some(status) => status,
             None => {
                 let status = self.child.wait().await.unwrap_or_default();
-                // What it said last is on its way; what it left behind could hold the pipe for ever.
+                // Its last output is on its way, and a leftover process could hold the pipe for
+                // ever.
                 let _ = tokio::time::timeout(LOG_LIMIT, &mut self.reader).await;
                 *self.ended.insert(status)
             }
         }
     }
 
-    /// Kills the runtime, which has not ended by itself, and whatever shares its process group.
-    fn kill(&self) {
+    /// Kills the runtime and its process group.
+    fn kill_runtime(&self) {
         if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?)) {
             let _ = kill_process_group(pid, Signal::KILL);
         }
@@ -266,9 +284,9 @@ impl Container {
 }
 
 impl Instance for Container {
-    fn answered(&mut self) {
+    fn release_start_resources(&mut self) {
         self.answered = true;
-        // A tree is what the container's mounts are on: they would go with it.
+        // The container's mounts are on the tree and would go with it.
         self.bundle.take_if(|bundle| !bundle.has_tree());
     }
 
@@ -276,51 +294,54 @@ impl Instance for Container {
         START_LIMIT
     }
 
-    fn ended(&mut self) -> Pending<'_, Error> {
+    fn wait_for_end(&mut self) -> Pending<'_, Error> {
         Box::pin(async {
-            let status = self.wait().await;
-            let said = self.log.last_line();
+            let status = self.wait_for_runtime().await;
             if self.answered {
                 let reason = match (status.code(), self.engine.has_own_kernel()) {
-                    // Its own kernel is in its cgroup: what meets the limits is all of it, and not the one that asked too much.
+                    // gVisor's kernel is in the cgroup, so that the limits end all of it, and not
+                    // the process that exceeded them.
                     (Some(KILLED), true) => format!(
-                        "gVisor's kernel was killed, as it is when the sandbox uses up its {} MiB",
+                        "gVisor's kernel was killed, as when the sandbox exceeds its {} MiB",
                         self.limits.memory >> 20
                     ),
                     (Some(PANICKED), true) => {
-                        "gVisor's kernel has given up, as it does when the sandbox starts too many processes"
+                        "gVisor's kernel panicked, as when the sandbox starts too many processes"
                             .into()
                     }
                     _ => format!("its container has ended ({status})"),
                 };
-                return Error::GuestEnded(GuestEnd { reason, log: self.log.text() });
+                return Error::GuestEnded(GuestEnd { reason, log: self.log.to_text() });
             }
-            let reason = said.unwrap_or_else(|| format!("it has ended without a word ({status})"));
-            Error::Container { engine: self.engine.name.into(), reason }
+            let message = self.log.last_line();
+            let message = message.unwrap_or_else(|| format!("it ended without output ({status})"));
+            let engine = self.engine.name.into();
+            Error::Container { engine, source: ContainerError::Reported(message) }
         })
     }
 
     fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
         Box::pin(async {
-            // gVisor's kernel would end the processes by which it runs the sandbox after itself, and `runsc`, which finds them in
-            // the cgroup that it removes then, looks again a tenth of a second later.
+            // gVisor's kernel ends its helper processes after itself. `runsc` finds them in the
+            // cgroup that it removes then, and tries again a tenth of a second later.
             if self.answered && self.engine.has_own_kernel() {
-                self.engine.kill(&self.name);
+                self.engine.kill_container(&self.name);
             }
-            let by_itself = tokio::time::timeout(STOP_LIMIT, self.wait()).await.is_ok();
-            // A runtime that fails when the agent has answered already may leave what it knows of the container.
-            if by_itself && self.answered && !self.engine.knows(&self.name) {
+            let ended = tokio::time::timeout(STOP_LIMIT, self.wait_for_runtime()).await.is_ok();
+            // A runtime that fails after the agent has answered may leave its state of the
+            // container.
+            if ended && self.answered && !self.engine.has_state(&self.name) {
                 self.bundle = None;
                 return Ok(());
             }
-            self.kill();
-            self.wait().await;
+            self.kill_runtime();
+            self.wait_for_runtime().await;
             let deleted = self.engine.delete(&self.name).await;
             self.bundle = None;
             match deleted {
                 true => Ok(()),
-                false => Err(Error::Left {
-                    what: format!("the {} container {}", self.engine.name, self.name),
+                false => Err(Error::Leftover {
+                    leftover: format!("the {} container {}", self.engine.name, self.name),
                 }),
             }
         })
@@ -329,25 +350,25 @@ impl Instance for Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // One that has answered ends with its channel, and its runtime clears up.
+        // After an answer the container ends with its channel, and its runtime cleans up.
         if self.answered || self.ended.is_some() {
             return;
         }
-        self.kill();
+        self.kill_runtime();
         let (engine, name) = (self.engine.clone(), self.name.clone());
-        let left = (self.bundle.take(), self.cleanup.token());
-        // Where nothing runs any more, the next start finds what is left.
+        let leftovers = (self.bundle.take(), self.cleanup.token());
+        // Without an async runtime, the next start removes the leftovers.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
                 engine.delete(&name).await;
-                drop(left);
+                drop(leftovers);
             });
         }
     }
 }
 
-/// Runs a command that has nothing to say; whether it has succeeded in time.
-async fn succeeds(command: &mut Command) -> bool {
+/// Runs a command without input and output. Returns true if it succeeds in time.
+async fn run_silently(command: &mut Command) -> bool {
     let status = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())

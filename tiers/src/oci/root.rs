@@ -1,4 +1,4 @@
-//! The root as a directory that all containers share, read-only.
+//! The unpacked root, which all containers share read-only.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
@@ -9,13 +9,14 @@ use sha2::{Digest, Sha256};
 
 use crate::container::RootArchive;
 
-/// Below it each user namespace has to find its root: it is open to all, and holds nothing that is not in every sandbox.
+/// Directory of the unpacked roots. Every user namespace must be able to enter it, so it is open to
+/// all; it holds nothing that is not in every sandbox.
 const ROOTS: &str = "/var/cache/chitin/roots";
 
-/// The directory with the content of the archive; unpacked if it is not there.
-pub(crate) fn unpacked(archive: &RootArchive) -> Result<PathBuf, String> {
-    let place = Path::new(ROOTS);
-    let root = place.join(&archive.digest);
+/// Returns the directory with the content of the archive, and unpacks it if it does not exist.
+pub(crate) fn unpack_once(archive: &RootArchive) -> Result<PathBuf, String> {
+    let roots = Path::new(ROOTS);
+    let root = roots.join(&archive.digest);
     if root.is_dir() {
         return Ok(root);
     }
@@ -23,11 +24,11 @@ pub(crate) fn unpacked(archive: &RootArchive) -> Result<PathBuf, String> {
         let path = path.display().to_string();
         move |error: io::Error| format!("{path}: {error}")
     };
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(place).map_err(failed(place))?;
-    let partial = place.join(format!("{}.partial-{}", archive.digest, std::process::id()));
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(roots).map_err(failed(roots))?;
+    let partial = roots.join(format!("{}.partial-{}", archive.digest, std::process::id()));
     let _ = fs::remove_dir_all(&partial);
     let outcome = unpack(archive, &partial).and_then(|()| match fs::rename(&partial, &root) {
-        // Somebody else was faster.
+        // Another process was faster.
         Err(_) if root.is_dir() => Ok(()),
         renamed => renamed.map_err(failed(&root)),
     });
@@ -38,7 +39,8 @@ pub(crate) fn unpacked(archive: &RootArchive) -> Result<PathBuf, String> {
 fn unpack(archive: &RootArchive, partial: &Path) -> Result<(), String> {
     let file = File::open(&archive.path)
         .map_err(|error| format!("{}: {error}", archive.path.display()))?;
-    let mut hashed = Hashed { inner: BufReader::with_capacity(1 << 18, file), hash: Sha256::new() };
+    let mut hashed =
+        HashingReader { inner: BufReader::with_capacity(1 << 18, file), hash: Sha256::new() };
     let mut tar = tar::Archive::new(&mut hashed);
     tar.set_preserve_permissions(true);
     tar.set_preserve_ownerships(true);
@@ -46,18 +48,18 @@ fn unpack(archive: &RootArchive, partial: &Path) -> Result<(), String> {
         let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
         format!("{error}{}", cause.unwrap_or_default())
     })?;
-    // The padding behind the last entry is part of the file.
+    // The padding after the last entry is a part of the file.
     io::copy(&mut hashed, &mut io::sink()).map_err(|error| error.to_string())?;
-    archive.is(&format!("{:x}", hashed.hash.finalize()))
+    archive.check_digest(&format!("{:x}", hashed.hash.finalize()))
 }
 
-/// Hashes what is read.
-struct Hashed<R> {
+/// Hashes all bytes that are read through it.
+struct HashingReader<R> {
     inner: R,
     hash: Sha256,
 }
 
-impl<R: Read> Read for Hashed<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.hash.update(&buffer[..count]);

@@ -1,5 +1,7 @@
-//! A root of one container's own, where a policy has a place that the image does not: on the way to it the image's directories
-//! are made anew, and whatever else is in them is mounted from it, read-only. The root that all share stays as it is.
+//! A private root of a container whose policy needs mount points that the image does not have.
+//!
+//! The directories on the way to a mount point are created new, and every other entry of them is
+//! mounted from the image, read-only. The shared root stays unchanged.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,31 +9,33 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
-/// Open to all, as the roots are: a runtime looks for it as the container's own root user.
+/// Directory of the trees. It is open to all, because a runtime enters it as the container's root
+/// user.
 const TREES: &str = "/var/cache/chitin/trees";
 
-/// Mounted over anyway.
+/// Directories that every container mounts over.
 const MOUNTED: [&str; 5] = ["/dev", "/proc", "/sys", "/tmp", "/work"];
 
-/// Directories and empty files to be mounted on. Dropping it removes it.
+/// Directories and empty files that serve as mount points. Dropping it removes them.
 #[derive(Debug)]
 pub(super) struct Tree {
     path: PathBuf,
-    /// From the image, and where to.
-    pub borrowed: Vec<(PathBuf, PathBuf)>,
-    /// What is mounted new.
-    pub places: Vec<PathBuf>,
+    /// Entries of the image and their mount points in the container.
+    pub image_mounts: Vec<(PathBuf, PathBuf)>,
+    /// Mount points of new file systems.
+    pub mount_points: Vec<PathBuf>,
 }
 
 impl Tree {
-    pub fn create(name: &str, root: &Path, places: &[PathBuf]) -> io::Result<Tree> {
+    pub fn create(name: &str, root: &Path, mount_points: &[PathBuf]) -> io::Result<Tree> {
         fs::DirBuilder::new().recursive(true).mode(0o755).create(TREES)?;
-        Tree::create_at(Path::new(TREES).join(name), root, places)
+        Tree::create_at(Path::new(TREES).join(name), root, mount_points)
     }
 
-    fn create_at(path: PathBuf, root: &Path, places: &[PathBuf]) -> io::Result<Tree> {
-        let mut tree = Tree { path, borrowed: Vec::new(), places: places.to_owned() };
-        tree.grow(root, Path::new("/"))?;
+    fn create_at(path: PathBuf, root: &Path, mount_points: &[PathBuf]) -> io::Result<Tree> {
+        let mut tree =
+            Tree { path, image_mounts: Vec::new(), mount_points: mount_points.to_owned() };
+        tree.create_directory(root, Path::new("/"))?;
         Ok(tree)
     }
 
@@ -39,39 +43,41 @@ impl Tree {
         &self.path
     }
 
-    /// Removes one that its owner has left.
+    /// Removes an abandoned tree.
     pub fn remove(name: &OsStr) {
         let _ = fs::remove_dir_all(Path::new(TREES).join(name));
     }
 
-    /// Makes a directory that a place is below.
-    fn grow(&mut self, root: &Path, at: &Path) -> io::Result<()> {
+    /// Creates a directory that is above a mount point.
+    fn create_directory(&mut self, root: &Path, at: &Path) -> io::Result<()> {
         let directory = |path: &Path| fs::DirBuilder::new().mode(0o755).create(path);
         directory(&below(&self.path, at))?;
         for entry in fs::read_dir(below(root, at))? {
             let entry = entry?;
             let (inner, kind) = (at.join(entry.file_name()), entry.file_type()?);
-            let made = below(&self.path, &inner);
+            let target = below(&self.path, &inner);
             if kind.is_symlink() {
-                symlink(fs::read_link(entry.path())?, made)?;
-            } else if self.places.contains(&inner) {
-                directory(&made)?;
-            } else if kind.is_dir() && self.places.iter().any(|place| place.starts_with(&inner)) {
-                self.grow(root, &inner)?;
+                symlink(fs::read_link(entry.path())?, target)?;
+            } else if self.mount_points.contains(&inner) {
+                directory(&target)?;
+            } else if kind.is_dir()
+                && self.mount_points.iter().any(|point| point.starts_with(&inner))
+            {
+                self.create_directory(root, &inner)?;
             } else {
                 match kind.is_dir() {
-                    true => directory(&made)?,
-                    false => drop(fs::File::create(&made)?),
+                    true => directory(&target)?,
+                    false => drop(fs::File::create(&target)?),
                 }
                 if !MOUNTED.iter().any(|mounted| inner == Path::new(mounted)) {
-                    self.borrowed.push((entry.path(), inner));
+                    self.image_mounts.push((entry.path(), inner));
                 }
             }
         }
-        for place in self.places.iter().filter(|place| place.parent() == Some(at)) {
-            match directory(&below(&self.path, place)) {
+        for point in self.mount_points.iter().filter(|point| point.parent() == Some(at)) {
+            match directory(&below(&self.path, point)) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                made => made?,
+                created => created?,
             }
         }
         Ok(())
@@ -80,12 +86,12 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
-        // What is left is swept by the next start.
+        // The next start removes leftovers.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// A path of the container, as it lies in that directory of the host.
+/// Returns a path of the container below a directory of the host.
 fn below(directory: &Path, path: &Path) -> PathBuf {
     directory.join(path.strip_prefix("/").unwrap_or(path))
 }
@@ -95,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_on_the_way_is_made_anew() {
+    fn tree_creates_only_the_way_to_mount_points() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         for name in ["usr/bin", "usr/share/doc", "etc/ssl", "mnt", "proc"] {
@@ -104,16 +110,16 @@ mod tests {
         fs::write(root.join("init"), "").unwrap();
         fs::write(root.join("etc/passwd"), "").unwrap();
         symlink("usr/bin", root.join("bin")).unwrap();
-        let places = ["/shared", "/etc/app", "/mnt"].map(PathBuf::from);
+        let mount_points = ["/shared", "/etc/app", "/mnt"].map(PathBuf::from);
         let path = dir.path().join("tree");
-        let tree = Tree::create_at(path.clone(), &root, &places).unwrap();
-        let mut borrowed: Vec<_> =
-            tree.borrowed.iter().map(|(_, to)| to.to_str().unwrap()).collect();
-        borrowed.sort_unstable();
-        assert_eq!(borrowed, ["/etc/passwd", "/etc/ssl", "/init", "/usr"]);
-        assert!(tree.borrowed.contains(&(root.join("etc/ssl"), "/etc/ssl".into())));
-        for place in places {
-            assert!(below(&path, &place).is_dir(), "{}", place.display());
+        let tree = Tree::create_at(path.clone(), &root, &mount_points).unwrap();
+        let mut image_mounts: Vec<_> =
+            tree.image_mounts.iter().map(|(_, to)| to.to_str().unwrap()).collect();
+        image_mounts.sort_unstable();
+        assert_eq!(image_mounts, ["/etc/passwd", "/etc/ssl", "/init", "/usr"]);
+        assert!(tree.image_mounts.contains(&(root.join("etc/ssl"), "/etc/ssl".into())));
+        for point in mount_points {
+            assert!(below(&path, &point).is_dir(), "{}", point.display());
         }
         assert_eq!(fs::read_link(path.join("bin")).unwrap(), Path::new("usr/bin"));
         assert!(
