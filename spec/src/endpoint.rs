@@ -144,6 +144,14 @@ impl Endpoint {
     }
 }
 
+/// Converts an endpoint to the form in which the agent receives it.
+impl From<&Endpoint> for chitin_protocol::Endpoint {
+    fn from(endpoint: &Endpoint) -> chitin_protocol::Endpoint {
+        let Endpoint { host, wildcard, port } = endpoint.clone();
+        chitin_protocol::Endpoint { host, wildcard, port }
+    }
+}
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}:{}", if self.wildcard { "*." } else { "" }, self.host, self.port)
