@@ -1,32 +1,33 @@
-//! One line of JSON for each attempt to reach something, allowed or not, and for each credential that is delivered or taken back.
-//! Never what was sent, and never a value.
+//! The audit log: one line of JSON for each attempt to connect, allowed or not, and for each
+//! delivery and revocation of a credential. It never contains transferred data or values.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use chitin_spec::{DeliveryKind, MAX_HOST};
 use serde::Serialize;
 
-use crate::bucket::Bucket;
+use crate::token_bucket::TokenBucket;
 
-/// Lines that a sandbox can cause in a second, and at once. What is over is counted in the next line: a sandbox must not be
-/// able to fill the host's disk.
-const LINES: (f64, f64) = (100.0, 1000.0);
+/// Lines per second, and the burst, that a sandbox can cause. Further lines are counted in the next
+/// one: a sandbox must not be able to fill the host's disk.
+const LINE_RATE: f64 = 100.0;
+const LINE_BURST: f64 = 1000.0;
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
-    /// It was connected.
+    /// The connection was made.
     Allowed,
-    /// The policy forbids it.
+    /// A rule or a limit refused it.
     Refused,
-    /// It was allowed, and there was no connection.
+    /// It was allowed, and the connection could not be made.
     Failed,
 }
 
@@ -40,19 +41,19 @@ impl Verdict {
     }
 }
 
-/// An attempt.
+/// The line of an attempt to connect.
 #[derive(Debug, Serialize)]
-pub(crate) struct Line<'a> {
-    /// When it began, UTC.
+pub(crate) struct ConnectionRecord<'a> {
+    /// Start of the attempt, UTC.
     pub time: String,
     pub host: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
     pub verdict: Verdict,
-    /// In words; of a connection, how it ended, unless both sides ended it.
+    /// The reason of the verdict; for a connection, the error that ended it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What was dialled.
+    /// The address that was dialled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
     /// Bytes from the sandbox.
@@ -60,53 +61,62 @@ pub(crate) struct Line<'a> {
     /// Bytes to the sandbox.
     pub received: u64,
     pub duration_ms: u64,
-    /// HTTP requests that went out, where TLS was taken apart.
+    /// HTTP requests sent to the endpoint, if TLS was intercepted.
     #[serde(skip_serializing_if = "is_zero")]
     pub requests: u64,
-    /// The credentials that went out with them, by their names.
+    /// Names of the credentials sent to the endpoint.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub credentials: Vec<String>,
-    /// Lines that were left out before this one.
+    /// Lines omitted before this one.
     #[serde(skip_serializing_if = "is_zero")]
     pub omitted: u64,
 }
 
-/// A credential, about to be delivered, or taken back.
+/// The line of a credential that is about to be delivered, or was revoked.
 #[derive(Debug, Serialize)]
-struct Delivered<'a> {
+struct CredentialRecord<'a> {
     time: String,
     verdict: &'static str,
     credentials: [&'a str; 1],
     delivery: &'static str,
 }
 
-fn delivered(verdict: &'static str, name: &str, way: DeliveryKind) -> io::Result<Vec<u8>> {
-    let line = Delivered { time: now(), verdict, credentials: [name], delivery: way.name() };
-    let mut text = serde_json::to_vec(&line)?;
-    text.push(b'\n');
-    Ok(text)
+fn format_credential_record(
+    verdict: &'static str,
+    name: &str,
+    kind: DeliveryKind,
+) -> io::Result<Vec<u8>> {
+    let record = CredentialRecord {
+        time: format_now(),
+        verdict,
+        credentials: [name],
+        delivery: kind.name(),
+    };
+    let mut line = serde_json::to_vec(&record)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
-/// UTC.
-fn now() -> String {
+/// Returns the current time, UTC.
+fn format_now() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde requires")]
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-impl Line<'_> {
-    /// Of an attempt that began now.
+impl ConnectionRecord<'_> {
+    /// Makes the record of an attempt that starts now.
     pub fn new(
         host: &str,
         port: Option<u16>,
         verdict: Verdict,
         reason: Option<String>,
-    ) -> Line<'_> {
-        Line {
-            time: now(),
+    ) -> ConnectionRecord<'_> {
+        ConnectionRecord {
+            time: format_now(),
             host: truncate_name(host),
             port,
             verdict,
@@ -121,121 +131,130 @@ impl Line<'_> {
         }
     }
 
-    /// It has taken so long.
-    pub fn lasted(&mut self, duration: Duration) {
+    /// Sets the verdict and its reason.
+    pub fn set_refusal(&mut self, verdict: Verdict, reason: String) {
+        self.verdict = verdict;
+        self.reason = Some(reason);
+    }
+
+    /// Sets the time from the attempt to its end.
+    pub fn set_duration(&mut self, duration: Duration) {
         self.duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     }
 }
 
-/// Where lines go.
+/// An audit log. Without a file, attempts are only logged.
 #[derive(Debug)]
 pub struct AuditLog {
     state: Option<Mutex<State>>,
-    /// Limits the events of the process's log, as lines of the file are limited.
-    log_bucket: Mutex<Bucket>,
+    /// Limits the events of the process's log like the lines of the file.
+    log_bucket: Mutex<TokenBucket>,
 }
 
 impl Default for AuditLog {
-    /// Without a file: attempts are only logged.
     fn default() -> Self {
-        AuditLog { state: None, log_bucket: Mutex::new(Bucket::new(LINES.0, LINES.1)) }
+        AuditLog { state: None, log_bucket: Mutex::new(TokenBucket::new(LINE_RATE, LINE_BURST)) }
     }
 }
 
 #[derive(Debug)]
 struct State {
     file: File,
-    bucket: Bucket,
+    bucket: TokenBucket,
     omitted: u64,
     /// A line could not be written.
-    broken: bool,
+    failed: bool,
+}
+
+impl State {
+    /// Writes a line at once, so that lines of several processes do not mix.
+    fn write_line(&mut self, line: &[u8]) {
+        self.failed |= self.file.write_all(line).is_err();
+    }
 }
 
 impl AuditLog {
-    /// Lines are added to this file, which only its owner can read if it is a new one.
+    /// Opens a file to append to. A new file is readable only by its owner.
     pub fn open(path: Option<&Path>) -> io::Result<AuditLog> {
         let Some(path) = path else { return Ok(AuditLog::default()) };
         let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
-        let bucket = Bucket::new(LINES.0, LINES.1);
-        let state = State { file, bucket, omitted: 0, broken: false };
+        let bucket = TokenBucket::new(LINE_RATE, LINE_BURST);
+        let state = State { file, bucket, omitted: 0, failed: false };
         Ok(AuditLog { state: Some(Mutex::new(state)), ..AuditLog::default() })
     }
 
-    /// Whether what is attempted now can be written down. What cannot is not to be done.
-    pub(crate) fn works(&self) -> bool {
-        self.state
-            .as_ref()
-            .is_none_or(|state| !state.lock().unwrap_or_else(PoisonError::into_inner).broken)
+    fn state(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.as_ref().map(|state| state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// So many lines were left out before they came here.
-    pub(crate) fn omit(&self, count: u64) {
-        if let Some(state) = &self.state {
-            state.lock().unwrap_or_else(PoisonError::into_inner).omitted += count;
+    /// Returns false after a line could not be written: no further attempt is allowed then.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.state().is_none_or(|state| !state.failed)
+    }
+
+    /// Counts lines that were omitted by others.
+    pub(crate) fn add_omitted(&self, count: u64) {
+        if let Some(mut state) = self.state() {
+            state.omitted += count;
         }
     }
 
-    /// A credential is about to be delivered in this way. What cannot be written down is not to be done.
-    pub fn record_delivery(&self, name: &str, way: DeliveryKind) -> io::Result<()> {
-        tracing::info!(name, delivery = way.name(), "credential delivered");
-        let Some(state) = &self.state else { return Ok(()) };
-        let text = delivered("delivered", name, way)?;
-        state.lock().unwrap_or_else(PoisonError::into_inner).file.write_all(&text)
+    /// Records a credential that is about to be delivered. If this fails, it must not be delivered.
+    pub fn record_delivery(&self, name: &str, kind: DeliveryKind) -> io::Result<()> {
+        tracing::info!(name, delivery = kind.name(), "credential delivered");
+        let Some(mut state) = self.state() else { return Ok(()) };
+        state.file.write_all(&format_credential_record("delivered", name, kind)?)
     }
 
-    /// A credential that was delivered in this way was taken back.
-    pub fn record_revocation(&self, name: &str, way: DeliveryKind) {
-        tracing::info!(name, delivery = way.name(), "credential revoked");
-        let Some(state) = &self.state else { return };
-        let text = delivered("revoked", name, way).unwrap_or_default();
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.broken |= state.file.write_all(&text).is_err();
+    /// Records a credential that was revoked.
+    pub fn record_revocation(&self, name: &str, kind: DeliveryKind) {
+        tracing::info!(name, delivery = kind.name(), "credential revoked");
+        let Some(mut state) = self.state() else { return };
+        let line = format_credential_record("revoked", name, kind).unwrap_or_default();
+        state.write_line(&line);
     }
 
-    pub(crate) fn write(&self, mut line: Line<'_>) {
-        self.log(&line);
-        let Some(state) = &self.state else { return };
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        // What was connected is always written: connections are few.
-        if line.verdict != Verdict::Allowed && !state.bucket.take_one() {
+    /// Records an attempt to connect.
+    pub(crate) fn record_connection(&self, mut record: ConnectionRecord<'_>) {
+        self.log_connection(&record);
+        let Some(mut state) = self.state() else { return };
+        // Connections are always recorded: their number is limited.
+        if record.verdict != Verdict::Allowed && !state.bucket.try_take() {
             state.omitted += 1;
             return;
         }
-        line.omitted = std::mem::take(&mut state.omitted);
-        let mut text = serde_json::to_vec(&line).unwrap_or_default();
-        text.push(b'\n');
-        // One write, so that lines of several processes do not mix.
-        state.broken |= state.file.write_all(&text).is_err();
+        record.omitted = std::mem::take(&mut state.omitted);
+        let mut line = serde_json::to_vec(&record).unwrap_or_default();
+        line.push(b'\n');
+        state.write_line(&line);
     }
-}
 
-impl AuditLog {
-    /// Logs an attempt. A guest cannot flood the log with refused ones.
-    fn log(&self, line: &Line<'_>) {
-        let may_log = || self.log_bucket.lock().unwrap_or_else(PoisonError::into_inner).take_one();
+    /// Logs an attempt to connect. A guest cannot flood the log with refused ones.
+    fn log_connection(&self, record: &ConnectionRecord<'_>) {
+        let may_log = || self.log_bucket.lock().unwrap_or_else(PoisonError::into_inner).try_take();
         if !tracing::enabled!(tracing::Level::INFO)
-            || line.verdict != Verdict::Allowed && !may_log()
+            || record.verdict != Verdict::Allowed && !may_log()
         {
             return;
         }
         tracing::info!(
-            host = line.host,
-            port = line.port,
-            verdict = line.verdict.name(),
-            reason = line.reason.as_deref(),
-            address = line.address.map(tracing::field::display),
-            sent = line.sent,
-            received = line.received,
-            duration_ms = line.duration_ms,
-            credentials = ?line.credentials,
+            host = record.host,
+            port = record.port,
+            verdict = record.verdict.name(),
+            reason = record.reason.as_deref(),
+            address = record.address.map(tracing::field::display),
+            sent = record.sent,
+            received = record.received,
+            duration_ms = record.duration_ms,
+            credentials = ?record.credentials,
             "egress"
         );
     }
 }
 
-/// Cuts a name that a guest sends to its longest valid length.
+/// Truncates a name that a guest sends to the length of the longest valid one.
 pub(crate) fn truncate_name(host: &str) -> &str {
-    let end = host.char_indices().map(|(at, _)| at).nth(MAX_HOST).unwrap_or(host.len());
+    let end = host.char_indices().map(|(start, _)| start).nth(MAX_HOST).unwrap_or(host.len());
     &host[..end]
 }
 
@@ -244,12 +263,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_short_json_whatever_the_name_is() {
+    fn line_is_short_json_for_any_host_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit");
         let audit = AuditLog::open(Some(&path)).unwrap();
         let name = format!("a\0\n\"{}", "ä".repeat(40_000));
-        audit.write(Line::new(&name, Some(443), Verdict::Refused, Some("no".into())));
+        audit.record_connection(ConnectionRecord::new(
+            &name,
+            Some(443),
+            Verdict::Refused,
+            Some("no".into()),
+        ));
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text.lines().count(), 1);
         let line: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -261,14 +285,14 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_lines_is_counted_and_not_written() {
+    fn flood_of_refusals_is_counted_not_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit");
         let audit = AuditLog::open(Some(&path)).unwrap();
         for _ in 0..5000 {
-            audit.write(Line::new("a", None, Verdict::Refused, None));
+            audit.record_connection(ConnectionRecord::new("a", None, Verdict::Refused, None));
         }
-        audit.write(Line::new("b", None, Verdict::Allowed, None));
+        audit.record_connection(ConnectionRecord::new("b", None, Verdict::Allowed, None));
         let text = std::fs::read_to_string(&path).unwrap();
         let lines = text.lines().count();
         assert!((1001..2000).contains(&lines), "{lines}");
@@ -282,12 +306,12 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_noticed() {
+    fn full_disk_makes_the_log_unwritable() {
         let audit = AuditLog::open(Some(Path::new("/dev/full"))).unwrap();
-        assert!(audit.works());
-        audit.write(Line::new("a", None, Verdict::Refused, None));
-        assert!(!audit.works());
-        assert!(AuditLog::default().works());
+        assert!(audit.is_writable());
+        audit.record_connection(ConnectionRecord::new("a", None, Verdict::Refused, None));
+        assert!(!audit.is_writable());
+        assert!(AuditLog::default().is_writable());
         assert!(
             audit.record_delivery("A", DeliveryKind::Memory).is_err()
                 && AuditLog::default().record_delivery("A", DeliveryKind::Memory).is_ok()

@@ -310,12 +310,12 @@ async fn fetch_from(
     let mut proxy = None;
     if !proxied.is_empty() {
         let roots = match &spec.trusted {
-            Some(pem) => Arc::new(tls::roots_of(
+            Some(pem) => Arc::new(tls::root_store(
                 CertificateDer::pem_slice_iter(pem.as_bytes()).flatten().collect(),
             )),
             None => tls::system_roots(),
         };
-        let made = Arc::new(Proxy::new(proxied, tls::client(roots), fill_random)?);
+        let made = Arc::new(Proxy::new(proxied, tls::client_config(roots), fill_random)?);
         made.self_test().await?;
         for (name, placeholder) in made.placeholders() {
             let failed = |reason| Error::Secret { name: name.into(), reason };

@@ -1,18 +1,19 @@
-//! The host's half of egress and credentials: a broker that dials what the policy allows, and what goes with it.
+//! The host side of egress and credentials: a broker that dials the endpoints that the policy
+//! allows, a proxy that replaces placeholders, and the sources of credentials.
 //!
 //! ```text
 //!   DialRequest ──▶ egress::Broker ──▶ the endpoint
-//!                        │  └── proxy: TLS to a credential's hosts, its placeholder replaced on the way
-//!                        └───── aws: keys that SDKs fetch, answered here
-//!   CredentialSpec ──▶ credentials::fetch_credentials ──▶ values, and leases of a vault that are renewed and revoked
+//!                        │  └── proxy: intercepts TLS to the hosts of a credential
+//!                        └───── aws: serves the keys that SDKs request
+//!   CredentialSpec ──▶ credentials::fetch_credentials ──▶ values, and Vault leases to renew and revoke
 //! ```
 //!
-//! Nothing here knows how a sandbox is reached: whoever runs one brings its requests as a [`egress::DialSource`].
+//! This crate does not know how a sandbox is reached: the caller provides the requests as an
+//! [`egress::DialSource`].
 #![forbid(unsafe_code)]
 
 pub mod audit_log;
 pub mod aws;
-mod bucket;
 pub mod credentials;
 pub mod egress;
 mod error;
@@ -22,6 +23,7 @@ pub mod proxy;
 mod secret_value;
 mod source;
 mod tls;
+mod token_bucket;
 pub mod vault;
 
 pub use audit_log::AuditLog;

@@ -1,4 +1,4 @@
-//! TLS as it is done here: rustls with ring, TLS 1.2 and 1.3.
+//! TLS by rustls with ring: versions 1.2 and 1.3.
 
 use std::sync::{Arc, OnceLock};
 
@@ -6,33 +6,36 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, RootCertStore};
 
-/// The one provider of cryptography. Named everywhere, so that nothing depends on a process-wide default.
-pub(crate) fn provider() -> Arc<CryptoProvider> {
+/// Returns the cryptography provider. It is always passed explicitly, so that nothing depends on a
+/// process-wide default.
+pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     PROVIDER.get_or_init(|| Arc::new(rustls::crypto::ring::default_provider())).clone()
 }
 
-/// What this host trusts, or what `SSL_CERT_FILE` and `SSL_CERT_DIR` say it does. Read once: it takes milliseconds.
+/// Returns the CAs that this host trusts, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`. They are
+/// read once, because reading takes milliseconds.
 pub(crate) fn system_roots() -> Arc<RootCertStore> {
     static ROOTS: OnceLock<Arc<RootCertStore>> = OnceLock::new();
-    // What cannot be read is not trusted; a connection then says that nothing is.
-    ROOTS.get_or_init(|| Arc::new(roots_of(rustls_native_certs::load_native_certs().certs))).clone()
+    // An unreadable certificate is not trusted; the connections that need it report that.
+    let load = || Arc::new(root_store(rustls_native_certs::load_native_certs().certs));
+    ROOTS.get_or_init(load).clone()
 }
 
-/// A store of these, as far as they are certificates.
-pub(crate) fn roots_of(certificates: Vec<CertificateDer<'static>>) -> RootCertStore {
+/// Makes a store of these certificates; invalid ones are left out.
+pub(crate) fn root_store(certificates: Vec<CertificateDer<'static>>) -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(certificates);
     roots
 }
 
-/// A client that trusts these.
-pub(crate) fn client(roots: Arc<RootCertStore>) -> ClientConfig {
-    let builder = ClientConfig::builder_with_provider(provider());
-    // Fails for a provider that has no suite of either version, and ours has.
+/// Returns the configuration of a client that trusts these CAs.
+pub(crate) fn client_config(roots: Arc<RootCertStore>) -> ClientConfig {
+    let builder = ClientConfig::builder_with_provider(crypto_provider());
+    // Fails only for a provider without a cipher suite of either version.
     builder
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
-        .unwrap_or_else(|error| unreachable!("ring speaks TLS 1.2 and 1.3: {error}"))
+        .unwrap_or_else(|error| unreachable!("ring supports TLS 1.2 and 1.3: {error}"))
         .with_root_certificates(roots)
         .with_no_client_auth()
 }

@@ -168,8 +168,8 @@ impl Builder {
     /// reaches nothing. An invalid endpoint is reported by [`start`](Builder::start).
     pub fn allow(mut self, endpoint: impl AsRef<str>) -> Builder {
         match endpoint.as_ref().parse() {
-            Ok(endpoint) => self.egress.allow([endpoint]),
-            Err(error) => self.egress.wrong = self.egress.wrong.or(Some(error)),
+            Ok(endpoint) => self.egress.allow_endpoints([endpoint]),
+            Err(error) => self.egress.invalid = self.egress.invalid.or(Some(error)),
         }
         self
     }
@@ -177,7 +177,7 @@ impl Builder {
     /// Lets the workload connect to endpoints that are parsed already, such as
     /// [`Policy::egress`](crate::Policy::egress).
     pub fn allow_all(mut self, endpoints: impl IntoIterator<Item = Endpoint>) -> Builder {
-        self.egress.allow(endpoints);
+        self.egress.allow_endpoints(endpoints);
         self
     }
 
@@ -291,7 +291,7 @@ impl Builder {
     fn allow_proxied_hosts(&mut self) {
         for secret in &self.secrets {
             if let Delivery::Proxy(scope) = &secret.delivery {
-                self.egress.allow(scope.hosts.iter().cloned());
+                self.egress.allow_endpoints(scope.hosts.iter().cloned());
             }
         }
     }
@@ -310,7 +310,7 @@ impl Builder {
             return Err(PolicyError::Egress { origin, endpoint });
         }
         if self.egress.endpoints.is_empty() {
-            self.egress.allow(policy.egress.iter().cloned());
+            self.egress.allow_endpoints(policy.egress.iter().cloned());
         }
         let limits = &policy.limits;
         let vcpus = policy.tighten("vcpus", self.vcpus.map(u64::from), limits.vcpus)?;

@@ -156,9 +156,9 @@ impl DeliveredCredentials {
         let delivery = match kind {
             DeliveryKind::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };
-                return proxy
-                    .replace(name, value)
-                    .map_err(|reason| rotation_error(name, RotationError::Value { reason }));
+                return proxy.replace_value(name, value).map_err(|error| {
+                    rotation_error(name, RotationError::Value { reason: error.to_string() })
+                });
             }
             // The server reads the secret at each request of the workload.
             DeliveryKind::Endpoint => return Ok(()),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use chitin_broker::egress::{Allowance, Counts, splice};
+use chitin_broker::egress::{TransferCounts, TransferLimits, splice};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
@@ -62,7 +62,9 @@ async fn forward_connection(session: &Session, mut client: TcpStream, port: u16)
     let _ = client.set_nodelay(true);
     let spliced = match session.connect_port(port).await {
         Ok(tunnel) => {
-            splice(tunnel, &mut client, &Allowance::default(), &Counts::default()).await.is_ok()
+            splice(tunnel, &mut client, &TransferLimits::default(), &TransferCounts::default())
+                .await
+                .is_ok()
         }
         // No process listens on the port in the sandbox, or not yet: the client is reset, as by any
         // host, but later.

@@ -309,7 +309,7 @@ impl Deliveries {
             replies.push(session.send_request(request, &ToGuest::Secret(secret))?);
         }
         let mut deliveries = Deliveries { replies, broker: None, credentials };
-        if spec.egress.is_on() || fetched.aws_server.is_some() {
+        if spec.egress.is_enabled() || fetched.aws_server.is_some() {
             deliveries.enable_egress(session, spec, fetched, audit)?;
         }
         Ok(deliveries)
@@ -324,7 +324,7 @@ impl Deliveries {
     ) -> Result<(), Error> {
         let (proxy, aws_server) = (fetched.proxy.clone(), fetched.aws_server.clone());
         let broker = Arc::new(Broker::new(&spec.egress, audit, proxy, aws_server));
-        let endpoints = broker.wire();
+        let endpoints = broker.wire_endpoints();
         // Receives requests before the agent may send any.
         let requests = DialRequests::new(&session.channel);
         self.broker = Some(tokio::spawn(broker.serve(requests)));

@@ -65,7 +65,7 @@ impl SandboxSpec {
     pub fn microvm_launch_spec(&self) -> Result<LaunchSpec, Error> {
         let (mut vm, mut files, mut confined) = (self.vm.clone(), None, false);
         self.artifacts.check()?;
-        self.egress.check()?;
+        self.egress.validate()?;
         if let Some(name) = &self.template {
             let templates = self.locate_templates()?;
             let manifest = templates.inspect(name)?;
@@ -82,7 +82,7 @@ impl SandboxSpec {
         if self.template.is_some() || self.forkable {
             return Err(Error::MicrovmRequired);
         }
-        self.egress.check()?;
+        self.egress.validate()?;
         Ok(self.assemble_launch_spec(self.vm.clone(), None, false))
     }
 

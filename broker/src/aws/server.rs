@@ -31,7 +31,7 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use super::keys::Keys;
-use crate::proxy::placeholder::{base64, from_base64};
+use crate::proxy::encoding::{decode_base64, encode_base64};
 use crate::secret_value::SecretValue;
 use crate::source::fetch_value;
 use crate::vault::{Current, LeaseReader, VaultReader};
@@ -156,7 +156,7 @@ impl AwsCredentialServer {
                 .map(|()| bytes)
         };
         let (key, token) = (made()?, made()?);
-        let token = SecretValue::new(Zeroizing::new(base64(&*token, true)), false)?;
+        let token = SecretValue::new(Zeroizing::new(encode_base64(&*token, true)), false)?;
         let held = Mutex::new(CachedKeys::new(keys, lease));
         Ok(AwsCredentialServer { spec, reader, held, revoked: AtomicBool::new(false), token, key })
     }
@@ -409,14 +409,14 @@ impl AwsCredentialServer {
         let Some(mac) = self.mac(&end) else {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "no token");
         };
-        let token = base64(&[&end[..], &mac.finalize().into_bytes()].concat(), false);
+        let token = encode_base64(&[&end[..], &mac.finalize().into_bytes()].concat(), false);
         let mut response = Response::new(Full::new(Bytes::from(token)));
         response.headers_mut().insert(META_TTL, HeaderValue::from(ttl));
         response
     }
 
     fn is_metadata_token(&self, given: &[u8]) -> bool {
-        let Some(token) = from_base64(given) else { return false };
+        let Some(token) = decode_base64(given) else { return false };
         let Some((end, proof)) = token.split_first_chunk() else { return false };
         let proven = self.mac(end).is_some_and(|mac| mac.verify_slice(proof).is_ok());
         proven && u64::from_be_bytes(*end) > seconds()

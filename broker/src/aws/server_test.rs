@@ -152,8 +152,10 @@ async fn metadata_is_version_2_and_no_other() {
     }
     // One that is over: the same key would have made it.
     let end = (seconds() - 1).to_be_bytes();
-    let over =
-        base64(&[&end[..], &endpoint.mac(&end).unwrap().finalize().into_bytes()].concat(), false);
+    let over = encode_base64(
+        &[&end[..], &endpoint.mac(&end).unwrap().finalize().into_bytes()].concat(),
+        false,
+    );
     let over = format!("X-aws-ec2-metadata-token: {}", String::from_utf8(over).unwrap());
     assert_eq!(ask(&endpoint, &[keys, &over]).await.0, 401);
 }

@@ -1,28 +1,38 @@
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::sync::Condvar;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
-use chitin_spec::{Delivery, SecretSpec};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf, ReadHalf, WriteHalf};
+use chitin_spec::{Delivery, EgressLimits, SecretSpec};
+use rustix::net::sockopt;
+use tokio::io::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, ReadHalf, WriteHalf,
+};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
+use super::refusal::Refusal;
+use super::resolve::{Lookup, Resolve};
 use super::*;
+use crate::audit_log::{ConnectionRecord, Verdict};
 use crate::credentials::fetch_credentials;
 
-/// Requests that wait for the broker, as many as a channel has.
+/// Requests queued for the broker, as many as in a channel.
 const MAX_WAITING: usize = 256;
 
-/// Bytes on their way in a tunnel, each way.
+/// Bytes in transit in a tunnel, each way.
 const WINDOW: usize = 64 * 1024;
 
-/// A sandbox's end of a connection. As a channel's, it is reset when it is dropped before it was shut down.
+/// The sandbox's side of a connection. Like that of a channel, it is reset if it is dropped before
+/// its shutdown.
 #[derive(Debug)]
 struct TestTunnel {
     inner: DuplexStream,
@@ -95,7 +105,7 @@ impl DialSource for TestSource {
     }
 }
 
-/// What has come on a stream.
+/// The data received on a stream.
 #[derive(Default)]
 struct Inbox {
     data: Vec<u8>,
@@ -103,17 +113,17 @@ struct Inbox {
     reset: bool,
 }
 
-/// Streams by their numbers, and a bell that rings whenever something has come.
+/// Streams by id, and a condition variable that is notified of every event.
 #[derive(Default)]
 struct Inboxes {
     streams: Mutex<HashMap<usize, Inbox>>,
-    bell: Condvar,
+    changed: Condvar,
 }
 
 /// The write half of a stream, the task that reads it, and the flag that resets it.
 type Writer = (WriteHalf<DuplexStream>, tokio::task::JoinHandle<()>, Arc<AtomicBool>);
 
-/// The agent of a guest that does what the test says.
+/// The agent of a guest that the test controls.
 struct Agent {
     runtime: Handle,
     requests: mpsc::Sender<DialRequest<TestTunnel>>,
@@ -124,7 +134,7 @@ struct Agent {
 }
 
 impl Agent {
-    /// Asks for a connection, which is a stream of that number.
+    /// Requests a connection; returns the id of its stream.
     fn dial(&mut self, host: &str, port: u16) -> usize {
         self.last += 1;
         let stream = self.last;
@@ -139,7 +149,7 @@ impl Agent {
         stream
     }
 
-    /// Tells of a name that was refused.
+    /// Reports a name that the agent did not resolve.
     fn deny(&mut self, host: &str) {
         self.request(DialRequest::Denied { host: host.into() });
     }
@@ -150,20 +160,20 @@ impl Agent {
         }
     }
 
-    /// Sends, as far as it is taken.
+    /// Sends bytes, unless the stream is closed.
     fn write(&mut self, stream: usize, bytes: &[u8]) {
         let (writer, ..) = self.writers.get_mut(&stream).unwrap();
         let _ = self.runtime.block_on(writer.write_all(bytes));
     }
 
-    /// Sends all of it, and the end.
+    /// Sends bytes, and shuts the stream down.
     fn send(&mut self, stream: usize, bytes: &[u8]) {
         self.write(stream, bytes);
         let (writer, ..) = self.writers.get_mut(&stream).unwrap();
         let _ = self.runtime.block_on(writer.shutdown());
     }
 
-    /// Breaks a stream off.
+    /// Resets a stream.
     fn reset(&mut self, stream: usize) {
         let (writer, reading, reset) = self.writers.remove(&stream).unwrap();
         reset.store(true, Ordering::Relaxed);
@@ -171,19 +181,19 @@ impl Agent {
         drop(writer);
     }
 
-    /// Waits until this is so of what has come.
+    /// Waits until the closure returns a value.
     fn wait_for<T>(&self, mut done: impl FnMut(&mut HashMap<usize, Inbox>) -> Option<T>) -> T {
         let mut streams = self.inboxes.streams.lock().unwrap();
         loop {
             if let Some(done) = done(&mut streams) {
                 return done;
             }
-            streams = self.inboxes.bell.wait(streams).unwrap();
+            streams = self.inboxes.changed.wait(streams).unwrap();
         }
     }
 
-    /// What came on the stream, once it has ended; `None` if it was reset.
-    fn received(&mut self, stream: usize) -> Option<Vec<u8>> {
+    /// Waits for the end of a stream, and returns its data; `None` if it was reset.
+    fn wait_for_end(&mut self, stream: usize) -> Option<Vec<u8>> {
         self.wait_for(|streams| {
             let inbox = streams.get_mut(&stream).unwrap();
             (inbox.ended || inbox.reset)
@@ -208,34 +218,34 @@ async fn receive(
             inbox.ended = ended.load(Ordering::Relaxed);
             inbox.reset = !inbox.ended;
         }
-        inboxes.bell.notify_all();
+        inboxes.changed.notify_all();
         if count == 0 {
             return;
         }
     }
 }
 
-/// Names that are what the test says they are; the second answer to a name may be another.
+/// A resolver with fixed answers: the first lookup of a name returns its first answer, and so on.
 #[derive(Debug, Default)]
-struct Names {
+struct FixedResolver {
     names: HashMap<&'static str, Vec<Vec<IpAddr>>>,
     asked: Mutex<HashMap<String, usize>>,
 }
 
-impl Names {
-    fn of(names: &[(&'static str, &[&[&str]])]) -> Box<Names> {
+impl FixedResolver {
+    fn new(names: &[(&'static str, &[&[&str]])]) -> Box<FixedResolver> {
         let parse =
             |answer: &&[&str]| answer.iter().map(|address| address.parse().unwrap()).collect();
         let names = names
             .iter()
             .map(|(name, answers)| (*name, answers.iter().map(parse).collect()))
             .collect();
-        Box::new(Names { names, asked: Mutex::default() })
+        Box::new(FixedResolver { names, asked: Mutex::default() })
     }
 }
 
-impl Resolve for Names {
-    fn resolve(&self, host: &str) -> resolve::Answer<'_> {
+impl Resolve for FixedResolver {
+    fn resolve(&self, host: &str) -> Lookup<'_> {
         let mut asked = self.asked.lock().unwrap();
         let times = asked.entry(host.to_owned()).or_default();
         let answers = self.names.get(host).cloned();
@@ -244,7 +254,7 @@ impl Resolve for Names {
         Box::pin(async move {
             let mut answers = answers.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
             if answers.is_empty() {
-                // It never answers.
+                // The lookup never ends.
                 std::future::pending::<()>().await;
             }
             Ok(answers.swap_remove(turn.min(answers.len() - 1)))
@@ -252,30 +262,30 @@ impl Resolve for Names {
     }
 }
 
-fn allowing(endpoints: &[String]) -> EgressSpec {
+fn spec_allowing(endpoints: &[String]) -> EgressSpec {
     let mut spec = EgressSpec { allow_private: true, ..EgressSpec::default() };
-    spec.allow(endpoints.iter().map(|endpoint| endpoint.parse().unwrap()));
+    spec.allow_endpoints(endpoints.iter().map(|endpoint| endpoint.parse().unwrap()));
     spec
 }
 
-/// Runs the script against a broker, and gives the lines of its audit.
-async fn against<T: Send + 'static>(
+/// Runs the script against a broker; returns its result and the audit log.
+async fn run_script<T: Send + 'static>(
     mut spec: EgressSpec,
-    names: Box<Names>,
+    names: Box<FixedResolver>,
     script: impl FnOnce(&mut Agent) -> T + Send + 'static,
 ) -> (T, Vec<serde_json::Value>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("audit");
     spec.audit = Some(path.clone());
-    let broker = broker(&spec, names);
-    with_broker(broker, &path, script).await
+    let broker = make_broker(&spec, names);
+    run_script_with(broker, &path, script).await
 }
 
-fn broker(spec: &EgressSpec, names: Box<Names>) -> Broker {
-    Broker::with(spec, Arc::new(spec.open_audit().unwrap()), names)
+fn make_broker(spec: &EgressSpec, names: Box<FixedResolver>) -> Broker {
+    Broker::with_resolver(spec, Arc::new(spec.open_audit().unwrap()), names)
 }
 
-async fn with_broker<T: Send + 'static>(
+async fn run_script_with<T: Send + 'static>(
     broker: Broker,
     audit: &Path,
     script: impl FnOnce(&mut Agent) -> T + Send + 'static,
@@ -298,23 +308,23 @@ async fn with_broker<T: Send + 'static>(
     end.send_replace(true);
     tokio::time::timeout(limit, serving).await.expect("in time").unwrap();
     drop(agent);
-    (outcome, lines(audit))
+    (outcome, read_lines(audit))
 }
 
-fn lines(path: &Path) -> Vec<serde_json::Value> {
+fn read_lines(path: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(path).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-async fn listener() -> (TcpListener, u16) {
+async fn bind_listener() -> (TcpListener, u16) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     (listener, port)
 }
 
-/// A server that answers each connection with what came on it, to the end.
-async fn echo() -> u16 {
-    let (listener, port) = listener().await;
+/// Starts a server that echoes every connection; returns its port.
+async fn start_echo_server() -> u16 {
+    let (listener, port) = bind_listener().await;
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             tokio::spawn(async move {
@@ -328,19 +338,20 @@ async fn echo() -> u16 {
 }
 
 #[tokio::test]
-async fn bytes_pass_as_they_are_and_are_counted() {
-    let port = echo().await;
-    let names = Names::of(&[("a.test", &[&["127.0.0.1"]])]);
-    // What an HTTP/2 client sends first, and a good deal more than any window.
+async fn bytes_are_relayed_unchanged_and_counted() {
+    let port = start_echo_server().await;
+    let names = FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]);
+    // The preface of HTTP/2, and more bytes than any window has.
     let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00".to_vec();
     sent.extend((0..=255u8).cycle().take(2_000_000));
     let bytes = sent.clone();
-    let (answer, lines) = against(allowing(&[format!("a.test:{port}")]), names, move |agent| {
-        let stream = agent.dial("a.test", port);
-        agent.send(stream, &bytes);
-        agent.received(stream)
-    })
-    .await;
+    let (answer, lines) =
+        run_script(spec_allowing(&[format!("a.test:{port}")]), names, move |agent| {
+            let stream = agent.dial("a.test", port);
+            agent.send(stream, &bytes);
+            agent.wait_for_end(stream)
+        })
+        .await;
     assert!(answer.unwrap() == sent);
     let [line] = lines.as_slice() else { panic!("{lines:?}") };
     assert_eq!((line["host"].as_str(), line["port"].as_u64()), (Some("a.test"), Some(port.into())));
@@ -353,12 +364,17 @@ async fn bytes_pass_as_they_are_and_are_counted() {
     assert!(line["time"].as_str().unwrap().ends_with('Z') && line["duration_ms"].is_u64());
 }
 
-/// The reason and verdict of one dial that comes to nothing.
-async fn refusal(spec: EgressSpec, names: Box<Names>, host: &str, port: u16) -> (String, String) {
+/// Returns verdict and reason of one dial that is refused or fails.
+async fn dial_refused(
+    spec: EgressSpec,
+    names: Box<FixedResolver>,
+    host: &str,
+    port: u16,
+) -> (String, String) {
     let name = host.to_owned();
-    let (answer, lines) = against(spec, names, move |agent| {
+    let (answer, lines) = run_script(spec, names, move |agent| {
         let stream = agent.dial(&name, port);
-        agent.received(stream)
+        agent.wait_for_end(stream)
     })
     .await;
     assert_eq!(answer, None, "{host}");
@@ -367,10 +383,10 @@ async fn refusal(spec: EgressSpec, names: Box<Names>, host: &str, port: u16) -> 
 }
 
 #[tokio::test]
-async fn the_policy_is_checked_again() {
-    let port = echo().await;
+async fn host_enforces_the_policy_for_every_dial() {
+    let port = start_echo_server().await;
     let spec = || {
-        allowing(&[
+        spec_allowing(&[
             format!("a.test:{port}"),
             format!("*.b.test:{port}"),
             format!("*.0.0.x1:{port}"),
@@ -398,16 +414,19 @@ async fn the_policy_is_checked_again() {
         (&long, port, "no host has such a name"),
     ];
     for (host, port, reason) in cases {
-        let names =
-            Names::of(&[("a.test", everything), ("b.test", everything), ("c.test", everything)]);
+        let names = FixedResolver::new(&[
+            ("a.test", everything),
+            ("b.test", everything),
+            ("c.test", everything),
+        ]);
         let expected = ("refused".to_owned(), reason.to_owned());
-        assert_eq!(refusal(spec(), names, host, port).await, expected, "{:.40}", host);
+        assert_eq!(dial_refused(spec(), names, host, port).await, expected, "{:.40}", host);
     }
 }
 
 #[tokio::test]
-async fn a_name_that_is_not_public_is_refused_after_it_was_resolved() {
-    let port = echo().await;
+async fn name_with_special_purpose_address_is_refused() {
+    let port = start_echo_server().await;
     let cases = [
         ("127.0.0.1", "a loopback address, which needs --allow-private"),
         ("::ffff:127.0.0.1", "a loopback address, which needs --allow-private"),
@@ -420,31 +439,34 @@ async fn a_name_that_is_not_public_is_refused_after_it_was_resolved() {
     ];
     for (address, words) in cases {
         let answers: &[&[&str]] = &[&[address]];
-        let spec = EgressSpec { allow_private: false, ..allowing(&[format!("a.test:{port}")]) };
+        let spec =
+            EgressSpec { allow_private: false, ..spec_allowing(&[format!("a.test:{port}")]) };
         let (verdict, reason) =
-            refusal(spec, Names::of(&[("a.test", answers)]), "a.test", port).await;
+            dial_refused(spec, FixedResolver::new(&[("a.test", answers)]), "a.test", port).await;
         assert_eq!((verdict.as_str(), reason), ("refused", format!("it resolves to {words}")));
     }
-    // No option lets these through.
+    // No option allows these.
     for address in ["169.254.169.254", "fd00:ec2::254", "0.0.0.0", "::", "fe80::1"] {
         let answers: &[&[&str]] = &[&[address]];
-        let spec = allowing(&[format!("a.test:{port}")]);
-        let (verdict, _) = refusal(spec, Names::of(&[("a.test", answers)]), "a.test", port).await;
+        let spec = spec_allowing(&[format!("a.test:{port}")]);
+        let (verdict, _) =
+            dial_refused(spec, FixedResolver::new(&[("a.test", answers)]), "a.test", port).await;
         assert_eq!(verdict, "refused", "{address}");
     }
 }
 
 #[tokio::test]
-async fn a_name_that_changes_its_mind_is_checked_each_time_and_dialled_as_checked() {
-    let port = echo().await;
-    // Public first, then this host, as a rebinding server answers; there is one lookup a dial, so the second is a dial's own.
-    let names = Names::of(&[("a.test", &[&["127.0.0.1"], &["169.254.169.254"], &["127.0.0.1"]])]);
-    let ((), lines) = against(allowing(&[format!("a.test:{port}")]), names, move |agent| {
+async fn rebound_name_is_checked_on_every_dial() {
+    let port = start_echo_server().await;
+    // The answers of a rebinding server: an allowed address, then others. Each dial is one lookup.
+    let names =
+        FixedResolver::new(&[("a.test", &[&["127.0.0.1"], &["169.254.169.254"], &["127.0.0.1"]])]);
+    let ((), lines) = run_script(spec_allowing(&[format!("a.test:{port}")]), names, move |agent| {
         let first = agent.dial("a.test", port);
         agent.send(first, b"hello");
-        assert_eq!(agent.received(first).as_deref(), Some(b"hello".as_slice()));
+        assert_eq!(agent.wait_for_end(first).as_deref(), Some(b"hello".as_slice()));
         let second = agent.dial("a.test", port);
-        assert_eq!(agent.received(second), None);
+        assert_eq!(agent.wait_for_end(second), None);
     })
     .await;
     let address = |verdict: &str| {
@@ -452,10 +474,10 @@ async fn a_name_that_changes_its_mind_is_checked_each_time_and_dialled_as_checke
     };
     assert_eq!((lines.len(), address("allowed")), (2, "127.0.0.1".into()));
     assert_eq!(address("refused"), serde_json::Value::Null);
-    // Of several addresses only those are dialled that may be.
-    let (verdict, reason) = refusal(
-        EgressSpec { allow_private: false, ..allowing(&[format!("b.test:{port}")]) },
-        Names::of(&[("b.test", &[&["127.0.0.1", "10.0.0.1"]])]),
+    // Of several addresses, only allowed ones are dialled.
+    let (verdict, reason) = dial_refused(
+        EgressSpec { allow_private: false, ..spec_allowing(&[format!("b.test:{port}")]) },
+        FixedResolver::new(&[("b.test", &[&["127.0.0.1", "10.0.0.1"]])]),
         "b.test",
         port,
     )
@@ -465,36 +487,40 @@ async fn a_name_that_changes_its_mind_is_checked_each_time_and_dialled_as_checke
 }
 
 #[tokio::test]
-async fn what_cannot_be_reached_says_why() {
-    // A port that was free a moment ago.
-    let (gone, port) = listener().await;
+async fn failed_dial_records_its_reason() {
+    // A port on which no server listens.
+    let (gone, port) = bind_listener().await;
     drop(gone);
-    let spec = || allowing(&[format!("a.test:{port}")]);
+    let spec = || spec_allowing(&[format!("a.test:{port}")]);
     let failed = |reason: &str| ("failed".to_owned(), reason.to_owned());
     let dialled =
-        refusal(spec(), Names::of(&[("a.test", &[&["127.0.0.1"]])]), "a.test", port).await;
+        dial_refused(spec(), FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]), "a.test", port)
+            .await;
     assert_eq!(dialled, failed("connect: Connection refused (os error 111)"));
-    let dialled = refusal(spec(), Names::of(&[]), "a.test", port).await;
+    let dialled = dial_refused(spec(), FixedResolver::new(&[]), "a.test", port).await;
     assert_eq!(dialled, failed("it does not resolve: entity not found"));
-    let dialled = refusal(spec(), Names::of(&[("a.test", &[&[]])]), "a.test", port).await;
+    let dialled =
+        dial_refused(spec(), FixedResolver::new(&[("a.test", &[&[]])]), "a.test", port).await;
     assert_eq!(dialled, failed("it has no address"));
-    let dialled = refusal(spec(), Names::of(&[("a.test", &[])]), "a.test", port).await;
+    let dialled =
+        dial_refused(spec(), FixedResolver::new(&[("a.test", &[])]), "a.test", port).await;
     assert_eq!(dialled, failed("it did not resolve within 10 s"));
 }
 
 #[tokio::test]
-async fn a_silent_address_leaves_the_next_its_time() {
-    let port = echo().await;
-    // A backlog that is full takes no connection, and refuses none.
+async fn silent_address_leaves_time_for_the_next() {
+    let port = start_echo_server().await;
+    // A full backlog neither accepts nor refuses connections.
     let full = socket_with_full_backlog(port);
-    let names = Names::of(&[("a.test", &[&["127.0.0.9", "127.0.0.1"]])]);
+    let names = FixedResolver::new(&[("a.test", &[&["127.0.0.9", "127.0.0.1"]])]);
     let began = Instant::now();
-    let (answer, lines) = against(allowing(&[format!("a.test:{port}")]), names, move |agent| {
-        let stream = agent.dial("a.test", port);
-        agent.send(stream, b"hello");
-        agent.received(stream)
-    })
-    .await;
+    let (answer, lines) =
+        run_script(spec_allowing(&[format!("a.test:{port}")]), names, move |agent| {
+            let stream = agent.dial("a.test", port);
+            agent.send(stream, b"hello");
+            agent.wait_for_end(stream)
+        })
+        .await;
     assert_eq!(answer.as_deref(), Some(b"hello".as_slice()));
     assert_eq!(lines[0]["address"], "127.0.0.1");
     assert!(began.elapsed() > Duration::from_secs(4), "{:?}", began.elapsed());
@@ -520,11 +546,11 @@ fn socket_with_full_backlog(port: u16) -> Vec<std::os::fd::OwnedFd> {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_resets_or_is_reset_is_told_from_one_that_ends() {
-    let (listener, port) = listener().await;
+async fn reset_is_relayed_and_recorded_both_ways() {
+    let (listener, port) = bind_listener().await;
     let server = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
-        // Not before the connection has been made.
+        // Reset only after the connection was made.
         stream.read_exact(&mut [0]).await.unwrap();
         sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
         drop(stream);
@@ -532,18 +558,18 @@ async fn an_endpoint_that_resets_or_is_reset_is_told_from_one_that_ends() {
         stream.write_all(b"y").await.unwrap();
         stream.read_to_end(&mut Vec::new()).await.map_err(|error| error.kind())
     });
-    let names = Names::of(&[("a.test", &[&["127.0.0.1"]])]);
-    let ((), lines) = against(allowing(&[format!("a.test:{port}")]), names, move |agent| {
+    let names = FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]);
+    let ((), lines) = run_script(spec_allowing(&[format!("a.test:{port}")]), names, move |agent| {
         let stream = agent.dial("a.test", port);
         agent.write(stream, b"x");
-        assert_eq!(agent.received(stream), None);
+        assert_eq!(agent.wait_for_end(stream), None);
         let stream = agent.dial("a.test", port);
         agent.write(stream, b"x");
         agent.wait_for(|streams| (!streams[&stream].data.is_empty()).then_some(()));
-        // The workload dies.
+        // The workload exits.
         agent.reset(stream);
         let stream = agent.dial("other.test", port);
-        assert_eq!(agent.received(stream), None);
+        assert_eq!(agent.wait_for_end(stream), None);
     })
     .await;
     let ended = tokio::time::timeout(Duration::from_secs(10), server).await.expect("in time");
@@ -557,8 +583,8 @@ async fn an_endpoint_that_resets_or_is_reset_is_told_from_one_that_ends() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_answers_for_ever_meets_the_limits() {
-    let (listener, port) = listener().await;
+async fn endless_response_is_cut_at_the_byte_limits() {
+    let (listener, port) = bind_listener().await;
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             tokio::spawn(async move { while stream.write_all(&[0; 4096]).await.is_ok() {} });
@@ -570,15 +596,16 @@ async fn an_endpoint_that_answers_for_ever_meets_the_limits() {
         total_bytes: Some(1_500_000),
         ..EgressLimits::default()
     };
-    let spec = EgressSpec { limits, ..allowing(&[format!("a.test:{port}")]) };
-    let ((), lines) = against(spec, Names::of(&[("a.test", everything)]), move |agent| {
-        for _ in 0..3 {
-            let stream = agent.dial("a.test", port);
-            assert_eq!(agent.received(stream), None);
-            assert!(agent.wait_for(|streams| Some(streams[&stream].data.len())) <= 1_000_000);
-        }
-    })
-    .await;
+    let spec = EgressSpec { limits, ..spec_allowing(&[format!("a.test:{port}")]) };
+    let ((), lines) =
+        run_script(spec, FixedResolver::new(&[("a.test", everything)]), move |agent| {
+            for _ in 0..3 {
+                let stream = agent.dial("a.test", port);
+                assert_eq!(agent.wait_for_end(stream), None);
+                assert!(agent.wait_for(|streams| Some(streams[&stream].data.len())) <= 1_000_000);
+            }
+        })
+        .await;
     let reasons: Vec<_> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
     let total = "the sandbox's limit of 1500000 bytes was reached";
     let expected = [
@@ -590,62 +617,64 @@ async fn an_endpoint_that_answers_for_ever_meets_the_limits() {
 }
 
 #[tokio::test]
-async fn bytes_a_second_are_kept_to() {
-    let port = echo().await;
+async fn byte_rate_is_limited() {
+    let port = start_echo_server().await;
     let limits =
         EgressLimits { bytes_per_second: NonZeroU64::new(100_000), ..EgressLimits::default() };
-    let spec = EgressSpec { limits, ..allowing(&[format!("a.test:{port}")]) };
+    let spec = EgressSpec { limits, ..spec_allowing(&[format!("a.test:{port}")]) };
     let began = Instant::now();
-    let (answer, _) = against(spec, Names::of(&[("a.test", &[&["127.0.0.1"]])]), move |agent| {
-        let stream = agent.dial("a.test", port);
-        agent.send(stream, &[1; 150_000]);
-        agent.received(stream)
-    })
-    .await;
+    let (answer, _) =
+        run_script(spec, FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]), move |agent| {
+            let stream = agent.dial("a.test", port);
+            agent.send(stream, &[1; 150_000]);
+            agent.wait_for_end(stream)
+        })
+        .await;
     assert_eq!(answer.unwrap().len(), 150_000);
-    // 300,000 bytes both ways, 100,000 of them at once.
+    // 300,000 bytes both ways, 100,000 of them as a burst.
     assert!(began.elapsed() > Duration::from_millis(1900), "{:?}", began.elapsed());
 }
 
 #[tokio::test]
-async fn connections_have_a_number_and_a_rate() {
-    // It accepts in the kernel and never answers.
-    let (_listener, port) = listener().await;
+async fn connections_are_limited_in_number_and_rate() {
+    // The kernel accepts, and no server answers.
+    let (_listener, port) = bind_listener().await;
     let limits = EgressLimits { connections: 3, dials_per_second: 2, ..EgressLimits::default() };
-    let spec = EgressSpec { limits, ..allowing(&[format!("a.test:{port}")]) };
-    let (open, lines) = against(spec, Names::of(&[("a.test", &[&["127.0.0.1"]])]), move |agent| {
-        let streams: Vec<_> = (0..12).map(|_| agent.dial("a.test", port)).collect();
-        agent.wait_for(|inboxes| {
-            let open = streams.iter().filter(|stream| !inboxes[*stream].reset).count();
-            (streams.len() - open >= 9).then_some(open)
+    let spec = EgressSpec { limits, ..spec_allowing(&[format!("a.test:{port}")]) };
+    let (open, lines) =
+        run_script(spec, FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]), move |agent| {
+            let streams: Vec<_> = (0..12).map(|_| agent.dial("a.test", port)).collect();
+            agent.wait_for(|inboxes| {
+                let open = streams.iter().filter(|stream| !inboxes[*stream].reset).count();
+                (streams.len() - open >= 9).then_some(open)
+            })
         })
-    })
-    .await;
+        .await;
     assert_eq!(open, 3);
     let count = |reason: &str| lines.iter().filter(|line| line["reason"] == reason).count();
     assert_eq!(count("too many connections at once"), 5);
     assert_eq!(count("too many connections in a short time"), 4);
-    // The three end with the sandbox, connected by then or not, and are written down.
+    // The three end with the sandbox, connected by then or not, and are recorded.
     assert_eq!(count("the sandbox broke it off") + count("the sandbox ended"), 3);
 }
 
 #[tokio::test]
-async fn a_flood_of_dials_costs_little_and_hides_nothing_that_was_connected() {
-    let port = echo().await;
-    let ((), lines) = against(
-        allowing(&[format!("a.test:{port}")]),
-        Names::of(&[("a.test", &[&["127.0.0.1"]])]),
+async fn flood_of_dials_is_bounded_and_counted() {
+    let port = start_echo_server().await;
+    let ((), lines) = run_script(
+        spec_allowing(&[format!("a.test:{port}")]),
+        FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]),
         move |agent| {
             for number in 0..5000 {
                 let stream =
                     agent.dial(if number % 2 == 0 { "a.test" } else { "evil.example" }, port);
                 agent.reset(stream);
             }
-            // What is left of it is dealt with, and then there is room again.
+            // The rest of the flood is processed, and the buckets refill.
             std::thread::sleep(Duration::from_secs(2));
             let stream = agent.dial("a.test", port);
             agent.send(stream, b"still here");
-            assert_eq!(agent.received(stream).as_deref(), Some(b"still here".as_slice()));
+            assert_eq!(agent.wait_for_end(stream).as_deref(), Some(b"still here".as_slice()));
         },
     )
     .await;
@@ -656,13 +685,13 @@ async fn a_flood_of_dials_costs_little_and_hides_nothing_that_was_connected() {
 }
 
 #[tokio::test]
-async fn refused_names_are_written_down() {
-    let spec = allowing(&["a.test:443".into()]);
-    let ((), lines) = against(spec, Names::of(&[]), |agent| {
+async fn denied_name_is_recorded() {
+    let spec = spec_allowing(&["a.test:443".into()]);
+    let ((), lines) = run_script(spec, FixedResolver::new(&[]), |agent| {
         agent.deny("evil.example");
-        // Something that is answered, so that it has been heard.
+        // The refusal of a second request shows that the first was processed.
         let stream = agent.dial("x", 1);
-        assert_eq!(agent.received(stream), None);
+        assert_eq!(agent.wait_for_end(stream), None);
     })
     .await;
     assert_eq!(
@@ -673,7 +702,7 @@ async fn refused_names_are_written_down() {
 }
 
 #[tokio::test]
-async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
+async fn aws_endpoint_is_served_locally_and_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let (source, audit) = (dir.path().join("keys"), dir.path().join("audit"));
     std::fs::write(
@@ -691,22 +720,23 @@ async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
         .find(|value| value.name == "AWS_CONTAINER_AUTHORIZATION_TOKEN")
         .unwrap();
     let token = String::from_utf8(token.value.to_bytes().expose().to_vec()).unwrap();
-    // Nothing else is allowed.
+    // No other endpoint is allowed.
     let spec = EgressSpec { audit: Some(audit.clone()), ..EgressSpec::default() };
-    let broker = Broker { aws_server: fetched.aws_server, ..broker(&spec, Names::of(&[])) };
+    let mut broker = make_broker(&spec, FixedResolver::new(&[]));
+    broker.aws_server = fetched.aws_server;
     let endpoint =
         chitin_protocol::Endpoint { host: "localhost".into(), wildcard: false, port: 9911 };
-    assert_eq!(broker.wire(), [endpoint]);
+    assert_eq!(broker.wire_endpoints(), [endpoint]);
     let request = move |token: &str| {
         format!(
             "GET /credentials/AWS HTTP/1.1\r\nHost: 127.0.0.1:9911\r\nAuthorization: {token}\r\n\r\n"
         )
     };
-    let (answers, lines) = with_broker(broker, &audit, move |agent| {
+    let (answers, lines) = run_script_with(broker, &audit, move |agent| {
         let mut ask = |host, port, token: &str| {
             let stream = agent.dial(host, port);
             agent.send(stream, request(token).as_bytes());
-            agent.received(stream).map(|answer| String::from_utf8(answer).unwrap())
+            agent.wait_for_end(stream).map(|answer| String::from_utf8(answer).unwrap())
         };
         [
             ask("localhost", 9911, &token),
@@ -729,15 +759,19 @@ async fn an_endpoint_for_keys_leads_nowhere_and_is_written_down() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_written_down_is_not_done() {
-    let port = echo().await;
-    let spec =
-        EgressSpec { audit: Some("/dev/full".into()), ..allowing(&[format!("a.test:{port}")]) };
-    let broker = broker(&spec, Names::of(&[("a.test", &[&["127.0.0.1"]])]));
-    assert!(broker.dial("a.test", port).await.is_ok());
-    broker.audit.write(Line::new("a", None, Verdict::Refused, None));
-    assert!(matches!(broker.dial("a.test", port).await, Err(Refusal::Audit)));
+async fn unwritable_audit_log_refuses_every_dial() {
+    let port = start_echo_server().await;
+    let spec = EgressSpec {
+        audit: Some("/dev/full".into()),
+        ..spec_allowing(&[format!("a.test:{port}")])
+    };
+    let broker = make_broker(&spec, FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]));
+    assert!(broker.dialer.dial("a.test", port).await.is_ok());
+    broker.audit.record_connection(ConnectionRecord::new("a", None, Verdict::Refused, None));
+    assert!(matches!(broker.dialer.dial("a.test", port).await, Err(Refusal::Audit)));
     let missing = EgressSpec { audit: Some("/nonexistent/audit".into()), ..EgressSpec::default() };
-    let error = missing.check().unwrap_err();
-    assert_eq!(error.to_string(), "write the audit of connections to /nonexistent/audit");
+    let error = missing.validate().unwrap_err();
+    let EgressError::Audit { path, source } = error else { panic!("{error:?}") };
+    assert_eq!(path, Path::new("/nonexistent/audit"));
+    assert_eq!(source.kind(), io::ErrorKind::NotFound);
 }

@@ -1,4 +1,4 @@
-//! Names to addresses, by the host's own means.
+//! Resolution of names by the host's resolver.
 
 use std::fmt;
 use std::future::Future;
@@ -9,41 +9,42 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-/// Lookups at once. Each holds a thread until the host's resolver gives up, however short we wait ourselves.
+/// Maximum number of concurrent lookups. Each blocks a thread until the host's resolver gives up,
+/// even if the caller has stopped waiting.
 const MAX_LOOKUPS: usize = 16;
 
-/// A lookup's answer, on its way.
-pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = io::Result<Vec<IpAddr>>> + Send + 'a>>;
+/// The future of a lookup.
+pub(super) type Lookup<'a> = Pin<Box<dyn Future<Output = io::Result<Vec<IpAddr>>> + Send + 'a>>;
 
-/// What looks names up.
-pub(crate) trait Resolve: Send + Sync + fmt::Debug {
-    /// The addresses of a name; none is no error.
-    fn resolve(&self, host: &str) -> Answer<'_>;
+/// A resolver of names.
+pub(super) trait Resolve: Send + Sync + fmt::Debug {
+    /// Returns the addresses of a name, possibly none.
+    fn resolve(&self, host: &str) -> Lookup<'_>;
 }
 
-/// `getaddrinfo(3)`.
+/// The host's resolver, `getaddrinfo(3)`.
 #[derive(Debug)]
-pub(crate) struct System {
+pub(super) struct SystemResolver {
     lookups: Arc<Semaphore>,
 }
 
-impl Default for System {
-    fn default() -> System {
-        System { lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+impl Default for SystemResolver {
+    fn default() -> SystemResolver {
+        SystemResolver { lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
     }
 }
 
-impl Resolve for System {
-    fn resolve(&self, host: &str) -> Answer<'_> {
+impl Resolve for SystemResolver {
+    fn resolve(&self, host: &str) -> Lookup<'_> {
         let host = host.to_owned();
         Box::pin(async move {
             let permit = self.lookups.clone().acquire_owned().await.map_err(io::Error::other)?;
-            let looked = tokio::task::spawn_blocking(move || {
+            let lookup = tokio::task::spawn_blocking(move || {
                 let addresses = (host.as_str(), 0).to_socket_addrs();
                 drop(permit);
                 addresses.map(|addresses| addresses.map(|address| address.ip()).collect())
             });
-            looked.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+            lookup.await.unwrap_or_else(|error| Err(io::Error::other(error)))
         })
     }
 }

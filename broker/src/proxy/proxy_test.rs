@@ -1,15 +1,24 @@
+use std::sync::Mutex;
+
 use bytes::Bytes;
-use http::header::{HOST, HeaderMap};
+use chitin_spec::Endpoint;
+use http::header::{AUTHORIZATION, HOST, HeaderMap};
 use http::{Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use hyper::server::conn::{http1 as server1, http2 as server2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::task::JoinSet;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 use zeroize::Zeroizing;
 
-use super::message::MAX_BODY;
-use super::placeholder::{base64, percent_encoded};
+use super::blocked::{BlockReason, Location};
+use super::body::MAX_BODY;
+use super::encoding::{encode_base64, percent_encode};
+use super::placeholder::Placeholders;
 use super::selftest::Sender;
 use super::*;
 use crate::tls;
@@ -21,7 +30,7 @@ fn endpoint(text: &str) -> Endpoint {
     text.parse().unwrap()
 }
 
-fn reach(hosts: &[&str], query: bool, body: bool) -> ProxyScope {
+fn scope(hosts: &[&str], query: bool, body: bool) -> ProxyScope {
     ProxyScope { hosts: hosts.iter().map(|host| endpoint(host)).collect(), query, body }
 }
 
@@ -29,132 +38,137 @@ fn proxy(values: Vec<(&str, ProxyScope, &str)>) -> Result<Proxy, SetupError> {
     let hold = |value: &str| SecretValue::new(Zeroizing::new(value.into()), false).unwrap();
     let values = values
         .into_iter()
-        .map(|(name, reach, value)| (name.to_owned(), reach, hold(value)))
+        .map(|(name, scope, value)| (name.to_owned(), scope, hold(value)))
         .collect();
     let mut next = 0u8;
-    Proxy::new(values, tls::client(tls::system_roots()), move |bytes| {
+    Proxy::new(values, tls::client_config(tls::system_roots()), move |bytes| {
         next += 1;
         bytes.fill(next);
         Ok(())
     })
 }
 
-/// What an endpoint was sent: its first line, its headers, its body.
+/// A request that the endpoint received.
 #[derive(Debug, Clone)]
-struct Sent {
+struct ReceivedRequest {
     line: String,
     headers: HeaderMap,
     body: Bytes,
 }
 
-impl Sent {
+impl ReceivedRequest {
     fn header(&self, name: &str) -> &str {
         self.headers[name].to_str().unwrap()
     }
 }
 
-/// A sandbox's connection through a proxy to an endpoint that answers what it is told to.
-struct Setup {
+/// A connection of a sandbox, through a proxy, to an endpoint with a handler.
+struct TestConnection {
     proxy: Arc<Proxy>,
-    account: Arc<Account>,
-    sent: Arc<Mutex<Vec<Sent>>>,
+    stats: Arc<ProxyStats>,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
     sender: Sender,
     host: String,
     h2: bool,
     _tasks: JoinSet<()>,
 }
 
-type Answer = Arc<dyn Fn(&Sent) -> Response<Full<Bytes>> + Send + Sync>;
+type Handler = Arc<dyn Fn(&ReceivedRequest) -> Response<Full<Bytes>> + Send + Sync>;
 
-/// Connects to `host`, with `sni`, over the protocol.
+/// Serves HTTP as the endpoint, with the response of the handler; upgraded connections echo.
+async fn serve_endpoint(
+    stream: DuplexStream,
+    config: rustls::ServerConfig,
+    h2: bool,
+    handler: Handler,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
+) {
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let (received, handler) = (received.clone(), handler.clone());
+        async move {
+            let upgraded =
+                request.headers().contains_key("upgrade").then(|| hyper::upgrade::on(&mut request));
+            let (head, body) = request.into_parts();
+            let body = body.collect().await?.to_bytes();
+            let line = format!("{} {}", head.method, head.uri);
+            let request = ReceivedRequest { line, headers: head.headers, body };
+            let response = handler(&request);
+            received.lock().unwrap().push(request);
+            if let Some(upgraded) = upgraded {
+                tokio::spawn(
+                    async move { echo_stream(TokioIo::new(upgraded.await.unwrap())).await },
+                );
+            }
+            Ok::<_, hyper::Error>(response)
+        }
+    });
+    let Ok(stream) = TlsAcceptor::from(Arc::new(config)).accept(stream).await else { return };
+    let stream = TokioIo::new(stream);
+    if h2 {
+        drop(server2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await);
+    } else {
+        drop(server1::Builder::new().serve_connection(stream, service).with_upgrades().await);
+    }
+}
+
+async fn echo_stream(mut stream: TokioIo<hyper::upgrade::Upgraded>) {
+    let mut buffer = [0; 1024];
+    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+        stream.write_all(&buffer[..count]).await.unwrap();
+        stream.flush().await.unwrap();
+    }
+}
+
+/// Connects to `host` through the proxy, with the server name `sni`. Returns the error of the
+/// proxy, or that of the client if the proxy has not ended.
 async fn connect(
     proxy: Arc<Proxy>,
     host: &str,
     sni: &str,
     h2: bool,
-    answer: Answer,
-) -> Result<Setup, String> {
+    handler: Handler,
+) -> Result<TestConnection, Result<ProxyError, io::Error>> {
     let mut tasks = JoinSet::new();
-    let authority = Authority::new([host.to_owned()]).unwrap();
+    let authority = CertificateAuthority::new([host.to_owned()]).unwrap();
     let protocol: &[u8] = if h2 { b"h2" } else { b"http/1.1" };
-    let server = authority.server(host, protocol).unwrap();
+    let server = authority.server_config(host, protocol).unwrap();
     let (sandbox, near) = tokio::io::duplex(16 * 1024);
-    let (far, ours) = tokio::io::duplex(16 * 1024);
-    let sent: Arc<Mutex<Vec<Sent>>> = Arc::default();
-    let log = sent.clone();
+    let (far, upstream) = tokio::io::duplex(16 * 1024);
+    let received: Arc<Mutex<Vec<ReceivedRequest>>> = Arc::default();
+    tasks.spawn(serve_endpoint(upstream, server, h2, handler, received.clone()));
+
+    let stats = Arc::new(ProxyStats::default());
+    let trust = tls::client_config(Arc::new(tls::root_store(vec![authority.certificate()])));
+    let (relaying, name, relay_stats) = (proxy.clone(), host.to_owned(), stats.clone());
+    let outcome = Arc::new(Mutex::new(None));
+    let relay_outcome = outcome.clone();
     tasks.spawn(async move {
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            let (log, answer) = (log.clone(), answer.clone());
-            async move {
-                let upgraded = request
-                    .headers()
-                    .contains_key("upgrade")
-                    .then(|| hyper::upgrade::on(&mut request));
-                let (head, body) = request.into_parts();
-                let body = body.collect().await?.to_bytes();
-                let sent = Sent {
-                    line: format!("{} {}", head.method, head.uri),
-                    headers: head.headers,
-                    body,
-                };
-                let response = answer(&sent);
-                log.lock().unwrap().push(sent);
-                if let Some(upgraded) = upgraded {
-                    // Echoes.
-                    tokio::spawn(async move {
-                        let mut stream = TokioIo::new(upgraded.await.unwrap());
-                        let mut buffer = [0; 1024];
-                        while let Ok(count @ 1..) = stream.read(&mut buffer).await {
-                            stream.write_all(&buffer[..count]).await.unwrap();
-                            stream.flush().await.unwrap();
-                        }
-                    });
-                }
-                Ok::<_, hyper::Error>(response)
-            }
-        });
-        let Ok(stream) = TlsAcceptor::from(Arc::new(server)).accept(ours).await else { return };
-        let stream = TokioIo::new(stream);
-        if h2 {
-            drop(
-                server2::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await,
-            );
-        } else {
-            drop(server1::Builder::new().serve_connection(stream, service).with_upgrades().await);
-        }
+        let ended = relaying.relay_with_trust(&trust, near, far, &name, 443, &relay_stats).await;
+        *relay_outcome.lock().unwrap() = Some(ended);
     });
-    let account = Arc::new(Account::default());
-    let trust = Arc::new(tls::client(Arc::new(tls::roots_of(vec![authority.certificate()]))));
-    let (running, name, tally) = (proxy.clone(), host.to_owned(), account.clone());
-    let ended = Arc::new(Mutex::new(None));
-    let end = ended.clone();
-    tasks.spawn(async move {
-        let outcome = running.run_with(trust, near, far, &name, 443, &tally).await;
-        *end.lock().unwrap() = Some(outcome);
-    });
-    let mut trust = tls::client(Arc::new(tls::roots_of(vec![proxy.authority.certificate()])));
+
+    let roots = tls::root_store(vec![proxy.authority.certificate()]);
+    let mut trust = tls::client_config(Arc::new(roots));
     trust.alpn_protocols = vec![protocol.to_vec()];
     let name = ServerName::try_from(sni.to_owned()).unwrap();
     let stream = match TlsConnector::from(Arc::new(trust)).connect(name, sandbox).await {
         Ok(stream) => stream,
         Err(error) => {
             tokio::task::yield_now().await;
-            let outcome = ended.lock().unwrap().take();
-            return Err(
-                outcome.map_or(error.to_string(), |outcome| outcome.unwrap_err().to_string())
-            );
+            let ended = outcome.lock().unwrap().take();
+            return Err(ended.map_or(Err(error), |ended| Ok(ended.unwrap_err())));
         }
     };
     let sender = Sender::new(stream, h2, &mut tasks).await.unwrap();
-    Ok(Setup { proxy, account, sent, sender, host: host.to_owned(), h2, _tasks: tasks })
+    Ok(TestConnection { proxy, stats, received, sender, host: host.to_owned(), h2, _tasks: tasks })
 }
 
-impl Setup {
+impl TestConnection {
     fn placeholder(&self, name: &str) -> String {
         self.proxy.placeholders().find(|(other, _)| *other == name).unwrap().1.to_owned()
     }
 
-    async fn ask(
+    async fn request(
         &mut self,
         path: &str,
         headers: &[(&str, &str)],
@@ -172,7 +186,7 @@ impl Setup {
             builder = builder.header(*name, *value);
         }
         let request = builder.body(Full::from(body.to_owned())).unwrap();
-        let (head, body) = match self.sender.send(request).await {
+        let (head, body) = match self.sender.send_request(request).await {
             Ok(response) => response.into_parts(),
             Err(_) => return (StatusCode::IM_A_TEAPOT, HeaderMap::new(), String::new()),
         };
@@ -180,20 +194,22 @@ impl Setup {
         (head.status, head.headers, String::from_utf8(body.to_vec()).unwrap())
     }
 
-    fn last(&self) -> Sent {
-        self.sent.lock().unwrap().last().unwrap().clone()
+    fn last_request(&self) -> ReceivedRequest {
+        self.received.lock().unwrap().last().unwrap().clone()
     }
 
-    /// That the endpoint has never seen any of what it should not.
-    fn nothing_was_sent(&self, words: &str) {
-        assert!(self.sent.lock().unwrap().is_empty(), "{:?}", self.sent);
-        let (blocked, _) = self.account.blocked();
-        assert!(blocked.iter().any(|why| why.contains(words)), "no `{words}` in {blocked:?}");
-        assert!(!format!("{blocked:?}").contains("canary"), "{blocked:?}");
+    /// Asserts that the endpoint received no request, and that one was blocked for this reason.
+    fn assert_blocked(&self, expected: impl Fn(&BlockReason) -> bool) {
+        assert!(self.received.lock().unwrap().is_empty(), "{:?}", self.received);
+        let (blocked, _) = self.stats.blocked_requests();
+        assert!(blocked.iter().any(expected), "{blocked:?}");
+        for reason in blocked {
+            assert!(!format!("{reason:?} {reason}").contains("canary"), "{reason:?}");
+        }
     }
 }
 
-fn echo() -> Answer {
+fn echo_handler() -> Handler {
     Arc::new(|sent| {
         let shown =
             format!("{} {:?} {}", sent.line, sent.headers, String::from_utf8_lossy(&sent.body));
@@ -207,49 +223,53 @@ fn echo() -> Answer {
     })
 }
 
-fn one() -> Arc<Proxy> {
-    Arc::new(proxy(vec![("TOKEN", reach(&["api.test:443"], false, false), VALUE)]).unwrap())
+fn one_credential() -> Arc<Proxy> {
+    Arc::new(proxy(vec![("TOKEN", scope(&["api.test:443"], false, false), VALUE)]).unwrap())
 }
 
 #[tokio::test]
-async fn headers_go_out_with_the_value_and_come_back_without() {
+async fn headers_carry_the_value_out_and_never_back() {
     for h2 in [false, true] {
-        let mut setup = connect(one(), "api.test", "api.test", h2, echo()).await.unwrap();
-        let token = setup.placeholder("TOKEN");
-        let (status, headers, body) =
-            setup.ask("/x?a=b", &[("authorization", &format!("Bearer {token}"))], "").await;
+        let mut connection =
+            connect(one_credential(), "api.test", "api.test", h2, echo_handler()).await.unwrap();
+        let token = connection.placeholder("TOKEN");
+        let (status, headers, body) = connection
+            .request("/x?a=b", &[("authorization", &format!("Bearer {token}"))], "")
+            .await;
         assert_eq!(status, StatusCode::OK, "{body}");
-        assert_eq!(setup.last().header("authorization"), format!("Bearer {VALUE}"));
-        assert_eq!(setup.last().header("accept-encoding"), "identity");
+        assert_eq!(connection.last_request().header("authorization"), format!("Bearer {VALUE}"));
+        assert_eq!(connection.last_request().header("accept-encoding"), "identity");
         assert_eq!(headers["x-echo"], format!("Bearer {}", "*".repeat(VALUE.len())));
         assert!(!body.contains("canary") && body.contains("*****"), "{body}");
 
-        // As git and curl -u say it; both halves may be placeholders.
-        let pair = String::from_utf8(base64(format!("user:{token}").as_bytes(), false)).unwrap();
+        // The Basic scheme, as git and curl -u send it.
+        let pair =
+            String::from_utf8(encode_base64(format!("user:{token}").as_bytes(), false)).unwrap();
         let (status, headers, body) =
-            setup.ask("/", &[("authorization", &format!("Basic {pair}"))], "x").await;
+            connection.request("/", &[("authorization", &format!("Basic {pair}"))], "x").await;
         assert_eq!(status, StatusCode::OK);
-        let right = String::from_utf8(base64(format!("user:{VALUE}").as_bytes(), false)).unwrap();
-        assert_eq!(setup.last().header("authorization"), format!("Basic {right}"));
+        let right =
+            String::from_utf8(encode_base64(format!("user:{VALUE}").as_bytes(), false)).unwrap();
+        assert_eq!(connection.last_request().header("authorization"), format!("Basic {right}"));
         let inner = &right[8..right.len() - 4];
         assert!(
             !headers["x-echo"].to_str().unwrap().contains(inner) && !body.contains(inner),
             "{headers:?}"
         );
 
-        // Several at once, and one within something else.
+        // Several placeholders in one header, and one within a longer value.
         let headers =
             [("x-api-key", format!("{token}/{token}")), ("cookie", format!("a={token}; b=c"))];
         let headers: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        setup.ask("/", &headers, "").await;
-        assert_eq!(setup.last().header("x-api-key"), format!("{VALUE}/{VALUE}"));
-        assert_eq!(setup.last().header("cookie"), format!("a={VALUE}; b=c"));
+        connection.request("/", &headers, "").await;
+        assert_eq!(connection.last_request().header("x-api-key"), format!("{VALUE}/{VALUE}"));
+        assert_eq!(connection.last_request().header("cookie"), format!("a={VALUE}; b=c"));
         assert_eq!(
-            (setup.account.delivered(), setup.account.requests()),
+            (connection.stats.delivered_credentials(), connection.stats.request_count()),
             (vec!["TOKEN".to_owned()], 3)
         );
-        assert!(setup.account.blocked().0.is_empty());
+        assert!(connection.stats.blocked_requests().0.is_empty());
     }
 }
 
@@ -257,116 +277,129 @@ async fn headers_go_out_with_the_value_and_come_back_without() {
 async fn proxied_values_are_not_logged() {
     let log = crate::log_test::LogCapture::start();
     for h2 in [false, true] {
-        let proxy = one();
-        let mut setup = connect(proxy.clone(), "api.test", "api.test", h2, echo()).await.unwrap();
-        let token = setup.placeholder("TOKEN");
-        setup.ask("/", &[("x-api-key", &token)], "").await;
-        assert_eq!(setup.last().header("x-api-key"), VALUE);
-        // A request that is stopped.
-        setup.ask(&format!("/{token}"), &[], "").await;
+        let proxy = one_credential();
+        let connecting = connect(proxy.clone(), "api.test", "api.test", h2, echo_handler());
+        let mut connection = connecting.await.unwrap();
+        let token = connection.placeholder("TOKEN");
+        connection.request("/", &[("x-api-key", &token)], "").await;
+        assert_eq!(connection.last_request().header("x-api-key"), VALUE);
+        // A request that is blocked.
+        connection.request(&format!("/{token}"), &[], "").await;
         proxy.revoke("TOKEN");
-        setup.ask("/", &[("x-api-key", &token)], "").await;
+        connection.request("/", &[("x-api-key", &token)], "").await;
         log.assert(&[], &[VALUE, &token]);
     }
 }
 
 #[tokio::test]
-async fn a_value_is_replaced_and_taken_back_while_a_connection_lasts() {
+async fn rotation_and_revocation_apply_to_open_connections() {
     for h2 in [false, true] {
-        let proxy = one();
-        let mut setup = connect(proxy.clone(), "api.test", "api.test", h2, echo()).await.unwrap();
-        let token = setup.placeholder("TOKEN");
-        setup.ask("/", &[("x-api-key", &token)], "").await;
-        assert_eq!(setup.last().header("x-api-key"), VALUE);
+        let proxy = one_credential();
+        let mut connection =
+            connect(proxy.clone(), "api.test", "api.test", h2, echo_handler()).await.unwrap();
+        let token = connection.placeholder("TOKEN");
+        connection.request("/", &[("x-api-key", &token)], "").await;
+        assert_eq!(connection.last_request().header("x-api-key"), VALUE);
 
         let hold = |value: &str| SecretValue::new(Zeroizing::new(value.into()), false).unwrap();
-        assert!(proxy.replace("TOKEN", hold("short")).unwrap_err().contains("less than 8 bytes"));
-        proxy.replace("TOKEN", hold(OTHER)).unwrap();
+        assert_eq!(proxy.replace_value("TOKEN", hold("short")), Err(ValueError::TooShort));
+        proxy.replace_value("TOKEN", hold(OTHER)).unwrap();
         let (status, headers, body) =
-            setup.ask("/", &[("x-api-key", &token), ("x", VALUE)], "").await;
-        assert_eq!((status, setup.last().header("x-api-key")), (StatusCode::OK, OTHER));
-        // Neither comes back.
+            connection.request("/", &[("x-api-key", &token), ("x", VALUE)], "").await;
+        assert_eq!(
+            (status, connection.last_request().header("x-api-key")),
+            (StatusCode::OK, OTHER)
+        );
+        // Neither value is returned.
         assert_eq!(headers["x-echo"], "*".repeat(OTHER.len()));
         assert!(!body.contains("canary") && body.contains(&"*".repeat(VALUE.len())), "{body}");
 
         proxy.revoke("TOKEN");
-        let (status, _, body) = setup.ask("/", &[("x-api-key", &token)], "").await;
-        assert_eq!((status, setup.sent.lock().unwrap().len()), (StatusCode::FORBIDDEN, 2));
+        let (status, _, body) = connection.request("/", &[("x-api-key", &token)], "").await;
+        assert_eq!((status, connection.received.lock().unwrap().len()), (StatusCode::FORBIDDEN, 2));
         assert_eq!(body, "chitin: the credential TOKEN was taken back, or is over\n");
-        assert_eq!(setup.account.blocked().0, ["the credential TOKEN was taken back, or is over"]);
+        let (blocked, _) = connection.stats.blocked_requests();
+        let [BlockReason::Revoked { credential }] = blocked.as_slice() else {
+            panic!("{blocked:?}")
+        };
+        assert_eq!(credential, "TOKEN");
     }
 }
 
 #[tokio::test]
-async fn a_placeholder_in_any_other_place_stops_the_request() {
+async fn misplaced_placeholder_blocks_the_request() {
     for h2 in [false, true] {
-        for place in ["path", "query", "name", "body", "other"] {
-            let values = vec![
-                ("TOKEN", reach(&["api.test:443"], false, false), VALUE),
-                ("OTHER", reach(&["other.test:443"], true, true), OTHER),
+        for location in [
+            Location::Path,
+            Location::Query,
+            Location::HeaderName,
+            Location::Body,
+            Location::Header(AUTHORIZATION),
+        ] {
+            let secrets = vec![
+                ("TOKEN", scope(&["api.test:443"], false, false), VALUE),
+                ("OTHER", scope(&["other.test:443"], true, true), OTHER),
             ];
-            let proxy = Arc::new(proxy(values).unwrap());
-            let mut setup = connect(proxy, "api.test", "api.test", h2, echo()).await.unwrap();
-            let (token, other) = (setup.placeholder("TOKEN"), setup.placeholder("OTHER"));
-            let (status, words) = match place {
-                "path" => (
-                    setup.ask(&format!("/a/{token}/b"), &[], "").await.0,
-                    "TOKEN stands in the path",
-                ),
-                "query" => (
-                    setup.ask(&format!("/?key={token}"), &[], "").await.0,
-                    "TOKEN stands in the query",
-                ),
-                "name" => {
-                    (setup.ask("/", &[(token.as_str(), "x")], "").await.0, "in a header's name")
-                }
-                "other" => {
-                    let status = setup.ask("/", &[("authorization", &other)], "").await.0;
-                    (
-                        status,
-                        "OTHER was sent to a host that it is not for, in the header authorization",
-                    )
-                }
-                _ => (
-                    setup.ask("/", &[], &format!("{}{token}", "x".repeat(40_000))).await.0,
-                    "TOKEN stands in the body",
-                ),
+            let proxy = Arc::new(proxy(secrets).unwrap());
+            let connecting = connect(proxy, "api.test", "api.test", h2, echo_handler());
+            let mut connection = connecting.await.unwrap();
+            let token = connection.placeholder("TOKEN");
+            let other = connection.placeholder("OTHER");
+            let body = format!("{}{token}", "x".repeat(40_000));
+            let (status, ..) = match &location {
+                Location::Path => connection.request(&format!("/a/{token}/b"), &[], "").await,
+                Location::Query => connection.request(&format!("/?key={token}"), &[], "").await,
+                Location::HeaderName => connection.request("/", &[(&token, "x")], "").await,
+                Location::Body => connection.request("/", &[], &body).await,
+                _ => connection.request("/", &[("authorization", &other)], "").await,
             };
-            assert_ne!(status, StatusCode::OK, "{place}");
-            setup.nothing_was_sent(words);
+            assert_ne!(status, StatusCode::OK, "{location}");
+            connection.assert_blocked(|reason| match reason {
+                BlockReason::Misplaced { credential, location: found } => {
+                    credential == "TOKEN" && *found == location
+                }
+                BlockReason::WrongHost { credential, location: found } => {
+                    credential == "OTHER"
+                        && *found == location
+                        && *found == Location::Header(AUTHORIZATION)
+                }
+                _ => false,
+            });
         }
     }
 }
 
 #[tokio::test]
-async fn query_and_body_are_replaced_where_that_is_asked_for() {
+async fn query_and_body_are_replaced_if_requested() {
     for h2 in [false, true] {
-        let proxy = proxy(vec![("TOKEN", reach(&["*.api.test:443"], true, true), VALUE)]).unwrap();
-        let mut setup =
-            connect(Arc::new(proxy), "a.api.test", "a.api.test", h2, echo()).await.unwrap();
-        let token = setup.placeholder("TOKEN");
+        let proxy = proxy(vec![("TOKEN", scope(&["*.api.test:443"], true, true), VALUE)]).unwrap();
+        let mut connection =
+            connect(Arc::new(proxy), "a.api.test", "a.api.test", h2, echo_handler()).await.unwrap();
+        let token = connection.placeholder("TOKEN");
         let body = format!("{{\"key\": \"{token}\", \"again\": \"{token}\"}}");
-        let (status, _, answer) = setup.ask(&format!("/?key={token}&x=1"), &[], &body).await;
+        let (status, _, answer) =
+            connection.request(&format!("/?key={token}&x=1"), &[], &body).await;
         assert_eq!(status, StatusCode::OK, "{answer}");
-        let encoded = String::from_utf8(percent_encoded(VALUE.as_bytes())).unwrap();
+        let encoded = String::from_utf8(percent_encode(VALUE.as_bytes())).unwrap();
         assert!(
-            setup.last().line.ends_with(&format!("/?key={encoded}&x=1")),
+            connection.last_request().line.ends_with(&format!("/?key={encoded}&x=1")),
             "{}",
-            setup.last().line
+            connection.last_request().line
         );
-        assert_eq!(setup.last().body, body.replace(&token, VALUE));
+        assert_eq!(connection.last_request().body, body.replace(&token, VALUE));
         assert!(!answer.contains("canary"), "{answer}");
-        let (status, ..) = setup.ask("/", &[], &"x".repeat(MAX_BODY + 1)).await;
+        let (status, ..) = connection.request("/", &[], &"x".repeat(MAX_BODY + 1)).await;
         assert_ne!(status, StatusCode::OK);
-        assert_eq!(setup.account.requests(), 1);
+        assert_eq!(connection.stats.request_count(), 1);
     }
 }
 
 #[tokio::test]
-async fn sni_host_and_connection_are_one_name() {
+async fn sni_and_host_must_match_the_connection() {
     for h2 in [false, true] {
-        let error = connect(one(), "api.test", "www.api.test", h2, echo()).await.err().unwrap();
-        assert!(error.contains("another host"), "{error}");
+        let connected =
+            connect(one_credential(), "api.test", "www.api.test", h2, echo_handler()).await;
+        assert!(matches!(connected, Err(Ok(ProxyError::OtherServerName))), "{:?}", connected.err());
     }
     for host in [
         "evil.test",
@@ -376,33 +409,37 @@ async fn sni_host_and_connection_are_one_name() {
         "",
         "api.test, evil.test",
     ] {
-        let mut setup = connect(one(), "api.test", "api.test", false, echo()).await.unwrap();
-        let token = setup.placeholder("TOKEN");
-        let (status, ..) = setup.ask("/", &[("host", host), ("authorization", &token)], "").await;
+        let mut connection =
+            connect(one_credential(), "api.test", "api.test", false, echo_handler()).await.unwrap();
+        let token = connection.placeholder("TOKEN");
+        let (status, ..) =
+            connection.request("/", &[("host", host), ("authorization", &token)], "").await;
         assert_eq!(status, StatusCode::MISDIRECTED_REQUEST, "{host}");
-        setup.nothing_was_sent("another host");
+        connection.assert_blocked(|reason| matches!(reason, BlockReason::OtherHost));
     }
     for (path, hosts) in
         [("http://evil.test/", &["api.test"][..]), ("/", &["api.test", "evil.test"])]
     {
-        let mut setup = connect(one(), "api.test", "api.test", false, echo()).await.unwrap();
+        let mut connection =
+            connect(one_credential(), "api.test", "api.test", false, echo_handler()).await.unwrap();
         let headers: Vec<(&str, &str)> = hosts.iter().map(|host| ("host", *host)).collect();
-        assert_eq!(setup.ask(path, &headers, "").await.0, StatusCode::MISDIRECTED_REQUEST);
-        setup.nothing_was_sent("another host");
+        assert_eq!(connection.request(path, &headers, "").await.0, StatusCode::MISDIRECTED_REQUEST);
+        connection.assert_blocked(|reason| matches!(reason, BlockReason::OtherHost));
     }
-    let mut setup = connect(one(), "api.test", "api.test", true, echo()).await.unwrap();
-    setup.host = "evil.test".into();
-    assert_eq!(setup.ask("/", &[], "").await.0, StatusCode::MISDIRECTED_REQUEST);
-    setup.nothing_was_sent("another host");
+    let mut connection =
+        connect(one_credential(), "api.test", "api.test", true, echo_handler()).await.unwrap();
+    connection.host = "evil.test".into();
+    assert_eq!(connection.request("/", &[], "").await.0, StatusCode::MISDIRECTED_REQUEST);
+    connection.assert_blocked(|reason| matches!(reason, BlockReason::OtherHost));
 }
 
 #[tokio::test]
-async fn what_is_no_tls_reaches_nobody() {
-    let account = Arc::new(Account::default());
+async fn connection_without_tls_is_refused() {
+    let stats = Arc::new(ProxyStats::default());
     let (mut sandbox, near) = tokio::io::duplex(1024);
     let (far, mut endpoint) = tokio::io::duplex(1024);
     sandbox.write_all(b"GET / HTTP/1.1\r\nHost: api.test\r\n\r\n").await.unwrap();
-    let outcome = one().run(near, far, "api.test", 443, &account).await;
+    let outcome = one_credential().relay_connection(near, far, "api.test", 443, &stats).await;
     assert!(matches!(outcome, Err(ProxyError::NotTls)), "{outcome:?}");
     let mut seen = Vec::new();
     endpoint.read_to_end(&mut seen).await.unwrap();
@@ -410,49 +447,60 @@ async fn what_is_no_tls_reaches_nobody() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_not_who_it_says_gets_nothing() {
-    // Its certificate is of an authority that this host does not trust.
-    let account = Arc::new(Account::default());
+async fn endpoint_with_untrusted_certificate_is_refused() {
+    // The host does not trust the CA of the certificate.
+    let stats = Arc::new(ProxyStats::default());
     let (sandbox, near) = tokio::io::duplex(16 * 1024);
     let (far, endpoint) = tokio::io::duplex(16 * 1024);
-    let proxy = one();
-    let trust = tls::client(Arc::new(tls::roots_of(vec![proxy.authority.certificate()])));
-    let mallory =
-        Authority::new(["api.test".to_owned()]).unwrap().server("api.test", b"http/1.1").unwrap();
+    let proxy = one_credential();
+    let trust = tls::client_config(Arc::new(tls::root_store(vec![proxy.authority.certificate()])));
+    let mallory = CertificateAuthority::new(["api.test".to_owned()])
+        .unwrap()
+        .server_config("api.test", b"http/1.1")
+        .unwrap();
     let accepting = TlsAcceptor::from(Arc::new(mallory)).accept(endpoint);
     let connector = TlsConnector::from(Arc::new(trust));
     let connecting = connector.connect(ServerName::try_from("api.test").unwrap(), sandbox);
-    let (outcome, accepted, connected) =
-        tokio::join!(proxy.run(near, far, "api.test", 443, &account), accepting, connecting);
-    assert!(matches!(outcome, Err(ProxyError::Endpoint(_))), "{outcome:?}");
+    let (outcome, accepted, connected) = tokio::join!(
+        proxy.relay_connection(near, far, "api.test", 443, &stats),
+        accepting,
+        connecting
+    );
+    assert!(matches!(outcome, Err(ProxyError::EndpointHandshake(_))), "{outcome:?}");
     assert!(accepted.is_err() && connected.is_err());
 }
 
 #[tokio::test]
-async fn a_response_that_cannot_be_looked_through_does_not_pass() {
-    let answer: Answer = Arc::new(|_| {
+async fn compressed_response_is_refused() {
+    let handler: Handler = Arc::new(|_| {
         let builder = Response::builder().header("content-encoding", "gzip");
         builder.body(Full::from("not really")).unwrap()
     });
-    let mut setup = connect(one(), "api.test", "api.test", false, answer).await.unwrap();
-    let (status, _, body) = setup.ask("/", &[], "").await;
+    let mut connection =
+        connect(one_credential(), "api.test", "api.test", false, handler).await.unwrap();
+    let (status, _, body) = connection.request("/", &[], "").await;
     assert_eq!(status, StatusCode::BAD_GATEWAY);
     assert!(body.contains("compressed"), "{body}");
 }
 
 #[tokio::test]
-async fn a_redirect_leaves_with_its_placeholder_and_is_stopped_there() {
-    let answer: Answer = Arc::new(|_| {
+async fn placeholder_is_blocked_after_a_redirect() {
+    let handler: Handler = Arc::new(|_| {
         let builder = Response::builder().status(302).header("location", "https://evil.test/");
         builder.body(Full::default()).unwrap()
     });
-    let mut setup = connect(one(), "api.test", "api.test", true, answer).await.unwrap();
-    let token = setup.placeholder("TOKEN");
-    assert_eq!(setup.ask("/", &[("authorization", &token)], "").await.0, StatusCode::FOUND);
-    // What follows it goes on a connection that nobody takes apart, where TLS hides the placeholder, or does not.
-    let account = Arc::new(Account::default());
+    let mut connection =
+        connect(one_credential(), "api.test", "api.test", true, handler).await.unwrap();
+    let token = connection.placeholder("TOKEN");
+    assert_eq!(
+        connection.request("/", &[("authorization", &token)], "").await.0,
+        StatusCode::FOUND
+    );
+    // The client follows on a connection that is not intercepted, where the placeholder may be
+    // visible.
+    let stats = Arc::new(ProxyStats::default());
     let (mut sandbox, near) = tokio::io::duplex(1024);
-    let mut watched = setup.proxy.watched(near, &account);
+    let mut watched = connection.proxy.scan_stream(near, &stats);
     sandbox
         .write_all(
             format!("GET / HTTP/1.1\r\nHost: evil.test\r\nAuthorization: {}", &token[..20])
@@ -464,24 +512,26 @@ async fn a_redirect_leaves_with_its_placeholder_and_is_stopped_there() {
     assert!(watched.read(&mut buffer).await.is_ok());
     sandbox.write_all(&token.as_bytes()[20..]).await.unwrap();
     assert!(watched.read(&mut buffer).await.is_err());
+    let (blocked, _) = stats.blocked_requests();
     assert!(
-        account.blocked().0[0].contains("TOKEN was sent to a host that it is not for"),
-        "{account:?}"
+        matches!(&blocked[0], BlockReason::NotIntercepted { credential } if credential == "TOKEN"),
+        "{blocked:?}"
     );
 }
 
 #[tokio::test]
-async fn a_websocket_passes_and_is_looked_through() {
-    let answer: Answer = Arc::new(|_| {
+async fn websocket_is_relayed_and_scrubbed() {
+    let handler: Handler = Arc::new(|_| {
         let builder = Response::builder()
             .status(101)
             .header("upgrade", "websocket")
             .header("connection", "upgrade");
         builder.body(Full::default()).unwrap()
     });
-    let setup = connect(one(), "api.test", "api.test", false, answer).await.unwrap();
-    let token = setup.placeholder("TOKEN");
-    let Sender::Http1(mut sender) = setup.sender else { panic!() };
+    let connection =
+        connect(one_credential(), "api.test", "api.test", false, handler).await.unwrap();
+    let token = connection.placeholder("TOKEN");
+    let Sender::Http1(mut sender) = connection.sender else { panic!() };
     let request = Request::builder()
         .header("host", "api.test")
         .header("upgrade", "websocket")
@@ -492,7 +542,7 @@ async fn a_websocket_passes_and_is_looked_through() {
     let mut response = sender.send_request(request).await.unwrap();
     assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
     let mut stream = TokioIo::new(hyper::upgrade::on(&mut response).await.unwrap());
-    // The endpoint echoes; had it said the value, stars would come back.
+    // The endpoint echoes; asterisks replace the value on the way back.
     let mut buffer = [0; 64];
     stream.write_all(b"hello").await.unwrap();
     let count = stream.read(&mut buffer).await.unwrap();
@@ -503,49 +553,63 @@ async fn a_websocket_passes_and_is_looked_through() {
     stream.write_all(token.as_bytes()).await.unwrap();
     let rest = stream.read(&mut buffer).await;
     assert!(matches!(rest, Ok(0) | Err(_)), "{rest:?}");
-    assert!(setup.account.blocked().0[0].contains("in an upgraded connection"));
+    let (blocked, _) = connection.stats.blocked_requests();
+    let expected = Location::UpgradedConnection;
+    assert!(
+        matches!(&blocked[0], BlockReason::Misplaced { location, .. } if *location == expected),
+        "{blocked:?}"
+    );
 }
 
 #[tokio::test]
-async fn large_bodies_pass_both_ways_as_they_are() {
+async fn large_bodies_are_relayed_unchanged() {
     let whole = Arc::new("0123456789abcdef".repeat(256 * 1024));
     for h2 in [false, true] {
         let answered = whole.clone();
-        let answer: Answer =
+        let handler: Handler =
             Arc::new(move |_| Response::new(Full::from(answered.as_bytes().to_vec())));
-        let mut setup = connect(one(), "api.test", "api.test", h2, answer).await.unwrap();
-        let (status, headers, body) = setup.ask("/", &[], &whole).await;
+        let mut connection =
+            connect(one_credential(), "api.test", "api.test", h2, handler).await.unwrap();
+        let (status, headers, body) = connection.request("/", &[], &whole).await;
         assert_eq!(status, StatusCode::OK);
-        assert!(body == *whole && setup.last().body == whole.as_bytes());
+        assert!(body == *whole && connection.last_request().body == whole.as_bytes());
         assert_eq!(headers["content-length"], whole.len().to_string());
     }
 }
 
 #[test]
-fn a_value_that_no_proxy_can_deliver_is_refused() {
-    for (value, words) in [
-        ("short", "less than 8 bytes"),
-        ("two\r\nlines-of-it", "no HTTP header"),
-        ("schlüssel-1", "no HTTP header"),
+fn undeliverable_value_is_refused() {
+    for (value, expected) in [
+        ("short", ValueError::TooShort),
+        ("two\r\nlines-of-it", ValueError::NotPrintable),
+        ("schlüssel-1", ValueError::NotPrintable),
     ] {
-        let error = proxy(vec![("TOKEN", reach(&["api.test:443"], false, false), value)])
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains(words) && !error.contains(value), "{error}");
+        let made = proxy(vec![("TOKEN", scope(&["api.test:443"], false, false), value)]);
+        let Err(error @ SetupError::Value { error: found, .. }) = &made else { panic!("{made:?}") };
+        assert_eq!(*found, expected, "{value:?}");
+        assert!(!error.to_string().contains(value), "{error}");
     }
 }
 
 #[tokio::test]
-async fn the_self_test_passes_and_notices_that_nothing_is_replaced() {
-    let hosts = reach(&["*.api.test:8443", "b.test:443"], true, true);
-    Arc::new(proxy(vec![("TOKEN", hosts.clone(), VALUE)]).unwrap()).self_test().await.unwrap();
-    // A proxy that has forgotten its placeholders.
-    let mut broken = proxy(vec![("TOKEN", hosts.clone(), VALUE)]).unwrap();
-    broken.placeholders = Placeholders::default();
-    let error = Arc::new(broken).self_test().await.unwrap_err().to_string();
-    assert!(error.contains("the endpoint did not get the value"), "{error}");
-    let mut broken = proxy(vec![("TOKEN", hosts, VALUE)]).unwrap();
-    broken.needles = Needles::default().into();
-    let error = Arc::new(broken).self_test().await.unwrap_err().to_string();
-    assert!(error.contains("the value came back"), "{error}");
+async fn self_test_detects_unreplaced_and_unscrubbed_values() {
+    let hosts = scope(&["*.api.test:8443", "b.test:443"], true, true);
+    let make = || proxy(vec![("TOKEN", hosts.clone(), VALUE)]).unwrap();
+    make().self_test().await.unwrap();
+
+    let mut broken = make();
+    Arc::get_mut(&mut broken.store).unwrap().placeholders = Placeholders::default();
+    let tested = broken.self_test().await;
+    assert!(
+        matches!(tested, Err(SetupError::SelfTest { error: SelfTestError::NotReplaced(_), .. })),
+        "{tested:?}"
+    );
+
+    let mut broken = make();
+    Arc::get_mut(&mut broken.store).unwrap().clear_patterns();
+    let tested = broken.self_test().await;
+    assert!(
+        matches!(tested, Err(SetupError::SelfTest { error: SelfTestError::NotScrubbed, .. })),
+        "{tested:?}"
+    );
 }

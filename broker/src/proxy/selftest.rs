@@ -1,9 +1,10 @@
-//! Proof, before a workload runs, that placeholders are replaced: every credential goes the whole way once, with the sandbox's
-//! own authority, over HTTP/1.1 and HTTP/2, to an endpoint of ours in this process.
+//! The self-test: before a workload starts, every credential is sent through the proxy once over
+//! HTTP/1.1 and once over HTTP/2, with the sandbox's CA, to an endpoint in this process.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, HOST};
@@ -18,100 +19,107 @@ use tokio::task::JoinSet;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::authority::Authority;
-use super::{Account, Credential, Proxy, SetupError};
+use super::certificate_authority::CertificateAuthority;
+use super::store::Credential;
+use super::{Proxy, ProxyStats, SelfTestError, SetupError};
 use crate::secret_value::SecretValue;
 use crate::tls;
 
-/// More than the answers of our own endpoint have.
-const MAX_ANSWER: usize = 1024 * 1024;
+/// Maximum size of a response; the test endpoint sends less.
+const MAX_RESPONSE: usize = 1024 * 1024;
 
-/// A bug that hangs is a failure as well.
-const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
+/// Time limit of the test of one credential: a hang is a failure, too.
+const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// Bytes in transit between the proxy and either side.
+const BUFFER: usize = 16 * 1024;
 
 impl Proxy {
-    /// Sends every credential to an endpoint of ours.
-    pub async fn self_test(self: &Arc<Proxy>) -> Result<(), SetupError> {
-        for credential in &self.credentials {
+    /// Tests that each placeholder is replaced in requests, that the value is scrubbed from
+    /// responses, and that a misplaced placeholder blocks a request.
+    pub async fn self_test(&self) -> Result<(), SetupError> {
+        for credential in &self.store.credentials {
             for protocol in ["http/1.1", "h2"] {
-                let tested = tokio::time::timeout(LIMIT, self.test_one(credential, protocol)).await;
-                tested.unwrap_or_else(|_| Err("it does not end".into())).map_err(|why| {
-                    SetupError::SelfTest {
-                        name: credential.name.clone(),
-                        why: format!("{protocol}: {why}"),
-                    }
-                })?;
+                let test = self.test_credential(credential, protocol);
+                let tested = tokio::time::timeout(TIME_LIMIT, test).await;
+                if let Err(error) = tested.unwrap_or(Err(SelfTestError::TimedOut(TIME_LIMIT))) {
+                    let name = credential.name.clone();
+                    return Err(SetupError::SelfTest { name, protocol, error });
+                }
             }
         }
         Ok(())
     }
 
-    async fn test_one(
-        self: &Arc<Proxy>,
+    async fn test_credential(
+        &self,
         credential: &Credential,
         protocol: &str,
-    ) -> Result<(), String> {
-        let Some(endpoint) = credential.hosts.first() else {
-            return Err("it is for no host".into());
+    ) -> Result<(), SelfTestError> {
+        let endpoint = credential.hosts.first().ok_or(SelfTestError::NoHost)?;
+        let host = match endpoint.wildcard {
+            true => format!("self-test.{}", endpoint.host),
+            false => endpoint.host.clone(),
         };
-        let host = if endpoint.wildcard {
-            format!("self-test.{}", endpoint.host)
-        } else {
-            endpoint.host.clone()
-        };
-        let said = |error: &dyn std::fmt::Display| error.to_string();
+        let value = credential.value().ok_or(SelfTestError::Revoked)?;
+        let authority = CertificateAuthority::new([host.clone()])?;
+        let server = authority.server_config(&host, protocol.as_bytes())?;
+        let trust = tls::client_config(Arc::new(tls::root_store(vec![authority.certificate()])));
 
-        let authority = Authority::new([host.clone()]).map_err(|error| said(&error))?;
-        let server = authority.server(&host, protocol.as_bytes()).map_err(|error| said(&error))?;
-        let (sandbox, near) = tokio::io::duplex(16 * 1024);
-        let (far, ours) = tokio::io::duplex(16 * 1024);
-        let seen = Arc::new(AtomicUsize::new(0));
-        let value = credential.value().ok_or("it was taken back")?;
-        let serving = serve(ours, server, &value, seen.clone());
-        let trust = Arc::new(tls::client(Arc::new(tls::roots_of(vec![authority.certificate()]))));
-        let account = Arc::new(Account::default());
-        let proxying = self.clone().run_with(trust, near, far, &host, endpoint.port, &account);
-        let asking = async {
-            let mut trust =
-                tls::client(Arc::new(tls::roots_of(vec![self.authority.certificate()])));
-            trust.alpn_protocols = vec![protocol.as_bytes().to_vec()];
-            let name = ServerName::try_from(host.clone()).map_err(|error| said(&error))?;
-            let stream = TlsConnector::from(Arc::new(trust))
-                .connect(name, sandbox)
-                .await
-                .map_err(|error| said(&error))?;
-            ask(stream, protocol == "h2", &host, endpoint.port, credential).await
+        let (sandbox, near) = tokio::io::duplex(BUFFER);
+        let (far, upstream) = tokio::io::duplex(BUFFER);
+        let (requests, stats) = (AtomicUsize::new(0), Arc::new(ProxyStats::default()));
+        let serving = serve_value(upstream, server, &value, &requests);
+        let relaying = self.relay_with_trust(&trust, near, far, &host, endpoint.port, &stats);
+        let testing = async {
+            let stream = self.connect_with_tls(sandbox, &host, protocol).await?;
+            test_requests(stream, protocol == "h2", &host, endpoint.port, credential).await
         };
-        // When one of the others ends early, the one who asks sees it.
+        // If the endpoint or the proxy ends early, the requests fail with the cause.
         let others = async {
-            let (ended, ()) = tokio::join!(proxying, serving);
+            let (ended, ()) = tokio::join!(relaying, serving);
             drop(ended);
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            asked = asking => asked?,
+            tested = testing => tested?,
             () = others => {}
         }
-        match seen.load(Ordering::Relaxed) {
+        match requests.load(Ordering::Relaxed) {
             1 => Ok(()),
-            count => Err(format!("{count} requests got through, and 1 is right")),
+            count => Err(SelfTestError::RequestCount(count)),
         }
+    }
+
+    /// Connects as the workload does: with trust in the sandbox's CA alone.
+    async fn connect_with_tls(
+        &self,
+        stream: DuplexStream,
+        host: &str,
+        protocol: &str,
+    ) -> Result<TlsStream<DuplexStream>, SelfTestError> {
+        let roots = tls::root_store(vec![self.authority.certificate()]);
+        let mut trust = tls::client_config(Arc::new(roots));
+        trust.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|error| SelfTestError::Tls(std::io::Error::other(error)))?;
+        TlsConnector::from(Arc::new(trust)).connect(name, stream).await.map_err(SelfTestError::Tls)
     }
 }
 
-/// An endpoint that wants the value and says it.
-async fn serve(
+/// Serves an endpoint that requires the value, and returns it in the response.
+async fn serve_value(
     stream: DuplexStream,
     config: rustls::ServerConfig,
     value: &SecretValue,
-    seen: Arc<AtomicUsize>,
+    requests: &AtomicUsize,
 ) {
     let service = service_fn(|request: Request<Incoming>| {
-        seen.fetch_add(1, Ordering::Relaxed);
+        requests.fetch_add(1, Ordering::Relaxed);
         let value = value.to_bytes();
-        let right = [b"Bearer ", value.expose()].concat();
-        let given = request.headers().get(AUTHORIZATION);
-        let status = match given.is_some_and(|given| given.as_bytes() == right) {
+        let expected = [b"Bearer ", value.expose()].concat();
+        let received = request.headers().get(AUTHORIZATION);
+        let status = match received.is_some_and(|received| received.as_bytes() == expected) {
             true => StatusCode::OK,
             false => StatusCode::UNAUTHORIZED,
         };
@@ -120,9 +128,9 @@ async fn serve(
         async move { Ok::<_, Infallible>(response) }
     });
     let Ok(stream) = TlsAcceptor::from(Arc::new(config)).accept(stream).await else { return };
-    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let is_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let stream = TokioIo::new(stream);
-    let _ = match h2 {
+    let _ = match is_http2 {
         true => {
             hyper::server::conn::http2::Builder::new(TokioExecutor::new())
                 .serve_connection(stream, service)
@@ -132,20 +140,20 @@ async fn serve(
     };
 }
 
-/// A connection that requests go out on.
+/// A client connection of either protocol.
 pub(super) enum Sender {
     Http1(hyper::client::conn::http1::SendRequest<Full<Bytes>>),
     Http2(hyper::client::conn::http2::SendRequest<Full<Bytes>>),
 }
 
 impl Sender {
-    /// The connection is driven by a task of `tasks`.
-    pub async fn new<S>(stream: S, h2: bool, tasks: &mut JoinSet<()>) -> hyper::Result<Sender>
+    /// Starts HTTP on a stream; a task of `tasks` drives the connection.
+    pub async fn new<S>(stream: S, is_http2: bool, tasks: &mut JoinSet<()>) -> hyper::Result<Sender>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let stream = TokioIo::new(stream);
-        if h2 {
+        if is_http2 {
             let (sender, connection) =
                 hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await?;
             tasks.spawn(async { drop(connection.await) });
@@ -157,7 +165,7 @@ impl Sender {
         }
     }
 
-    pub async fn send(
+    pub async fn send_request(
         &mut self,
         request: Request<Full<Bytes>>,
     ) -> hyper::Result<Response<Incoming>> {
@@ -174,42 +182,38 @@ impl Sender {
     }
 }
 
-async fn ask(
+/// Sends one request with a valid placeholder, and one with a misplaced placeholder.
+async fn test_requests(
     stream: TlsStream<DuplexStream>,
-    h2: bool,
+    is_http2: bool,
     host: &str,
     port: u16,
     credential: &Credential,
-) -> Result<(), String> {
-    let said = |error: hyper::Error| error.to_string();
+) -> Result<(), SelfTestError> {
     let mut tasks = JoinSet::new();
-    let mut sender = Sender::new(stream, h2, &mut tasks).await.map_err(said)?;
-    let request = |path: &str| {
+    let mut sender = Sender::new(stream, is_http2, &mut tasks).await?;
+    let build_request = |path: &str| {
         let builder =
             Request::builder().header(AUTHORIZATION, format!("Bearer {}", credential.placeholder));
-        let builder = match h2 {
+        let builder = match is_http2 {
             true => builder.version(Version::HTTP_2).uri(format!("https://{host}:{port}{path}")),
             false => builder.header(HOST, format!("{host}:{port}")).uri(path),
         };
-        builder.body(Full::default()).map_err(|error| error.to_string())
+        builder.body(Full::default())
     };
-    let (head, body) = sender.send(request("/")?).await.map_err(said)?.into_parts();
+    let (head, body) = sender.send_request(build_request("/")?).await?.into_parts();
     if head.status != StatusCode::OK {
-        return Err(format!("the endpoint did not get the value (status {})", head.status));
+        return Err(SelfTestError::NotReplaced(head.status));
     }
-    let body = Limited::new(body, MAX_ANSWER)
-        .collect()
-        .await
-        .map_err(|error| error.to_string())?
-        .to_bytes();
+    let body = Limited::new(body, MAX_RESPONSE).collect().await.map_err(SelfTestError::Body)?;
+    let body = body.to_bytes();
     let length = credential.value().map_or(0, |value| value.to_bytes().expose().len());
     if body.len() != length || body.iter().any(|byte| *byte != b'*') {
-        return Err("the value came back".into());
+        return Err(SelfTestError::NotScrubbed);
     }
-    let response =
-        sender.send(request(&format!("/{}", credential.placeholder))?).await.map_err(said)?;
-    match response.status() {
+    let misplaced = build_request(&format!("/{}", credential.placeholder))?;
+    match sender.send_request(misplaced).await?.status() {
         StatusCode::FORBIDDEN => Ok(()),
-        status => Err(format!("a placeholder in a path was not stopped (status {status})")),
+        status => Err(SelfTestError::NotBlocked(status)),
     }
 }

@@ -611,9 +611,9 @@ fn http_client(config: &VaultConfig) -> Result<reqwest::Client, VaultError> {
             if certificates.is_empty() {
                 return Err(failed("there is none in it".into()));
             }
-            tls::client(Arc::new(tls::roots_of(certificates)))
+            tls::client_config(Arc::new(tls::root_store(certificates)))
         }
-        None => tls::client(tls::system_roots()),
+        None => tls::client_config(tls::system_roots()),
     };
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)

@@ -89,7 +89,7 @@ impl Server {
     }
 
     fn new(address: String) -> Server {
-        let tls = tls::client(tls::system_roots());
+        let tls = tls::client_config(tls::system_roots());
         Server {
             address,
             root: String::new(),

@@ -1,0 +1,69 @@
+//! The reasons for which there is no connection. Their texts are reasons in the audit log.
+
+use std::io;
+
+use super::address::AddressRange;
+use super::dial::{CONNECT_LIMIT, RESOLVE_LIMIT};
+use crate::audit_log::Verdict;
+
+/// A reason for which a request for a connection is refused or fails.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("no host has such a name")]
+    InvalidName,
+    #[error("an address is not a name")]
+    AddressLiteral,
+    #[error("the policy does not list it")]
+    Policy,
+    #[error("too many connections in a short time")]
+    DialRate,
+    #[error("too many connections at once")]
+    ConnectionLimit,
+    #[error("the sandbox's limit of bytes was reached")]
+    ByteLimit,
+    #[error("the audit file cannot be written")]
+    Audit,
+    #[error("it resolves to {}{}", .0.description(), private_hint(*.0))]
+    Address(AddressRange),
+    #[error("it resolves to this host")]
+    ThisHost,
+    #[error("it does not resolve: {0}")]
+    Resolve(io::Error),
+    #[error("it has no address")]
+    NoAddress,
+    #[error("it did not resolve within {} s", RESOLVE_LIMIT.as_secs())]
+    ResolveTimedOut,
+    #[error("connect: {0}")]
+    Connect(io::Error),
+    #[error("it did not answer within {} s", CONNECT_LIMIT.as_secs())]
+    ConnectTimedOut,
+    #[error("the sandbox ended")]
+    SandboxEnded,
+}
+
+fn private_hint(range: AddressRange) -> &'static str {
+    if range.is_private() { ", which needs --allow-private" } else { "" }
+}
+
+impl Refusal {
+    /// Returns the verdict of the audit log: a rule refused the request, or an attempt failed.
+    pub fn verdict(&self) -> Verdict {
+        match self {
+            Refusal::InvalidName
+            | Refusal::AddressLiteral
+            | Refusal::Policy
+            | Refusal::DialRate
+            | Refusal::ConnectionLimit
+            | Refusal::ByteLimit
+            | Refusal::Audit
+            | Refusal::Address(_)
+            | Refusal::ThisHost => Verdict::Refused,
+            Refusal::Resolve(_)
+            | Refusal::NoAddress
+            | Refusal::ResolveTimedOut
+            | Refusal::Connect(_)
+            | Refusal::ConnectTimedOut
+            | Refusal::SandboxEnded => Verdict::Failed,
+        }
+    }
+}
