@@ -9,6 +9,7 @@ mod isolation;
 mod lifecycle;
 mod monitor;
 mod seccomp;
+mod template;
 
 /// Tests whether the tests run as root.
 fn is_root() -> bool {

@@ -3,17 +3,19 @@
 use std::fs;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use chitin_vmm::{Event, VmSpec};
+use chitin_vmm::{Event, Request, VmSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recv, sendmsg, socketpair,
 };
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Serialize;
 
 /// The program under test.
 pub const MONITOR: &str = env!("CARGO_BIN_EXE_chitin-vmm");
@@ -31,9 +33,12 @@ pub struct Monitor {
     pub supervisor: Child,
     /// The host's end of the control socket.
     pub control: Option<OwnedFd>,
-    _channel: OwnedFd,
+    _channel: Option<OwnedFd>,
     _files: tempfile::TempDir,
 }
+
+/// The most descriptors in one packet: a channel and the files of a template.
+const MAX_FDS: usize = 4;
 
 /// Returns a kernel that consists of this code.
 fn build_kernel(code: &[u8]) -> Vec<u8> {
@@ -93,6 +98,16 @@ impl Monitor {
         change: impl FnOnce(&mut VmSpec),
         prepare: impl FnOnce(&mut Command),
     ) -> Monitor {
+        Monitor::launch_with_files(code, change, prepare, &[])
+    }
+
+    /// Starts a monitor with the files of a template, which follow the channel.
+    pub fn launch_with_files(
+        code: &[u8],
+        change: impl FnOnce(&mut VmSpec),
+        prepare: impl FnOnce(&mut Command),
+        template: &[BorrowedFd<'_>],
+    ) -> Monitor {
         let files = tempfile::tempdir().unwrap();
         let write = |name: &str, contents: &[u8]| {
             let path = files.path().join(name);
@@ -105,18 +120,49 @@ impl Monitor {
         spec.memory_mib = 64;
         change(&mut spec);
         let (control, far_control) = socket_pair(SocketType::SEQPACKET);
-        let (channel, far_channel) = socket_pair(SocketType::STREAM);
         let mut command = Command::new(MONITOR);
         command.stdin(far_control).stdout(Stdio::null()).stderr(Stdio::null());
         prepare(&mut command);
         let supervisor = command.spawn().unwrap();
-        let json = serde_json::to_vec(&spec).unwrap();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut monitor =
+            Monitor { supervisor, control: Some(control), _channel: None, _files: files };
+        if spec.prepared {
+            monitor.send_packet(&spec, template);
+        } else {
+            monitor.send_with_channel(&spec, template);
+        }
+        monitor
+    }
+
+    /// Sends a request with its descriptors.
+    pub fn send_request(&self, request: &Request, fds: &[BorrowedFd<'_>]) {
+        self.send_packet(request, fds);
+    }
+
+    /// Gives a prepared monitor its channel.
+    pub fn send_go(&mut self) {
+        self.send_with_channel(&Request::Go {}, &[]);
+    }
+
+    fn send_with_channel(&mut self, packet: &impl Serialize, fds: &[BorrowedFd<'_>]) {
+        let (channel, far_channel) = socket_pair(SocketType::STREAM);
+        self.send_packet(packet, &[&[far_channel.as_fd()], fds].concat());
+        self._channel = Some(channel);
+    }
+
+    fn send_packet(&self, packet: &impl Serialize, fds: &[BorrowedFd<'_>]) {
+        let json = serde_json::to_vec(packet).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = [far_channel.as_fd()];
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
-        sendmsg(&control, &[IoSlice::new(&json)], &mut ancillary, SendFlags::empty()).unwrap();
-        Monitor { supervisor, control: Some(control), _channel: channel, _files: files }
+        assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        let control = self.control.as_ref().unwrap();
+        sendmsg(control, &[IoSlice::new(&json)], &mut ancillary, SendFlags::empty()).unwrap();
+    }
+
+    /// Sends SIGTERM to the supervisor, which passes it on.
+    pub fn terminate(&self) {
+        let pid = i32::try_from(self.supervisor.id()).ok().and_then(Pid::from_raw).unwrap();
+        kill_process(pid, Signal::TERM).unwrap();
     }
 
     /// Waits for the next event.
