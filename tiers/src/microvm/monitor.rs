@@ -335,3 +335,7 @@ impl Drop for Monitor {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "monitor_test.rs"]
+mod tests;
