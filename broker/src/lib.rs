@@ -5,7 +5,7 @@
 //!   DialRequest ──▶ egress::Broker ──▶ the endpoint
 //!                        │  └── proxy: intercepts TLS to the hosts of a credential
 //!                        └───── aws: serves the keys that SDKs request
-//!   CredentialSpec ──▶ credentials::fetch_credentials ──▶ values, and Vault leases to renew and revoke
+//!   CredentialSpec ──▶ credentials::fetch_credentials ──▶ values and Vault leases
 //! ```
 //!
 //! This crate does not know how a sandbox is reached: the caller provides the requests as an

@@ -2,9 +2,9 @@
 //! policy allows, and nothing else.
 //!
 //! ```text
-//!   Dial of the agent ─▶ name and port allowed? ─▶ limits ─▶ resolve ─▶ public address? ─▶ connect
-//!          │                      │                  │          │             │              │
-//!          └── refused, recorded ◀┴──────────────────┴──────────┴─────────────┘       bytes both ways
+//!   Dial of the agent ─▶ name, port allowed? ─▶ limits ─▶ resolve ─▶ public address? ─▶ connect
+//!          │                     │                 │          │             │              │
+//!          └─ refused, recorded ◀┴─────────────────┴──────────┴─────────────┘      bytes both ways
 //! ```
 //!
 //! The agent checks names, too, so that the workload gets an error of name resolution. Nothing
@@ -26,5 +26,5 @@ pub use spec::{EgressError, EgressSpec};
 pub use splice::{SpliceError, TransferCounts, TransferLimits, splice};
 
 #[cfg(test)]
-#[path = "egress_test.rs"]
+#[path = "egress_test/mod.rs"]
 mod tests;

@@ -169,5 +169,5 @@ impl Proxy {
 }
 
 #[cfg(test)]
-#[path = "proxy_test.rs"]
+#[path = "proxy_test/mod.rs"]
 mod tests;
