@@ -37,7 +37,7 @@ fn probes_succeed_outside_of_a_sandbox() {
         "host_listeners": [],
         "host_kernel": rustix::system::uname().release().to_string_lossy(),
     });
-    for probe in ["host_files", "processes", "host_kernel"] {
+    for probe in ["host_files", "host_processes", "host_kernel"] {
         let output = std::process::Command::new("python3")
             .args(["-c", PROBES, probe])
             .env("CHITIN_AUDIT", context.to_string())

@@ -1,8 +1,9 @@
 //! Attacks on sandboxes from inside, to test whether the promised properties hold.
 //!
-//! The attacks are one Python program, `probes.py`, run by the root image's interpreter as a workload.
-//! Their targets are a second sandbox with a credential (the neighbour), a file and a process of the
-//! host, and a port that the host listens on. An attack that reaches one of them has broken out.
+//! The attacks are one Python program, `probes.py`, run by the root image's interpreter as a
+//! workload. Their targets are a second sandbox with a credential (the neighbour), a file and a
+//! process of the host, and a port that the host listens on. An attack that reaches one of them has
+//! broken out.
 
 mod property;
 
@@ -62,8 +63,8 @@ pub struct Finding {
     pub property: &'static str,
     /// The result.
     pub verdict: Verdict,
-    /// The attacks that succeeded; if none did, those that failed, or the reason why the property is
-    /// not promised.
+    /// The attacks that succeeded; if none did, those that failed, or the reason why the property
+    /// is not promised.
     pub evidence: String,
     /// All attacks.
     pub attacks: Vec<Attack>,
@@ -80,12 +81,12 @@ pub struct Attack {
     pub seen: String,
 }
 
-/// Attacks every property in sandboxes of this specification, and calls `on_finding` with each result
-/// as it comes. The promises are those of the boundary that the sandboxes turn out to have.
+/// Attacks every property in sandboxes of this specification, and calls `on_finding` with each
+/// result as it comes. The promises are those of the boundary that the sandboxes turn out to have.
 ///
 /// # Errors
-/// A sandbox or its surroundings cannot be set up, or a probe fails. A sandbox that an attack ends is
-/// a finding and not an error.
+/// A sandbox or its surroundings cannot be set up, or a probe fails. A sandbox that an attack ends
+/// is a finding and not an error.
 pub async fn attack_properties(
     builder: &Builder,
     mut on_finding: impl FnMut(&SelectedTier, Finding),
@@ -279,7 +280,7 @@ async fn start_neighbour(builder: &Builder, canary: &str) -> Result<Sandbox, Err
 
 /// Starts the services of the second sandbox. They run until it ends.
 async fn serve_as_neighbour(neighbour: &Sandbox, context: &str) -> Result<(), Error> {
-    let mut process = start_probe(neighbour, context, "neighbour").await?;
+    let mut process = start_probe(neighbour, context, "serve_as_neighbour").await?;
     let mut ready = [0; 6];
     if let Some(stdout) = &mut process.stdout {
         // A service that fails ends the program, which ends the stream.
