@@ -80,8 +80,8 @@ impl Builder {
     }
 
     /// Sets the memory in MiB, [`chitin_vmm::spec::MIN_MEMORY_MIB`] to
-    /// [`chitin_vmm::spec::MAX_MEMORY_MIB`]; 256 if not set. Files that the workload writes are kept
-    /// in it as well.
+    /// [`chitin_vmm::spec::MAX_MEMORY_MIB`]; 256 if not set. Files that the workload writes are
+    /// kept in it as well.
     pub fn memory_mib(mut self, memory_mib: u64) -> Builder {
         self.memory_mib = Some(memory_mib);
         self
@@ -136,8 +136,8 @@ impl Builder {
         self
     }
 
-    /// Starts a copy of this template instead of booting. The number of CPUs and the memory size are
-    /// the template's.
+    /// Starts a copy of this template instead of booting. The number of CPUs and the memory size
+    /// are the template's.
     pub fn template(mut self, name: impl Into<String>) -> Builder {
         self.template = Some(name.into());
         self
@@ -231,7 +231,8 @@ impl Builder {
     }
 
     /// Creates the container of the selected tier with this command and without Chitin's agent, as
-    /// the baseline of a benchmark. Returns `None` on a microVM, which cannot run without a monitor.
+    /// the baseline of a benchmark. Returns `None` on a microVM, which cannot run without a
+    /// monitor.
     ///
     /// # Errors
     /// The tier is unavailable on this host, or a setting is out of range.
@@ -248,9 +249,9 @@ impl Builder {
         Ok(created.await?)
     }
 
-    /// Boots a guest, warms it up and saves it as a template of this name. Then starts one copy of it
-    /// to record the pages that a copy needs first. An existing template is replaced only when all of
-    /// this has succeeded.
+    /// Boots a guest, warms it up and saves it as a template of this name. Then starts one copy of
+    /// it to record the pages that a copy needs first. An existing template is replaced only when
+    /// all of this has succeeded.
     ///
     /// # Errors
     /// As for [`start`](Builder::start); in addition, a credential is set, or the warm-up command

@@ -1,7 +1,8 @@
-//! The credentials of a running sandbox after their delivery. Each is replaced when the vault reissues
-//! it, and disabled when it has expired or the caller revokes it.
+//! The credentials of a running sandbox after their delivery. Each is replaced when the vault
+//! reissues it, and disabled when it has expired or the caller revokes it.
 //!
-//! The effects of a revocation, and its limits, are in `docs/credentials.md` for each kind of delivery.
+//! The effects of a revocation, and its limits, are in `docs/credentials.md` for each kind of
+//! delivery.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -85,7 +86,8 @@ impl DeliveredCredentials {
                     .await?;
             }
         }
-        // A line that cannot be written does not undo the revocation: the broker then stops dialling.
+        // A line that cannot be written does not undo the revocation: the broker then stops
+        // dialling.
         self.audit.record_revocation(name, kind);
         Ok(())
     }

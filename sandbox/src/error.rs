@@ -82,8 +82,8 @@ pub enum Error {
     },
     /// The endpoint of a credential was allowed as a destination as well.
     #[error(
-        "secret {name}: localhost:{port} is its endpoint in the sandbox: remove it from the allowed \
-         endpoints"
+        "secret {name}: localhost:{port} is its endpoint in the sandbox: remove it from the \
+         allowed endpoints"
     )]
     EndpointConflict {
         /// The credential.
@@ -285,7 +285,8 @@ impl Error {
         }
     }
 
-    /// Returns the last messages of the guest kernel, if they may explain the error. Untrusted text.
+    /// Returns the last messages of the guest kernel, if they may explain the error. Untrusted
+    /// text.
     pub fn guest_log(&self) -> Option<&str> {
         match self {
             Error::GuestEnded(end) if !end.log.is_empty() => Some(&end.log),

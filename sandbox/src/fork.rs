@@ -30,19 +30,19 @@ use crate::template::KEY_BYTES;
 pub const MAX_FORKS: usize = 1024;
 
 impl Sandbox {
-    /// Makes `count` copies of the sandbox in its present state: its processes, files and memory. Each
-    /// copy, and the sandbox itself, gets its own entropy, clock, host name and boot id before any of
-    /// its processes runs again.
+    /// Makes `count` copies of the sandbox in its present state: its processes, files and memory.
+    /// Each copy, and the sandbox itself, gets its own entropy, clock, host name and boot id before
+    /// any of its processes runs again.
     ///
-    /// Commands started before still run in all of them, but the caller loses contact with them: their
-    /// [`Process`](crate::Process) reports that the sandbox was stopped. A copy's time limit counts
-    /// from now.
+    /// Commands started before still run in all of them, but the caller loses contact with them:
+    /// their [`Process`](crate::Process) reports that the sandbox was stopped. A copy's time limit
+    /// counts from now.
     ///
     /// # Errors
     /// [`Error::NotForkable`] unless the sandbox was started as
-    /// [`forkable`](crate::Builder::forkable) and neither it nor the sandbox that it is a copy of was
-    /// forked before. The agent refuses if it was given secrets; the sandbox then continues to run. A
-    /// later failure ends the sandbox; if only a copy fails, it ends the copies.
+    /// [`forkable`](crate::Builder::forkable) and neither it nor the sandbox that it is a copy of
+    /// was forked before. The agent refuses if it was given secrets; the sandbox then continues to
+    /// run. A later failure ends the sandbox; if only a copy fails, it ends the copies.
     pub async fn fork(&mut self, count: usize) -> Result<Vec<Sandbox>, Error> {
         if count > MAX_FORKS {
             return Err(Error::ForkCount { count, max: MAX_FORKS });

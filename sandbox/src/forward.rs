@@ -10,8 +10,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::session::Session;
 
-/// Most connections at once on one port: a quarter of the streams of a sandbox, so that some are left
-/// for commands and files.
+/// Most connections at once on one port: a quarter of the streams of a sandbox, so that some are
+/// left for commands and files.
 const MAX_CONNECTIONS: usize = 64;
 
 /// The delay after a failed accept, which most likely lacked descriptors.

@@ -1,13 +1,13 @@
 //! The steps from a launched guest to a sandbox that is ready for use. Each step is a type.
 //!
 //! ```text
-//!   SandboxSpec ──▶ Launched ──agent's hello──▶ AgentReady ──credentials, CA, policy──▶ Provisioned ──▶ Sandbox
+//!   SandboxSpec ──▶ Launched ──agent's hello──▶ AgentReady ──CA, policy──▶ Provisioned ──▶ Sandbox
 //!                      │                            │
-//!                      └─ dropped, boot limit       └─ dropped, agent refuses ──▶ channel closed, guest ended
+//!                      └── dropped, boot limit ─────┴── dropped, refused ──▶ guest ended
 //! ```
 //!
-//! A guest that boots is sent its credentials before the agent answers: the agent finds them when it
-//! is up, which saves a round trip. A restored guest is waited for and reseeded first.
+//! A guest that boots is sent its credentials before the agent answers: the agent finds them when
+//! it is up, which saves a round trip. A restored guest is waited for and reseeded first.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

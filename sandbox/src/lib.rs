@@ -1,8 +1,8 @@
 //! Chitin runs untrusted agent code behind a hardware wall.
 //!
-//! A [`Sandbox`] is a microVM with a small Linux, without a network interface and without a shared file
-//! system. Its inputs are copied in and its results are copied out, over one channel to the agent
-//! inside.
+//! A [`Sandbox`] is a microVM with a small Linux, without a network interface and without a shared
+//! file system. Its inputs are copied in and its results are copied out, over one channel to the
+//! agent inside.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), chitin::Error> {

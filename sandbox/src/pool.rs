@@ -7,8 +7,8 @@
 //!                                   └── fails ──────────┴── dies ──▶ gone, replaced
 //! ```
 //!
-//! A prepared monitor has opened its files, created its VM, filled its memory and restored its vCPUs.
-//! Only the channel is missing. It has seen no secret, and its guest has not run.
+//! A prepared monitor has opened its files, created its VM, filled its memory and restored its
+//! vCPUs. Only the channel is missing. It has seen no secret, and its guest has not run.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -85,7 +85,8 @@ impl Shared {
 }
 
 impl Builder {
-    /// Prepares `size` monitors up to the point where only a channel is missing, each for one sandbox.
+    /// Prepares `size` monitors up to the point where only a channel is missing, each for one
+    /// sandbox.
     ///
     /// # Errors
     /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`].

@@ -13,8 +13,8 @@ use crate::channel::{StreamReader, StreamWriter};
 use crate::error::Error;
 use crate::session::Session;
 
-/// A small static program of every root image that prints its arguments, for tests and benchmarks of
-/// the sandbox itself.
+/// A small static program of every root image that prints its arguments, for tests and benchmarks
+/// of the sandbox itself.
 pub const ECHO: &str = "/usr/lib/chitin/echo";
 
 /// User and group of every workload: `agent` of the root image.

@@ -3,8 +3,8 @@
 //! ```text
 //!   Builder ──start──▶ launching ──agent's hello──▶ running ──stop, drop, time limit──▶ ended
 //!                          │                           │
-//!                          └── monitor fails,          └── guest dies, agent breaks the protocol ──▶ ended
-//!                              boot limit ──▶ ended
+//!                          └─ monitor fails,           └─ guest dies,
+//!                             boot limit ──▶ ended        agent breaks the protocol ──▶ ended
 //! ```
 
 use std::ffi::OsStr;
@@ -84,8 +84,8 @@ impl Sandbox {
         copy::copy_out(&self.guest.session, source.as_ref(), target.as_ref()).await
     }
 
-    /// Copies the policy's writable files back to the host paths that they came from. Call it when the
-    /// workload has succeeded. Files that the workload deleted stay on the host.
+    /// Copies the policy's writable files back to the host paths that they came from. Call it when
+    /// the workload has succeeded. Files that the workload deleted stay on the host.
     ///
     /// # Errors
     /// As for [`copy_out`](Sandbox::copy_out).
@@ -101,9 +101,9 @@ impl Sandbox {
     /// Revokes a credential of the running sandbox permanently.
     ///
     /// In memory, the value is zeroed, also where a process has inherited it. In the environment,
-    /// processes started later do not get it. With a proxy or an endpoint, no further request gets it.
-    /// A copy that a process has made is not revoked, and credentials that a vault has issued are
-    /// revoked there when the sandbox ends.
+    /// processes started later do not get it. With a proxy or an endpoint, no further request gets
+    /// it. A copy that a process has made is not revoked, and credentials that a vault has issued
+    /// are revoked there when the sandbox ends.
     ///
     /// # Errors
     /// [`Error::UnknownCredential`] if no credential of this name was delivered.
@@ -111,7 +111,8 @@ impl Sandbox {
         self.credentials.revoke(name).await
     }
 
-    /// Connects to a server in the sandbox that listens on this port of 127.0.0.1, or of any address.
+    /// Connects to a server in the sandbox that listens on this port of 127.0.0.1, or of any
+    /// address.
     ///
     /// # Errors
     /// [`Error::Guest`] if no process listens there.
@@ -120,8 +121,8 @@ impl Sandbox {
     }
 
     /// Forwards every connection that `listener` accepts to this port of the sandbox, until the
-    /// returned handle is dropped or the sandbox ends. A connection is reset if no process listens on
-    /// the port.
+    /// returned handle is dropped or the sandbox ends. A connection is reset if no process listens
+    /// on the port.
     pub fn forward(&self, listener: TcpListener, port: u16) -> Forward {
         Forward::new(self.guest.session.clone(), listener, port)
     }
@@ -149,8 +150,8 @@ impl Sandbox {
         &self.guest.selected
     }
 
-    /// Returns the parts of the monitor's jail, and those that this host lacks. `None` if the jail is
-    /// turned off, if the guest was not entered yet, or if the sandbox is not a microVM.
+    /// Returns the parts of the monitor's jail, and those that this host lacks. `None` if the jail
+    /// is turned off, if the guest was not entered yet, or if the sandbox is not a microVM.
     pub fn jail(&self) -> Option<Jail> {
         let reports = self.guest.session.monitor_reports.as_ref();
         reports.and_then(|reports| reports.borrow().jail.clone())

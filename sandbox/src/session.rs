@@ -119,8 +119,8 @@ impl Session {
 
     /// Gives a restored guest its own entropy, clock and identity, before any other request.
     ///
-    /// The reply is not waited for: the agent does nothing else until it has reseeded, and ends at the
-    /// next request if that has failed.
+    /// The reply is not waited for: the agent does nothing else until it has reseeded, and ends at
+    /// the next request if that has failed.
     pub fn send_reseed(&self) -> Result<(), Error> {
         let mut random = Zeroizing::new([0; MIN_ENTROPY + IDENTITY_BYTES]);
         getrandom::fill(&mut *random)

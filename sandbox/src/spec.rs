@@ -19,8 +19,8 @@ use crate::error::Error;
 use crate::template::restore::{bind_to_root_image, check_policy};
 use crate::template::{TemplateError, Templates};
 
-/// Processes and threads of a sandbox if no policy sets fewer: ample for a build, and a fork bomb is
-/// stopped by it.
+/// Processes and threads of a sandbox if no policy sets fewer: ample for a build, and a fork bomb
+/// is stopped by it.
 const MAX_TASKS: u32 = 4096;
 
 /// The settings of a sandbox under its policy. Nothing is opened or started yet.
@@ -61,7 +61,8 @@ impl SandboxSpec {
         }
     }
 
-    /// Prepares the launch of a microVM: checks the artifacts, and opens the template if there is one.
+    /// Prepares the launch of a microVM: checks the artifacts, and opens the template if there is
+    /// one.
     pub fn microvm_launch_spec(&self) -> Result<LaunchSpec, Error> {
         let (mut vm, mut files, mut confined) = (self.vm.clone(), None, false);
         self.artifacts.check()?;

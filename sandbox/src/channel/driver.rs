@@ -16,8 +16,8 @@ pub(super) async fn drive_channel(shared: &Shared, socket: UnixStream) -> CloseR
 async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReason> {
     socket.set_nonblocking(true)?;
     let incoming = register_socket(socket, Interest::READABLE)?;
-    // Registered only while the socket is full: otherwise the task would be woken each time that the
-    // other side has read.
+    // Registered only while the socket is full: otherwise the task would be woken each time that
+    // the other side has read.
     let mut outgoing = None;
     // A peer that has stopped reading may have reported why: its last bytes are read before the
     // channel is given up.
@@ -56,7 +56,7 @@ async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReas
 
 #[expect(
     deprecated,
-    reason = "the successor is unsafe for types whose descriptor may change, which this one's cannot"
+    reason = "the successor is unsafe, as a descriptor may change, which this type's cannot"
 )]
 fn register_socket(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
     AsyncFd::with_interest(socket, interest)

@@ -125,8 +125,8 @@ impl Channel {
         std::mem::take(&mut self.shared.lock().dropped_dials)
     }
 
-    /// Sends `start`. The receiver resolves when the process has ended, and fails when the channel is
-    /// closed.
+    /// Sends `start`. The receiver resolves when the process has ended, and fails when the channel
+    /// is closed.
     pub fn start_process(&self, start: Start) -> Result<oneshot::Receiver<ProcessEnd>, TooLarge> {
         let (sender, receiver) = oneshot::channel();
         let process = start.process;

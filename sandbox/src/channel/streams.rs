@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::state::Shared;
 
-/// Receives bytes that the sandbox sends on one stream. Dropping it makes the sender stop: a workload
-/// gets `SIGPIPE`.
+/// Receives bytes that the sandbox sends on one stream. Dropping it makes the sender stop: a
+/// workload gets `SIGPIPE`.
 #[derive(Debug)]
 pub struct StreamReader {
     shared: Arc<Shared>,

@@ -18,8 +18,8 @@ use crate::spec::SandboxSpec;
 pub struct WarmUpSpec {
     /// A shell script. Processes that it leaves running go on in each copy.
     pub script: Option<String>,
-    /// The first command of the copies, [`ECHO`] if empty. The pages that it uses are loaded in each
-    /// copy before it runs. It runs twice for that, and its exit status does not matter.
+    /// The first command of the copies, [`ECHO`] if empty. The pages that it uses are loaded in
+    /// each copy before it runs. It runs twice for that, and its exit status does not matter.
     pub first_command: Vec<OsString>,
 }
 

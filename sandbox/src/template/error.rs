@@ -41,7 +41,8 @@ pub enum TemplateError {
         /// The cause.
         source: serde_json::Error,
     },
-    /// The memory file is not the one that was sealed, or the key is not the one it was sealed with.
+    /// The memory file is not the one that was sealed, or the key is not the one it was sealed
+    /// with.
     #[error(
         "the memory of template `{0}` was changed, replaced or moved, or the key is another: build \
          the template again"

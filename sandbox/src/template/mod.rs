@@ -11,10 +11,10 @@
 //!       seal             a MAC that ties `memory` to `state`
 //! ```
 //!
-//! The MAC of the state is verified before anything in it is read. Memory is too large to be hashed at
-//! every start, so the seal covers its identity instead: device, inode, size, and the times of its last
-//! change. The last of these (`ctime`) cannot be set by any process. A memory file that was written to,
-//! replaced or moved is refused.
+//! The MAC of the state is verified before anything in it is read. Memory is too large to be hashed
+//! at every start, so the seal covers its identity instead: device, inode, size, and the times of
+//! its last change. The last of these (`ctime`) cannot be set by any process. A memory file that
+//! was written to, replaced or moved is refused.
 
 // Above the other modules: it launches guests. Therefore nothing of it is re-exported here.
 pub(crate) mod build;

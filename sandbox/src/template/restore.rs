@@ -10,8 +10,8 @@ use chitin_vmm::VmSpec;
 
 use super::manifest::Manifest;
 
-/// Describes the root image that a guest has mapped. A saved guest knows its pages, so it is restored
-/// only where the same image is found.
+/// Describes the root image that a guest has mapped. A saved guest knows its pages, so it is
+/// restored only where the same image is found.
 pub(crate) fn describe_binding(root_image: &Path) -> io::Result<String> {
     let image = fs::metadata(root_image)?;
     Ok(format!(

@@ -28,7 +28,8 @@ pub struct Templates {
 }
 
 impl Templates {
-    /// Finds the directory: `$CHITIN_TEMPLATES`, else `chitin/templates` in the user's data directory.
+    /// Finds the directory: `$CHITIN_TEMPLATES`, else `chitin/templates` in the user's data
+    /// directory.
     ///
     /// # Errors
     /// [`TemplateError::NoHome`] if neither is known.

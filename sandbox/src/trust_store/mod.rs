@@ -60,8 +60,8 @@ const SYSTEM: TrustStorePaths = TrustStorePaths {
     java_options: "-Djavax.net.ssl.trustStore=/etc/ssl/certs/java/cacerts",
 };
 
-/// Paths for sandboxes whose root is read-only for the agent as well, such as containers. A workload
-/// that changes these files deceives only itself.
+/// Paths for sandboxes whose root is read-only for the agent as well, such as containers. A
+/// workload that changes these files deceives only itself.
 const SCRATCH: TrustStorePaths = TrustStorePaths {
     bundle: "/tmp/.chitin/ca-certificates.crt",
     keystore: "/tmp/.chitin/cacerts",
