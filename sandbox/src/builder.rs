@@ -254,8 +254,8 @@ impl Builder {
     /// all of this has succeeded.
     ///
     /// # Errors
-    /// As for [`start`](Builder::start); in addition, a credential is set, or the warm-up command
-    /// fails.
+    /// As for [`start`](Builder::start); in addition, a credential is set, no acceptable tier is a
+    /// microVM, or the warm-up command fails.
     #[tracing::instrument(name = "template", skip_all, fields(name))]
     pub async fn build_template(self, name: &str, warm_up: &WarmUpSpec) -> Result<Manifest, Error> {
         if let Some(secret) = self.secrets.first() {
@@ -376,3 +376,7 @@ fn without_duplicates(tiers: impl Iterator<Item = TierKind>) -> Vec<TierKind> {
     }
     unique
 }
+
+#[cfg(test)]
+#[path = "builder_test.rs"]
+mod tests;

@@ -89,7 +89,8 @@ impl Builder {
     /// sandbox.
     ///
     /// # Errors
-    /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`].
+    /// As for [`start`](Builder::start), for the first of them; a size of 0 or over [`MAX_POOL`];
+    /// [`Error::MicrovmRequired`] if no acceptable tier is a microVM.
     pub async fn pool(self, size: usize) -> Result<Pool, Error> {
         Pool::new(self.validate()?, size).await
     }
@@ -101,6 +102,7 @@ impl Pool {
         if !(1..=MAX_POOL).contains(&size) {
             return Err(Error::PoolSize { size, max: MAX_POOL });
         }
+        spec.require_microvm()?;
         let first = prepare_monitor(&spec).await?;
         let shared = Arc::new(Shared {
             spec,

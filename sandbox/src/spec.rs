@@ -113,6 +113,14 @@ impl SandboxSpec {
         }
     }
 
+    /// Checks that a microVM is acceptable, for uses that no other tier can serve.
+    pub fn require_microvm(&self) -> Result<(), Error> {
+        match self.tiers.contains(&TierKind::Ironclaw) {
+            true => Ok(()),
+            false => Err(Error::MicrovmRequired),
+        }
+    }
+
     /// Fetches the credentials. Dropping the future revokes what a vault has issued meanwhile.
     pub async fn fetch_credentials(&self) -> Result<FetchedCredentials, Error> {
         let served = self.secrets.iter().find(|secret| secret.delivery == Delivery::Endpoint);

@@ -31,6 +31,7 @@ pub(crate) async fn build_template(
 ) -> Result<Manifest, Error> {
     let started = Instant::now();
     let mut vm = spec.vm.clone();
+    spec.require_microvm()?;
     spec.artifacts.check()?;
     let draft = spec.locate_templates()?.create_draft(name)?;
 

@@ -1,0 +1,53 @@
+use chitin_spec::TierKind::{Ironclaw, Nanoclaw, Nemoclaw};
+
+use super::*;
+
+fn tiers_of(builder: Builder) -> Vec<TierKind> {
+    builder.validate().unwrap().tiers
+}
+
+fn policy(text: &str) -> Policy {
+    Policy::parse(text, "p.yaml").unwrap()
+}
+
+#[test]
+fn tiers_without_policy_are_those_asked_for() {
+    assert_eq!(tiers_of(Builder::new()), [Ironclaw]);
+    assert_eq!(tiers_of(Builder::new().fallback([Nanoclaw])), [Ironclaw, Nanoclaw]);
+    let twice = Builder::new().tier(Nemoclaw).fallback([Nanoclaw, Nemoclaw]);
+    assert_eq!(tiers_of(twice), [Nemoclaw, Nanoclaw]);
+}
+
+#[test]
+fn tiers_under_policy_are_listed_by_it() {
+    let text = "runtime: ironclaw\nfallback: [nanoclaw]\nsandbox: {profile: restricted}\n";
+    let listed = || Builder::new().policy(policy(text));
+    assert_eq!(tiers_of(listed()), [Ironclaw, Nanoclaw]);
+    assert_eq!(tiers_of(listed().tier(Nanoclaw)), [Nanoclaw]);
+    let error = listed().tier(Nemoclaw).validate().unwrap_err();
+    assert!(matches!(error, Error::Policy(PolicyError::Tier { tier: Nemoclaw, .. })), "{error}");
+}
+
+#[tokio::test]
+async fn pool_and_template_require_a_microvm() {
+    let container = || Builder::new().tier(Nanoclaw);
+    assert!(matches!(container().pool(1).await, Err(Error::MicrovmRequired)));
+    let built = container().build_template("t", &WarmUpSpec::default()).await;
+    assert!(matches!(built, Err(Error::MicrovmRequired)));
+    let forkable = container().forkable(true).validate().unwrap();
+    assert!(matches!(forkable.container_launch_spec(), Err(Error::MicrovmRequired)));
+}
+
+#[test]
+fn number_beyond_its_field_is_out_of_range() {
+    for builder in [Builder::new().vcpus(300), Builder::new().memory_mib(1 << 40)] {
+        assert!(matches!(builder.validate(), Err(Error::Spec(_))));
+    }
+}
+
+#[tokio::test]
+async fn template_with_a_credential_is_refused() {
+    let builder = Builder::new().secret("TOKEN", SecretSource::Env("TOKEN".into()));
+    let built = builder.build_template("t", &WarmUpSpec::default()).await;
+    assert!(matches!(built, Err(Error::SecretInTemplate { name }) if name == "TOKEN"));
+}
