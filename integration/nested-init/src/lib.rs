@@ -1,73 +1,74 @@
-//! What `cargo xtask nested` and PID 1 of the emulated host say to each other.
+//! The protocol between `cargo xtask nested` and PID 1 of the emulated host.
 //!
-//! Four virtio-serial ports connect them. Three carry the command's stdin, stdout and stderr as raw bytes and nothing
-//! else. The fourth, [`CONTROL_PORT`], carries everything that is not the command's own:
+//! Four virtio-serial ports connect them. Three carry stdin, stdout and stderr of the command as raw
+//! bytes. The fourth, [`CONTROL_PORT`], carries the rest:
 //!
-//! - host → guest: one [`Launch`] (a little-endian `u32` length, then that many bytes), later a line `eof N`: stdin
-//!   ended after N bytes;
+//! - host → guest: one [`Launch`] (a little-endian `u32` length, then that many bytes), later a line
+//!   `eof N`: stdin has ended after N bytes;
 //! - guest → host: lines, each a [`Report`].
 //!
-//! A port has no end of file, so both directions count: a stream is complete when as many bytes arrived as the control
-//! port announced.
+//! A port has no end of file, so both directions count: a stream is complete when as many bytes have
+//! arrived as the control port has announced.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Port of launch, end of input and reports.
+/// The port of launch, end of input and reports.
 pub const CONTROL_PORT: &str = "chitin.control";
-/// Port of the command's standard input.
+/// The port of the command's standard input.
 pub const STDIN_PORT: &str = "chitin.stdin";
-/// Port of the command's standard output.
+/// The port of the command's standard output.
 pub const STDOUT_PORT: &str = "chitin.stdout";
-/// Port of the command's standard error.
+/// The port of the command's standard error.
 pub const STDERR_PORT: &str = "chitin.stderr";
-/// 9p mount tag of the outer machine's root directory.
+/// The 9p mount tag of the outer machine's root directory.
 pub const ROOT_TAG: &str = "outer";
 
-/// Exit code of a command that does not exist.
+/// The exit code for a command that does not exist.
 pub const NOT_FOUND: u8 = 127;
-/// Exit code of a command that exists but cannot be executed.
+/// The exit code for a command that exists but cannot be executed.
 pub const NOT_EXECUTABLE: u8 = 126;
 
-/// A launch message larger than this is refused: `execve` itself takes at most 2 MiB of arguments and environment,
-/// and a preload list of some thousand paths stays below the rest.
+/// The length of the longest launch message: `execve` accepts at most 2 MiB of arguments and
+/// environment, and a preload list of some thousand paths stays below the rest.
 pub const MAX_LAUNCH_LEN: u32 = 8 << 20;
 
-/// What to run, and on what tree. Paths and arguments are bytes, as they are to the kernel.
+/// The command to run, and its tree. Paths and arguments are bytes, as they are to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Launch {
     /// The command and its arguments; not empty.
     pub argv: Vec<Vec<u8>>,
-    /// The whole environment, as `NAME=value`.
+    /// The complete environment, as `NAME=value`.
     pub env: Vec<Vec<u8>>,
-    /// Directory to start in.
+    /// The directory to start in.
     pub cwd: Vec<u8>,
-    /// Absolute directories that are written through to the outer machine; the nth has the 9p tag [`share_tag`]`(n)`.
+    /// Absolute directories that are written through to the outer machine; the nth has the 9p tag
+    /// [`share_tag`]`(n)`.
     pub shares: Vec<Vec<u8>>,
-    /// Absolute paths of regular files and symbolic links copied into memory before anything runs. None leads through a
-    /// link.
+    /// Absolute paths of regular files and symbolic links that are copied into memory before the
+    /// command starts. None leads through a link.
     pub preload: Vec<Vec<u8>>,
 }
 
-/// The 9p mount tag of the nth writable share.
+/// Returns the 9p mount tag of the nth writable share.
 pub fn share_tag(index: usize) -> String {
     format!("out{index}")
 }
 
 /// A launch message that does not parse.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BadLaunch;
+pub struct InvalidLaunch;
 
-impl fmt::Display for BadLaunch {
+impl fmt::Display for InvalidLaunch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the launch message is cut short or has trailing bytes")
+        f.write_str("the launch message is truncated or has trailing bytes")
     }
 }
 
-impl std::error::Error for BadLaunch {}
+impl std::error::Error for InvalidLaunch {}
 
 impl Launch {
-    /// The message, without its length prefix.
+    /// Returns the message, without its length prefix.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for list in [&self.argv, &self.env, &vec![self.cwd.clone()], &self.shares, &self.preload] {
@@ -80,62 +81,63 @@ impl Launch {
         out
     }
 
-    /// Parses what [`encode`](Self::encode) made.
-    pub fn decode(mut bytes: &[u8]) -> Result<Self, BadLaunch> {
-        let argv = take_list(&mut bytes)?;
-        let env = take_list(&mut bytes)?;
-        let cwd = take_list(&mut bytes)?.pop().ok_or(BadLaunch)?;
-        let shares = take_list(&mut bytes)?;
-        let preload = take_list(&mut bytes)?;
+    /// Parses a message of [`encode`](Self::encode).
+    pub fn decode(mut bytes: &[u8]) -> Result<Self, InvalidLaunch> {
+        let argv = split_list(&mut bytes)?;
+        let env = split_list(&mut bytes)?;
+        let cwd = split_list(&mut bytes)?.pop().ok_or(InvalidLaunch)?;
+        let shares = split_list(&mut bytes)?;
+        let preload = split_list(&mut bytes)?;
         if argv.is_empty() || !bytes.is_empty() {
-            return Err(BadLaunch);
+            return Err(InvalidLaunch);
         }
         Ok(Self { argv, env, cwd, shares, preload })
     }
 }
 
 fn push_len(out: &mut Vec<u8>, len: usize) {
-    // Longer than 4 GiB cannot happen below MAX_LAUNCH_LEN, which the sender checks.
+    // MAX_LAUNCH_LEN, which the sender checks, is far below 4 GiB.
     out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
 }
 
-fn take_len(bytes: &mut &[u8]) -> Result<usize, BadLaunch> {
-    let (head, rest) = bytes.split_first_chunk::<4>().ok_or(BadLaunch)?;
+fn split_len(bytes: &mut &[u8]) -> Result<usize, InvalidLaunch> {
+    let (head, rest) = bytes.split_first_chunk::<4>().ok_or(InvalidLaunch)?;
     *bytes = rest;
-    usize::try_from(u32::from_le_bytes(*head)).map_err(|_| BadLaunch)
+    usize::try_from(u32::from_le_bytes(*head)).map_err(|_| InvalidLaunch)
 }
 
-fn take_list(bytes: &mut &[u8]) -> Result<Vec<Vec<u8>>, BadLaunch> {
-    let count = take_len(bytes)?;
+fn split_list(bytes: &mut &[u8]) -> Result<Vec<Vec<u8>>, InvalidLaunch> {
+    let count = split_len(bytes)?;
     let mut list = Vec::new();
     for _ in 0..count {
-        let len = take_len(bytes)?;
-        let (item, rest) = bytes.split_at_checked(len).ok_or(BadLaunch)?;
+        let len = split_len(bytes)?;
+        let (item, rest) = bytes.split_at_checked(len).ok_or(InvalidLaunch)?;
         list.push(item.to_vec());
         *bytes = rest;
     }
     Ok(list)
 }
 
-/// One line from the guest.
+/// A line from the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
     /// The command is running.
     Started,
-    /// The command ended, after this many bytes of output.
+    /// The command has ended after this many bytes of output.
     Exited {
-        /// Its exit code, or 128 + the signal that ended it.
+        /// The exit code, or 128 + the signal that ended it.
         code: u8,
-        /// Bytes sent on [`STDOUT_PORT`].
+        /// The number of bytes on [`STDOUT_PORT`].
         stdout: u64,
-        /// Bytes sent on [`STDERR_PORT`].
+        /// The number of bytes on [`STDERR_PORT`].
         stderr: u64,
     },
     /// The command could not be started.
     Failed {
-        /// The exit code to end with: [`NOT_FOUND`], [`NOT_EXECUTABLE`], or 125 when the emulated host is at fault.
+        /// The exit code to end with: [`NOT_FOUND`], [`NOT_EXECUTABLE`], or 125 if the emulated host
+        /// is at fault.
         code: u8,
-        /// Why, in one line.
+        /// The reason, in one line.
         message: String,
     },
 }
@@ -152,45 +154,45 @@ impl fmt::Display for Report {
     }
 }
 
-/// A line that is no report.
+/// A line that is not a report.
 #[derive(Debug, PartialEq, Eq)]
-pub struct BadReport;
+pub struct InvalidReport;
 
-impl fmt::Display for BadReport {
+impl fmt::Display for InvalidReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the line is no report")
+        f.write_str("the line is not a report")
     }
 }
 
-impl std::error::Error for BadReport {}
+impl std::error::Error for InvalidReport {}
 
 impl FromStr for Report {
-    type Err = BadReport;
+    type Err = InvalidReport;
 
-    fn from_str(line: &str) -> Result<Self, BadReport> {
+    fn from_str(line: &str) -> Result<Self, InvalidReport> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match word {
             "started" if rest.is_empty() => Ok(Self::Started),
             "exited" => {
                 let mut numbers = rest.split(' ');
                 let report = Self::Exited {
-                    code: number(numbers.next())?,
-                    stdout: number(numbers.next())?,
-                    stderr: number(numbers.next())?,
+                    code: parse_number(numbers.next())?,
+                    stdout: parse_number(numbers.next())?,
+                    stderr: parse_number(numbers.next())?,
                 };
-                if numbers.next().is_some() { Err(BadReport) } else { Ok(report) }
+                if numbers.next().is_some() { Err(InvalidReport) } else { Ok(report) }
             }
             "failed" => {
-                let (code, message) = rest.split_once(' ').ok_or(BadReport)?;
-                Ok(Self::Failed { code: number(Some(code))?, message: message.to_owned() })
+                let (code, message) = rest.split_once(' ').ok_or(InvalidReport)?;
+                Ok(Self::Failed { code: parse_number(Some(code))?, message: message.to_owned() })
             }
-            _ => Err(BadReport),
+            _ => Err(InvalidReport),
         }
     }
 }
 
-fn number<T: FromStr>(text: Option<&str>) -> Result<T, BadReport> {
-    text.and_then(|text| text.parse().ok()).ok_or(BadReport)
+fn parse_number<T: FromStr>(text: Option<&str>) -> Result<T, InvalidReport> {
+    text.and_then(|text| text.parse().ok()).ok_or(InvalidReport)
 }
 
 #[cfg(test)]

@@ -11,28 +11,28 @@ fn sample() -> Launch {
 }
 
 #[test]
-fn launch_survives_the_wire() {
+fn launch_decodes_to_itself() {
     assert_eq!(Launch::decode(&sample().encode()), Ok(sample()));
 }
 
 #[test]
-fn launch_cut_anywhere_is_refused() {
+fn truncated_launch_is_refused() {
     let bytes = sample().encode();
     for len in 0..bytes.len() {
-        assert_eq!(Launch::decode(&bytes[..len]), Err(BadLaunch), "{len} bytes");
+        assert_eq!(Launch::decode(&bytes[..len]), Err(InvalidLaunch), "{len} bytes");
     }
 }
 
 #[test]
-fn launch_with_trailing_bytes_or_without_command_is_refused() {
+fn launch_with_rest_or_no_command_is_refused() {
     let mut bytes = sample().encode();
     bytes.push(0);
-    assert_eq!(Launch::decode(&bytes), Err(BadLaunch));
-    assert_eq!(Launch::decode(&Launch { argv: vec![], ..sample() }.encode()), Err(BadLaunch));
+    assert_eq!(Launch::decode(&bytes), Err(InvalidLaunch));
+    assert_eq!(Launch::decode(&Launch { argv: vec![], ..sample() }.encode()), Err(InvalidLaunch));
 }
 
 #[test]
-fn reports_survive_the_wire() {
+fn report_parses_to_itself() {
     for report in [
         Report::Started,
         Report::Exited { code: 137, stdout: 16 << 20, stderr: 0 },
@@ -43,13 +43,13 @@ fn reports_survive_the_wire() {
 }
 
 #[test]
-fn a_failure_stays_one_line() {
+fn failure_is_one_line() {
     let report = Report::Failed { code: 125, message: "a\nb".into() };
     assert_eq!(report.to_string(), "failed 125 a b");
 }
 
 #[test]
-fn other_lines_are_no_reports() {
+fn other_line_is_not_a_report() {
     for line in [
         "",
         "start",
@@ -60,6 +60,6 @@ fn other_lines_are_no_reports() {
         "exited 1 0 0 0",
         "failed 1",
     ] {
-        assert_eq!(line.parse::<Report>(), Err(BadReport), "{line:?}");
+        assert_eq!(line.parse::<Report>(), Err(InvalidReport), "{line:?}");
     }
 }

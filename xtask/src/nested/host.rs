@@ -16,6 +16,9 @@ const KERNEL: &str = "linux-image-6.12.117+deb12-amd64";
 const KERNEL_VERSION: &str = "6.12.117-1~deb12u1";
 /// The modules that the machine needs in addition to built-in code. Dependencies are followed.
 const MODULES: [&str; 4] = ["9pnet_virtio", "9p", "overlay", "kvm-amd"];
+/// The files that PID 1 is built from, below `integration/nested-init`.
+const INIT_SOURCES: [&str; 6] =
+    ["Cargo.toml", "src/failure.rs", "src/lib.rs", "src/main.rs", "src/mounts.rs", "src/ports.rs"];
 /// Crates that Cargo compiles for PID 1: only the length of the progress bar.
 const INIT_CRATES: u64 = 6;
 
@@ -33,7 +36,7 @@ pub fn find_or_build() -> Result<Host> {
     let init_dir = workspace::root_dir().join("integration/nested-init");
     let mut key =
         cache::Key::new("nested-initrd", 1).with_text("kernel", &kernel.to_string_lossy());
-    for source in ["Cargo.toml", "src/lib.rs", "src/main.rs"] {
+    for source in INIT_SOURCES {
         key = key.with_file(&init_dir.join(source))?;
     }
     let initrd = cache::find_or_build("nested-initrd", key, |dir| build_initrd(&kernel, dir))?;
@@ -176,4 +179,19 @@ fn build_init() -> Result<Vec<u8>> {
     let dir = static_build::build_static(&["chitin-nested-init"], label, INIT_CRATES)?;
     let binary = dir.join("chitin-nested-init");
     fs::read(&binary).with_context(|| format!("read {}", binary.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_covers_all_sources_of_pid_1() {
+        let dir = workspace::root_dir().join("integration/nested-init/src");
+        for source in fs::read_dir(dir).unwrap() {
+            let name = source.unwrap().file_name().into_string().unwrap();
+            let listed = INIT_SOURCES.contains(&format!("src/{name}").as_str());
+            assert!(listed || name.ends_with("_test.rs"), "{name}");
+        }
+    }
 }
