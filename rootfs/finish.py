@@ -1,7 +1,8 @@
-"""Completes an unpacked root tree: trust roots, bytecode, and a check that every shared library is there.
+"""Completes an unpacked root tree: trust roots, bytecode, and a check of shared libraries.
 
-Run by `cargo xtask rootfs` with the tree's own interpreter, so the builder needs no Python and the bytecode is of the
-right version. Everything is done in sorted order and by one process: two runs give the same bytes.
+`cargo xtask rootfs` runs it with the interpreter of the tree, so that the builder needs no Python
+and the bytecode is of the right version. One process does everything in sorted order: two runs give
+the same bytes.
 """
 
 import ctypes
@@ -14,8 +15,8 @@ import sys
 LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib")
 
 
-def files(tree, below=""):
-    """Paths of regular files, relative to the tree, sorted; links are not followed."""
+def list_files(tree, below=""):
+    """Yields the paths of regular files, relative to the tree, sorted; links are not followed."""
     for directory, directories, names in os.walk(os.path.join(tree, below)):
         directories.sort()
         for name in sorted(names):
@@ -24,8 +25,8 @@ def files(tree, below=""):
                 yield os.path.relpath(path, tree)
 
 
-def subject_hashes(tree):
-    """Returns DER -> the name under which OpenSSL looks a certificate up."""
+def subject_hash_function(tree):
+    """Returns a function from DER to the file name by which OpenSSL finds a certificate."""
     crypto = ctypes.CDLL(os.path.join(tree, "usr/lib/x86_64-linux-gnu/libcrypto.so.3"))
     crypto.d2i_X509.restype = ctypes.c_void_p
     crypto.d2i_X509.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_long]
@@ -41,13 +42,14 @@ def subject_hashes(tree):
     return name_of
 
 
-def trust_roots(tree):
-    """What update-ca-certificates does: one bundle, and a link per certificate named by the hash of its subject."""
-    name_of = subject_hashes(tree)
+def install_trust_roots(tree):
+    """Does the work of update-ca-certificates: one bundle, and a link for each certificate, named
+    by the hash of its subject."""
+    name_of = subject_hash_function(tree)
     certs = os.path.join(tree, "etc/ssl/certs")
     os.makedirs(certs, exist_ok=True)
     bundle, taken = [], {}
-    for path in files(tree, "usr/share/ca-certificates"):
+    for path in list_files(tree, "usr/share/ca-certificates"):
         if not path.endswith(".crt"):
             continue
         with open(os.path.join(tree, path), encoding="ascii") as source:
@@ -57,16 +59,19 @@ def trust_roots(tree):
         number = taken[name] = taken.get(name, -1) + 1
         os.symlink("/" + path, os.path.join(certs, f"{name}.{number}"))
     if len(bundle) < 50:
-        raise SystemExit(f"only {len(bundle)} trust roots: has the layout of ca-certificates changed?")
+        raise SystemExit(
+            f"only {len(bundle)} trust roots: has the layout of ca-certificates changed?"
+        )
     with open(os.path.join(certs, "ca-certificates.crt"), "w", encoding="ascii") as target:
         target.write("".join(bundle))
     return len(bundle)
 
 
-def bytecode(tree):
-    """Compiles the standard library. Unchecked: the image cannot change, so Python need not compare times."""
+def compile_bytecode(tree):
+    """Compiles the standard library, unchecked: the image cannot change, so Python need not compare
+    times."""
     count = 0
-    for path in files(tree, "usr/lib/python3.11"):
+    for path in list_files(tree, "usr/lib/python3.11"):
         if path.endswith(".py"):
             py_compile.compile(
                 os.path.join(tree, path),
@@ -78,8 +83,8 @@ def bytecode(tree):
     return count
 
 
-def needed(path):
-    """Names of the shared libraries that an ELF file asks for; none for any other file."""
+def needed_libraries(path):
+    """Returns the names of the shared libraries that an ELF file needs; none for other files."""
     with open(path, "rb") as source:
         data = source.read()
     if data[:6] != b"\x7fELF\x02\x01":
@@ -103,13 +108,13 @@ def needed(path):
 
 
 def check_libraries(tree):
-    """Fails if a program or library needs another that skipping or pruning took away."""
+    """Fails if a program or library needs a library that was skipped or pruned."""
     present = set()
     for directory in LIBRARIES:
         present.update(os.listdir(os.path.join(tree, directory)))
     missing, count = [], 0
-    for path in files(tree, "usr"):
-        names = needed(os.path.join(tree, path))
+    for path in list_files(tree, "usr"):
+        names = needed_libraries(os.path.join(tree, path))
         count += bool(names)
         missing += [f"{path} needs {name}" for name in names if name not in present]
     if missing:
@@ -119,8 +124,10 @@ def check_libraries(tree):
 
 def main():
     tree = os.path.abspath(sys.argv[1])
-    roots, modules, programs = trust_roots(tree), bytecode(tree), check_libraries(tree)
-    print(f"{roots} trust roots, {modules} Python modules compiled, libraries of {programs} programs present")
+    roots = install_trust_roots(tree)
+    modules = compile_bytecode(tree)
+    programs = check_libraries(tree)
+    print(f"{roots} trust roots, {modules} compiled modules, libraries of {programs} programs found")
 
 
 main()

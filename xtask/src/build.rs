@@ -1,5 +1,5 @@
-//! `cargo xtask build`: guest kernel, root image, `chitin`, its monitor and its benchmark tool, side
-//! by side.
+//! `cargo xtask build`: guest kernel, root image, `chitin`, its monitor and its benchmark tool,
+//! side by side.
 //!
 //! ```text
 //! kernel ────────────────────────────────────────────────────────▶ vmlinux
@@ -87,7 +87,7 @@ pub fn install_and_build(plan: &BuildPlan) -> Result<()> {
     if plan.kernel {
         purposes.push(Purpose::Kernel);
     }
-    // Where KVM can be opened, only the monitor's probe can tell whether it is usable.
+    // If KVM can be opened, only the monitor's probe can tell whether it is usable.
     if plan.emulation && !microvm::kvm_opens() {
         purposes.push(Purpose::Emulation);
     }

@@ -34,8 +34,8 @@ impl Package {
         Ok(workspace::cache_dir()?.join(format!("{}_{}.substitute", self.name, self.version)))
     }
 
-    /// Downloads the package into `dir`. If the archive has dropped it, `newest` returns the package
-    /// to use instead.
+    /// Downloads the package into `dir`. If the archive has dropped it, `newest` returns the
+    /// package to use instead.
     ///
     /// Returns the package that was downloaded, and its file.
     pub fn download_binary(
@@ -46,8 +46,9 @@ impl Package {
         self.download_or_substitute(|package| package.download_exactly(dir), newest)
     }
 
-    /// Downloads the upstream archive of a source package into `dir`, from the release `suite`. That
-    /// can be another release than the machine's: its package lists are separate, and need no root.
+    /// Downloads the upstream archive of a source package into `dir`, from the release `suite`.
+    /// That can be another release than the machine's: its package lists are separate, and need no
+    /// root.
     ///
     /// Returns the package that was downloaded, and its file.
     pub fn download_source(&self, suite: &str, dir: &Path) -> Result<(Self, PathBuf)> {
@@ -114,7 +115,8 @@ pub fn find_candidate(name: &str) -> Result<Package> {
     match parse_candidate(&policy) {
         Some(version) => Ok(Package { name: name.to_owned(), version }),
         None => bail!(
-            "apt does not know the package {name}: check that its sources have bookworm-security, and run apt-get update"
+            "apt does not know the package {name}: check that its sources have bookworm-security, \
+             and run apt-get update"
         ),
     }
 }
@@ -124,8 +126,8 @@ fn parse_candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_owned())
 }
 
-/// Returns the commands, for root, that install packages. They update the package lists first: a fresh
-/// container has none, and old ones name versions that are gone.
+/// Returns the commands, for root, that install packages. They update the package lists first: a
+/// fresh container has none, and old ones name versions that are gone.
 pub fn install_commands(names: &[&str]) -> Vec<Vec<String>> {
     let apt = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
     let install = [&["apt-get", "install", "--yes", "--no-install-recommends"], names].concat();
@@ -221,7 +223,8 @@ pub fn unpack_package(deb: &Path, into: &Path) -> Result<()> {
     fs::remove_file(deb).with_context(|| format!("remove {}", deb.display()))
 }
 
-/// Unpacks the upstream archive of a source package, whose files are in one directory, and removes it.
+/// Unpacks the upstream archive of a source package, whose files are in one directory, and removes
+/// it.
 pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
     capture_output(
         new_command("tar", ["--extract", "--strip-components=1", "--file"])
@@ -232,8 +235,8 @@ pub fn unpack_source(archive: &Path, into: &Path) -> Result<()> {
     fs::remove_file(archive).with_context(|| format!("remove {}", archive.display()))
 }
 
-/// Applies patches to a source, without fuzz: a patch that does not fit exactly was written for another
-/// version.
+/// Applies patches to a source, without fuzz: a patch that does not fit exactly was written for
+/// another version.
 pub fn apply_patches(source: &Path, patches: &[PathBuf]) -> Result<()> {
     for patch in patches {
         let mut apply = new_command("patch", ["--strip=1", "--fuzz=0", "--silent", "--input"]);
@@ -243,8 +246,8 @@ pub fn apply_patches(source: &Path, patches: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// Returns the cache entry that `build` makes of a package, or of the substitute that it had to use and
-/// returns. The entry of a substitute has its own key, so that the next run finds it.
+/// Returns the cache entry that `build` makes of a package, or of the substitute that it had to use
+/// and returns. The entry of a substitute has its own key, so that the next run finds it.
 pub fn find_or_build(
     kind: &str,
     package: &Package,
@@ -280,7 +283,8 @@ mod tests {
 
     #[test]
     fn candidate_is_parsed_from_policy() {
-        let policy = "linux-source-6.12:\n  Installed: (none)\n  Candidate: 6.12.117-1~deb12u1\n  Version table:\n";
+        let policy = "linux-source-6.12:\n  Installed: (none)\n  \
+                      Candidate: 6.12.117-1~deb12u1\n  Version table:\n";
         assert_eq!(parse_candidate(policy).as_deref(), Some("6.12.117-1~deb12u1"));
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);

@@ -1,9 +1,9 @@
 //! `cargo xtask hostile`: bare guests attack the monitor's devices.
 //!
 //! A bare guest is a few hundred instructions and needs no guest kernel, so that it runs on any
-//! `/dev/kvm`, also on one that only emulates. On a machine without `/dev/kvm` it runs on the emulated
-//! host. With `--mutate` the same attacks run on monitors without one of the checks, and at least one
-//! attack has to succeed: this proves that the attacks can.
+//! `/dev/kvm`, also on one that only emulates. On a machine without `/dev/kvm` it runs on the
+//! emulated host. With `--mutate` the same attacks run on monitors without one of the checks, and
+//! at least one attack has to succeed: this proves that the attacks can.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ use crate::{microvm, workspace};
 
 /// The directory of the mutations, from the workspace root.
 const MUTATIONS: &str = "integration/mutations";
-/// The exit code of the attacks' program when an attack did not end as expected. Other failures have
-/// other codes.
+/// The exit code of the attacks' program when an attack did not end as expected. Other failures
+/// have other codes.
 const ATTACK_FAILED: u8 = 1;
 
 /// Attack the monitor from bare guests, and print the result of each attack
@@ -73,8 +73,8 @@ fn attack_mutations(name: &str, filter: Option<&str>) -> Result<ExitCode> {
     for path in &chosen {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         apply_mutation(&tree, path, &[])?;
-        // The test is of one check, not of the optimizer: without LTO the build takes a third of the
-        // time.
+        // The test is of one check, not of the optimizer: without LTO the build takes a third of
+        // the time.
         let target = scratch.join("target");
         build_quietly(
             tree.clone(),
@@ -99,7 +99,8 @@ fn attack_mutations(name: &str, filter: Option<&str>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Copies the files of the workspace. An unchanged file keeps its time, so that it is not built again.
+/// Copies the files of the workspace. An unchanged file keeps its time, so that it is not built
+/// again.
 fn copy_tree(to: &Path) -> Result<()> {
     let root = workspace::root_dir();
     let listed = capture_output(

@@ -1,7 +1,7 @@
-//! `cargo xtask`: everything that builds, runs or measures this workspace and is not `cargo` itself.
+//! `cargo xtask`: everything that builds, runs or measures this workspace and is not `cargo`.
 //!
-//! One file per command. To add one: a module with `pub struct Args` (clap) and `pub fn run(args) -> Result<ExitCode>`,
-//! and a line in [`Task`] and in [`main`].
+//! One module for each command. To add one, write a module with `pub struct Args` (clap) and
+//! `pub fn run(args) -> Result<ExitCode>`, and add a line to [`Task`] and to [`main`].
 
 mod bench;
 mod build;
@@ -57,11 +57,11 @@ enum Task {
     Nested(nested::Args),
     /// Install and build what is missing, then run an agent's script in a microVM
     Demo(demo::Args),
-    /// Measure everything with the deterministic clock, and compare with the committed figures
+    /// Measure with the deterministic clock, and compare with the committed figures
     Bench(bench::Args),
     /// Fuzz the parsers that a guest or a file can reach
     Fuzz(fuzz::Args),
-    /// Have bare guests attack the monitor, and print what became of each
+    /// Attack the monitor from bare guests, and print the result of each attack
     Hostile(hostile::Args),
     /// Run every check and every test, or selected end-to-end tests
     Test(test::Args),
@@ -84,7 +84,7 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
-        // 125: we failed, as opposed to the command we were to run.
+        // 125: xtask failed, and not the command that it runs.
         ExitCode::from(125)
     })
 }

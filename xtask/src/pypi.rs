@@ -1,5 +1,5 @@
-//! Packages of PyPI that builds and tests need: fetched by pip, checked against their digests, never
-//! installed.
+//! Packages of PyPI that builds and tests need: fetched by pip, checked against their digests,
+//! never installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -195,7 +195,8 @@ fn list_tools(tools: &[&Tool]) {
     }
 }
 
-/// Installs these tools. Returns the commands to run as root if root is needed and this is not root.
+/// Installs these tools. Returns the commands to run as root if root is needed and this is not
+/// root.
 fn install_tools(tools: &[&Tool]) -> Result<Result<(), String>> {
     let packages: Vec<&str> = tools.iter().filter_map(|tool| tool.debian_package()).collect();
     if !packages.is_empty() {

@@ -1,14 +1,14 @@
 //! The protocol between `cargo xtask nested` and PID 1 of the emulated host.
 //!
-//! Four virtio-serial ports connect them. Three carry stdin, stdout and stderr of the command as raw
-//! bytes. The fourth, [`CONTROL_PORT`], carries the rest:
+//! Four virtio-serial ports connect them. Three carry stdin, stdout and stderr of the command as
+//! raw bytes. The fourth, [`CONTROL_PORT`], carries the rest:
 //!
-//! - host → guest: one [`Launch`] (a little-endian `u32` length, then that many bytes), later a line
-//!   `eof N`: stdin has ended after N bytes;
+//! - host → guest: one [`Launch`] (a little-endian `u32` length, then that many bytes), later a
+//!   line `eof N`: stdin has ended after N bytes;
 //! - guest → host: lines, each a [`Report`].
 //!
-//! A port has no end of file, so both directions count: a stream is complete when as many bytes have
-//! arrived as the control port has announced.
+//! A port has no end of file, so both directions count: a stream is complete when as many bytes
+//! have arrived as the control port has announced.
 
 use std::fmt;
 use std::str::FromStr;
@@ -134,8 +134,8 @@ pub enum Report {
     },
     /// The command could not be started.
     Failed {
-        /// The exit code to end with: [`NOT_FOUND`], [`NOT_EXECUTABLE`], or 125 if the emulated host
-        /// is at fault.
+        /// The exit code to end with: [`NOT_FOUND`], [`NOT_EXECUTABLE`], or 125 if the emulated
+        /// host is at fault.
         code: u8,
         /// The reason, in one line.
         message: String,

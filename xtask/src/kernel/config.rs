@@ -18,8 +18,8 @@ pub struct Fragments {
     pub options: Options,
 }
 
-/// Reads the `*.config` of a directory in the order of their names. An option that is set twice is an
-/// error.
+/// Reads the `*.config` of a directory in the order of their names. An option that is set twice is
+/// an error.
 pub fn read_fragments(dir: &Path) -> Result<Fragments> {
     let items = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
     let mut paths: Vec<_> = items.filter_map(|item| Some(item.ok()?.path())).collect();
@@ -66,8 +66,8 @@ fn is_option_name(text: &str) -> bool {
     })
 }
 
-/// Returns a line for each option that has another value. An option that Kconfig does not mention is
-/// not set.
+/// Returns a line for each option that has another value. An option that Kconfig does not mention
+/// is not set.
 pub fn list_mismatches(wanted: &Options, got: &Options) -> Vec<String> {
     let differing = wanted.iter().filter_map(|(name, wanted)| {
         let got = got.get(name).map_or("n", String::as_str);

@@ -2,7 +2,8 @@ use super::*;
 
 #[test]
 fn options_are_told_from_comments() {
-    let text = "# why\nCONFIG_A=y\n# CONFIG_B is not set\nCONFIG_S=\"a=b\"\n# CONFIG_C is not set by us\n# a CONFIG_D=y\n";
+    let text = "# why\nCONFIG_A=y\n# CONFIG_B is not set\nCONFIG_S=\"a=b\"\n\
+                # CONFIG_C is not set by us\n# a CONFIG_D=y\n";
     let options = parse_config(text);
     let expected = [("CONFIG_A", "y"), ("CONFIG_B", "n"), ("CONFIG_S", "\"a=b\"")];
     assert_eq!(options, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
@@ -11,7 +12,8 @@ fn options_are_told_from_comments() {
 #[test]
 fn every_option_is_checked() {
     let wanted = parse_config(
-        "CONFIG_A=y\nCONFIG_N=8\n# CONFIG_OFF is not set\n# CONFIG_FORCED is not set\nCONFIG_GONE=y\n",
+        "CONFIG_A=y\nCONFIG_N=8\n# CONFIG_OFF is not set\n\
+         # CONFIG_FORCED is not set\nCONFIG_GONE=y\n",
     );
     let got = parse_config("CONFIG_A=y\nCONFIG_N=16\nCONFIG_FORCED=y\nCONFIG_OTHER=y\n");
     let broken = list_mismatches(&wanted, &got);

@@ -95,8 +95,8 @@ fn configure(source: &Path, fragments: &config::Fragments) -> Result<()> {
     let broken = config::list_mismatches(&fragments.options, &config::parse_config(&result));
     ensure!(
         broken.is_empty(),
-        "Kconfig did not accept {} options of kernel-config (a dependency is missing, or another option \
-         selects them):\n{}",
+        "Kconfig did not accept {} options of kernel-config (a dependency is missing, or another \
+         option selects them):\n{}",
         broken.len(),
         broken.join("\n")
     );

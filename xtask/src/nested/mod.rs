@@ -1,8 +1,8 @@
 //! `cargo xtask nested`: runs a command on an emulated machine with a usable KVM.
 //!
 //! ```text
-//!  xtask ── spawns ──▶ qemu (software CPU with AMD SVM) ── boots ──▶ Debian's kernel ── PID 1 ──▶ CMD
-//!    │                   │ 9p: / of the outer machine, read-only; target/nested-out and --out, written through
+//!  xtask ── spawns ──▶ qemu (CPU with AMD SVM) ── boots ──▶ Debian's kernel ─▶ PID 1 ─▶ CMD
+//!    │                   │ 9p: / of the outer machine, read-only; target/nested-out and --out
 //!    └── 5 socket pairs ─┘ virtio-serial: control, stdin, stdout, stderr; the console
 //! ```
 //!
@@ -61,12 +61,14 @@ pub struct Args {
     #[arg(long, value_name = "DUR", value_parser = duration::parse_duration)]
     silence: Option<Duration>,
     /// Memory of the emulated machine
-    #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=65536))]
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    #[arg(value_parser = clap::value_parser!(u32).range(512..=65536))]
     memory: u32,
     /// CPUs of the emulated machine. With more than one, an instruction that one CPU patches while
     /// another executes it can fault, which ends the machine: Linux patches itself, and KVM does at
     /// each start of a guest
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=16))]
     cpus: u8,
     /// Set a variable for the command; PATH, HOME, TERM, CHITIN_* and RUST_* are inherited
     #[arg(long = "env", value_name = "NAME=VALUE")]

@@ -3,8 +3,8 @@
 //!
 //! It is built and not installed, because no release has both faults of its SVM fixed. In 7.2, the
 //! release of Debian 12, a second-stage fault during a walk of the guest's page tables leaves
-//! registers as of the middle of an instruction. In all releases up to 10.0, an interrupt that VMRUN
-//! injects is occasionally delivered twice (`integration/nested-qemu/patches`).
+//! registers as of the middle of an instruction. In all releases up to 10.0, an interrupt that
+//! VMRUN injects is occasionally delivered twice (`integration/nested-qemu/patches`).
 
 use std::fs;
 use std::path::{Path, PathBuf};

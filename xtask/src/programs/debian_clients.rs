@@ -39,8 +39,8 @@ const PACKAGES: [&str; 25] = [
     "libzstd1",
 ];
 
-/// Fetches them if they are not in the cache, and links to them from `target/programs/debian`: `bin`
-/// for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
+/// Fetches them if they are not in the cache, and links to them from `target/programs/debian`:
+/// `bin` for `PATH`, `lib` for `LD_LIBRARY_PATH`, `git-core` for `GIT_EXEC_PATH`.
 pub fn publish_programs() -> Result<()> {
     let key = cache::Key::new("clients", 1).with_text("packages", &PACKAGES.join(" "));
     let entry = cache::find_or_build("clients", key, fetch)?;

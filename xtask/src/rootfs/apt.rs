@@ -1,6 +1,6 @@
 //! Finds and downloads packages with apt, from the archives that the machine is configured for, but
-//! with a private state: neither installed packages nor foreign archives have an influence. Needs no
-//! root.
+//! with a private state: neither installed packages nor foreign archives have an influence. Needs
+//! no root.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -52,8 +52,8 @@ impl Apt {
         for suite in [recipe.suite.clone(), format!("{}-security", recipe.suite)] {
             ensure!(
                 apt.has_lists(&suite)?,
-                "apt-get update ({status}) did not fetch the package lists of {suite}: check the network, \
-                 and that the apt sources of this machine have {0} and {0}-security",
+                "apt-get update ({status}) did not fetch the package lists of {suite}: check the \
+                 network, and that the apt sources of this machine have {0} and {0}-security",
                 recipe.suite
             );
         }
@@ -172,7 +172,7 @@ fn format_configuration(root: &str, architecture: &str) -> String {
          APT::Architectures {{ \"{architecture}\"; }};\n\
          APT::Install-Recommends \"false\";\n\
          APT::Install-Suggests \"false\";\n\
-         // The user _apt could not write into our directory. Every file is checked against a signed hash.\n\
+         // The user _apt could not write here. Files are checked against signed hashes.\n\
          APT::Sandbox::User \"root\";\n"
     )
 }

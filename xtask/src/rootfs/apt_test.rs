@@ -2,17 +2,21 @@ use super::*;
 
 #[test]
 fn uris_are_parsed() {
-    let text = "'http://archive/pool/a/attr/libattr1_2.5.1-4_amd64.deb' libattr1_1%3a2.5.1-4_amd64.deb 22164 SHA256:ab\n\
-                'http://archive/pool/p/pcre2/libpcre2-8-0_10.42-1%2bdeb12u2_amd64.deb' libpcre2-8-0_10.42-1+deb12u2_amd64.deb 261628 \n\
-                \n\
-                'http://archive/pool/n/netbase_6.4_all.deb' netbase_6.4_all.deb 12800 MD5Sum:cd\n";
+    let pool = "'http://archive/pool";
+    let text = format!(
+        "{pool}/a/attr/libattr1_2.5.1-4_amd64.deb' libattr1_1%3a2.5.1-4_amd64.deb 22164 SHA256:ab\n\
+         {pool}/p/pcre2/libpcre2-8-0_10.42-1%2bdeb12u2_amd64.deb' \
+         libpcre2-8-0_10.42-1+deb12u2_amd64.deb 261628 \n\
+         \n\
+         {pool}/n/netbase_6.4_all.deb' netbase_6.4_all.deb 12800 MD5Sum:cd\n"
+    );
     let found = |name: &str, version: &str, sha256: Option<&str>| Found {
         name: name.into(),
         version: version.into(),
         sha256: sha256.map(Into::into),
     };
     assert_eq!(
-        parse_uris(text).unwrap(),
+        parse_uris(&text).unwrap(),
         [
             found("libattr1", "1:2.5.1-4", Some("ab")),
             found("libpcre2-8-0", "10.42-1+deb12u2", None),

@@ -22,11 +22,12 @@ const MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 const SCRIPT: &str = r#"tree=$1 image=$2 archive=$3 timestamp=$4; shift 4
 chown -hR 0:0 "$tree"
 while [ "$1" != -- ]; do chown -h "$1:$1" "$tree/$2"; shift 2; done; shift
-tar --create --file="$archive" --directory="$tree" --format=gnu --sort=name --mtime="@$timestamp" --numeric-owner .
+tar --create --file="$archive" --directory="$tree" --format=gnu --sort=name \
+  --mtime="@$timestamp" --numeric-owner .
 exec mkfs.erofs "$@" "$image" "$tree""#;
 
-/// Returns the version of erofs-utils: another one may arrange files differently. mkfs.erofs 1.5 has
-/// no option for it.
+/// Returns the version of erofs-utils: another one may arrange files differently. mkfs.erofs 1.5
+/// has no option for it.
 pub fn query_tools_version() -> Result<String> {
     let shown = capture_output(&mut new_command("fsck.erofs", ["-V"]))?;
     let version = shown.split_ascii_whitespace().nth(1);

@@ -119,7 +119,8 @@ impl fmt::Display for Lock {
         writeln!(f, "{HEADER}")?;
         writeln!(
             f,
-            "# Written by `cargo xtask rootfs --update`; each line is name, version and SHA-256 of a package."
+            "# Written by `cargo xtask rootfs --update`. \
+             Each line is name, version and SHA-256 of a package."
         )?;
         self.requested.iter().try_for_each(|name| writeln!(f, "{REQUESTED} {name}"))?;
         self.pins

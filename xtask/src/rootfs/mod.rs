@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! packages.lock ── download ──▶ packages ─┐
-//! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ──▶ base tree ─────────┐
-//! guest-agent/, benches/* ──── cargo build ──▶ /init, /usr/lib/chitin/* ──────────────────┴─ mkfs.erofs, tar ──▶ root.img, root.tar
+//! recipe.toml, overlay/, finish.py ───────┴─ unpack, prune, finish ─▶ base tree ─┐
+//! guest-agent/, benches/* ─── cargo build ─▶ /init, /usr/lib/chitin/* ───────────┴─┬─▶ root.img
+//!                                                                                  └─▶ root.tar
 //! ```
 //!
 //! Packages, base tree and image are cached separately: a new agent needs neither network nor
@@ -117,7 +118,7 @@ fn read_digest(manifest: &Path) -> Result<String> {
 /// The packages of an image.
 struct Packages {
     lock: Lock,
-    /// Whether they are those of rootfs/packages.lock.
+    /// True if they are those of rootfs/packages.lock.
     as_locked: bool,
 }
 

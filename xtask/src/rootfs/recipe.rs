@@ -139,8 +139,8 @@ impl Recipe {
     }
 }
 
-/// Reports whether a name follows Debian policy 5.6.1. Such a name cannot be mistaken for an option or
-/// a path by the tools that receive it.
+/// Reports whether a name follows Debian policy 5.6.1. Such a name cannot be mistaken for an option
+/// or a path by the tools that receive it.
 pub fn is_package_name(name: &str) -> bool {
     name.len() >= 2
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
@@ -157,8 +157,8 @@ pub fn check_path(path: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reports whether `path` matches `pattern`, in which `*` matches any characters within one name and
-/// `**` any number of directories, including none.
+/// Reports whether `path` matches `pattern`, in which `*` matches any characters within one name
+/// and `**` any number of directories, including none.
 pub fn matches(pattern: &str, path: &str) -> bool {
     fn parts(pattern: &[&str], path: &[&str]) -> bool {
         match (pattern.split_first(), path.split_first()) {

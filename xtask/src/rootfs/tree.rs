@@ -1,8 +1,8 @@
 //! Operations on an unpacked root tree.
 //!
-//! The tree contains absolute symbolic links (`usr/lib/ssl/certs` → `/etc/ssl/certs`). They refer to
-//! the root of the image, but followed here they lead to files of the builder. So nothing is ever
-//! written below a link: see [`resolve_inside`].
+//! The tree contains absolute symbolic links (`usr/lib/ssl/certs` → `/etc/ssl/certs`). They refer
+//! to the root of the image, but followed here they lead to files of the builder. So nothing is
+//! ever written below a link: see [`resolve_inside`].
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
@@ -17,8 +17,8 @@ use super::recipe::{Directory, Link, Prune, check_path, matches};
 /// Directories that Debian 12 keeps below /usr, while its packages still have them at the root.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 
-/// Returns the path in `tree` of a relative path, and creates its parent directories. Fails if one of
-/// them is a link or a file.
+/// Returns the path in `tree` of a relative path, and creates its parent directories. Fails if one
+/// of them is a link or a file.
 pub fn resolve_inside(tree: &Path, path: &str) -> Result<PathBuf> {
     check_path(path)?;
     let mut at = tree.to_path_buf();
@@ -75,8 +75,8 @@ fn move_into(from: &Path, to: &Path) -> Result<()> {
     fs::remove_dir(from).with_context(|| format!("remove {}", from.display()))
 }
 
-/// Removes the paths that the rules match. Returns the patterns that matched nothing: they are out of
-/// date.
+/// Removes the paths that the rules match. Returns the patterns that matched nothing: they are out
+/// of date.
 pub fn prune_paths(tree: &Path, rules: &[Prune]) -> Result<Vec<String>> {
     let mut used = vec![false; rules.iter().map(|rule| rule.paths.len()).sum()];
     prune_below(tree, "", rules, &mut used)?;
@@ -128,8 +128,8 @@ pub fn replace_link(tree: &Path, link: &Link) -> Result<()> {
     }
 }
 
-/// Sets the mode of every file to 0644 or 0755, of every directory to 0755 or the mode of the recipe:
-/// independent of the builder's umask, and without set-id bits.
+/// Sets the mode of every file to 0644 or 0755, of every directory to 0755 or the mode of the
+/// recipe: independent of the builder's umask, and without set-id bits.
 pub fn set_modes(tree: &Path, directories: &[Directory]) -> Result<()> {
     set_modes_below(tree)?;
     for directory in directories {

@@ -3,9 +3,9 @@
 //!
 //! ```text
 //! sources:  format, dependencies, clippy, rustdoc, build of the tests ─┐
-//! products: kernel, image, chitin, programs, OpenBao ──────────────────┴▶ unit tests ─▶ doc tests ─┐
-//!   ┌──────────────────────────────────────────────────────────────────────────────────────────────┘
-//!   └▶ containers ─▶ parts, one for each processor at a time: microVMs, hostile guests, fuzzing
+//! products: kernel, image, chitin, programs, OpenBao ──────────────────┴─▶ unit, doc tests ─┐
+//!   ┌───────────────────────────────────────────────────────────────────────────────────────┘
+//!   └─▶ containers ─▶ parts, one for each processor: microVMs, hostile guests, fuzzing
 //! ```
 
 use std::process::{Command, ExitCode};

@@ -62,8 +62,8 @@ impl TestLog {
 fn parse_line(line: &str) -> Option<(String, TestRun)> {
     let (status, rest) = line.split_once('[')?;
     let (duration, name) = rest.split_once(']')?;
-    // `TRY 2 FAIL`, `FLAKY 2/3`, `SIGABRT`; a summary is not in capitals, and a test that still runs
-    // has no duration.
+    // `TRY 2 FAIL`, `FLAKY 2/3`, `SIGABRT`; a summary is not in capitals, and a test that still
+    // runs has no duration.
     if status.trim().is_empty() || status.contains(|c: char| c.is_ascii_lowercase()) {
         return None;
     }
