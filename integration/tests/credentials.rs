@@ -159,7 +159,7 @@ sys.stdin.read()
     assert_eq!(running.line(), "200");
     assert_eq!(
         running.line(),
-        "403 chitin: the placeholder of API_KEY stands in the query, where it is not replaced"
+        "403 chitin: the placeholder of API_KEY is in the query, where it is not replaced"
     );
     // After the value went out and came back.
     canary::assert_absent(&running, CANARY, &placeholder);
@@ -369,7 +369,7 @@ fn what_no_proxy_can_deliver_is_refused_before_anything_is_booted() {
     refused(
         "two\nlines and more",
         "--secret K=env:KEY@api.example.com",
-        "no HTTP header can hold its value",
+        "the value has characters that an HTTP header cannot hold",
     );
     refused(
         CANARY,

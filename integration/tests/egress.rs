@@ -179,7 +179,7 @@ fn an_allowed_name_that_is_not_public_is_refused_unless_that_was_asked_for(on: O
     let lines = lines(&audit);
     assert_eq!(
         lines[0]["reason"],
-        "it resolves to a loopback address, which needs --allow-private"
+        "the name resolves to a loopback address, which needs --allow-private"
     );
     assert_eq!((lines.len(), &lines[0]["verdict"]), (1, &"refused".into()));
 }
@@ -265,8 +265,8 @@ print(error(lambda: connect('localhost', {endless}).recv(1)))"
     reasons.sort_unstable();
     let expected = [
         "the sandbox's limit of 3145728 bytes was reached",
-        "the sandbox's limit of bytes was reached",
-        "too many connections at once",
+        "the sandbox reached its limit of bytes",
+        "too many concurrent connections",
     ];
     assert_eq!(reasons, expected, "{lines:?}");
 }

@@ -9,33 +9,33 @@ use crate::audit_log::Verdict;
 /// A reason for which a request for a connection is refused or fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refusal {
-    #[error("no host has such a name")]
+    #[error("not a valid host name")]
     InvalidName,
-    #[error("an address is not a name")]
+    #[error("an IP address is not accepted")]
     AddressLiteral,
     #[error("the policy does not list it")]
     Policy,
-    #[error("too many connections in a short time")]
+    #[error("too many new connections a second")]
     DialRate,
-    #[error("too many connections at once")]
+    #[error("too many concurrent connections")]
     ConnectionLimit,
-    #[error("the sandbox's limit of bytes was reached")]
+    #[error("the sandbox reached its limit of bytes")]
     ByteLimit,
     #[error("the audit file cannot be written")]
     Audit,
-    #[error("it resolves to {}{}", .0.description(), private_hint(*.0))]
+    #[error("the name resolves to {}{}", .0.description(), private_hint(*.0))]
     Address(AddressRange),
-    #[error("it resolves to this host")]
+    #[error("the name resolves to this host")]
     ThisHost,
-    #[error("it does not resolve: {0}")]
+    #[error("the name does not resolve: {0}")]
     Resolve(io::Error),
-    #[error("it has no address")]
+    #[error("the name has no address")]
     NoAddress,
-    #[error("it did not resolve within {} s", RESOLVE_LIMIT.as_secs())]
+    #[error("the name did not resolve within {} s", RESOLVE_LIMIT.as_secs())]
     ResolveTimedOut,
     #[error("connect: {0}")]
     Connect(io::Error),
-    #[error("it did not answer within {} s", CONNECT_LIMIT.as_secs())]
+    #[error("the endpoint did not answer within {} s", CONNECT_LIMIT.as_secs())]
     ConnectTimedOut,
     #[error("the sandbox ended")]
     SandboxEnded,

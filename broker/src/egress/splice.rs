@@ -77,16 +77,16 @@ pub struct TransferCounts {
 #[derive(Debug, thiserror::Error)]
 pub enum SpliceError {
     /// The sandbox's side failed.
-    #[error("the sandbox broke it off")]
+    #[error("the sandbox reset the connection")]
     Sandbox,
     /// The endpoint's side failed.
-    #[error("the endpoint broke it off: {0}")]
+    #[error("the endpoint reset the connection: {0}")]
     Endpoint(io::ErrorKind),
     /// The limit of one connection was reached.
-    #[error("the limit of {0} bytes a connection was reached")]
+    #[error("the connection reached its limit of {0} bytes")]
     ConnectionLimit(u64),
     /// The limit of all connections was reached.
-    #[error("the sandbox's limit of {0} bytes was reached")]
+    #[error("the sandbox reached its limit of {0} bytes")]
     TotalLimit(u64),
 }
 

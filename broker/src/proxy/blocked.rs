@@ -13,7 +13,7 @@ use super::body::MAX_BODY;
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum BlockReason {
     /// The method is CONNECT.
-    #[error("CONNECT is for proxies, and this is an endpoint")]
+    #[error("CONNECT is not allowed: this is an endpoint, not a proxy")]
     Connect,
     /// The request names another host than the one that was dialled.
     #[error("the request was for another host than the connection")]
@@ -26,25 +26,27 @@ pub(crate) enum BlockReason {
     )]
     Body,
     /// The query with the value is not valid in a URL.
-    #[error("the query does not fit a URL")]
+    #[error("the query is too long for a URL")]
     InvalidQuery,
     /// The value is not valid in a header.
     #[error("{0} cannot hold the value")]
     InvalidHeader(Location),
     /// The credential was revoked, or has expired.
-    #[error("the credential {credential} was taken back, or is over")]
+    #[error("the credential {credential} was revoked or has expired")]
     Revoked { credential: String },
     /// A placeholder is in a location where it is not replaced.
-    #[error("the placeholder of {credential} stands in {location}, where it is not replaced")]
+    #[error("the placeholder of {credential} is in {location}, where it is not replaced")]
     Misplaced { credential: String, location: Location },
     /// A placeholder was sent to a host that its credential is not for.
-    #[error("the placeholder of {credential} was sent to a host that it is not for, in {location}")]
+    #[error("the placeholder of {credential} was sent to another host, in {location}")]
     WrongHost { credential: String, location: Location },
     /// A placeholder was sent on a connection whose TLS is not intercepted.
-    #[error("the placeholder of {credential} was sent to a host that it is not for")]
+    #[error("the placeholder of {credential} was sent to another host")]
     NotIntercepted { credential: String },
     /// The response has a content encoding.
-    #[error("the endpoint compressed its response, unasked, so that it cannot be looked through")]
+    #[error(
+        "the endpoint compressed its response without being asked, so that it cannot be scrubbed"
+    )]
     Compressed,
     /// The endpoint sent no valid response.
     #[error("the endpoint did not answer: {0}")]

@@ -39,15 +39,15 @@ pub enum ValueError {
     )]
     TooShort,
     /// The value has characters that are not printable ASCII.
-    #[error("no HTTP header can hold its value: printable ASCII only")]
+    #[error("the value has characters that an HTTP header cannot hold: use printable ASCII")]
     NotPrintable,
 }
 
 /// A failure of the self-test.
 #[derive(Debug, thiserror::Error)]
 pub enum SelfTestError {
-    /// The credential is for no host.
-    #[error("the credential is for no host")]
+    /// The credential has no host.
+    #[error("the credential has no host")]
     NoHost,
     /// The credential was revoked.
     #[error("the credential has been revoked")]
@@ -87,7 +87,7 @@ pub enum SelfTestError {
 /// An error that ends an intercepted connection. Only the audit log contains its text.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProxyError {
-    #[error("it is no TLS, which a credential's host has to be spoken to with")]
+    #[error("not a TLS connection; hosts with proxied credentials accept TLS only")]
     NotTls,
     #[error("the TLS handshake with the sandbox failed: {0}")]
     SandboxHandshake(String),
@@ -99,6 +99,6 @@ pub(crate) enum ProxyError {
     HandshakeTimedOut,
     #[error(transparent)]
     Certificate(#[from] CertificateError),
-    #[error("HTTP broke off: {0}")]
+    #[error("the HTTP connection failed: {0}")]
     Http(#[from] hyper::Error),
 }

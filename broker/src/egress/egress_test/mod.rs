@@ -83,18 +83,18 @@ async fn host_enforces_the_policy_for_every_dial() {
         ("a.test", 22, "the policy does not list it"),
         ("a.test", 0, "the policy does not list it"),
         ("localhost", port, "the policy does not list it"),
-        ("127.0.0.1", port, "an address is not a name"),
-        ("169.254.169.254", 80, "an address is not a name"),
-        ("2130706433", port, "an address is not a name"),
-        ("x.0x7f000001", port, "an address is not a name"),
-        ("::1", port, "no host has such a name"),
-        ("a.test\0.b.test", port, "no host has such a name"),
-        ("A.test", port, "no host has such a name"),
-        ("a.test.", port, "no host has such a name"),
-        (".b.test", port, "no host has such a name"),
-        ("ä.b.test", port, "no host has such a name"),
-        ("", port, "no host has such a name"),
-        (&long, port, "no host has such a name"),
+        ("127.0.0.1", port, "an IP address is not accepted"),
+        ("169.254.169.254", 80, "an IP address is not accepted"),
+        ("2130706433", port, "an IP address is not accepted"),
+        ("x.0x7f000001", port, "an IP address is not accepted"),
+        ("::1", port, "not a valid host name"),
+        ("a.test\0.b.test", port, "not a valid host name"),
+        ("A.test", port, "not a valid host name"),
+        ("a.test.", port, "not a valid host name"),
+        (".b.test", port, "not a valid host name"),
+        ("ä.b.test", port, "not a valid host name"),
+        ("", port, "not a valid host name"),
+        (&long, port, "not a valid host name"),
     ];
     for (host, port, reason) in cases {
         let names = FixedResolver::new(&[
@@ -126,7 +126,10 @@ async fn name_with_special_purpose_address_is_refused() {
             EgressSpec { allow_private: false, ..spec_allowing(&[format!("a.test:{port}")]) };
         let (verdict, reason) =
             dial_refused(spec, FixedResolver::new(&[("a.test", answers)]), "a.test", port).await;
-        assert_eq!((verdict.as_str(), reason), ("refused", format!("it resolves to {words}")));
+        assert_eq!(
+            (verdict.as_str(), reason),
+            ("refused", format!("the name resolves to {words}"))
+        );
     }
     // No option allows these.
     for address in ["169.254.169.254", "fd00:ec2::254", "0.0.0.0", "::", "fe80::1"] {
@@ -181,13 +184,13 @@ async fn failed_dial_records_its_reason() {
             .await;
     assert_eq!(dialled, failed("connect: Connection refused (os error 111)"));
     let dialled = dial_refused(spec(), FixedResolver::new(&[]), "a.test", port).await;
-    assert_eq!(dialled, failed("it does not resolve: entity not found"));
+    assert_eq!(dialled, failed("the name does not resolve: entity not found"));
     let dialled =
         dial_refused(spec(), FixedResolver::new(&[("a.test", &[&[]])]), "a.test", port).await;
-    assert_eq!(dialled, failed("it has no address"));
+    assert_eq!(dialled, failed("the name has no address"));
     let dialled =
         dial_refused(spec(), FixedResolver::new(&[("a.test", &[])]), "a.test", port).await;
-    assert_eq!(dialled, failed("it did not resolve within 10 s"));
+    assert_eq!(dialled, failed("the name did not resolve within 10 s"));
 }
 
 #[tokio::test]
@@ -261,7 +264,7 @@ async fn reset_is_relayed_and_recorded_both_ways() {
     let reasons: Vec<_> = connected.map(|line| line["reason"].as_str().unwrap()).collect();
     assert_eq!(
         reasons,
-        ["the endpoint broke it off: connection reset", "the sandbox broke it off"]
+        ["the endpoint reset the connection: connection reset", "the sandbox reset the connection"]
     );
 }
 
@@ -292,9 +295,9 @@ async fn endless_response_is_cut_at_the_byte_limits() {
     let reasons: Vec<_> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
     let total = "the sandbox's limit of 1500000 bytes was reached";
     let expected = [
-        "the limit of 1000000 bytes a connection was reached",
+        "the connection reached its limit of 1000000 bytes",
         total,
-        "the sandbox's limit of bytes was reached",
+        "the sandbox reached its limit of bytes",
     ];
     assert_eq!(reasons, expected);
 }
@@ -335,10 +338,10 @@ async fn connections_are_limited_in_number_and_rate() {
         .await;
     assert_eq!(open, 3);
     let count = |reason: &str| lines.iter().filter(|line| line["reason"] == reason).count();
-    assert_eq!(count("too many connections at once"), 5);
-    assert_eq!(count("too many connections in a short time"), 4);
+    assert_eq!(count("too many concurrent connections"), 5);
+    assert_eq!(count("too many new connections a second"), 4);
     // The three end with the sandbox, connected by then or not, and are recorded.
-    assert_eq!(count("the sandbox broke it off") + count("the sandbox ended"), 3);
+    assert_eq!(count("the sandbox reset the connection") + count("the sandbox ended"), 3);
 }
 
 #[tokio::test]

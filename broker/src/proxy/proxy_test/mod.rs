@@ -108,7 +108,7 @@ async fn rotation_and_revocation_apply_to_open_connections() {
         proxy.revoke("TOKEN");
         let (status, _, body) = connection.request("/", &[("x-api-key", &token)], "").await;
         assert_eq!((status, connection.received.lock().unwrap().len()), (StatusCode::FORBIDDEN, 2));
-        assert_eq!(body, "chitin: the credential TOKEN was taken back, or is over\n");
+        assert_eq!(body, "chitin: the credential TOKEN was revoked or has expired\n");
         let (blocked, _) = connection.stats.blocked_requests();
         let [BlockReason::Revoked { credential }] = blocked.as_slice() else {
             panic!("{blocked:?}")
