@@ -293,7 +293,7 @@ async fn endless_response_is_cut_at_the_byte_limits() {
         })
         .await;
     let reasons: Vec<_> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
-    let total = "the sandbox's limit of 1500000 bytes was reached";
+    let total = "the sandbox reached its limit of 1500000 bytes";
     let expected = [
         "the connection reached its limit of 1000000 bytes",
         total,
