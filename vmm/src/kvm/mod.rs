@@ -14,9 +14,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::error::During;
 pub use self::error::KvmError;
-use crate::arch::x86_64::processor::Processor;
 use crate::arch::x86_64::{cpuid, layout, registers};
 use crate::memory::GuestRam;
+use crate::state::processor::Processor;
 
 /// The version of the API, which has not changed since 2007.
 const API_VERSION: i32 = 12;

@@ -12,7 +12,7 @@ use kvm_ioctls::VcpuFd;
 use super::Vm;
 use super::error::{During, KvmError};
 use super::msrs::{KVM_MSRS, MSR_TSC, MSR_TSC_DEADLINE, read_msr, write_msrs};
-use crate::arch::x86_64::state::{FpuState, Timekeeping, VcpuState};
+use crate::state::vcpu::{FpuState, Timekeeping, VcpuState};
 
 /// The number of the extended control register that enables the parts of the XSAVE area.
 const XCR0: u32 = 0;

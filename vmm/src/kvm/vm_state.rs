@@ -11,7 +11,7 @@ use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use super::error::{During, KvmError};
 use super::vcpu_state::{SaveContext, save_vcpu};
 use super::{Vm, msrs};
-use crate::arch::x86_64::state::{ChipState, VcpuState};
+use crate::state::vcpu::{ChipState, VcpuState};
 
 mod ioctl_numbers {
     //! Numbers of requests that are younger than kvm-ioctls.

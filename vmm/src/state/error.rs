@@ -4,7 +4,7 @@ use std::io;
 
 use super::layout::{MAX_STATE_BYTES, VERSION};
 use super::malformed::Malformed;
-use crate::arch::x86_64::processor::Processor;
+use super::processor::Processor;
 
 /// The state of a template cannot be used or written.
 #[derive(Debug, thiserror::Error)]

@@ -10,8 +10,8 @@ use super::error::StateError;
 use super::key::Key;
 use super::layout::{HEADER_BYTES, MAC_BYTES, MAGIC, MAX_STATE_BYTES, VERSION};
 use super::malformed::Malformed;
+use super::processor::Processor;
 use super::wire::{Reader, Writer};
-use crate::arch::x86_64::processor::Processor;
 
 /// The header of a state.
 #[derive(Clone, Debug, PartialEq, Eq)]

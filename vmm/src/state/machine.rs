@@ -1,8 +1,8 @@
 //! The payload of a state file.
 
 use super::malformed::Malformed;
+use super::vcpu::{ChipState, VcpuState};
 use super::wire::{Reader, Writer};
-use crate::arch::x86_64::state::{ChipState, VcpuState};
 use crate::memory::PAGE_BYTES;
 use crate::memory::memory_file::MAX_PARTS;
 use crate::memory::page_run::{MAX_RUNS, PageRun, WorkingSet};

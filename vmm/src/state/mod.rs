@@ -22,6 +22,8 @@ mod key;
 mod layout;
 pub mod machine;
 pub mod malformed;
+pub mod processor;
+pub mod vcpu;
 pub mod wire;
 
 pub use error::StateError;

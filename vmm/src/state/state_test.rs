@@ -7,13 +7,11 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs};
 
 use super::machine::{ConnectionRequest, DeviceState, QueueState};
 use super::*;
-use crate::arch::x86_64::processor::Processor;
-use crate::arch::x86_64::state::{
-    ChipState, FpuState, LAPIC_WORDS, Timekeeping, VcpuState, XSAVE_WORDS,
-};
 use crate::control::TemplateFiles;
 use crate::memory::memory_file::MemoryFileError;
 use crate::memory::page_run::{MAX_RUNS, PageRun, WorkingSet};
+use crate::state::processor::Processor;
+use crate::state::vcpu::{ChipState, FpuState, LAPIC_WORDS, Timekeeping, VcpuState, XSAVE_WORDS};
 use crate::{Monitor, MonitorError, VmSpec};
 
 const MEMORY_MIB: u32 = 64;

@@ -12,8 +12,6 @@ use super::error::MonitorError;
 use super::init::{VmInit, map_root_image};
 use super::microvm::MicroVm;
 use super::vcpu::Vcpu;
-use crate::arch::x86_64::processor::Processor;
-use crate::arch::x86_64::state::Timekeeping;
 use crate::control::TemplateFiles;
 use crate::kvm::KvmError;
 use crate::kvm::vm_state::prefault_memory;
@@ -23,6 +21,8 @@ use crate::memory::page_run::{PageRun, WorkingSet};
 use crate::memory::recorder::Recorder;
 use crate::memory::working_set::{for_each_run, populate_written};
 use crate::spec::VmSpec;
+use crate::state::processor::Processor;
+use crate::state::vcpu::Timekeeping;
 use crate::state::{MachineState, StateError, read_state_file, verify_state};
 
 /// The saved state of a restored guest.

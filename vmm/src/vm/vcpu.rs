@@ -9,11 +9,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::end::End;
 use super::kick::run_kickable;
 use super::vcpu_events::VcpuEvents;
-use crate::arch::x86_64::state::Timekeeping;
 use crate::bus::Buses;
 use crate::control::EndReason;
 use crate::error_chain;
 use crate::kvm::vcpu_state::resume_time;
+use crate::state::vcpu::Timekeeping;
 
 /// The most MMIO fragments of one instruction that are completed for a vCPU that is to be quiesced:
 /// KVM splits an access that crosses a page, and no other.

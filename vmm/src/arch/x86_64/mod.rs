@@ -10,6 +10,4 @@ pub mod cmdline;
 pub mod cpuid;
 pub mod layout;
 pub mod mptable;
-pub mod processor;
 pub mod registers;
-pub mod state;

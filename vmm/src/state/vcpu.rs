@@ -7,8 +7,8 @@ use kvm_bindings::{
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::state::malformed::Malformed;
-use crate::state::wire::{Reader, Writer};
+use super::malformed::Malformed;
+use super::wire::{Reader, Writer};
 
 /// The most model-specific registers of a vCPU: as many as one call of KVM takes.
 pub const MAX_MSRS: u16 = 256;

@@ -4,8 +4,8 @@ use std::fmt;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-use crate::state::malformed::Malformed;
-use crate::state::wire::{Reader, Writer};
+use super::malformed::Malformed;
+use super::wire::{Reader, Writer};
 
 /// The processor that a guest sees. A saved guest continues only where this is the same: it looked
 /// once, when it booted, and relies on what it found.
