@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 
-use chitin_vmm::arch::x86_64::layout::HIGH_START;
+use chitin_vmm::arch::x86_64::layout::{HIGH_START, ram_ranges};
 use chitin_vmm::kernel::KernelImage;
 use chitin_vmm::memory;
 use libfuzzer_sys::fuzz_target;
@@ -20,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     file.write_all(data).expect("write a file");
     file.set_len(data.len() as u64 + u64::from(*pages) * 4096).expect("extend a file");
     if let Ok(kernel) = KernelImage::read_headers(&file, HIGH_START, GuestAddress(RAM_BYTES)) {
-        let ram = memory::create_ram(RAM_BYTES).expect("memory");
+        let ram = memory::create_ram(&ram_ranges(RAM_BYTES)).expect("memory");
         kernel.map_segments(&file, &ram).expect("a kernel with valid headers can be mapped");
         assert!((HIGH_START..GuestAddress(RAM_BYTES)).contains(&kernel.entry()));
     }

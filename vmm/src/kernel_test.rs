@@ -1,6 +1,7 @@
 use std::io::Write;
 
 use super::*;
+use crate::arch::x86_64::layout::ram_ranges;
 
 const FROM: GuestAddress = GuestAddress(1 << 20);
 const TO: GuestAddress = GuestAddress(64 << 20);
@@ -101,7 +102,7 @@ fn segment_is_mapped_with_copied_ends_and_zero_tail() {
         *byte = u8::try_from(index % 251).unwrap();
     }
     let file = file(&contents);
-    let ram = memory::create_ram(64 << 20).unwrap();
+    let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
     let image = KernelImage::read_headers(&file, FROM, TO).unwrap();
     image.map_segments(&file, &ram).unwrap();
     assert_eq!(image.entry(), GuestAddress(address));
@@ -119,7 +120,7 @@ fn segment_out_of_phase_is_copied() {
     let mut contents = padded(address, &[(0x1234, address, 0x2000, 0x2000)], 0x4000);
     contents[0x1234..0x3234].fill(7);
     let file = file(&contents);
-    let ram = memory::create_ram(64 << 20).unwrap();
+    let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
     KernelImage::read_headers(&file, FROM, TO).unwrap().map_segments(&file, &ram).unwrap();
     let mut loaded = vec![0; 0x2001];
     ram.read_slice(&mut loaded, GuestAddress(address)).unwrap();

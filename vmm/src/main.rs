@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use chitin_vmm::control::{ControlError, ControlSocket};
+use chitin_vmm::control::{ControlError, ControlSocket, ReceivedSpec};
 use chitin_vmm::jail::{
     self, ChildAccess, ChildExit, ForkResult, Jail, JailError, KilledChild, Supervisor,
 };
@@ -153,8 +153,8 @@ fn run_controlled() -> ExitCode {
         }
     };
     let received = control.receive_spec().map_err(Error::from);
-    let result = received.and_then(|(spec, channel, files)| {
-        let resources = VmResources::open(&spec, files)?;
+    let result = received.and_then(|ReceivedSpec { spec, channel, template }| {
+        let resources = VmResources::open(&spec, template)?;
         let builder = Monitor::builder().channel(channel).control(Rc::clone(&control));
         run_process(spec, resources, builder, Some(&control), emit.clone())
     });

@@ -98,7 +98,8 @@ struct PreparedGuest {
 
 impl PreparedGuest {
     fn new(kvm: &kvm_ioctls::Kvm) -> Result<Self, String> {
-        let ram = memory::create_ram(RAM_BYTES).map_err(|error| error_chain(&error))?;
+        let ram = memory::create_ram(&[(GuestAddress(0), RAM_BYTES)])
+            .map_err(|error| error_chain(&error))?;
         registers::write_page_tables(&ram).map_err(|error| error_chain(&error))?;
         ram.write_slice(&assemble_guest(), ENTRY).map_err(|error| error_chain(&error))?;
         let mut vm = Vm::new(kvm).map_err(|error| error_chain(&error))?;

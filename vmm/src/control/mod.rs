@@ -36,4 +36,4 @@ mod socket;
 
 pub use failure::FailureCode;
 pub use message::{EndReason, Event, MAX_LOG_BYTES, Request};
-pub use socket::{Command, ControlError, ControlSocket, TemplateFiles};
+pub use socket::{Command, ControlError, ControlSocket, ReceivedSpec, TemplateFiles};

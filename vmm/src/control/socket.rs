@@ -22,6 +22,17 @@ use crate::state::{Key, StateError};
 /// descriptors that do not fit are dropped silently.
 const MAX_FDS: usize = 5;
 
+/// A specification with its descriptors.
+#[derive(Debug)]
+pub struct ReceivedSpec {
+    /// The specification.
+    pub spec: VmSpec,
+    /// The channel, unless the guest is prepared and gets it later.
+    pub channel: Option<UnixStream>,
+    /// The files of a guest to be restored.
+    pub template: Option<TemplateFiles>,
+}
+
 /// A request with its descriptors.
 #[derive(Debug)]
 pub enum Command {
@@ -148,27 +159,25 @@ impl ControlSocket {
     ///
     /// # Errors
     /// The host has closed the socket, or the packet is invalid.
-    pub fn receive_spec(
-        &self,
-    ) -> Result<(VmSpec, Option<UnixStream>, Option<TemplateFiles>), ControlError> {
+    pub fn receive_spec(&self) -> Result<ReceivedSpec, ControlError> {
         let (packet, fds) = self.receive_packet(RecvFlags::empty())?;
         let spec: VmSpec = serde_json::from_slice(&packet).map_err(ControlError::Parse)?;
         let found = fds.len();
         let mut fds = fds.into_iter();
         let channel = if spec.prepared { None } else { fds.next() };
-        let (files, needed) = if spec.restore {
+        let (template, needed) = if spec.restore {
             let files = take_template_files(&mut fds)?;
             (files, "the channel unless `prepared`, the memory, the state and the key")
         } else {
             (None, "the channel unless `prepared`")
         };
         if channel.is_none() != spec.prepared
-            || files.is_none() == spec.restore
+            || template.is_none() == spec.restore
             || fds.next().is_some()
         {
             return Err(ControlError::Descriptors { found, needed });
         }
-        Ok((spec, channel.map(check_channel).transpose()?, files))
+        Ok(ReceivedSpec { spec, channel: channel.map(check_channel).transpose()?, template })
     }
 
     /// Takes a request without waiting for one.

@@ -8,8 +8,6 @@ use crate::control::{EndReason, MAX_LOG_BYTES};
 
 const SPEC: &[u8] = br#"{"kernel": "k", "root_image": "r"}"#;
 
-type ReceivedSpec = (VmSpec, Option<UnixStream>, Option<TemplateFiles>);
-
 /// A monitor's control socket, and the host's end of it.
 fn control_pair() -> (ControlSocket, OwnedFd) {
     let (ours, host) =
@@ -50,11 +48,11 @@ fn ended(log: String) -> Event {
 #[test]
 fn spec_is_received_with_its_channel() {
     let (channel, mut host) = UnixStream::pair().unwrap();
-    let (spec, received, files) = receive_spec(SPEC, &[channel.as_fd()]).unwrap();
-    assert_eq!(spec, VmSpec::new("k", "r"));
-    assert!(files.is_none());
+    let received = receive_spec(SPEC, &[channel.as_fd()]).unwrap();
+    assert_eq!(received.spec, VmSpec::new("k", "r"));
+    assert!(received.template.is_none());
     host.write_all(b"x").unwrap();
-    received.unwrap().read_exact(&mut [0]).unwrap();
+    received.channel.unwrap().read_exact(&mut [0]).unwrap();
 }
 
 #[test]
@@ -69,8 +67,9 @@ fn restore_needs_files_and_prepared_no_channel() {
         let channel = (!prepared).then_some(channel.as_fd());
         let fds = |key| channel.into_iter().chain([file.as_fd(), file.as_fd(), key]);
         let fds = |key| fds(key).collect::<Vec<_>>();
-        let (_, channel, files) = receive_spec(packet, &fds(good.as_fd())).unwrap();
-        assert_eq!((channel.is_none(), files.is_some()), (prepared, true));
+        let received = receive_spec(packet, &fds(good.as_fd())).unwrap();
+        assert_eq!(received.channel.is_none(), prepared);
+        assert!(received.template.is_some());
         let short = receive_spec(packet, &fds(short.as_fd()));
         assert!(matches!(short, Err(ControlError::Key(_))));
         let too_many = [fds(long.as_fd()), vec![file.as_fd()]].concat();
@@ -81,7 +80,7 @@ fn restore_needs_files_and_prepared_no_channel() {
         }
     }
     let packet = br#"{"kernel": "k", "root_image": "r", "prepared": true}"#;
-    assert!(receive_spec(packet, &[]).unwrap().1.is_none());
+    assert!(receive_spec(packet, &[]).unwrap().channel.is_none());
     let received = receive_spec(packet, &[channel.as_fd()]);
     assert!(matches!(received, Err(ControlError::Descriptors { .. })));
 }

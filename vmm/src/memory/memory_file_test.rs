@@ -1,6 +1,7 @@
 use std::os::fd::OwnedFd;
 
 use super::*;
+use crate::arch::x86_64::layout::ram_ranges;
 use crate::memory::create_ram;
 
 fn reopened(file: &tempfile::NamedTempFile) -> File {
@@ -10,7 +11,7 @@ fn reopened(file: &tempfile::NamedTempFile) -> File {
 #[test]
 fn written_memory_is_mapped_back_copy_on_write() {
     let bytes = 64 << 20;
-    let ram = create_ram(bytes).unwrap();
+    let ram = create_ram(&ram_ranges(bytes)).unwrap();
     let values = [(0u64, 1u8), (4095, 2), (40 << 20, 3), ((40 << 20) + 8192, 4), (bytes - 1, 5)];
     for (at, value) in values {
         ram.write_obj(value, GuestAddress(at)).unwrap();
@@ -26,7 +27,7 @@ fn written_memory_is_mapped_back_copy_on_write() {
     for _ in 0..2 {
         let file = reopened(&file);
         check_memory_file(&file, bytes).unwrap();
-        let ram = create_ram(bytes).unwrap();
+        let ram = create_ram(&ram_ranges(bytes)).unwrap();
         map_parts(&ram, &file, &parts).unwrap();
         for (at, value) in values {
             assert_eq!(ram.read_obj::<u8>(GuestAddress(at)).unwrap(), value);
@@ -63,7 +64,7 @@ fn short_or_writable_memory_file_is_refused() {
 
 #[test]
 fn memory_above_the_device_hole_follows_in_the_file() {
-    let ram = create_ram(4 << 30).unwrap();
+    let ram = create_ram(&ram_ranges(4 << 30)).unwrap();
     assert_eq!(locate_offset(&ram, (3 << 30) - 1), Some((GuestAddress((3 << 30) - 1), 1)));
     assert_eq!(locate_offset(&ram, 3 << 30), Some((GuestAddress(4 << 30), 1 << 30)));
     assert_eq!(locate_offset(&ram, 4 << 30), None);

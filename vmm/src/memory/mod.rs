@@ -20,7 +20,6 @@ use vm_memory::{
 
 pub use self::mapping::map_shared_file;
 use self::mapping::{Advice, FileAccess, advise, map_anonymous, replace_pages};
-use crate::arch::x86_64::layout::ram_ranges;
 
 /// A guest's RAM.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -58,14 +57,15 @@ pub enum MemoryError {
     MapFile { address: u64, bytes: u64, source: io::Error },
 }
 
-/// Reserves RAM, all zero, in the ranges of [`layout`](crate::arch::x86_64::layout).
+/// Reserves RAM, all zero, in ranges of guest addresses, lowest first.
 ///
 /// # Errors
 /// [`MemoryError::Map`] if the host does not give the address space.
-pub fn create_ram(total: u64) -> Result<GuestRam, MemoryError> {
-    let regions = ram_ranges(total)
-        .into_iter()
-        .map(|(start, bytes)| create_region(start, bytes, total < HUGE_PAGES_FROM))
+pub fn create_ram(ranges: &[(GuestAddress, u64)]) -> Result<GuestRam, MemoryError> {
+    let total: u64 = ranges.iter().map(|(_, bytes)| bytes).sum();
+    let regions = ranges
+        .iter()
+        .map(|(start, bytes)| create_region(*start, *bytes, total < HUGE_PAGES_FROM))
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(MemoryError::Arrange)
 }
@@ -128,12 +128,14 @@ fn to_usize(bytes: u64) -> usize {
 mod tests {
     use std::io::Write;
 
-    use super::*;
     use vm_memory::Bytes;
+
+    use super::*;
+    use crate::arch::x86_64::layout::ram_ranges;
 
     #[test]
     fn largest_guest_costs_nothing_until_touched() {
-        let ram = create_ram(u64::from(crate::spec::MAX_MEMORY_MIB) << 20).unwrap();
+        let ram = create_ram(&ram_ranges(u64::from(crate::spec::MAX_MEMORY_MIB) << 20)).unwrap();
         assert_eq!(ram.num_regions(), 2);
         let last = ram.last_addr();
         ram.write_obj(7u8, last).unwrap();
@@ -144,7 +146,7 @@ mod tests {
     fn mapped_file_is_copied_on_write() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[1; 8192]).unwrap();
-        let ram = create_ram(64 << 20).unwrap();
+        let ram = create_ram(&ram_ranges(64 << 20)).unwrap();
         let at = GuestAddress(1 << 20);
         map_file(&ram, at, &file, 4096, 4096).unwrap();
         assert_eq!(ram.read_obj::<u8>(at).unwrap(), 1);
@@ -157,7 +159,7 @@ mod tests {
     #[test]
     fn mapping_out_of_range_or_unaligned_is_refused() {
         let file = tempfile::tempfile().unwrap();
-        let ram = create_ram(64 << 20).unwrap();
+        let ram = create_ram(&ram_ranges(64 << 20)).unwrap();
         for (address, offset, bytes) in [
             (64 << 20, 0, 4096),
             ((64 << 20) - 4096, 0, 8192),

@@ -198,6 +198,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::arch::x86_64::layout::ram_ranges;
     use crate::memory::memory_file::map_parts;
     use crate::memory::working_set::populate_written;
     use crate::memory::{create_ram, map_shared_file};
@@ -226,7 +227,7 @@ mod tests {
     fn used_pages_are_recorded_and_populated() {
         let (memory, image) = files();
         let parts = [run(0, 1024)];
-        let ram = create_ram(RAM_BYTES).unwrap();
+        let ram = create_ram(&ram_ranges(RAM_BYTES)).unwrap();
         let mut recorder = Recorder::new(ReopenedFiles::open(&memory, &image).unwrap()).unwrap();
         assert!(recorder.can_split(&parts));
         recorder.map_split_parts(&ram, &memory, &parts).unwrap();
@@ -249,7 +250,7 @@ mod tests {
         assert_eq!(set.image, [run(3, 1)]);
 
         // Another guest gets private copies of the same pages.
-        let ram = create_ram(RAM_BYTES).unwrap();
+        let ram = create_ram(&ram_ranges(RAM_BYTES)).unwrap();
         map_parts(&ram, &memory, &parts).unwrap();
         populate_written(&ram, &set.written);
         assert_eq!(recorder.collect_pages(&ram, &image_ram).unwrap().written, set.written);

@@ -58,15 +58,6 @@ const DRIVER: u32 = ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
 const FEATURES_OK: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
 
-/// The address and the interrupt line of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MmioDeviceInfo {
-    /// The start of its registers.
-    pub address: GuestAddress,
-    /// Its line of the I/O APIC.
-    pub irq: u32,
-}
-
 /// The way from the transport to the VMM thread, which runs the device's [`QueueHandler`].
 pub trait Worker: Send {
     /// Passes a running half to the VMM thread, with the eventfd of its notifications.

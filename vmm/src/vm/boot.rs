@@ -66,13 +66,8 @@ impl VmInit {
         let virtio_devices: Vec<_> = self.devices.slots.iter().map(|slot| slot.info).collect();
         let cmdline = cmdline::build_command_line(&virtio_devices, self.spec.console)
             .map_err(MonitorError::CommandLine)?;
-        let VmSpec { vcpus, .. } = self.spec;
-        Ok(boot::write_boot_parameters(
-            &self.memory.ram,
-            self.spec.memory_bytes(),
-            vcpus,
-            &cmdline,
-        )?)
+        let (ram_bytes, vcpus) = (self.spec.memory_bytes(), self.spec.vcpus);
+        Ok(boot::write_boot_parameters(&self.memory.ram, ram_bytes, vcpus, &cmdline)?)
     }
 
     /// Creates the vCPUs. The first starts at `entry`, the others when the kernel starts them.

@@ -8,18 +8,19 @@ use vm_memory::GuestAddress;
 use super::device_requests::{DeviceRequests, WorkerHandle};
 use super::error::MonitorError;
 use super::eventfd::create_eventfd;
+use crate::arch::x86_64::cmdline::VirtioMmioDevice;
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
 use crate::console::{Console, SerialInterrupt};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::{MmioDeviceInfo, MmioTransport, NOTIFY_OFFSET, SharedRegisters};
+use crate::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedRegisters};
 
 /// One virtio device: its place in the guest, and both ways to it.
 pub(super) struct VirtioSlot {
     /// The registers' address and the interrupt line.
-    pub info: MmioDeviceInfo,
+    pub info: VirtioMmioDevice,
     /// The registers that vCPUs and the VMM thread share without a lock.
     pub shared: Arc<SharedRegisters>,
     transport: Arc<Mutex<MmioTransport<WorkerHandle>>>,
@@ -73,7 +74,7 @@ impl Devices {
             MmioTransport::new(device, worker, Arc::clone(ram), Arc::clone(&shared), kick);
         let transport = Arc::new(Mutex::new(transport));
         self.buses.mmio.insert(address.0, layout::VIRTIO_MMIO_BYTES, Arc::clone(&transport) as _);
-        self.slots.push(VirtioSlot { info: MmioDeviceInfo { address, irq }, shared, transport });
+        self.slots.push(VirtioSlot { info: VirtioMmioDevice { address, irq }, shared, transport });
         Ok(())
     }
 

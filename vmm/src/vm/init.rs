@@ -36,7 +36,7 @@ pub(super) struct VmInit {
 impl VmInit {
     /// Creates a VM without vCPUs and devices, and RAM that holds nothing.
     pub fn new(spec: VmSpec, kvm: Kvm, image: MmapRegion<()>) -> Result<Self, MonitorError> {
-        let ram = Arc::new(memory::create_ram(spec.memory_bytes())?);
+        let ram = Arc::new(memory::create_ram(&layout::ram_ranges(spec.memory_bytes()))?);
         Ok(Self {
             vcpus: Vec::new(),
             devices: Devices::new()?,

@@ -32,7 +32,7 @@ mod error;
 mod event_loop;
 mod eventfd;
 mod init;
-pub mod kick;
+pub(crate) mod kick;
 mod loop_signals;
 mod microvm;
 mod resources;

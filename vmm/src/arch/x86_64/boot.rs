@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn setup_seeds_differ_and_boot_params_point_at_them() {
         assert_ne!(build_setup_seed().unwrap()[16..], build_setup_seed().unwrap()[16..]);
-        let ram = memory::create_ram(64 << 20).unwrap();
+        let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
         write_boot_parameters(&ram, 64 << 20, 1, "quiet").unwrap();
         let params: boot_params = ram.read_obj(BOOT_PARAMS).unwrap();
         let (seed, count) = (params.hdr.setup_data, params.e820_entries);
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn long_command_line_is_refused() {
-        let ram = memory::create_ram(64 << 20).unwrap();
+        let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
         let line = "x".repeat(CMDLINE_BYTES);
         assert!(matches!(
             write_boot_parameters(&ram, 64 << 20, 1, &line),

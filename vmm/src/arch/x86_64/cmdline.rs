@@ -2,15 +2,24 @@
 //! guest can read it.
 
 use linux_loader::cmdline::{Cmdline, Error};
+use vm_memory::GuestAddress;
 
 use super::layout::{CMDLINE_BYTES, LOG, LOG_BYTES, VIRTIO_MMIO_BYTES};
-use crate::virtio::mmio::MmioDeviceInfo;
+
+/// A virtio-mmio device, which the kernel finds by its option on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmioDevice {
+    /// The start of its registers.
+    pub address: GuestAddress,
+    /// Its line of the I/O APIC.
+    pub irq: u32,
+}
 
 /// Builds the command line of a guest with these virtio-mmio devices.
 ///
 /// # Errors
 /// It does not fit into [`CMDLINE_BYTES`].
-pub fn build_command_line(devices: &[MmioDeviceInfo], console: bool) -> Result<String, Error> {
+pub fn build_command_line(devices: &[VirtioMmioDevice], console: bool) -> Result<String, Error> {
     let mut line = Cmdline::new(CMDLINE_BYTES)?;
     // A reboot is a triple fault, which is an exit of KVM and needs no device ...
     line.insert_str("reboot=t")?;
@@ -61,11 +70,10 @@ fn insert_message_log(line: &mut Cmdline) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::GuestAddress;
 
     #[test]
     fn command_line_has_devices_and_requested_console() {
-        let devices = [MmioDeviceInfo { address: GuestAddress(0xd000_0000), irq: 5 }];
+        let devices = [VirtioMmioDevice { address: GuestAddress(0xd000_0000), irq: 5 }];
         let line = build_command_line(&devices, false).unwrap();
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5"), "{line}");
         assert!(!line.contains("console=ttyS0"), "{line}");

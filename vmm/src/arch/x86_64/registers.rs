@@ -109,12 +109,13 @@ pub fn entry_registers(entry: GuestAddress) -> kvm_regs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::ram_ranges;
     use super::*;
     use crate::memory;
 
     #[test]
     fn page_tables_map_the_kernel_to_itself() {
-        let ram = memory::create_ram(64 << 20).unwrap();
+        let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
         write_page_tables(&ram).unwrap();
         let load = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         let address = 0x100_0000u64;
