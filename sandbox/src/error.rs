@@ -7,7 +7,7 @@ use chitin_broker::vault::VaultError;
 use chitin_policy::PolicyError;
 use chitin_protocol::{Exit, Failure, Fault, MAX_CONTROL, MAX_STREAMS};
 use chitin_tiers::GuestEnd;
-use chitin_vmm::{FailureCode, SpecError};
+use chitin_vmm::{FailureCode, HostError, SpecError};
 
 use crate::template::TemplateError;
 
@@ -37,13 +37,8 @@ pub enum Error {
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// The host refused an operation that every process may usually do.
-    #[error("{operation}")]
-    Host {
-        /// The operation.
-        operation: &'static str,
-        /// The cause.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// The guest ended before it was stopped.
     #[error("{0}")]
     GuestEnded(GuestEnd),
@@ -271,6 +266,7 @@ impl From<chitin_tiers::Error> for Error {
         match error {
             chitin_tiers::Error::GuestEnded(end) => Error::GuestEnded(end),
             chitin_tiers::Error::Stopped => Error::Stopped,
+            chitin_tiers::Error::Host(error) => Error::Host(error),
             error => Error::Tier(error),
         }
     }

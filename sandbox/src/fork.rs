@@ -16,6 +16,7 @@ use std::os::fd::AsRawFd;
 
 use chitin_broker::credentials::FetchedCredentials;
 use chitin_tiers::GuestFiles;
+use chitin_vmm::HostError;
 use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
@@ -56,8 +57,7 @@ impl Sandbox {
         // The agent opened one connection more than it needs before it gave up the right to.
         spec.forkable = false;
         vm.template = false;
-        let saved = SavedGuest::create()
-            .map_err(|source| Error::Host { operation: "create files in memory", source })?;
+        let saved = SavedGuest::create().map_err(HostError::during("create files in memory"))?;
         let binding = spec.bind_restored(&mut vm)?;
         self.guest.session.save(binding, &saved.open_for_writing()?).await?;
 
@@ -84,6 +84,8 @@ impl Sandbox {
     }
 }
 
+const OPEN: &str = "open a file in memory";
+
 /// The files of a saved guest, in memory.
 struct SavedGuest {
     memory: File,
@@ -105,8 +107,8 @@ impl SavedGuest {
         Ok(saved)
     }
 
-    fn open_for_writing(&self) -> Result<GuestFiles, Error> {
-        let duplicate = |file: &File| file.try_clone().map_err(open_error);
+    fn open_for_writing(&self) -> Result<GuestFiles, HostError> {
+        let duplicate = |file: &File| file.try_clone().map_err(HostError::during(OPEN));
         Ok(GuestFiles {
             memory: duplicate(&self.memory)?,
             state: duplicate(&self.state)?,
@@ -115,7 +117,7 @@ impl SavedGuest {
     }
 
     /// Opens the files at their beginning.
-    fn open_for_reading(&self) -> Result<GuestFiles, Error> {
+    fn open_for_reading(&self) -> Result<GuestFiles, HostError> {
         Ok(GuestFiles {
             memory: reopen_read_only(&self.memory)?,
             state: reopen_read_only(&self.state)?,
@@ -125,10 +127,7 @@ impl SavedGuest {
 }
 
 /// Opens the same file for reading only, which a monitor requires.
-fn reopen_read_only(file: &File) -> Result<File, Error> {
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(open_error)
-}
-
-fn open_error(source: io::Error) -> Error {
-    Error::Host { operation: "open a file in memory", source }
+fn reopen_read_only(file: &File) -> Result<File, HostError> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::open(path).map_err(HostError::during(OPEN))
 }

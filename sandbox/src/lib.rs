@@ -72,9 +72,8 @@ pub use chitin_spec::{
 pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, GuestEnd, RejectedTier, SelectedTier, Unavailable,
 };
-pub use chitin_vmm::FailureCode;
 pub use chitin_vmm::jail::Jail;
-pub use chitin_vmm::{error_chain, printable};
+pub use chitin_vmm::{FailureCode, HostError, error_chain, printable};
 pub use cleanup::wait_for_cleanup;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
 use chitin_tiers::microvm::Reported;
 use chitin_tiers::{BOOT_LIMIT, GuestEnd, GuestFiles, Instance};
+use chitin_vmm::HostError;
 use chitin_vmm::control::Request;
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio::time::Instant;
@@ -123,8 +124,7 @@ impl Session {
     /// the next request if that has failed.
     pub fn send_reseed(&self) -> Result<(), Error> {
         let mut random = Zeroizing::new([0; MIN_ENTROPY + IDENTITY_BYTES]);
-        getrandom::fill(&mut *random)
-            .map_err(|error| Error::Host { operation: "get random bytes", source: error.into() })?;
+        getrandom::fill(&mut *random).map_err(HostError::during("get random bytes"))?;
         let (entropy, identity) = random.split_at(MIN_ENTROPY);
         let request = self.channel.next_id();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -12,7 +12,7 @@ use chitin_tiers::microvm::MicrovmTier;
 use chitin_tiers::{
     Artifacts, GuestFiles, LaunchSpec, ReadOnlyPath, SelectedTier, Tier, select_tier, tier_of,
 };
-use chitin_vmm::VmSpec;
+use chitin_vmm::{HostError, VmSpec};
 
 use crate::cleanup;
 use crate::error::Error;
@@ -141,8 +141,8 @@ impl SandboxSpec {
     }
 
     /// Turns a VM specification into that of a restored guest. Returns the binding of its files.
-    pub fn bind_restored(&self, vm: &mut VmSpec) -> Result<String, Error> {
+    pub fn bind_restored(&self, vm: &mut VmSpec) -> Result<String, HostError> {
         bind_to_root_image(vm, &self.artifacts.root_image)
-            .map_err(|source| Error::Host { operation: "inspect the root image", source })
+            .map_err(HostError::during("inspect the root image"))
     }
 }

@@ -2,7 +2,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use chitin_vmm::FailureCode;
+use chitin_vmm::{FailureCode, HostError};
 
 use crate::RejectedTier;
 use crate::artifacts::ArtifactKind;
@@ -28,13 +28,8 @@ pub enum Error {
         source: io::Error,
     },
     /// The host refused an operation that processes can usually do.
-    #[error("{operation}")]
-    Host {
-        /// The operation.
-        operation: &'static str,
-        /// Cause.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// The monitor could not start the guest.
     #[error("start the microVM: {message}")]
     Monitor {

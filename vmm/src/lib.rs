@@ -19,6 +19,7 @@ pub mod bus;
 pub mod console;
 pub mod control;
 mod error_chain;
+mod host_error;
 pub mod image;
 pub mod jail;
 pub mod kernel;
@@ -35,5 +36,6 @@ pub mod vm;
 
 pub use control::{EndReason, Event, FailureCode, Request};
 pub use error_chain::{error_chain, printable};
+pub use host_error::HostError;
 pub use spec::{SpecError, VmSpec};
 pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper, VmResources};

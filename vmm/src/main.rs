@@ -20,8 +20,8 @@ use chitin_vmm::jail::{
 };
 use chitin_vmm::signals::TerminationSignals;
 use chitin_vmm::{
-    Event, FailureCode, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec, error_chain,
-    probe,
+    Event, FailureCode, HostError, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec,
+    error_chain, probe,
 };
 use serde::Serialize;
 
@@ -202,7 +202,9 @@ fn run_process(
 ) -> Result<Outcome, Error> {
     if !spec.jail {
         resources.open_pagemap()?;
-        jail::forbid_dumps().map_err(MonitorError::host("forbid core dumps"))?;
+        jail::forbid_dumps()
+            .map_err(HostError::during("forbid core dumps"))
+            .map_err(MonitorError::from)?;
         return run_monitor(spec, resources, builder, None, emit);
     }
     match jail::fork_into_namespaces(&spec)? {
@@ -271,5 +273,5 @@ fn report_outcome(result: Result<Outcome, Error>, mut emit: impl FnMut(Event)) -
 }
 
 fn block_signals() -> Result<TerminationSignals, MonitorError> {
-    TerminationSignals::block().map_err(MonitorError::host("create a signalfd"))
+    Ok(TerminationSignals::block().map_err(HostError::during("create a signalfd"))?)
 }

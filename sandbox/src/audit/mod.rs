@@ -7,7 +7,6 @@
 
 mod property;
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use std::time::Duration;
 use chitin_protocol::Exit;
 use chitin_spec::{Boundary, SecretSource};
 use chitin_tiers::SelectedTier;
+use chitin_vmm::HostError;
 use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -161,7 +161,7 @@ impl Surroundings {
         let file = tempfile::Builder::new()
             .prefix(&mark)
             .tempfile()
-            .map_err(host("create a file as a target"))?;
+            .map_err(HostError::during("create a file as a target"))?;
         let process = tokio::process::Command::new("sleep")
             .arg0(&mark)
             .arg("3600")
@@ -169,7 +169,7 @@ impl Surroundings {
             .stdout(Stdio::null())
             .kill_on_drop(true)
             .spawn()
-            .map_err(host("start a process as a target"))?;
+            .map_err(HostError::during("start a process as a target"))?;
         let listeners = HostListeners::bind().await?;
         let mut context = json!({
             "host_file": file.path(),
@@ -250,8 +250,8 @@ impl HostListeners {
         for address in list_host_addresses() {
             let listener = TcpListener::bind(SocketAddr::new(address, 0))
                 .await
-                .map_err(host("listen as a target"))?;
-            let bound = listener.local_addr().map_err(host("listen as a target"))?;
+                .map_err(HostError::during("listen as a target"))?;
+            let bound = listener.local_addr().map_err(HostError::during("listen as a target"))?;
             addresses.push((bound.ip().to_string(), bound.port()));
             let reached = reached.clone();
             tasks.push(tokio::spawn(async move {
@@ -272,8 +272,8 @@ impl Drop for HostListeners {
 
 /// Starts the second sandbox, with a credential in it.
 async fn start_neighbour(builder: &Builder, canary: &str) -> Result<Sandbox, Error> {
-    let value = tempfile::NamedTempFile::new().map_err(host("store a credential"))?;
-    std::fs::write(value.path(), canary).map_err(host("store a credential"))?;
+    let value = tempfile::NamedTempFile::new().map_err(HostError::during("store a credential"))?;
+    std::fs::write(value.path(), canary).map_err(HostError::during("store a credential"))?;
     let source = SecretSource::File(value.path().to_owned());
     builder.clone().secret("NEIGHBOUR", source).start().await
 }
@@ -329,14 +329,10 @@ fn list_host_addresses() -> Vec<IpAddr> {
     [loopback].into_iter().chain(outer).collect()
 }
 
-fn random_hex() -> Result<String, Error> {
+fn random_hex() -> Result<String, HostError> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(io::Error::from).map_err(host("get random bytes"))?;
+    getrandom::fill(&mut bytes).map_err(HostError::during("get random bytes"))?;
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
-}
-
-fn host(operation: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Host { operation, source }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use chitin_broker::proxy::Proxy;
+use chitin_vmm::HostError;
 use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -70,7 +71,7 @@ const SCRATCH: TrustStorePaths = TrustStorePaths {
 
 /// Adds the CA of the proxy to the sandbox's CA files, and points every command at them.
 pub(crate) async fn install_ca(session: &Session, proxy: &Proxy) -> Result<(), Error> {
-    let failed = |source| Error::Host { operation: "add the CA to the sandbox's CA files", source };
+    let failed = HostError::during("add the CA to the sandbox's CA files");
     let dir = tempfile::tempdir().map_err(failed)?;
     let mut bundle = copy_bundle_out(session, &dir.path().join("bundle"), failed).await?;
     if !bundle.is_empty() && !bundle.ends_with(b"\n") {
@@ -103,10 +104,10 @@ pub(crate) async fn install_ca(session: &Session, proxy: &Proxy) -> Result<(), E
 async fn copy_bundle_out(
     session: &Session,
     target: &Path,
-    failed: impl Fn(io::Error) -> Error,
+    failed: impl Fn(io::Error) -> HostError,
 ) -> Result<Vec<u8>, Error> {
     match copy_out(session, Path::new(BUNDLE), target).await {
-        Ok(_) => read_bundle(target).map_err(failed),
+        Ok(_) => Ok(read_bundle(target).map_err(failed)?),
         Err(Error::Guest(failure)) if failure.errno == Errno::NOENT.raw_os_error() => {
             Ok(Vec::new())
         }

@@ -13,6 +13,8 @@ pub(crate) use log::Log;
 pub(crate) use owner::Owner;
 pub(crate) use root_archive::RootArchive;
 
+use chitin_vmm::HostError;
+
 use crate::Error;
 
 /// The command of every container.
@@ -38,7 +40,6 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Returns a random container name.
 pub(crate) fn random_name() -> Result<String, Error> {
     let mut random = [0; 8];
-    getrandom::fill(&mut random)
-        .map_err(|error| Error::Host { operation: "get random bytes", source: error.into() })?;
+    getrandom::fill(&mut random).map_err(HostError::during("get random bytes"))?;
     Ok(format!("chitin-{:016x}", u64::from_ne_bytes(random)))
 }

@@ -8,6 +8,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use chitin_vmm::HostError;
+
 use crate::error::PathError;
 use crate::{Artifacts, Error, ReadOnlyPath, Unavailable};
 
@@ -75,7 +77,7 @@ impl RootArchive {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let failed = |source| Error::Host { operation: "read the archive of the root", source };
+        let failed = HostError::during("read the archive of the root");
         let entries = File::open(&self.path).and_then(list_entries).map_err(failed)?;
         let mut mount_points = Vec::new();
         for path in wanted {

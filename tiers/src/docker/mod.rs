@@ -27,7 +27,7 @@ use bollard::query_parameters::{
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use chitin_spec::TierKind;
-use chitin_vmm::error_chain;
+use chitin_vmm::{HostError, error_chain};
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -316,7 +316,7 @@ impl Daemon {
         let path = &self.archive.path;
         let file = tokio::fs::File::open(path)
             .await
-            .map_err(|source| Error::Host { operation: "open the archive of the root", source })?;
+            .map_err(HostError::during("open the archive of the root"))?;
         let options =
             CreateImageOptionsBuilder::default().from_src("-").repo(IMAGE).tag(self.tag()).build();
         let body = bollard::body_try_stream(ReaderStream::with_capacity(file, CHUNK));

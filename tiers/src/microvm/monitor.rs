@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use chitin_vmm::control::Request;
 use chitin_vmm::jail::Jail;
-use chitin_vmm::{EndReason, Event, FailureCode, VmSpec};
+use chitin_vmm::{EndReason, Event, FailureCode, HostError, VmSpec};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     sendmsg, socketpair,
@@ -111,7 +111,7 @@ pub fn prepare_monitor(
 
 /// Creates a channel and returns our end and the monitor's.
 fn create_channel() -> Result<(UnixStream, OwnedFd), Error> {
-    let (ours, theirs) = UnixStream::pair().map_err(host_error("create a socket pair"))?;
+    let (ours, theirs) = UnixStream::pair().map_err(HostError::during("create a socket pair"))?;
     Ok((ours, theirs.into()))
 }
 
@@ -123,7 +123,7 @@ fn spawn_monitor(
 ) -> Result<Monitor, Error> {
     let (control, control_theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| host_error("create a socket pair")(errno.into()))?;
+            .map_err(HostError::during("create a socket pair"))?;
 
     let spawned = monotonic_ns();
     let child = tokio::process::Command::new(&artifacts.monitor)
@@ -151,15 +151,11 @@ fn spawn_monitor(
         "monitor started"
     );
 
-    let control = Arc::new(into_datagram(control).map_err(host_error("watch the monitor"))?);
+    let control = Arc::new(into_datagram(control).map_err(HostError::during("watch the monitor"))?);
     let (sender, reported) = watch::channel(Reported::default());
     let listener = tokio::spawn(receive_events(control.clone(), sender));
     let (control, listener) = (Some(control), Some(listener));
     Ok(Monitor { child, jailed: spec.jail, control, listener, reported, spawned })
-}
-
-fn host_error(operation: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Host { operation, source }
 }
 
 /// Sends one packet of JSON with descriptors.
@@ -169,14 +165,14 @@ fn send_packet(
     fds: &[BorrowedFd<'_>],
 ) -> Result<(), Error> {
     let operation = "send a request to the monitor";
-    let json = serde_json::to_vec(packet).map_err(|error| host_error(operation)(error.into()))?;
+    let json = serde_json::to_vec(packet).map_err(HostError::during(operation))?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     ancillary.push(SendAncillaryMessage::ScmRights(fds));
     // The wait for the answer reports a monitor that has ended already.
     match sendmsg(control, &[IoSlice::new(&json)], &mut ancillary, SendFlags::NOSIGNAL) {
         Ok(_) | Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Ok(()),
-        Err(errno) => Err(host_error(operation)(errno.into())),
+        Err(errno) => Err(HostError::during(operation)(errno).into()),
     }
 }
 

@@ -18,6 +18,8 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use super::{Container, RUN, run_silently};
+use chitin_vmm::HostError;
+
 use crate::container::Limits;
 use crate::error::ContainerError;
 use crate::{Capabilities, Error, Instance, Unavailable};
@@ -337,7 +339,9 @@ async fn query_version(engine: &Engine) -> Result<String, String> {
 async fn run_trial(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Result<(), String> {
     let (mut container, stream) = Container::start(engine, root, TRIAL_LIMITS, &[], cleanup)
         .map_err(|error| match error {
-            Error::Spawn { source, .. } | Error::Host { source, .. } => source.to_string(),
+            Error::Spawn { source, .. } | Error::Host(HostError { source, .. }) => {
+                source.to_string()
+            }
             other => other.to_string(),
         })?;
     let mut stream = stream

@@ -33,6 +33,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use chitin_spec::TierKind;
+use chitin_vmm::HostError;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
@@ -69,10 +70,6 @@ const KILLED: i32 = 137;
 const PANICKED: i32 = 2;
 
 const WRITE_BUNDLE: &str = "write an OCI bundle in /run/chitin";
-
-fn host_error(operation: &'static str) -> impl Fn(std::io::Error) -> Error {
-    move |source| Error::Host { operation, source }
-}
 
 /// The tier of containers of an OCI runtime.
 #[derive(Debug)]
@@ -175,7 +172,7 @@ impl OciTier {
     ) -> Result<Baseline, Error> {
         let Ready { engine, root, .. } = self.require_ready().await?;
         let content = Content { root, limits: Limits::of(spec), mount_points: &[], argv };
-        let bundle = Bundle::create(engine, &content).map_err(host_error(WRITE_BUNDLE))?;
+        let bundle = Bundle::create(engine, &content).map_err(HostError::during(WRITE_BUNDLE))?;
         Ok(Baseline { engine: engine.clone(), bundle })
     }
 }
@@ -215,10 +212,11 @@ impl Container {
         let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
         let argv: Vec<String> = argv.map(str::to_owned).collect();
         let content = Content { root, limits, mount_points, argv: &argv };
-        let bundle = Bundle::create(engine, &content).map_err(host_error(WRITE_BUNDLE))?;
-        let (ours, theirs) = UnixStream::pair().map_err(host_error("create a socket pair"))?;
+        let bundle = Bundle::create(engine, &content).map_err(HostError::during(WRITE_BUNDLE))?;
+        let (ours, theirs) =
+            UnixStream::pair().map_err(HostError::during("create a socket pair"))?;
         let stdin: OwnedFd =
-            theirs.try_clone().map_err(host_error("duplicate the channel"))?.into();
+            theirs.try_clone().map_err(HostError::during("duplicate the channel"))?.into();
         let mut child = engine
             .command(&["run", "--bundle"])
             .arg(bundle.path())

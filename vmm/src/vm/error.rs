@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use vm_memory::GuestMemoryError;
 
+use crate::HostError;
 use crate::arch::x86_64::boot::BootError;
 use crate::control::{ControlError, FailureCode};
 use crate::image::ImageError;
@@ -52,8 +53,8 @@ pub enum MonitorError {
     #[error("kernel command line")]
     CommandLine(#[source] linux_loader::cmdline::Error),
     /// The host has refused an operation that every process may usually do.
-    #[error("{operation}")]
-    Host { operation: &'static str, source: io::Error },
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// The control socket has failed, or the host has broken its protocol.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -78,11 +79,6 @@ pub enum MonitorError {
 }
 
 impl MonitorError {
-    /// Names the operation that the host has refused: for `map_err`.
-    pub fn host(operation: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Host { operation, source }
-    }
-
     /// Classifies the error for programs. There is no wildcard, so that a new variant needs a
     /// decision.
     pub fn code(&self) -> FailureCode {
@@ -94,7 +90,7 @@ impl MonitorError {
             Self::Memory(_) => FailureCode::Memory,
             Self::Boot(error) => boot_code(error),
             Self::Tables(_) | Self::CommandLine(_) => FailureCode::Internal,
-            Self::Host { .. } | Self::EventLoop(_) => FailureCode::Host,
+            Self::Host(_) | Self::EventLoop(_) => FailureCode::Host,
             Self::Control(error) => error.code(),
             Self::Untimely { .. } => FailureCode::Control,
             Self::State(_) | Self::MemoryFile(_) | Self::Record(_) => FailureCode::Template,

@@ -11,6 +11,7 @@ use super::device_requests::DeviceRequests;
 use super::devices::VirtioSlot;
 use super::error::MonitorError;
 use super::vcpu::{Vcpu, VcpuContext};
+use crate::HostError;
 use crate::arch::x86_64::layout;
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
@@ -48,7 +49,7 @@ impl MicroVm {
     pub fn attach_channel(&self, channel: UnixStream) -> Result<(), MonitorError> {
         channel
             .set_nonblocking(true)
-            .map_err(MonitorError::host("make the channel non-blocking"))?;
+            .map_err(HostError::during("make the channel non-blocking"))?;
         self.channel.set(Arc::new(channel)).map_err(|_| MonitorError::Untimely {
             request: "go",
             reason: "the guest has a channel already",

@@ -60,6 +60,8 @@ use microvm::MicroVm;
 use restore::Restored;
 use run::Run;
 
+use crate::HostError;
+
 /// A microVM that is ready to run.
 ///
 /// ```no_run
@@ -112,7 +114,7 @@ impl Monitor {
     /// end of the guest itself is not an error but an [`Ended`].
     pub fn run(self) -> Result<Ended, MonitorError> {
         kick::install_kick_handler()
-            .map_err(MonitorError::host("install the signal handler of vCPUs"))?;
+            .map_err(HostError::during("install the signal handler of vCPUs"))?;
         Run::new(self.microvm, self.restored, self.host, self.filters)?.run_to_end()
     }
 }

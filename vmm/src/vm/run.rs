@@ -16,6 +16,7 @@ use super::restore::Restored;
 use super::snapshot::Snapshotter;
 use super::vcpu::{Vcpu, VcpuRequest};
 use super::vcpu_threads::VcpuThreads;
+use crate::HostError;
 use crate::control::{Command, EndReason, Event};
 use crate::seccomp::rules::ThreadRole;
 use crate::seccomp::{self, Filters};
@@ -83,7 +84,7 @@ impl Run {
         for vcpu in std::mem::take(&mut self.microvm.vcpus) {
             self.threads
                 .start(vcpu, self.filters)
-                .map_err(MonitorError::host("start the thread of a vCPU"))?;
+                .map_err(HostError::during("start the thread of a vCPU"))?;
         }
         Ok(())
     }
@@ -93,8 +94,11 @@ impl Run {
         let Some(filters) = self.filters else { return Ok(()) };
         self.threads.wait_until_filtered();
         seccomp::limit_threads(self.threads.len() + 1)
-            .map_err(MonitorError::host("limit the number of threads"))?;
-        filters.install_filter(ThreadRole::Vmm).map_err(MonitorError::host("filter system calls"))
+            .map_err(HostError::during("limit the number of threads"))?;
+        filters
+            .install_filter(ThreadRole::Vmm)
+            .map_err(HostError::during("filter system calls"))?;
+        Ok(())
     }
 
     /// Waits for the channel of a prepared guest. Returns an end if the guest is not to run.
