@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The cause of a failure, as the first thing that a program can do something about. The text
-/// beside it has the details and the remedy.
+/// The cause of a failure, for programs that react to it. The error text has the details and the
+/// remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

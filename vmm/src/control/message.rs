@@ -21,7 +21,7 @@ pub enum Event {
     Entered {
         /// `CLOCK_MONOTONIC` in nanoseconds, just before the first `KVM_RUN`.
         at_ns: u64,
-        /// The jail of the monitor; `None` if it was told to run without one.
+        /// The jail of the monitor; `None` if it runs without one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         jail: Option<Jail>,
     },

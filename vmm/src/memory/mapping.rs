@@ -1,7 +1,7 @@
 //! Mappings of guest memory and of files, and advice to the host about them.
 //!
-//! All functions check that the pages lie in the mapping, so that they are safe: what they change
-//! is only accessed through the volatile slices of vm-memory, by the guest, or not at all.
+//! Every function checks that the pages lie in the mapping, which makes it safe: the pages are
+//! accessed through the volatile slices of vm-memory, by the guest, or not at all.
 
 use std::fs::File;
 use std::io;

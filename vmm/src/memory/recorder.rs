@@ -1,6 +1,6 @@
 //! Records the pages that a restored guest uses.
 //!
-//! The guest is restored once to be watched, with every page in a mapping of its own, because the
+//! The guest is restored once to be watched, with every page in a separate mapping, because the
 //! host maps the neighbours of a page that is read as well. The pages that are mapped after that
 //! were used, and those that no longer belong to the file were written. No privilege is needed.
 

@@ -57,7 +57,7 @@ pub(super) struct EventLoop {
     vcpus: Arc<VcpuContext>,
     control: Option<Rc<ControlSocket>>,
     on_event: Box<dyn FnMut(Event)>,
-    /// Set when the host was told that the guest runs.
+    /// Set when the entry into the guest was reported to the host.
     entry_reported: bool,
 }
 
@@ -209,8 +209,8 @@ impl EventLoop {
         }
     }
 
-    /// Takes what a guest that is gone has left in its queues, and waits up to [`DRAIN_LIMIT`]
-    /// until the host has read it.
+    /// Processes the queues of a guest that has ended, and waits up to [`DRAIN_LIMIT`] until the
+    /// host has read its last bytes.
     pub fn drain_queues(&mut self) -> Result<(), MonitorError> {
         let deadline = Instant::now() + DRAIN_LIMIT;
         self.process_queues();

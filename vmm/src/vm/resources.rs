@@ -30,7 +30,7 @@ pub(super) enum GuestSource {
 
 /// The files of a recording, which are opened in two steps.
 pub(super) enum RecordingFiles {
-    /// No recording was asked for.
+    /// The specification requests no recording.
     None,
     /// The files of the guest were opened a second time.
     Reopened(ReopenedFiles),

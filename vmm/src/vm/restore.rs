@@ -28,7 +28,7 @@ use crate::state::{MachineState, StateError, read_state_file, verify_state};
 /// The saved state of a restored guest.
 pub(super) struct Restored {
     pub state: MachineState,
-    /// The recording of the pages it uses, if one was asked for.
+    /// The recording of the pages it uses, if the specification requests one.
     pub recording: Option<Recording>,
 }
 

@@ -74,7 +74,7 @@ impl Run {
             self.restore_devices()?;
             self.install_filters()?;
         }
-        // All that is not needed to serve the guest is done: it may do what it wants from here on.
+        // From here on the guest runs, and this thread only serves it.
         self.threads.enter_guest();
         self.event_loop.run()
     }

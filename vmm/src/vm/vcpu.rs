@@ -154,7 +154,7 @@ fn run_until_exit(fd: &mut VcpuFd, index: u8, buses: &Buses) -> ControlFlow<End>
             return failed("KVM failed to emulate an instruction: see `chitin doctor`".into());
         }
         Ok(exit) => return failed(format!("unexpected exit {exit:?}")),
-        // The flag is reset: a kick that asked for nothing must not keep the vCPU out of the guest.
+        // The flag is reset: a kick without a request must not keep the vCPU out of the guest.
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
             fd.set_kvm_immediate_exit(0)
         }
