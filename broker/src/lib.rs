@@ -27,5 +27,6 @@ mod token_bucket;
 pub mod vault;
 
 pub use audit_log::AuditLog;
-pub use error::Error;
-pub use secret_value::SecretValue;
+pub use error::{Error, SecretError};
+pub use secret_value::{SecretValue, SecretValueError};
+pub use source::SourceError;

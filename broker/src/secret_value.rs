@@ -1,44 +1,63 @@
-//! A credential's value in the memory of this process.
+//! The value of a credential in the memory of this process.
 
 use std::fmt;
+use std::io;
 
 use chitin_protocol::{MAX_SECRET, SecretBytes};
 use memmap2::MmapMut;
 use zeroize::{Zeroize, Zeroizing};
 
-/// A credential's value in memory of its own: locked against swapping, left out of core dumps by the kernel's rules
-/// for locked pages where those apply, wiped when dropped.
+/// The value of a credential in dedicated memory: locked against swapping (and so left out of core
+/// dumps where the kernel leaves out locked pages), and wiped when dropped.
 pub struct SecretValue {
     pages: MmapMut,
     len: usize,
 }
 
+/// The reason why bytes cannot become a [`SecretValue`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SecretValueError {
+    /// There are no bytes.
+    #[error("the value is empty")]
+    Empty,
+    /// The value is longer than the protocol allows.
+    #[error("the value is over the limit of {} KiB", MAX_SECRET / 1024)]
+    TooLong,
+    /// There is no memory.
+    #[error("allocate memory")]
+    Allocate(#[source] io::Error),
+    /// The kernel refuses to lock the memory.
+    #[error("lock memory against swapping (raise the limit of `ulimit -l`)")]
+    Lock(#[source] io::Error),
+}
+
 impl SecretValue {
-    /// Takes a value over; `strip_newline`: without one newline at its end.
+    /// Moves a value to locked memory. `strip_newline` removes one newline at its end.
     ///
     /// # Errors
-    /// In words: it is empty or too long, or its memory cannot be locked.
-    pub fn new(bytes: Zeroizing<Vec<u8>>, strip_newline: bool) -> Result<SecretValue, String> {
+    /// The value is empty or too long, or the memory cannot be locked.
+    pub fn new(
+        bytes: Zeroizing<Vec<u8>>,
+        strip_newline: bool,
+    ) -> Result<SecretValue, SecretValueError> {
         let value = match bytes.as_slice() {
             [rest @ .., b'\n'] if strip_newline => rest,
             all => all,
         };
         if value.is_empty() {
-            return Err("the value is empty".into());
+            return Err(SecretValueError::Empty);
         }
         if value.len() > MAX_SECRET {
-            return Err(format!("the value is over the limit of {} KiB", MAX_SECRET / 1024));
+            return Err(SecretValueError::TooLong);
         }
-        let mut pages =
-            MmapMut::map_anon(value.len()).map_err(|error| format!("allocate memory: {error}"))?;
-        pages.lock().map_err(|error| {
-            format!("lock memory against swapping: {error}; raise the limit (`ulimit -l`)")
-        })?;
+        let mut pages = MmapMut::map_anon(value.len()).map_err(SecretValueError::Allocate)?;
+        pages.lock().map_err(SecretValueError::Lock)?;
         pages[..value.len()].copy_from_slice(value);
         Ok(SecretValue { len: value.len(), pages })
     }
 
-    /// A copy to be sent. It is wiped as well.
+    /// Returns a copy for a message. It is wiped when dropped.
     pub fn to_bytes(&self) -> SecretBytes {
         SecretBytes::new(self.pages[..self.len].to_vec())
     }

@@ -1,93 +1,147 @@
-//! Where a credential's value comes from: the environment, a file, a command, a vault.
+//! The sources of a credential: an environment variable, a file, a command or a vault.
 
 use std::ffi::OsString;
+use std::io;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use chitin_protocol::MAX_SECRET;
 use chitin_spec::{SecretSource, SecretSpec, check_name};
 use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
 use zeroize::Zeroizing;
 
-use crate::Error;
+use crate::error::SecretError;
 use crate::secret_value::SecretValue;
 use crate::vault::VaultReader;
 
-/// How long a command that prints a secret may take: one that asks for a password at a terminal gets that long.
-const EXEC_LIMIT: Duration = Duration::from_secs(60);
+/// The time limit of a command that prints a secret. It may ask for a password at a terminal.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
-/// Fetches the value. Messages name the source and never the value.
+/// The reason why an environment variable, a file or a command gives no value.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// The environment variable is not set.
+    #[error("the environment variable {variable} is not set")]
+    UnsetVariable {
+        /// Its name.
+        variable: String,
+    },
+    /// The file cannot be read.
+    #[error("read {}", path.display())]
+    ReadFile {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The command cannot be run, or its output cannot be read.
+    #[error("run `{command}`")]
+    RunCommand {
+        /// The command line.
+        command: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The command reports a failure.
+    #[error("`{command}` failed: {status}")]
+    CommandFailed {
+        /// The command line.
+        command: String,
+        /// Its exit status.
+        status: ExitStatus,
+    },
+    /// The command does not end.
+    #[error("`{command}` has not ended within {} s", COMMAND_LIMIT.as_secs())]
+    CommandTimeout {
+        /// The command line.
+        command: String,
+    },
+}
+
+/// Fetches the value of a credential.
 pub(crate) async fn fetch_value(
     secret: &SecretSpec,
     vault: &mut VaultReader<'_>,
-) -> Result<SecretValue, Error> {
-    let failed = |reason: String| Error::Secret { name: secret.name.clone(), reason };
-    check_name(&secret.name).map_err(|error| failed(error.to_string()))?;
-    match &secret.source {
-        SecretSource::Env(variable) => {
-            let value = std::env::var_os(variable)
-                .ok_or_else(|| failed(format!("the environment variable {variable} is not set")))?;
-            SecretValue::new(Zeroizing::new(OsString::into_encoded_bytes(value)), false)
-        }
-        SecretSource::File(path) => read_file(path).and_then(|bytes| SecretValue::new(bytes, true)),
-        SecretSource::Exec(command) => {
-            run(command).await.and_then(|bytes| SecretValue::new(bytes, true))
-        }
-        SecretSource::Vault(source) => {
-            vault.field(source).await.and_then(|bytes| SecretValue::new(bytes, false))
-        }
-    }
-    .map_err(failed)
+) -> Result<SecretValue, SecretError> {
+    check_name(&secret.name)?;
+    // A file and the output of a command usually end with a newline that is not part of the value.
+    let (bytes, strip_newline) = match &secret.source {
+        SecretSource::Env(variable) => (read_variable(variable)?, false),
+        SecretSource::File(path) => (read_file(path)?, true),
+        SecretSource::Exec(command) => (run_command(command).await?, true),
+        SecretSource::Vault(source) => (vault.read_field(source).await?, false),
+    };
+    Ok(SecretValue::new(bytes, strip_newline)?)
 }
 
-fn read_file(path: &PathBuf) -> Result<Zeroizing<Vec<u8>>, String> {
-    let failed = |error: std::io::Error| format!("read {}: {error}", path.display());
+fn read_variable(variable: &str) -> Result<Zeroizing<Vec<u8>>, SourceError> {
+    match std::env::var_os(variable) {
+        Some(value) => Ok(Zeroizing::new(OsString::into_encoded_bytes(value))),
+        None => Err(SourceError::UnsetVariable { variable: variable.into() }),
+    }
+}
+
+fn read_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, SourceError> {
+    let failed = |source| SourceError::ReadFile { path: path.into(), source };
     let file = std::fs::File::open(path).map_err(failed)?;
-    // Full capacity from the start: a vector that grows leaves copies behind. One byte more shows that it is too long.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1));
+    let mut bytes = value_buffer();
     file.take(MAX_SECRET as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
 }
 
-async fn run(command: &str) -> Result<Zeroizing<Vec<u8>>, String> {
-    let failed = |error: std::io::Error| format!("run `{command}`: {error}");
-    let mut child = tokio::process::Command::new("/bin/sh")
+async fn run_command(command: &str) -> Result<Zeroizing<Vec<u8>>, SourceError> {
+    let failed = |source| SourceError::RunCommand { command: command.into(), source };
+    let child = Command::new("/bin/sh")
         .args(["-c", command])
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    let Some(stdout) = child.stdout.take() else {
-        return Err(format!("run `{command}`: no output"));
-    };
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1));
-    let reading = async {
-        stdout.take(MAX_SECRET as u64 + 1).read_to_end(&mut bytes).await?;
-        // One that has said too much may never end by itself.
-        if bytes.len() > MAX_SECRET { Ok(None) } else { child.wait().await.map(Some) }
-    };
-    let status = tokio::time::timeout(EXEC_LIMIT, reading)
+    let (bytes, status) = tokio::time::timeout(COMMAND_LIMIT, read_output(child))
         .await
-        .map_err(|_| format!("`{command}` has not ended within {} s", EXEC_LIMIT.as_secs()))?
+        .map_err(|_| SourceError::CommandTimeout { command: command.into() })?
         .map_err(failed)?;
     match status {
-        Some(status) if !status.success() => Err(format!("`{command}` failed: {status}")),
+        Some(status) if !status.success() => {
+            Err(SourceError::CommandFailed { command: command.into(), status })
+        }
         _ => Ok(bytes),
     }
+}
+
+/// Reads the output of a command. Returns no status for a command whose output is too long: it may
+/// never end by itself, and is killed.
+async fn read_output(mut child: Child) -> io::Result<(Zeroizing<Vec<u8>>, Option<ExitStatus>)> {
+    let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    let mut bytes = value_buffer();
+    stdout.take(MAX_SECRET as u64 + 1).read_to_end(&mut bytes).await?;
+    let status = match bytes.len() > MAX_SECRET {
+        true => None,
+        false => Some(child.wait().await?),
+    };
+    Ok((bytes, status))
+}
+
+/// Returns a buffer with full capacity, because a vector that grows leaves copies behind. One more
+/// byte than the limit shows that a value is too long.
+fn value_buffer() -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret_value::SecretValueError;
 
-    async fn fetch(source: &str) -> Result<Vec<u8>, String> {
+    async fn fetch(source: &str) -> Result<Vec<u8>, SecretError> {
         let spec: SecretSpec = format!("TOKEN={source}").parse().unwrap();
-        fetch_value(&spec, &mut VaultReader::default())
-            .await
-            .map(|value| value.to_bytes().expose().to_vec())
-            .map_err(|error| error.to_string())
+        let value = fetch_value(&spec, &mut VaultReader::default()).await?;
+        Ok(value.to_bytes().expose().to_vec())
     }
 
     #[tokio::test]
@@ -99,29 +153,46 @@ mod tests {
         assert_eq!(fetch("exec:echo s3cret").await.unwrap(), b"s3cret");
     }
 
+    async fn fetch_error(source: &str) -> SecretError {
+        let fetched = tokio::time::timeout(Duration::from_secs(5), fetch(source)).await;
+        fetched.expect("does not hang").expect_err(source)
+    }
+
     #[tokio::test]
-    async fn a_source_that_fails_is_named() {
-        let cases = [
-            (
-                "env:CHITIN_NO_SUCH",
-                "secret TOKEN: the environment variable CHITIN_NO_SUCH is not set",
-            ),
-            (
-                "file:/nonexistent/x",
-                "secret TOKEN: read /nonexistent/x: No such file or directory (os error 2)",
-            ),
-            ("file:/dev/null", "secret TOKEN: the value is empty"),
-            ("file:/dev/zero", "secret TOKEN: the value is over the limit of 64 KiB"),
-            ("exec:exit 3", "secret TOKEN: `exit 3` failed: exit status: 3"),
-            ("exec:true", "secret TOKEN: the value is empty"),
-            (
-                "exec:head -c 100000 /dev/zero; exec sleep 100",
-                "secret TOKEN: the value is over the limit of 64 KiB",
-            ),
-        ];
-        for (source, message) in cases {
-            let fetched = tokio::time::timeout(Duration::from_secs(5), fetch(source)).await;
-            assert_eq!(fetched.expect("does not hang"), Err(message.to_owned()));
+    async fn failed_source_is_named() {
+        use SecretError::Source;
+        use SourceError::*;
+        let error = fetch_error("env:CHITIN_NO_SUCH").await;
+        assert!(
+            matches!(&error, Source(UnsetVariable { variable }) if variable == "CHITIN_NO_SUCH"),
+            "{error:?}"
+        );
+        let error = fetch_error("file:/nonexistent/x").await;
+        assert!(
+            matches!(&error, Source(ReadFile { path, source })
+                if path == Path::new("/nonexistent/x")
+                    && source.kind() == io::ErrorKind::NotFound),
+            "{error:?}"
+        );
+        let error = fetch_error("exec:exit 3").await;
+        assert!(
+            matches!(&error, Source(CommandFailed { command, status })
+                if command == "exit 3" && status.code() == Some(3)),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn empty_and_endless_values_are_refused() {
+        use SecretError::Value;
+        for empty in ["file:/dev/null", "exec:true"] {
+            let error = fetch_error(empty).await;
+            assert!(matches!(error, Value(SecretValueError::Empty)), "{empty}: {error:?}");
+        }
+        let endless = "exec:head -c 100000 /dev/zero; exec sleep 100";
+        for endless in ["file:/dev/zero", endless] {
+            let error = fetch_error(endless).await;
+            assert!(matches!(error, Value(SecretValueError::TooLong)), "{endless}: {error:?}");
         }
     }
 }

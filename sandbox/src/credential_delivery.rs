@@ -104,7 +104,7 @@ impl DeliveredCredentials {
     pub async fn apply_rotations(self: Arc<Self>, mut changes: Changes) -> Vec<String> {
         let mut warnings = Vec::new();
         while let Some(change) = changes.recv().await {
-            let changed = |one: &&RotatingCredential| one.source.location() == change.what;
+            let changed = |one: &&RotatingCredential| one.source.location() == change.location;
             for credential in self.rotating.iter().filter(changed) {
                 if self.is_revoked(&credential.name) {
                     continue;
@@ -135,9 +135,8 @@ impl DeliveredCredentials {
         let name = credential.name.as_str();
         let Some(fields) = &change.fields else { return self.disable_credential(name).await };
         let value = select_field(&credential.source, fields).map_err(RotationError::Field);
-        let value = value.and_then(|bytes| {
-            SecretValue::new(bytes, false).map_err(|reason| RotationError::Value { reason })
-        });
+        let value =
+            value.and_then(|bytes| SecretValue::new(bytes, false).map_err(RotationError::Value));
         let replaced = match value {
             Ok(value) => self.replace_value(name, value).await,
             Err(error) => Err(rotation_error(name, error)),
@@ -158,9 +157,9 @@ impl DeliveredCredentials {
         let delivery = match kind {
             DeliveryKind::Proxy => {
                 let Some(proxy) = &self.proxy else { return Ok(()) };
-                return proxy.replace_value(name, value).map_err(|error| {
-                    rotation_error(name, RotationError::Value { reason: error.to_string() })
-                });
+                return proxy
+                    .replace_value(name, value)
+                    .map_err(|error| rotation_error(name, RotationError::Proxy(error)));
             }
             // The server reads the secret at each request of the workload.
             DeliveryKind::Endpoint => return Ok(()),

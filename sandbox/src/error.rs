@@ -2,7 +2,9 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chitin_broker::SecretValueError;
 use chitin_broker::egress::EgressError;
+use chitin_broker::proxy::ValueError;
 use chitin_broker::vault::VaultError;
 use chitin_policy::PolicyError;
 use chitin_protocol::{Exit, Failure, Fault, MAX_CONTROL, MAX_STREAMS};
@@ -230,12 +232,12 @@ pub enum RotationError {
     /// The rotated secret of the vault does not have the field.
     #[error(transparent)]
     Field(#[from] VaultError),
-    /// The rotated value cannot be delivered.
-    #[error("{reason}")]
-    Value {
-        /// The rule that the value breaks.
-        reason: String,
-    },
+    /// The rotated value is invalid.
+    #[error(transparent)]
+    Value(#[from] SecretValueError),
+    /// The rotated value cannot be delivered through the proxy.
+    #[error(transparent)]
+    Proxy(#[from] ValueError),
 }
 
 /// The cause of a failed probe.

@@ -1,72 +1,58 @@
-//! Delivery `endpoint`: keys that are good for a short time, fetched by the SDKs of AWS as they do in a cloud. They are answered
-//! here, on the host, at a port that leads nowhere else.
+//! The server behind delivery `endpoint`: it answers SDKs of AWS at a port that leads nowhere else.
 //!
 //! ```text
-//!   SDK ── GET 127.0.0.1:9911 ──▶ agent ── Dial localhost:9911 ──▶ broker ──▶ token right? ──▶ nearly over? ──▶ source
-//!       ◀──────────────────────────── keys, good until … ◀──────────────────────────────────────────────────────┘
+//!   SDK ── GET 127.0.0.1:9911 ──▶ agent ── Dial localhost:9911 ──▶ broker ──▶ token? ──▶ cache ──▶ source
+//!       ◀──────────────────────────── keys with an expiry ◀────────────────────────────────┘
 //! ```
 //!
-//! Two conventions: a container's credentials, whose token the workload has in its environment; and an instance's metadata, whose
-//! token is asked for by PUT (version 2, and no other).
+//! It serves two protocols: the credentials of a container (ECS), whose token is in the environment
+//! of the workload, and the metadata of an instance, see `imds`.
 
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use chitin_spec::{SecretSource, SecretSpec};
-use hmac::{Hmac, Mac};
+use chitin_spec::SecretSpec;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use sha2::Sha256;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Mutex;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::keys::Keys;
-use crate::proxy::encoding::{decode_base64, encode_base64};
+use super::AwsKeys;
+use super::cache::KeyCache;
+use super::imds::{self, SECRET_LEN, TokenKey};
+use crate::error::SecretError;
+use crate::proxy::encoding::encode_base64;
 use crate::secret_value::SecretValue;
-use crate::source::fetch_value;
-use crate::vault::{Current, LeaseReader, VaultReader};
+use crate::vault::LeaseReader;
 
-/// What the workload connects to.
+/// The host name that the agent dials.
 const HOST_NAME: &str = "localhost";
 
-/// Where AWS's own helper serves credentials to a machine's programs.
+/// The port at which the credential helper of AWS serves a machine.
 pub const PORT: u16 = 9911;
 
-/// A request is a few hundred bytes on a connection that never leaves this machine.
+/// The time limit for the head of a request: a few hundred bytes from the same machine.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
-/// An answer may wait for a source: a command has 60 s, a vault 10.
+/// The time limit of a connection. A response may wait for a source: 60 s for a command, 10 s for
+/// each request to a vault.
 const SERVE_LIMIT: Duration = Duration::from_secs(90);
 
-/// All headers of a request.
+/// The maximum size of all headers of a request in bytes.
 const MAX_HEADERS: usize = 16 * 1024;
 
-/// What keys are said to be good for whose source does not say. SDKs fetch new ones 5 to 15 minutes before.
-const SAID: Duration = Duration::from_secs(30 * 60);
-
-/// A command, or a secret that lies in a vault, is asked again after so long if it does not say how long it is good for.
-const AGE: Duration = Duration::from_secs(60);
-
-/// Between two readings of a source, at least: a workload must not be able to hammer it.
-const PAUSE: Duration = Duration::from_secs(1);
-
-/// Longest life of a metadata token, of AWS's own service.
-const MAX_TTL: u64 = 21_600;
-
-/// Bytes of what is random here.
-const RANDOM: usize = 32;
-
-/// Where the container's convention is, its token, where the instance's is, and that its first version is not.
+/// The environment variables of SDKs: the URL and the token of container credentials, the URL of
+/// instance metadata, and the option that disables its version 1.
 const VARIABLES: [&str; 4] = [
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_CONTAINER_AUTHORIZATION_TOKEN",
@@ -74,356 +60,280 @@ const VARIABLES: [&str; 4] = [
     "AWS_EC2_METADATA_V1_DISABLED",
 ];
 
-const TOKEN_PATH: &str = "/latest/api/token";
-const META: &str = "/latest/meta-data/iam/security-credentials/";
-const META_TOKEN: &str = "x-aws-ec2-metadata-token";
-const META_TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
-
-/// Keys as they were read last.
-struct CachedKeys {
-    keys: Keys,
-    read: Instant,
-    /// Until when they are good, and for how long that was when they were read.
-    good: Option<(SystemTime, Duration)>,
-}
-
-impl CachedKeys {
-    /// `lease`: until when the source vouches for them.
-    fn new(keys: Keys, lease: Option<Instant>) -> CachedKeys {
-        let until = [keys.until, lease.map(wall)].into_iter().flatten().min();
-        let good =
-            until.map(|until| (until, until.duration_since(SystemTime::now()).unwrap_or_default()));
-        CachedKeys { keys, read: Instant::now(), good }
-    }
-
-    /// Whether three quarters of their time are over, or nobody knows.
-    fn is_old(&self) -> bool {
-        match self.good {
-            None => self.read.elapsed() >= AGE,
-            Some((until, term)) => until < SystemTime::now() + term / 4,
-        }
-    }
-}
-
-/// A moment as a clock on a wall shows it.
-fn wall(moment: Instant) -> SystemTime {
-    SystemTime::now() + moment.saturating_duration_since(Instant::now())
-}
-
-/// The endpoint of one sandbox.
+/// The credential server of one sandbox.
 pub struct AwsCredentialServer {
-    spec: SecretSpec,
-    /// What reads a vault's secret again.
-    reader: Option<LeaseReader>,
-    held: Mutex<CachedKeys>,
+    pub(super) cache: KeyCache,
     revoked: AtomicBool,
-    /// A container's, for the workload's environment.
-    token: SecretValue,
-    /// Makes metadata tokens, which nobody has to remember then.
-    key: Zeroizing<[u8; RANDOM]>,
+    /// The token of container credentials.
+    pub(super) token: SecretValue,
+    pub(super) token_key: TokenKey,
 }
 
 impl fmt::Debug for AwsCredentialServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AwsCredentialServer").field("name", &self.spec.name).finish_non_exhaustive()
+        f.debug_struct("AwsCredentialServer").field("name", &self.name()).finish_non_exhaustive()
     }
 }
 
-/// What became of a request, for the audit. What has got nobody anything, and was no attempt to, is `None`.
-#[derive(Debug, PartialEq, Eq)]
+/// The result of a request, for the audit log. A request that neither got keys nor tried to is not
+/// logged.
+#[derive(Debug)]
 pub(crate) enum Outcome {
-    /// Keys were given; `trouble`: newer ones could not be had.
-    Given { trouble: Option<String> },
-    /// It was not for whoever asked.
-    Refused(&'static str),
-    /// There were none to give.
-    Failed(String),
+    /// The keys were sent. `refresh_error`: the source failed, so they are the earlier ones.
+    Served { refresh_error: Option<SecretError> },
+    /// The request was not allowed.
+    Refused(Refusal),
+    /// There are no valid keys.
+    Failed(SecretError),
 }
+
+/// The reason why a request is refused. The message is also the body of the response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("the credential was revoked")]
+    Revoked,
+    /// A page in a browser that reached this server by DNS rebinding sends the name of its site.
+    #[error("the request was for another host")]
+    WrongHost,
+    /// A proxy makes requests for others. The metadata service of EC2 refuses them as well.
+    #[error("the request came through a proxy")]
+    Forwarded,
+    #[error("the authorization token is wrong")]
+    WrongToken,
+    #[error("the request has no valid metadata token")]
+    NoMetadataToken,
+}
+
+impl Refusal {
+    fn status(self) -> StatusCode {
+        match self {
+            Self::Revoked | Self::WrongHost | Self::Forwarded => StatusCode::FORBIDDEN,
+            Self::WrongToken | Self::NoMetadataToken => StatusCode::UNAUTHORIZED,
+        }
+    }
+}
+
+type Answer = (Response<Full<Bytes>>, Option<Outcome>);
 
 impl AwsCredentialServer {
-    /// An endpoint for these keys, which were just read; `lease`: until when the vault vouches for them.
+    /// Makes a server of keys that were just read. `lease_expires_at` is the expiry of their lease.
     pub(crate) fn new(
-        spec: SecretSpec,
-        keys: Keys,
-        lease: Option<Instant>,
+        source: SecretSpec,
+        keys: AwsKeys,
+        lease_expires_at: Option<Instant>,
         reader: Option<LeaseReader>,
-        mut random: impl FnMut(&mut [u8]) -> std::io::Result<()>,
-    ) -> Result<AwsCredentialServer, String> {
-        let mut made = || {
-            let mut bytes = Zeroizing::new([0; RANDOM]);
-            random(&mut *bytes)
-                .map_err(|error| format!("get random bytes: {error}"))
-                .map(|()| bytes)
+        mut fill_random: impl FnMut(&mut [u8]) -> std::io::Result<()>,
+    ) -> Result<AwsCredentialServer, SecretError> {
+        let mut random = || {
+            let mut bytes = Zeroizing::new([0; SECRET_LEN]);
+            fill_random(&mut *bytes).map_err(SecretError::Random).map(|()| bytes)
         };
-        let (key, token) = (made()?, made()?);
-        let token = SecretValue::new(Zeroizing::new(encode_base64(&*token, true)), false)?;
-        let held = Mutex::new(CachedKeys::new(keys, lease));
-        Ok(AwsCredentialServer { spec, reader, held, revoked: AtomicBool::new(false), token, key })
+        let (key, token) = (random()?, random()?);
+        Ok(AwsCredentialServer {
+            cache: KeyCache::new(source, keys, lease_expires_at, reader),
+            revoked: AtomicBool::new(false),
+            token: SecretValue::new(Zeroizing::new(encode_base64(&*token, true)), false)?,
+            token_key: TokenKey::new(key),
+        })
     }
 
-    /// The name of the credential.
+    /// Returns the name of the credential.
     pub fn name(&self) -> &str {
-        &self.spec.name
+        self.cache.name()
     }
 
-    /// Whether a Dial to it is for this.
+    /// Returns true if a Dial to this host and port is for this server.
     pub fn is_at(host: &str, port: u16) -> bool {
         host == HOST_NAME && port == PORT
     }
 
-    /// Where the agent is to accept for it.
+    /// Returns the endpoint at which the agent accepts connections for this server.
     pub(crate) fn wire() -> chitin_protocol::Endpoint {
         chitin_protocol::Endpoint { host: HOST_NAME.into(), wildcard: false, port: PORT }
     }
 
-    /// Whether an environment variable is one by which SDKs find it.
+    /// Returns true if an environment variable is one of [`environment`](Self::environment).
     pub(crate) fn is_variable(name: &str) -> bool {
         VARIABLES.contains(&name)
     }
 
-    /// What SDKs look for in their environment.
+    /// Returns the environment variables by which SDKs find the server.
     pub(crate) fn environment(&self) -> [(&'static str, Zeroizing<Vec<u8>>); 4] {
-        let place = format!("http://127.0.0.1:{PORT}");
-        let container = format!("{place}{}", self.path());
+        let base = format!("http://127.0.0.1:{PORT}");
+        let container = format!("{base}{}", self.container_path());
         [
             (VARIABLES[0], Zeroizing::new(container.into_bytes())),
             (VARIABLES[1], Zeroizing::new(self.token.to_bytes().expose().to_vec())),
-            (VARIABLES[2], Zeroizing::new(place.into_bytes())),
+            (VARIABLES[2], Zeroizing::new(base.into_bytes())),
             (VARIABLES[3], Zeroizing::new(b"true".to_vec())),
         ]
     }
 
-    fn path(&self) -> String {
-        format!("/credentials/{}", self.spec.name)
+    fn container_path(&self) -> String {
+        format!("/credentials/{}", self.name())
     }
 
-    /// From now on nobody gets anything.
+    /// Refuses all requests from now on.
     pub fn revoke(&self) {
         self.revoked.store(true, Ordering::Relaxed);
     }
 
-    /// Answers the one request of a connection.
+    fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Relaxed)
+    }
+
+    /// Answers the single request of a connection.
     pub(crate) async fn serve<S>(self: &Arc<AwsCredentialServer>, stream: S) -> Option<Outcome>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let fetched = StdMutex::new(None);
-        let (asked, heard) = tokio::sync::watch::channel(false);
+        let last_outcome = Mutex::new(None);
+        let (received_tx, received) = watch::channel(false);
         let service = service_fn(|request: Request<Incoming>| {
-            asked.send_replace(true);
-            let fetched = &fetched;
+            received_tx.send_replace(true);
+            let last_outcome = &last_outcome;
             async move {
                 let (response, outcome) = self.answer(&request).await;
-                *fetched.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+                *last_outcome.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
                 Ok::<_, Infallible>(response)
             }
         });
         let serving = hyper::server::conn::http1::Builder::new()
-            // One request a connection, so that their number has the limits of connections.
+            // One request a connection, so that the limits of connections also limit requests.
             .keep_alive(false)
             .half_close(true)
             .max_buf_size(MAX_HEADERS)
             .serve_connection(TokioIo::new(stream), service);
         let silent = async {
             tokio::time::sleep(REQUEST_LIMIT).await;
-            if *heard.borrow() {
+            if *received.borrow() {
                 std::future::pending::<()>().await;
             }
         };
         tokio::select! {
-            // Who hangs up has heard what there was for it.
+            // A client that closes the connection needs no more of the response.
             served = tokio::time::timeout(SERVE_LIMIT, serving) => drop(served),
             () = silent => {}
         }
-        fetched.into_inner().unwrap_or_else(PoisonError::into_inner)
+        last_outcome.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn answer(
-        self: &Arc<AwsCredentialServer>,
-        request: &Request<Incoming>,
-    ) -> (Response<Full<Bytes>>, Option<Outcome>) {
+    async fn answer(self: &Arc<AwsCredentialServer>, request: &Request<Incoming>) -> Answer {
         let (method, path, headers) = (request.method(), request.uri().path(), request.headers());
-        let refused = |status, why| (text(status, why), Some(Outcome::Refused(why)));
-        if self.revoked.load(Ordering::Relaxed) {
-            return refused(StatusCode::FORBIDDEN, "the credential was revoked");
+        if let Err(refusal) = self.check_origin(headers) {
+            return refuse(refusal);
         }
-        // A page in a browser that was led here by a name of its own has that name here.
-        let named = header(headers, HOST.as_str());
-        if !["127.0.0.1", "localhost"]
-            .iter()
-            .any(|name| named == format!("{name}:{PORT}").as_bytes())
-        {
-            return refused(StatusCode::FORBIDDEN, "the request was for another host");
+        if path == self.container_path() {
+            return self.answer_container(method, headers).await;
         }
-        // Only a proxy sets it, and a proxy asks for somebody else: AWS's own service refuses it as well.
-        if headers.contains_key("x-forwarded-for") {
-            return refused(StatusCode::FORBIDDEN, "the request came through a proxy");
-        }
-        if path == self.path() {
-            return match (method, self.is_token(header(headers, AUTHORIZATION.as_str()))) {
-                (&Method::GET, true) => self.give().await,
-                (&Method::GET, false) => {
-                    refused(StatusCode::UNAUTHORIZED, "the authorization token is not right")
-                }
-                _ => (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None),
-            };
-        }
-        if path == TOKEN_PATH {
-            return (self.metadata_token(method, headers), None);
+        if path == imds::TOKEN_PATH {
+            return (self.issue_metadata_token(method, headers), None);
         }
         if path.starts_with("/latest/") {
-            if !self.is_metadata_token(header(headers, META_TOKEN)) {
-                return refused(
-                    StatusCode::UNAUTHORIZED,
-                    "there is no valid metadata token, without which nothing is answered",
-                );
-            }
-            return match path.strip_prefix(META.trim_end_matches('/')) {
-                _ if method != Method::GET => {
-                    (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None)
-                }
-                Some("" | "/") => (text(StatusCode::OK, &self.spec.name), None),
-                Some(role) if role.strip_prefix('/') == Some(&self.spec.name) => self.give().await,
-                _ => (
-                    text(StatusCode::NOT_FOUND, "there is nothing here but the keys of one role"),
-                    None,
-                ),
-            };
+            return self.answer_metadata(method, path, headers).await;
         }
-        (text(StatusCode::NOT_FOUND, "there is nothing here"), None)
+        (text(StatusCode::NOT_FOUND, "not found"), None)
     }
 
-    async fn give(self: &Arc<AwsCredentialServer>) -> (Response<Full<Bytes>>, Option<Outcome>) {
-        // In a task of its own: who gives up waiting must not make a source's answer be thrown away each time.
-        let this = self.clone();
-        let given = tokio::spawn(async move { this.document().await }).await;
-        match given.unwrap_or_else(|_| Err("the reading was broken off".into())) {
-            // It may have been revoked meanwhile.
-            _ if self.revoked.load(Ordering::Relaxed) => {
-                let why = "the credential was revoked";
-                (text(StatusCode::FORBIDDEN, why), Some(Outcome::Refused(why)))
-            }
-            Ok((document, trouble)) => {
-                let mut response = Response::new(Full::new(Bytes::from_owner(document)));
-                response
-                    .headers_mut()
-                    .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-                (response, Some(Outcome::Given { trouble }))
-            }
-            Err(why) => {
-                // Why is for who runs the sandbox, not for what runs in it.
-                let what = "the source of the credential has none that is good";
-                (text(StatusCode::SERVICE_UNAVAILABLE, what), Some(Outcome::Failed(why)))
-            }
+    fn check_origin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        if self.is_revoked() {
+            return Err(Refusal::Revoked);
         }
-    }
-
-    /// The keys as they are now, and why they are not newer if they should be.
-    pub(crate) async fn document(&self) -> Result<(Zeroizing<Vec<u8>>, Option<String>), String> {
-        let mut held = self.held.lock().await;
-        let trouble = match held.read.elapsed() < PAUSE {
-            true => None,
-            false => self.refresh(&mut held).await.err(),
-        };
-        let now = SystemTime::now();
-        let until = match held.good {
-            Some((until, _)) if until <= now => {
-                return Err(trouble.unwrap_or_else(|| "its time is over".into()));
-            }
-            Some((until, _)) => until,
-            None => now + SAID,
-        };
-        Ok((held.keys.document(now, until), trouble))
-    }
-
-    /// Reads the source again if there may be something new.
-    async fn refresh(&self, held: &mut CachedKeys) -> Result<(), String> {
-        let old = held.is_old();
-        if let (SecretSource::Vault(source), Some(reader)) = (&self.spec.source, &self.reader) {
-            let said = |error: &dyn fmt::Display| error.to_string();
-            match reader.current(source, old).await.map_err(|error| said(&error))? {
-                Current::Kept(None) => {}
-                // It was renewed.
-                Current::Kept(Some(until)) => {
-                    let term = held.good.map_or(Duration::ZERO, |(_, term)| term);
-                    let until = [held.keys.until, Some(wall(until))].into_iter().flatten().min();
-                    held.good = until.map(|until| (until, term));
-                }
-                Current::Read(fields, lease) => {
-                    let keys = match &source.field {
-                        None => Keys::from_fields(&fields),
-                        Some(name) => {
-                            let field = fields.iter().find(|(field, _)| field == name);
-                            Keys::from_json(
-                                field
-                                    .and_then(|(_, value)| value.as_deref())
-                                    .map_or(&[], Vec::as_slice),
-                            )
-                        }
-                    };
-                    *held = CachedKeys::new(keys.map_err(|error| said(&error))?, lease);
-                }
-            }
-            return Ok(());
+        let host = header(headers, HOST.as_str());
+        if !["127.0.0.1", "localhost"]
+            .iter()
+            .any(|name| host == format!("{name}:{PORT}").as_bytes())
+        {
+            return Err(Refusal::WrongHost);
         }
-        let again = match self.spec.source {
-            // Nobody changes it behind our back.
-            SecretSource::Env(_) => false,
-            SecretSource::File(_) => true,
-            SecretSource::Exec(_) | SecretSource::Vault(_) => old,
-        };
-        if again {
-            let value = fetch_value(&self.spec, &mut VaultReader::default())
-                .await
-                .map_err(|error| error.to_string())?;
-            let keys =
-                Keys::from_json(value.to_bytes().expose()).map_err(|error| error.to_string())?;
-            *held = CachedKeys::new(keys, None);
+        if headers.contains_key("x-forwarded-for") {
+            return Err(Refusal::Forwarded);
         }
         Ok(())
     }
 
-    fn mac(&self, bytes: &[u8]) -> Option<Hmac<Sha256>> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.key).ok()?;
-        mac.update(bytes);
-        Some(mac)
+    /// Answers a request for container credentials.
+    async fn answer_container(
+        self: &Arc<AwsCredentialServer>,
+        method: &Method,
+        headers: &HeaderMap,
+    ) -> Answer {
+        if method != Method::GET {
+            return (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None);
+        }
+        let (token, given) = (self.token.to_bytes(), header(headers, AUTHORIZATION.as_str()));
+        match self.token_key.is_equal(token.expose(), given) {
+            true => self.send_keys().await,
+            false => refuse(Refusal::WrongToken),
+        }
     }
 
-    /// Whether it is the container's token, in a time that tells nothing about it.
-    fn is_token(&self, given: &[u8]) -> bool {
-        let right = self.mac(self.token.to_bytes().expose()).map(|mac| mac.finalize().into_bytes());
-        right.zip(self.mac(given)).is_some_and(|(right, given)| given.verify(&right).is_ok())
-    }
-
-    /// A token is the moment at which it ends, and a proof that it was made here.
-    fn metadata_token(&self, method: &Method, headers: &HeaderMap) -> Response<Full<Bytes>> {
+    fn issue_metadata_token(&self, method: &Method, headers: &HeaderMap) -> Response<Full<Bytes>> {
         if method != Method::PUT {
             return text(StatusCode::METHOD_NOT_ALLOWED, "PUT only");
         }
-        let ttl =
-            std::str::from_utf8(header(headers, META_TTL)).ok().and_then(|ttl| ttl.parse().ok());
-        let Some(ttl) = ttl.filter(|ttl| (1..=MAX_TTL).contains(ttl)) else {
-            return text(StatusCode::BAD_REQUEST, "a token lives for 1 to 21600 seconds");
+        let Ok(ttl) = imds::parse_ttl(header(headers, imds::TTL_HEADER)) else {
+            return text(StatusCode::BAD_REQUEST, "the TTL of a token is 1 to 21600 seconds");
         };
-        let end = (seconds() + ttl).to_be_bytes();
-        let Some(mac) = self.mac(&end) else {
+        let Some(token) = self.token_key.issue_until(imds::seconds_since_epoch() + ttl) else {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "no token");
         };
-        let token = encode_base64(&[&end[..], &mac.finalize().into_bytes()].concat(), false);
         let mut response = Response::new(Full::new(Bytes::from(token)));
-        response.headers_mut().insert(META_TTL, HeaderValue::from(ttl));
+        response.headers_mut().insert(imds::TTL_HEADER, HeaderValue::from(ttl));
         response
     }
 
-    fn is_metadata_token(&self, given: &[u8]) -> bool {
-        let Some(token) = decode_base64(given) else { return false };
-        let Some((end, proof)) = token.split_first_chunk() else { return false };
-        let proven = self.mac(end).is_some_and(|mac| mac.verify_slice(proof).is_ok());
-        proven && u64::from_be_bytes(*end) > seconds()
+    /// Answers a request for instance metadata: the name of the role, or its keys.
+    async fn answer_metadata(
+        self: &Arc<AwsCredentialServer>,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Answer {
+        if !self.token_key.verify(header(headers, imds::TOKEN_HEADER)) {
+            return refuse(Refusal::NoMetadataToken);
+        }
+        if method != Method::GET {
+            return (text(StatusCode::METHOD_NOT_ALLOWED, "GET only"), None);
+        }
+        match path.strip_prefix(imds::ROLE_PATH) {
+            Some("" | "/") => (text(StatusCode::OK, self.name()), None),
+            Some(role) if role.strip_prefix('/') == Some(self.name()) => self.send_keys().await,
+            _ => (text(StatusCode::NOT_FOUND, "not found: only the keys of one role"), None),
+        }
+    }
+
+    /// Returns the current document of the keys, see [`KeyCache::read_document`].
+    pub(crate) async fn read_document(
+        &self,
+    ) -> Result<(Zeroizing<Vec<u8>>, Option<SecretError>), SecretError> {
+        self.cache.read_document().await
+    }
+
+    async fn send_keys(self: &Arc<AwsCredentialServer>) -> Answer {
+        // In a separate task: otherwise, a client that stops waiting would discard the response of
+        // the source each time.
+        let this = self.clone();
+        let read = tokio::spawn(async move { this.read_document().await }).await;
+        match read.unwrap_or(Err(SecretError::Interrupted)) {
+            // The credential may have been revoked during the read.
+            _ if self.is_revoked() => refuse(Refusal::Revoked),
+            Ok((document, refresh_error)) => {
+                let mut response = Response::new(Full::new(Bytes::from_owner(document)));
+                let json = HeaderValue::from_static("application/json");
+                response.headers_mut().insert(CONTENT_TYPE, json);
+                (response, Some(Outcome::Served { refresh_error }))
+            }
+            Err(error) => {
+                // The cause is for the audit log, and not for the workload.
+                let body = "the source of the credential has no valid keys";
+                (text(StatusCode::SERVICE_UNAVAILABLE, body), Some(Outcome::Failed(error)))
+            }
+        }
     }
 }
 
-/// A header's value; empty if it is not there or there twice.
+/// Returns the value of a header. Empty: it is missing, or there twice.
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> &'a [u8] {
     let mut values = headers.get_all(name).iter();
     match (values.next(), values.next()) {
@@ -432,13 +342,12 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> &'a [u8] {
     }
 }
 
-/// Since 1970.
-fn seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+fn refuse(refusal: Refusal) -> Answer {
+    (text(refusal.status(), &refusal.to_string()), Some(Outcome::Refused(refusal)))
 }
 
-fn text(status: StatusCode, what: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(what.to_owned())));
+fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body.to_owned())));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     response

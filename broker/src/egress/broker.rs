@@ -17,6 +17,7 @@ use super::spec::EgressSpec;
 use super::splice::{SpliceError, TransferCounts, splice};
 use crate::audit_log::{AuditLog, ConnectionRecord, Verdict, truncate_name};
 use crate::aws::{AwsCredentialServer, Outcome};
+use crate::error::error_chain;
 use crate::proxy::{Proxy, ProxyError, ProxyStats};
 
 /// Bytes in transit between a sandbox and its proxy, each way: one stream window.
@@ -141,12 +142,14 @@ impl Broker {
             () = ended => None,
         };
         match outcome? {
-            Outcome::Given { trouble } => {
-                record.reason = trouble;
+            Outcome::Served { refresh_error } => {
+                record.reason = refresh_error.map(|error| error_chain(&error));
                 record.credentials.push(server.name().into());
             }
-            Outcome::Refused(reason) => record.set_refusal(Verdict::Refused, reason.into()),
-            Outcome::Failed(reason) => record.set_refusal(Verdict::Failed, reason),
+            Outcome::Refused(refusal) => {
+                record.set_refusal(Verdict::Refused, refusal.to_string());
+            }
+            Outcome::Failed(error) => record.set_refusal(Verdict::Failed, error_chain(&error)),
         }
         Some(record)
     }

@@ -1,15 +1,16 @@
-//! Keeps what a vault has issued alive as long as its sandbox lives, and gives it back then.
+//! The task that renews the leases of one sandbox while it runs, and revokes them at its end.
 //!
 //! ```text
-//!   start ──▶ waiting ──two thirds of a term──▶ renewing ──▶ waiting          a failure is tried again until the term is over
-//!                │                                 └──no longer renewed──▶ issued anew: a Change ──▶ waiting
-//!                │                                                             └──not to be had──▶ over: a Change
-//!                ├──── asked ──▶ read again, if the term is nearly over ──▶ waiting
-//!                └──── end, drop ──▶ revoking ──▶ ended
+//!   start ──▶ waiting ──after two thirds of a TTL──▶ renewing ──▶ waiting
+//!                │                                      └──not renewable──▶ reissued: a Change ──▶ waiting
+//!                │                                                             └──failed until the expiry──▶ expired: a Change
+//!                ├──── LeaseReader ──▶ read again, if less than a quarter of the TTL is left ──▶ waiting
+//!                └──── revoke_all, drop ──▶ revoking ──▶ ended
 //! ```
 //!
-//! A token that is not renewed any longer is followed by another where there is a role to log in with, and then everything
-//! that was issued to the first is issued anew, because it ends with it.
+//! A token that can no longer be renewed is replaced by another login, if there is a role to log in
+//! with. Every secret that was issued to the old token is then reissued, because it expires with
+//! that token.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,57 +23,54 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use super::{Fields, Lease, Read, Session, VaultError};
+use super::client::VaultSecret;
+use super::lease_schedule::{Lease, LeaseSchedule};
+use super::{Fields, VaultClient, VaultError};
 
-/// How long giving everything back may take. What is not given back by then ends with its term.
+/// The time limit for revoking everything. A lease that is not revoked by then expires.
 const REVOKE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Between two attempts to renew, at least: a vault that is gone is not to be hammered.
-const PAUSE: Duration = Duration::from_secs(1);
+/// The token of the login in messages.
+const TOKEN: &str = "the token of the vault";
 
-/// Between two attempts to get what is over issued anew.
-const OVER_PAUSE: Duration = Duration::from_secs(15);
+/// The maximum number of messages about failed renewals: a server that fails for weeks fills no
+/// memory.
+const MAX_MESSAGES: usize = 16;
 
-/// In messages, what the session logged in with.
-const TOKEN: &str = "the vault's token";
-
-/// Lines about what went wrong: a vault that comes and goes for weeks is one story.
-const MAX_TROUBLES: usize = 16;
-
-/// What the vault has made for this sandbox.
+/// A lease that the vault issued for this sandbox.
 #[derive(Debug)]
-pub(crate) struct Issued {
-    /// Where it was read.
-    pub what: String,
+pub(crate) struct IssuedLease {
+    /// The location of the secret, see [`VaultSource::location`].
+    pub location: String,
     pub id: String,
     pub lease: Lease,
 }
 
-/// What has become of a secret that credentials were made of.
+/// A change of a secret that credentials are bound to.
 pub struct Change {
-    /// Where it was read.
-    pub what: String,
-    /// What was issued in its place; `None`: it is over, and there is nothing in its place.
+    /// The location of the secret, see [`VaultSource::location`].
+    pub location: String,
+    /// The reissued secret. `None`: the secret has expired, and there is no other.
     pub fields: Option<Fields>,
 }
 
 impl fmt::Debug for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Change").field("what", &self.what).finish_non_exhaustive()
+        f.debug_struct("Change").field("location", &self.location).finish_non_exhaustive()
     }
 }
 
-/// Changes, as they come.
+/// The changes of all secrets, in order.
 pub type Changes = mpsc::UnboundedReceiver<Change>;
 
-/// A task that renews and revokes. Dropping it has it revoke in the background.
+/// A handle to the renewal task. If it is dropped, the task revokes everything in the background.
 pub struct LeaseRenewer {
-    /// Taken when it is to stop.
+    /// `None` after the task was told to stop.
     stop: Option<oneshot::Sender<TaskTrackerToken>>,
-    asks: mpsc::Sender<Ask>,
+    requests: mpsc::Sender<ReadRequest>,
     changes: Option<Changes>,
     task: JoinHandle<Vec<String>>,
-    /// Counts the revoking as a clean-up.
+    /// Counts the revocation as a clean-up.
     cleanup: TaskTracker,
 }
 
@@ -83,51 +81,52 @@ impl fmt::Debug for LeaseRenewer {
 }
 
 impl LeaseRenewer {
-    /// Begins. What was read at the places of `followed` is issued anew when it cannot be renewed, and told of.
+    /// Starts the task. A secret in `reissuable`, by location, is read again when its lease can no
+    /// longer be renewed, and reported as a [`Change`].
     pub(crate) fn start(
-        session: Session,
-        issued: Vec<Issued>,
-        followed: BTreeMap<String, VaultSource>,
+        client: VaultClient,
+        issued: Vec<IssuedLease>,
+        reissuable: BTreeMap<String, VaultSource>,
         cleanup: &TaskTracker,
     ) -> LeaseRenewer {
         let (stop, stopped) = oneshot::channel();
-        // Whoever asks waits for the answer.
-        let (asks, asked) = mpsc::channel(1);
-        // As many as terms end.
-        let (tell, changes) = mpsc::unbounded_channel();
-        let with_term = |issued: Issued| {
-            let term = Term::new(issued.lease);
-            (issued, Some(term))
+        // One request is enough: its sender waits for the reply.
+        let (requests, received) = mpsc::channel(1);
+        // Unbounded, as leases bound it: each change follows a lease that ended.
+        let (changes_tx, changes) = mpsc::unbounded_channel();
+        let scheduled = |issued: IssuedLease| {
+            let schedule = LeaseSchedule::new(issued.lease);
+            (issued, Some(schedule))
         };
-        let keeping = RenewalTask {
-            token: session.lease.map(Term::new),
-            session,
-            leases: issued.into_iter().map(with_term).collect(),
-            followed,
-            tell,
-            troubles: Vec::new(),
+        let renewal = RenewalTask {
+            token: client.token_lease.map(LeaseSchedule::new),
+            client,
+            leases: issued.into_iter().map(scheduled).collect(),
+            reissuable,
+            changes: changes_tx,
+            messages: Vec::new(),
         };
-        let task = tokio::spawn(keeping.run(stopped, asked));
+        let task = tokio::spawn(renewal.run(stopped, received));
         LeaseRenewer {
             stop: Some(stop),
-            asks,
+            requests,
             changes: Some(changes),
             task,
             cleanup: cleanup.clone(),
         }
     }
 
-    /// For who needs a secret for longer than it is good.
+    /// Returns a reader for secrets that are used after their leases expire.
     pub(crate) fn reader(&self) -> LeaseReader {
-        LeaseReader { asks: self.asks.clone() }
+        LeaseReader { requests: self.requests.clone() }
     }
 
-    /// For who has handed credentials over. To be taken once.
-    pub(crate) fn changes(&mut self) -> Option<Changes> {
+    /// Takes the receiver of changes. Returns `None` at a second call.
+    pub(crate) fn take_changes(&mut self) -> Option<Changes> {
         self.changes.take()
     }
 
-    /// Gives everything back. What went wrong, then or before, a line each.
+    /// Revokes everything. Returns one line for each failure, also of earlier renewals.
     pub async fn revoke_all(mut self) -> Vec<String> {
         self.stop();
         (&mut self.task).await.unwrap_or_default()
@@ -135,7 +134,7 @@ impl LeaseRenewer {
 
     fn stop(&mut self) {
         if let Some(stop) = self.stop.take() {
-            // It is there as long as the task is.
+            // The task receives this as long as it runs.
             let _ = stop.send(self.cleanup.token());
         }
     }
@@ -147,350 +146,319 @@ impl Drop for LeaseRenewer {
     }
 }
 
-/// Somebody wants a secret as it is now.
-struct Ask {
+/// A request for the current state of a secret.
+struct ReadRequest {
     source: VaultSource,
-    /// Whether it is to be read again if it has no term.
-    again: bool,
-    reply: oneshot::Sender<Result<Current, VaultError>>,
+    reread_static: bool,
+    reply: oneshot::Sender<Result<CurrentSecret, VaultError>>,
 }
 
-/// A secret as it is now.
-pub(crate) enum Current {
-    /// As it was, good until then, if that is known.
-    Kept(Option<Instant>),
-    /// Another one.
-    Read(Fields, Option<Instant>),
+/// The current state of a secret.
+pub(crate) enum CurrentSecret {
+    /// The secret is the one that was read before. `expires_at` is `None` for a static secret.
+    Unchanged { expires_at: Option<Instant> },
+    /// The secret was read again.
+    Read { fields: Fields, expires_at: Option<Instant> },
 }
 
-/// Reads secrets again through the session of a [`LeaseRenewer`].
+/// Reads secrets again through the login of a [`LeaseRenewer`].
 #[derive(Debug, Clone)]
 pub(crate) struct LeaseReader {
-    asks: mpsc::Sender<Ask>,
+    requests: mpsc::Sender<ReadRequest>,
 }
 
 impl LeaseReader {
-    /// A secret that was read before; `again`: also if it has no term, so that nobody knows whether it is still that one.
-    pub async fn current(&self, source: &VaultSource, again: bool) -> Result<Current, VaultError> {
-        let (reply, answer) = oneshot::channel();
-        let ask = Ask { source: source.clone(), again, reply };
-        self.asks.send(ask).await.map_err(|_| VaultError::Ended)?;
-        answer.await.unwrap_or(Err(VaultError::Ended))
+    /// Returns the current state of a secret that was read before. A secret without a lease may
+    /// have changed unnoticed: it is read again if `reread_static`.
+    pub async fn read_current(
+        &self,
+        source: &VaultSource,
+        reread_static: bool,
+    ) -> Result<CurrentSecret, VaultError> {
+        let (reply, response) = oneshot::channel();
+        let request = ReadRequest { source: source.clone(), reread_static, reply };
+        self.requests.send(request).await.map_err(|_| VaultError::Revoked)?;
+        response.await.unwrap_or(Err(VaultError::Revoked))
     }
-}
-
-/// One thing to be renewed.
-#[derive(Debug)]
-struct Term {
-    lease: Lease,
-    /// How long it was good for when it was issued.
-    whole: Duration,
-    next: Instant,
-    /// Said once, and again when it has worked in between.
-    failing: bool,
-    /// Another has taken its place.
-    succeeded: bool,
-    /// It is over, and whoever is to know has been told.
-    told: bool,
-}
-
-impl Term {
-    fn new(lease: Lease) -> Term {
-        Term {
-            next: when(&lease),
-            whole: lease.ttl,
-            lease,
-            failing: false,
-            succeeded: false,
-            told: false,
-        }
-    }
-
-    fn renew(&mut self, lease: Lease) {
-        *self = Term { whole: self.whole, ..Term::new(lease) };
-    }
-
-    /// What to say of one that was over before it was needed no longer.
-    fn over(&self, what: &str) -> Option<String> {
-        let since =
-            Instant::now().checked_duration_since(self.lease.until).filter(|_| !self.succeeded)?;
-        Some(format!(
-            "{what} was good until {} s before the end, and could not be renewed",
-            since.as_secs()
-        ))
-    }
-
-    /// When there is something to be done; `anew`: whether something can where it is not renewed.
-    fn due(term: Option<&Term>, anew: bool) -> Option<Instant> {
-        term.filter(|term| !term.succeeded && (term.lease.renewable || anew)).map(|term| term.next)
-    }
-
-    /// Whether a renewal is one: near the end of the longest term there is, less and less is given.
-    fn is_enough(&self, lease: &Lease, anew: bool) -> bool {
-        lease.until > Instant::now() + PAUSE && !(anew && lease.ttl < self.whole / 2)
-    }
-
-    /// It goes on as long as it may, and not longer.
-    fn is_last(&mut self, lease: Lease) {
-        self.lease = Lease { renewable: false, ..lease };
-    }
-
-    /// Takes note of a failure. Whether its term is over with that.
-    fn fail(&mut self, what: &str, error: &VaultError, troubles: &mut Vec<String>) -> bool {
-        let now = Instant::now();
-        let left = self.lease.until.saturating_duration_since(now);
-        tracing::warn!(what, seconds_left = left.as_secs(), %error, "lease not renewed");
-        if !self.failing && troubles.len() < MAX_TROUBLES {
-            self.failing = true;
-            troubles.push(format!(
-                "renew {what}, which is good for {} s more: {error}",
-                left.as_secs()
-            ));
-        }
-        self.next = match left.is_zero() {
-            true => now + OVER_PAUSE,
-            // Once more at the very end.
-            false => (now + (left / 4).max(PAUSE)).min(self.lease.until),
-        };
-        left.is_zero()
-    }
-}
-
-/// When to renew: early enough for a few attempts.
-fn when(lease: &Lease) -> Instant {
-    lease.until - lease.ttl / 3
 }
 
 /// The task of a [`LeaseRenewer`].
 struct RenewalTask {
-    session: Session,
-    token: Option<Term>,
-    leases: Vec<(Issued, Option<Term>)>,
-    followed: BTreeMap<String, VaultSource>,
-    tell: mpsc::UnboundedSender<Change>,
-    troubles: Vec<String>,
+    client: VaultClient,
+    /// `None` for a token that never expires, or that belongs to the caller.
+    token: Option<LeaseSchedule>,
+    /// The schedule is `None` for a lease that is revoked at the end, and needs no renewal.
+    leases: Vec<(IssuedLease, Option<LeaseSchedule>)>,
+    reissuable: BTreeMap<String, VaultSource>,
+    changes: mpsc::UnboundedSender<Change>,
+    messages: Vec<String>,
 }
 
 impl RenewalTask {
     async fn run(
         mut self,
         mut stopped: oneshot::Receiver<TaskTrackerToken>,
-        mut asks: mpsc::Receiver<Ask>,
+        mut requests: mpsc::Receiver<ReadRequest>,
     ) -> Vec<String> {
-        let _returning = loop {
-            let lives = |term: &Term| !term.succeeded || term.lease.until > Instant::now();
-            self.leases.retain(|(_, term)| term.as_ref().is_none_or(lives));
-            let next = self.due();
+        let _cleanup = loop {
+            self.forget_obsolete_leases();
+            let next_attempt = self.next_attempt();
             let due = async {
-                match next {
-                    Some(next) => tokio::time::sleep_until(next).await,
+                match next_attempt {
+                    Some(due_at) => tokio::time::sleep_until(due_at).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
-                returning = &mut stopped => break returning,
-                Some(Ask { source, again, reply }) = asks.recv() => {
-                    let current = self.current(&source, again).await;
-                    // Who has gone meanwhile asks again.
+                cleanup = &mut stopped => break cleanup,
+                Some(ReadRequest { source, reread_static, reply }) = requests.recv() => {
+                    let current = self.read_current(&source, reread_static).await;
+                    // A caller that stopped waiting makes the request again.
                     let _ = reply.send(current);
                     continue;
                 }
                 () = due => {}
             }
-            self.tend_token().await;
-            // What is issued anew is added behind the others, and is not due yet.
-            for at in 0..self.leases.len() {
-                self.tend_lease(at).await;
+            self.renew_token().await;
+            // A reissued lease is added at the end, and is not due yet.
+            for index in 0..self.leases.len() {
+                self.renew_lease(index).await;
             }
         };
-        self.give_back().await
+        self.revoke_all().await
     }
 
-    fn due(&self) -> Option<Instant> {
-        let token = Term::due(self.token.as_ref(), self.session.is_ours());
-        let lease = |(issued, term): &(Issued, Option<Term>)| {
-            Term::due(term.as_ref(), self.followed.contains_key(&issued.what))
+    fn forget_obsolete_leases(&mut self) {
+        let now = Instant::now();
+        self.leases.retain(|(_, schedule)| schedule.as_ref().is_none_or(|it| !it.is_obsolete(now)));
+    }
+
+    fn next_attempt(&self) -> Option<Instant> {
+        let token = self.token.as_ref().and_then(|it| it.due_at(self.client.owns_token()));
+        let due_at = |(issued, schedule): &(IssuedLease, Option<LeaseSchedule>)| {
+            schedule.as_ref()?.due_at(self.reissuable.contains_key(&issued.location))
         };
-        self.leases.iter().filter_map(lease).chain(token).min()
+        self.leases.iter().filter_map(due_at).chain(token).min()
     }
 
-    /// Renews the token, or gets another.
-    async fn tend_token(&mut self) {
-        let role = self.session.is_ours();
-        if Term::due(self.token.as_ref(), role).is_none_or(|due| due > Instant::now()) {
+    /// Renews the token, or logs in again.
+    async fn renew_token(&mut self) {
+        let owned = self.client.owns_token();
+        let Some(schedule) = self.token.as_mut().filter(|it| it.is_due(owned, Instant::now()))
+        else {
             return;
-        }
-        let Some(term) = &mut self.token else { return };
-        let mut error = VaultError::NoLonger;
-        if term.lease.renewable && !term.told {
-            match self.session.renew().await.map(|()| self.session.lease) {
-                Ok(Some(lease)) if term.is_enough(&lease, role) => return term.renew(lease),
-                Ok(Some(lease)) => term.is_last(lease),
+        };
+        let mut error = VaultError::NotRenewable;
+        if schedule.lease.renewable && !schedule.is_expiry_reported() {
+            match self.client.renew_token().await.map(|()| self.client.token_lease) {
+                Ok(Some(lease)) if schedule.extends_enough(&lease, owned, Instant::now()) => {
+                    return schedule.record_renewal(lease);
+                }
+                Ok(Some(lease)) => schedule.mark_final(lease),
                 Ok(None) => return self.token = None,
-                Err(why) => error = why,
+                Err(failure) => error = failure,
             }
         }
-        // One that does not answer does not log in either.
-        let there = !matches!(
-            error,
-            VaultError::Unreachable { .. }
-                | VaultError::Sealed { .. }
-                | VaultError::Redirect { .. }
-        );
-        if role && (there || term.told) {
-            match self.session.log_in_again().await {
-                Ok(()) => return self.take_token(),
-                Err(why) => error = why,
+        // While the server is down a login fails as well.
+        if owned && (!error.is_outage() || schedule.is_expiry_reported()) {
+            match self.client.log_in_again().await {
+                Ok(()) => return self.replace_token(),
+                Err(failure) => error = failure,
             }
         }
-        let Some(term) = &mut self.token else { return };
-        if !role && error == VaultError::NoLonger {
-            // It ends when it ends.
+        if !owned && matches!(error, VaultError::NotRenewable) {
+            // The token of the caller is used until it expires.
             return;
         }
-        if term.fail(TOKEN, &error, &mut self.troubles) && !std::mem::replace(&mut term.told, true)
-        {
-            // With it is over whatever was issued to it.
-            let until = term.lease.until;
-            self.ends_by(until);
+        let Some(schedule) = &mut self.token else { return };
+        let expired = record_failure(schedule, TOKEN, &error, &mut self.messages);
+        if expired && schedule.report_expiry() {
+            // The leases expire with the token that they were issued to.
+            let expires_at = schedule.lease.expires_at;
+            self.end_leases_by(expires_at);
         }
     }
 
-    /// There is another token. What was issued to the former ends with that one.
-    fn take_token(&mut self) {
-        let former = self.token.take();
-        self.token = self.session.lease.map(Term::new);
-        if let Some(former) = former {
-            self.ends_by(former.lease.until);
+    /// Starts the schedule of a new token. The secrets of the old one are reissued.
+    fn replace_token(&mut self) {
+        let old = self.token.take();
+        self.token = self.client.token_lease.map(LeaseSchedule::new);
+        if let Some(old) = old {
+            self.end_leases_by(old.lease.expires_at);
         }
     }
 
-    /// All there is ends then, if not before.
-    fn ends_by(&mut self, until: Instant) {
-        for term in self.leases.iter_mut().filter_map(|(_, term)| term.as_mut()) {
-            term.lease.until = term.lease.until.min(until);
-            term.lease.renewable = false;
-            term.next = Instant::now();
+    fn end_leases_by(&mut self, expires_at: Instant) {
+        let now = Instant::now();
+        for schedule in self.leases.iter_mut().filter_map(|(_, schedule)| schedule.as_mut()) {
+            schedule.end_by(expires_at, now);
         }
     }
 
-    /// Renews a lease, or has what it is of issued anew.
-    async fn tend_lease(&mut self, at: usize) {
-        let Some((Issued { what, id, lease }, Some(term))) = self.leases.get_mut(at) else {
+    /// Renews a lease, or reissues its secret.
+    async fn renew_lease(&mut self, index: usize) {
+        let Some((IssuedLease { location, id, lease }, Some(schedule))) =
+            self.leases.get_mut(index)
+        else {
             return;
         };
-        let source = self.followed.get(what).cloned();
-        if Term::due(Some(term), source.is_some()).is_none_or(|due| due > Instant::now()) {
+        let source = self.reissuable.get(location).cloned();
+        if !schedule.is_due(source.is_some(), Instant::now()) {
             return;
         }
-        let mut error = VaultError::NoLonger;
-        if term.lease.renewable {
-            match self.session.renew_lease(id, *lease).await {
-                Ok(Some(lease)) if term.is_enough(&lease, source.is_some()) => {
-                    tracing::debug!(what, seconds = lease.ttl.as_secs(), "lease renewed");
-                    return term.renew(lease);
+        let mut error = VaultError::NotRenewable;
+        if schedule.lease.renewable {
+            match self.client.renew_lease(id, *lease).await {
+                Ok(Some(lease))
+                    if schedule.extends_enough(&lease, source.is_some(), Instant::now()) =>
+                {
+                    tracing::debug!(location, seconds = lease.ttl.as_secs(), "lease renewed");
+                    return schedule.record_renewal(lease);
                 }
-                Ok(Some(lease)) => term.is_last(lease),
-                // The server knows no leases, or this one does not end.
-                Ok(None) => {
-                    self.leases[at].1 = None;
-                    return;
-                }
-                Err(why) => error = why,
+                Ok(Some(lease)) => schedule.mark_final(lease),
+                // The server has no leases, or this one never expires.
+                Ok(None) => return self.leases[index].1 = None,
+                Err(failure) => error = failure,
             }
         }
-        let what = what.clone();
         if let Some(source) = &source {
-            match self.read_again(source).await {
+            match self.reissue(source).await {
                 Ok(_) => return,
-                Err(why) if error == VaultError::NoLonger => error = why,
+                Err(failure) if matches!(error, VaultError::NotRenewable) => error = failure,
                 Err(_) => {}
             }
         }
-        let Some((_, Some(term))) = self.leases.get_mut(at) else { return };
-        if source.is_none() && error == VaultError::NoLonger {
+        self.record_lease_failure(index, source.is_some(), &error);
+    }
+
+    fn record_lease_failure(&mut self, index: usize, reissuable: bool, error: &VaultError) {
+        let Some((IssuedLease { location, .. }, Some(schedule))) = self.leases.get_mut(index)
+        else {
+            return;
+        };
+        if !reissuable && matches!(error, VaultError::NotRenewable) {
+            // The secret is used until it expires.
             return;
         }
-        if term.fail(&what, &error, &mut self.troubles) {
-            if source.is_none() {
-                // That has been said.
-                self.leases[at].1 = None;
-            } else if !std::mem::replace(&mut term.told, true) {
-                // Whoever was to know may have gone.
-                let _ = self.tell.send(Change { what, fields: None });
-            }
+        if !record_failure(schedule, location, error, &mut self.messages) {
+            return;
+        }
+        if reissuable && schedule.report_expiry() {
+            let change = Change { location: location.clone(), fields: None };
+            // The receiver may have been dropped.
+            let _ = self.changes.send(change);
+        } else if !reissuable {
+            // Its expiry is in the messages.
+            self.leases[index].1 = None;
         }
     }
 
-    /// A secret as it is now: read again when three quarters of its term are over and it has not been renewed.
-    async fn current(&mut self, source: &VaultSource, again: bool) -> Result<Current, VaultError> {
-        let what = source.location();
-        let now = Instant::now();
-        let last = self.leases.iter().rev().find(|(issued, _)| issued.what == what);
-        match last.and_then(|(_, term)| term.as_ref()) {
-            Some(Term { lease, .. }) if lease.until > now + lease.ttl / 4 => {
-                return Ok(Current::Kept(Some(lease.until)));
+    /// Returns the current state of a secret. It is read again if its lease was not renewed, and a
+    /// quarter of the TTL is left.
+    async fn read_current(
+        &mut self,
+        source: &VaultSource,
+        reread_static: bool,
+    ) -> Result<CurrentSecret, VaultError> {
+        let location = source.location();
+        let last = self.leases.iter().rev().find(|(issued, _)| issued.location == location);
+        match last.and_then(|(_, schedule)| schedule.as_ref()) {
+            Some(schedule) if schedule.is_fresh(Instant::now()) => {
+                return Ok(CurrentSecret::Unchanged {
+                    expires_at: Some(schedule.lease.expires_at),
+                });
             }
-            None if !again => return Ok(Current::Kept(None)),
+            None if !reread_static => return Ok(CurrentSecret::Unchanged { expires_at: None }),
             _ => {}
         }
-        let (fields, until) = self.read_again(source).await?;
-        Ok(Current::Read(fields, until))
+        let (fields, expires_at) = self.reissue(source).await?;
+        Ok(CurrentSecret::Read { fields, expires_at })
     }
 
-    /// Has a secret issued anew, in place of what was issued before, and tells of it.
-    async fn read_again(
+    /// Reads a secret again, which supersedes its earlier leases, and reports the change.
+    async fn reissue(
         &mut self,
         source: &VaultSource,
     ) -> Result<(Fields, Option<Instant>), VaultError> {
-        let Read { fields, lease } = self.session.read(source).await?;
-        let what = source.location();
-        tracing::info!(what, "secret read again");
-        // What is over needs no giving back, and what has a successor no renewing.
-        for (_, term) in self.leases.iter_mut().filter(|(issued, _)| issued.what == what) {
-            if let Some(term) = term {
-                term.succeeded = true;
-            }
-        }
-        let until = lease.as_ref().map(|(_, lease)| lease.until);
+        let VaultSecret { fields, lease } = self.client.read_secret(source).await?;
+        let location = source.location();
+        tracing::info!(location, "secret read again");
+        let earlier = self.leases.iter_mut().filter(|(issued, _)| issued.location == location);
+        earlier
+            .filter_map(|(_, schedule)| schedule.as_mut())
+            .for_each(LeaseSchedule::mark_superseded);
+        let expires_at = lease.as_ref().map(|(_, lease)| lease.expires_at);
         if let Some((id, lease)) = lease {
-            self.leases.push((Issued { what: what.clone(), id, lease }, Some(Term::new(lease))));
+            let issued = IssuedLease { location: location.clone(), id, lease };
+            self.leases.push((issued, Some(LeaseSchedule::new(lease))));
         }
-        if self.followed.contains_key(&what) {
-            let _ = self.tell.send(Change { what, fields: Some(fields.clone()) });
+        if self.reissuable.contains_key(&location) {
+            let _ = self.changes.send(Change { location, fields: Some(fields.clone()) });
         }
-        Ok((fields, until))
+        Ok((fields, expires_at))
     }
 
-    async fn give_back(mut self) -> Vec<String> {
-        let mut troubles = self.troubles;
-        let terms = self.leases.iter().map(|(issued, term)| (issued.what.as_str(), term));
-        let terms = terms.chain([(TOKEN, &self.token)]);
-        troubles.extend(terms.filter_map(|(what, term)| term.as_ref()?.over(what)));
-        let revoking = async {
-            // With a token of ours go the leases that were issued to it.
-            if self.session.is_ours() {
-                return self.session.revoke().await.err().into_iter().collect::<Vec<_>>();
-            }
-            let mut errors = Vec::new();
-            for (issued, _) in &self.leases {
-                errors.extend(self.session.revoke_lease(&issued.id).await.err());
-            }
-            errors
-        };
-        match tokio::time::timeout(REVOKE_LIMIT, revoking).await {
+    /// Revokes everything, and returns the messages.
+    async fn revoke_all(mut self) -> Vec<String> {
+        self.report_expired_leases();
+        match tokio::time::timeout(REVOKE_LIMIT, revoke(&mut self.client, &self.leases)).await {
             Ok(errors) => {
                 tracing::info!(errors = errors.len(), "credentials revoked");
-                troubles
-                    .extend(errors.iter().map(|error| format!("give credentials back: {error}")));
+                let lines = errors.iter().map(|error| format!("revoke credentials: {error}"));
+                self.messages.extend(lines);
             }
             Err(_) => {
                 let limit = REVOKE_LIMIT.as_secs();
-                troubles.push(format!(
-                    "give credentials back: the vault has not done it within {limit} s"
+                let line = format!("revoke credentials: the vault needs more than {limit} s");
+                self.messages.push(line);
+            }
+        }
+        self.messages
+    }
+
+    /// Adds a message for every lease that expired while it was in use.
+    fn report_expired_leases(&mut self) {
+        let now = Instant::now();
+        let leases = self.leases.iter().map(|(issued, it)| (issued.location.as_str(), it));
+        for (name, schedule) in leases.chain([(TOKEN, &self.token)]) {
+            if let Some(since) = schedule.as_ref().and_then(|it| it.expired_for(now)) {
+                let seconds = since.as_secs();
+                self.messages.push(format!(
+                    "{name} expired {seconds} s before the end, and could not be renewed"
                 ));
             }
         }
-        troubles
     }
+}
+
+/// Revokes the tokens of this client and so their leases, or each lease of a token of the caller.
+async fn revoke(
+    client: &mut VaultClient,
+    leases: &[(IssuedLease, Option<LeaseSchedule>)],
+) -> Vec<VaultError> {
+    if client.owns_token() {
+        return client.revoke_tokens().await.err().into_iter().collect();
+    }
+    let mut errors = Vec::new();
+    for (issued, _) in leases {
+        errors.extend(client.revoke_lease(&issued.id).await.err());
+    }
+    errors
+}
+
+/// Records a failed renewal, with a message for the first in a row. Returns true if the lease has
+/// expired.
+fn record_failure(
+    schedule: &mut LeaseSchedule,
+    name: &str,
+    error: &VaultError,
+    messages: &mut Vec<String>,
+) -> bool {
+    let failure = schedule.record_failure(Instant::now());
+    let seconds = failure.remaining.as_secs();
+    tracing::warn!(name, seconds_left = seconds, %error, "lease not renewed");
+    if failure.first && messages.len() < MAX_MESSAGES {
+        messages.push(format!("renew {name}, which expires in {seconds} s: {error}"));
+    }
+    failure.remaining.is_zero()
 }

@@ -1,4 +1,4 @@
-//! Reads secrets of a vault for the credentials of one sandbox.
+//! Reads the secrets of a vault for the credentials of one sandbox.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,107 +7,110 @@ use chitin_spec::{VaultConfig, VaultSource, check_name};
 use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
-use super::lease_renewal::Issued;
-use super::{Fields, MAX_FIELDS, Read, Session, VaultError, config_from_env};
+use super::client::VaultSecret;
+use super::lease_renewal::IssuedLease;
+use super::{Fields, VaultClient, VaultError, config_from_env};
 
-/// A vault that is logged in to when it is first asked, and asked once for each secret.
+/// Logs in at the first read, and reads each secret once.
 #[derive(Default)]
 pub(crate) struct VaultReader<'a> {
     config: Option<&'a VaultConfig>,
-    pub session: Option<Session>,
-    read: BTreeMap<String, Read>,
-    pub issued: Vec<Issued>,
-    /// Held from the question to the vault until what it has issued is noted.
-    pub asking: Arc<Mutex<()>>,
+    pub client: Option<VaultClient>,
+    secrets: BTreeMap<String, VaultSecret>,
+    pub issued: Vec<IssuedLease>,
+    /// Held from a request until the lease of its response is in `issued`.
+    pub reading: Arc<Mutex<()>>,
 }
 
 impl<'a> VaultReader<'a> {
-    /// Of this vault, or of the one that the environment names.
+    /// Makes a reader for this vault, or for the one that the environment names.
     pub fn new(config: Option<&'a VaultConfig>) -> VaultReader<'a> {
         VaultReader { config, ..VaultReader::default() }
     }
 
-    /// The value of a field, or of the only one.
-    pub async fn field(&mut self, source: &VaultSource) -> Result<Zeroizing<Vec<u8>>, String> {
-        self.one(source).await.map_err(|error| error.to_string())
+    /// Returns the value of the field that the source names, or of the only field.
+    pub async fn read_field(
+        &mut self,
+        source: &VaultSource,
+    ) -> Result<Zeroizing<Vec<u8>>, VaultError> {
+        select_field(source, &self.read_secret(source).await?.fields)
     }
 
-    pub async fn one(&mut self, source: &VaultSource) -> Result<Zeroizing<Vec<u8>>, VaultError> {
-        select_field(source, &self.read(source).await?.fields)
-    }
-
-    /// The fields that can be credentials: all of them, or the one that is meant.
-    pub async fn fields(
+    /// Returns the fields that become credentials: the field that the source names, or all.
+    pub async fn read_credentials(
         &mut self,
         source: &VaultSource,
     ) -> Result<Vec<(String, Zeroizing<Vec<u8>>)>, VaultError> {
-        let what = source.location();
+        let location = source.location();
         if let Some(field) = &source.field {
-            return Ok(vec![(credential_name(&what, field)?, self.one(source).await?)]);
+            let name = credential_name(&location, field)?;
+            return Ok(vec![(name, self.read_field(source).await?)]);
         }
         let mut values = Vec::new();
-        for (name, value) in &self.read(source).await?.fields {
-            let name = credential_name(&what, name)?;
-            let value = value
-                .clone()
-                .ok_or_else(|| VaultError::NoText { what: what.clone(), field: name.clone() })?;
+        for (field, value) in &self.read_secret(source).await?.fields {
+            let name = credential_name(&location, field)?;
+            let value = value.clone().ok_or_else(|| VaultError::NotScalar {
+                location: location.clone(),
+                field: name.clone(),
+            })?;
             values.push((name, value));
         }
         Ok(values)
     }
 
-    pub async fn read(&mut self, source: &VaultSource) -> Result<&Read, VaultError> {
-        let place = source.location();
-        if !self.read.contains_key(&place) {
-            let _asking = self.asking.clone().lock_owned().await;
-            if self.session.is_none() {
-                let found;
-                let config = match self.config {
-                    Some(config) => config,
-                    None => {
-                        found = config_from_env()?;
-                        &found
-                    }
-                };
-                self.session = Some(Session::begin(config).await?);
+    /// Reads a secret at the first call for its location.
+    pub async fn read_secret(&mut self, source: &VaultSource) -> Result<&VaultSecret, VaultError> {
+        let location = source.location();
+        if !self.secrets.contains_key(&location) {
+            let _reading = self.reading.clone().lock_owned().await;
+            let secret = self.client().await?.read_secret(source).await?;
+            if let Some((id, lease)) = &secret.lease {
+                let (location, id) = (location.clone(), id.clone());
+                self.issued.push(IssuedLease { location, id, lease: *lease });
             }
-            let missing = || VaultError::Answer { what: place.clone() };
-            let read = self.session.as_ref().ok_or_else(missing)?.read(source).await?;
-            if let Some((id, lease)) = &read.lease {
-                self.issued.push(Issued { what: place.clone(), id: id.clone(), lease: *lease });
-            }
-            if read.fields.len() > MAX_FIELDS {
-                return Err(VaultError::TooMany { what: place, count: read.fields.len() });
-            }
-            self.read.insert(place.clone(), read);
+            self.secrets.insert(location.clone(), secret);
         }
-        self.read.get(&place).ok_or(VaultError::Answer { what: place })
+        self.secrets.get(&location).ok_or(VaultError::InvalidResponse { operation: location })
+    }
+
+    /// Returns the client, which is logged in at the first call.
+    async fn client(&mut self) -> Result<&VaultClient, VaultError> {
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => match self.config {
+                Some(config) => VaultClient::log_in(config).await?,
+                None => VaultClient::log_in(&config_from_env()?).await?,
+            },
+        };
+        Ok(self.client.insert(client))
     }
 }
 
-/// The value of the field that is meant, or of the only one.
+/// Returns the value of the field that the source names, or of the only field.
 ///
 /// # Errors
-/// There is none of that name, or several and none is named, or it is no text.
+/// The field does not exist, the source does not name one of several, or the value is not a string,
+/// number or boolean.
 pub fn select_field(
     source: &VaultSource,
     fields: &Fields,
 ) -> Result<Zeroizing<Vec<u8>>, VaultError> {
-    let what = source.location();
-    let (name, value) = match (&source.field, fields.as_slice()) {
-        (Some(name), _) => {
-            let missing = || VaultError::NoField { what: what.clone(), field: name.clone() };
-            fields.iter().find(|(field, _)| field == name).ok_or_else(missing)?
-        }
-        (None, [one]) => one,
-        (None, _) => return Err(VaultError::WhichField { what, count: fields.len() }),
+    let location = source.location();
+    let (field, value) = match (&source.field, fields.as_slice()) {
+        (Some(field), _) => fields.iter().find(|(name, _)| name == field).ok_or_else(|| {
+            VaultError::MissingField { location: location.clone(), field: field.clone() }
+        })?,
+        (None, [only]) => only,
+        (None, _) => return Err(VaultError::AmbiguousField { location, count: fields.len() }),
     };
-    value.clone().ok_or_else(|| VaultError::NoText { what, field: name.clone() })
+    value.clone().ok_or_else(|| VaultError::NotScalar { location, field: field.clone() })
 }
 
-fn credential_name(what: &str, field: &str) -> Result<String, VaultError> {
+fn credential_name(location: &str, field: &str) -> Result<String, VaultError> {
     match check_name(field) {
         Ok(()) => Ok(field.to_owned()),
-        Err(_) => Err(VaultError::FieldName { what: what.into(), field: field.into() }),
+        Err(_) => {
+            Err(VaultError::InvalidFieldName { location: location.into(), field: field.into() })
+        }
     }
 }

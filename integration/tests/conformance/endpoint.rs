@@ -131,7 +131,7 @@ fn what_is_no_pair_of_keys_stops_the_run_before_it_starts(on: On) {
         assert!(!outcome.stderr.contains(CANARY), "{outcome:?}");
         outcome.refused(words);
     };
-    refused("--secret AWS=env:KEYS_HERE --secret-endpoint AWS", "secret AWS: it is no JSON object");
+    refused("--secret AWS=env:KEYS_HERE --secret-endpoint AWS", "secret AWS: not a JSON object");
     refused(
         "--secret AWS=file:/nonexistent --secret-endpoint AWS",
         "secret AWS: read /nonexistent",

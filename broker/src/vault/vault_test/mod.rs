@@ -1,37 +1,42 @@
-//! What a vault is asked, by whom, and what becomes of its answers: on servers that are real ([`real`]), and with a
-//! [`double::Double`] of one for what these cannot be made to do.
+//! Tests of the vault client: against servers ([`real`]), and against a [`double::ServerDouble`] for
+//! conditions that a server cannot be brought into.
 
 mod double;
 mod real;
 mod server;
 
-use chitin_spec::SecretSpec;
-use tokio_util::task::TaskTracker;
+use std::time::Duration;
 
+use chitin_spec::{SecretId, SecretSpec, VaultConfig, VaultLogin, VaultSource};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+use zeroize::Zeroizing;
+
+use super::config::config_from;
 use super::*;
-use crate::Error;
 use crate::credentials::{CredentialSpec, CredentialValue, FetchedCredentials, fetch_credentials};
+use crate::error::{Error, SecretError, error_chain};
 
 const CANARY: &str = "canary-52b1d9e0f7";
 
-/// Counts clean-ups, and can be waited for.
-fn tracker() -> TaskTracker {
+/// Returns a tracker that counts clean-ups and can be waited for.
+fn closed_tracker() -> TaskTracker {
     let tracker = TaskTracker::new();
     tracker.close();
     tracker
 }
 
-/// Fetches, where nobody asks whether what was issued is given back.
+/// Fetches credentials without waiting for clean-ups.
 async fn fetch(secrets: &[SecretSpec], spec: &CredentialSpec) -> Result<FetchedCredentials, Error> {
-    fetch_credentials(secrets, spec, &tracker()).await
+    fetch_credentials(secrets, spec, &closed_tracker()).await
 }
 
-/// What is fetched from this vault.
-fn from(config: VaultConfig) -> CredentialSpec {
+fn spec_of(config: VaultConfig) -> CredentialSpec {
     CredentialSpec { vault: Some(config), ..CredentialSpec::default() }
 }
 
-/// Names and values of what was fetched.
+/// Returns the names and values of the credentials.
 fn exposed(fetched: &FetchedCredentials) -> Vec<(String, String)> {
     let text = |value: &CredentialValue| {
         String::from_utf8(value.value.to_bytes().expose().to_vec()).unwrap()
@@ -39,25 +44,31 @@ fn exposed(fetched: &FetchedCredentials) -> Vec<(String, String)> {
     fetched.values.iter().map(|value| (value.name.clone(), text(value))).collect()
 }
 
-/// The one line that says why it is not to be had.
-async fn refusal(secrets: &[SecretSpec], spec: &CredentialSpec) -> String {
-    let error = fetch(secrets, spec).await.expect_err("is refused").to_string();
-    assert!(!error.contains(CANARY) && error.lines().count() == 1, "{error}");
-    error
+/// Asserts that the credentials cannot be fetched, for a reason in one line without a secret.
+/// Returns the name in the error, and the error of the vault.
+async fn fetch_error(secrets: &[SecretSpec], spec: &CredentialSpec) -> (String, VaultError) {
+    let error = fetch(secrets, spec).await.expect_err("the fetch must fail");
+    let line = error_chain(&error);
+    assert!(!line.contains(CANARY) && line.lines().count() == 1, "{line}");
+    assert!(!format!("{error:?}").contains(CANARY), "{error:?}");
+    match error {
+        Error::Secret { name, source: SecretError::Vault(error) } => (name, error),
+        other => panic!("not an error of the vault: {other:?}"),
+    }
 }
 
-/// The next change of what was read at a place: what a field is now.
-async fn next(changes: &mut Changes, place: &str, field: &str) -> Option<String> {
+/// Waits for the next change, of the secret at this location. Returns the new value of a field.
+async fn next_change(changes: &mut Changes, location: &str, field: &str) -> Option<String> {
     let change =
         tokio::time::timeout(Duration::from_secs(30), changes.recv()).await.expect("in time");
-    let Change { what, fields } = change.expect("the keeper is there");
-    assert_eq!(what, place);
-    let value = fields?.into_iter().find(|(name, _)| name == field).unwrap().1.unwrap();
+    let change = change.expect("the renewer runs");
+    assert_eq!(change.location, location);
+    let value = change.fields?.into_iter().find(|(name, _)| name == field).unwrap().1.unwrap();
     Some(String::from_utf8(value.to_vec()).unwrap())
 }
 
 #[test]
-fn the_environment_says_which_vault_and_who_we_are() {
+fn environment_names_the_vault_and_the_login() {
     let from = |pairs: &[(&str, &str)]| {
         let pairs: Vec<(String, String)> =
             pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
@@ -66,13 +77,13 @@ fn the_environment_says_which_vault_and_who_we_are() {
         })
     };
     let address = ("VAULT_ADDR", "https://vault:8200");
-    assert_eq!(from(&[]).unwrap_err(), VaultError::NoAddress);
-    assert_eq!(from(&[address]).unwrap_err(), VaultError::NoLogin);
-    assert_eq!(from(&[address, ("VAULT_ROLE_ID", "r")]).unwrap_err(), VaultError::NoLogin);
-    assert_eq!(
-        from(&[address, ("VAULT_TOKEN", "t"), ("VAULT_SKIP_VERIFY", "1")]).unwrap_err(),
-        VaultError::Unverified
-    );
+    assert!(matches!(from(&[]), Err(VaultError::MissingAddress)));
+    assert!(matches!(from(&[address]), Err(VaultError::MissingLogin)));
+    assert!(matches!(from(&[address, ("VAULT_ROLE_ID", "r")]), Err(VaultError::MissingLogin)));
+    assert!(matches!(
+        from(&[address, ("VAULT_TOKEN", "t"), ("VAULT_SKIP_VERIFY", "1")]),
+        Err(VaultError::SkipVerify)
+    ));
     let role = [
         address,
         ("VAULT_ROLE_ID", "r"),
@@ -80,15 +91,10 @@ fn the_environment_says_which_vault_and_who_we_are() {
         ("VAULT_NAMESPACE", "n"),
     ];
     let config = from(&role).unwrap();
-    assert!(
-        matches!(&config.login, VaultLogin::AppRole { mount, secret_id: SecretId::Wrapped(_), .. } if mount == "approle")
-    );
+    let VaultLogin::AppRole { mount, secret_id: SecretId::Wrapped(_), .. } = &config.login else {
+        panic!("{config:?}")
+    };
+    assert_eq!(mount, "approle");
     let shown = format!("{config:?}");
     assert!(shown.contains("AppRole") && !shown.contains(CANARY), "{shown}");
-}
-
-#[test]
-fn a_term_may_be_none_or_longer_than_time() {
-    assert_eq!(Lease::new(0, true), None);
-    assert!(Lease::new(u64::MAX, true).is_some());
 }

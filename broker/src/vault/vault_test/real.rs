@@ -1,260 +1,276 @@
-//! Cases that a real server decides: OpenBao, or the Vault that the environment names.
+//! Tests against a server: OpenBao, or the Vault that the environment names.
 
 use std::collections::BTreeMap;
 
-use super::double::Double;
-use super::server::Server;
+use super::double::ServerDouble;
+use super::server::VaultServer;
 use super::*;
-use crate::vault::lease_renewal::{Current, LeaseRenewer};
+use crate::vault::lease_renewal::{CurrentSecret, LeaseRenewer};
+
+fn pair(name: &str, value: &str) -> (String, String) {
+    (name.to_owned(), value.to_owned())
+}
+
+/// Revokes the leases. Asserts that no renewal and no revocation failed.
+async fn revoke_cleanly(fetched: FetchedCredentials) {
+    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
+}
 
 #[tokio::test]
-async fn a_role_reads_fields_and_its_token_is_revoked_at_the_end() {
-    let server = Server::start().await;
-    let config = server.reader(json!({ "token_ttl": 600 })).await;
-    let spec = from(config.clone());
+async fn role_reads_fields_and_its_token_is_revoked() {
+    let server = VaultServer::start().await;
+    let config = server.create_reader_role(json!({ "token_ttl": 600 })).await;
+    let spec = spec_of(config.clone());
     let secrets = [server.secret("TOKEN", "creds#api_token"), server.secret("PORT", "creds#port")];
     let fetched = fetch(&secrets, &spec).await.unwrap();
-    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     assert_eq!(exposed(&fetched), [pair("TOKEN", CANARY), pair("PORT", "8080")]);
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
+    revoke_cleanly(fetched).await;
 
-    // The same by hand, to see the token before and after.
-    let mut session = Session::begin(&config).await.unwrap();
-    let token = session.middleware.token.clone();
-    session.revoke().await.unwrap();
-    let login = VaultLogin::Token(Zeroizing::new(token));
-    let error = refusal(&secrets, &from(VaultConfig { login, ..config })).await;
-    assert!(error.contains("the token has expired, or its policies"), "{error}");
+    // The same by hand, with the token before and after.
+    let mut client = VaultClient::log_in(&config).await.unwrap();
+    let login = VaultLogin::Token(client.token.clone());
+    client.revoke_tokens().await.unwrap();
+    let (_, error) = fetch_error(&secrets, &spec_of(VaultConfig { login, ..config })).await;
+    assert!(matches!(error, VaultError::Denied { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn each_field_of_a_credential_source_is_a_credential() {
-    let server = Server::start().await;
-    let mut spec = CredentialSpec { source: Some(server.source("plain")), ..from(server.root()) };
-    // One that is asked for by name stays what it was asked to be.
-    let own = ["user=exec:echo me".parse().unwrap()];
-    let mut found = exposed(&fetch(&own, &spec).await.unwrap());
+async fn each_field_of_a_credential_source_is_fetched() {
+    let server = VaultServer::start().await;
+    let spec = spec_of(server.root_login());
+    let spec = |rest: &str| CredentialSpec { source: Some(server.source(rest)), ..spec.clone() };
+    // A named credential takes precedence over a field.
+    let named = ["user=exec:echo me".parse().unwrap()];
+    let mut found = exposed(&fetch(&named, &spec("plain")).await.unwrap());
     found.sort();
-    assert_eq!(found, [("api_token".into(), CANARY.into()), ("user".into(), "me".into())]);
+    assert_eq!(found, [pair("api_token", CANARY), pair("user", "me")]);
+    let fetched = fetch(&[], &spec("plain#user")).await.unwrap();
+    assert_eq!(exposed(&fetched), [pair("user", "agent")]);
 
-    spec.source = Some(server.source("plain#user"));
-    assert_eq!(
-        exposed(&fetch(&[], &spec).await.unwrap()),
-        [("user".to_owned(), "agent".to_owned())]
+    let (_, error) = fetch_error(&[], &spec("creds")).await;
+    assert!(
+        matches!(&error, VaultError::NotScalar { field, .. } if field == "nested"),
+        "{error:?}"
     );
-    spec.source = Some(server.source("creds"));
-    assert!(refusal(&[], &spec).await.contains("field `nested`"), "an object is no credential");
-    spec.source = Some(server.source("none"));
-    assert!(refusal(&[], &spec).await.contains("has nothing at vault://"));
-    spec.source = None;
-    for (rest, words) in [
-        ("plain#pass", "no field `pass`"),
-        ("plain", "has 2 fields"),
-        ("creds#nested", "is no text"),
-    ] {
-        assert!(refusal(&[server.secret("A", rest)], &spec).await.contains(words), "{rest}");
-    }
+    let (_, error) = fetch_error(&[], &spec("none")).await;
+    assert!(matches!(error, VaultError::NotFound { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn a_wrong_role_is_refused_in_words_that_do_not_repeat_it() {
-    let server = Server::start().await;
-    let terms = json!({ "token_ttl": 600, "secret_id_num_uses": 1 });
-    let config = server.reader(terms).await;
+async fn field_of_a_secret_must_be_unambiguous() {
+    let server = VaultServer::start().await;
+    let spec = spec_of(server.root_login());
+    let error = async |rest| fetch_error(&[server.secret("A", rest)], &spec).await.1;
+    let missing = error("plain#pass").await;
+    assert!(
+        matches!(&missing, VaultError::MissingField { field, .. } if field == "pass"),
+        "{missing:?}"
+    );
+    let several = error("plain").await;
+    assert!(matches!(several, VaultError::AmbiguousField { count: 2, .. }), "{several:?}");
+    let nested = error("creds#nested").await;
+    assert!(matches!(nested, VaultError::NotScalar { .. }), "{nested:?}");
+}
+
+#[tokio::test]
+async fn wrong_role_is_refused_without_repeating_it() {
+    let server = VaultServer::start().await;
+    let options = json!({ "token_ttl": 600, "secret_id_num_uses": 1 });
+    let config = server.create_reader_role(options).await;
     let refused =
         async |change: fn(&mut String, &mut Zeroizing<String>, &mut Zeroizing<String>)| {
             let mut config = config.clone();
             let VaultLogin::AppRole { mount, role_id, secret_id: SecretId::Plain(secret_id) } =
                 &mut config.login
             else {
-                panic!("no role")
+                panic!("not a role")
             };
             change(mount, role_id, secret_id);
-            let why = "role id or secret id are wrong, used up or expired, or no AppRole is there";
-            let words = format!("secret A: the vault refuses the login at auth/{mount}: {why}");
-            assert_eq!(refusal(&[server.secret("A", "creds#port")], &from(config)).await, words);
+            let expected = mount.clone();
+            let secrets = [server.secret("A", "creds#port")];
+            let (name, error) = fetch_error(&secrets, &spec_of(config)).await;
+            assert!(
+                matches!(&error, VaultError::LoginRefused { mount } if *mount == expected),
+                "{error:?}"
+            );
+            assert_eq!(name, "A");
         };
     refused(|_, role_id, _| *role_id = Zeroizing::new(CANARY.into())).await;
     refused(|_, _, secret_id| *secret_id = Zeroizing::new(CANARY.into())).await;
     refused(|mount, _, _| *mount = "nowhere".into()).await;
-    Session::begin(&config).await.unwrap();
-    // It was good for one login.
+    VaultClient::log_in(&config).await.unwrap();
+    // The secret id was valid for one login.
     refused(|_, _, _| {}).await;
 }
 
 #[tokio::test]
-async fn a_token_ends_with_its_term_unless_its_role_renews_it_or_logs_in_again() {
-    let server = Server::start().await;
-    let config = server.reader(json!({ "token_ttl": 3 })).await;
+async fn token_of_a_role_outlives_its_ttl_by_renewal() {
+    let server = VaultServer::start().await;
+    let config = server.create_reader_role(json!({ "token_ttl": 3 })).await;
     let source = server.source("creds");
-    let forgotten = Session::begin(&config).await.unwrap();
-    let kept = Session::begin(&config).await.unwrap();
-    assert_eq!(kept.lease.unwrap().ttl, Duration::from_secs(3));
-    let login = VaultLogin::Token(Zeroizing::new(kept.middleware.token.clone()));
-    let first = Session::begin(&VaultConfig { login, ..config }).await.unwrap();
-    let keeper = LeaseRenewer::start(kept, Vec::new(), BTreeMap::new(), &tracker());
-    // By now it has been renewed twice, or there is a third one.
+    let unrenewed = VaultClient::log_in(&config).await.unwrap();
+    let renewed = VaultClient::log_in(&config).await.unwrap();
+    assert_eq!(renewed.token_lease.unwrap().ttl, Duration::from_secs(3));
+    let login = VaultLogin::Token(renewed.token.clone());
+    let first = VaultClient::log_in(&VaultConfig { login, ..config }).await.unwrap();
+    let renewer = LeaseRenewer::start(renewed, Vec::new(), BTreeMap::new(), &closed_tracker());
+    // By now, the token was renewed twice.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    assert!(matches!(forgotten.read(&source).await, Err(VaultError::Denied { .. })));
-    assert!(first.read(&source).await.is_ok());
-    let reader = keeper.reader();
-    let current = reader.current(&source, true).await.unwrap();
-    let Current::Read(fields, _) = current else { panic!("it was read") };
+    assert!(matches!(unrenewed.read_secret(&source).await, Err(VaultError::Denied { .. })));
+    assert!(first.read_secret(&source).await.is_ok());
+    let reader = renewer.reader();
+    let current = reader.read_current(&source, true).await.unwrap();
+    let CurrentSecret::Read { fields, .. } = current else { panic!("not read") };
     assert!(fields.iter().any(|(name, value)| name == "api_token"
         && value.as_ref().is_some_and(|value| value.as_slice() == CANARY.as_bytes())));
-    assert_eq!(keeper.revoke_all().await, Vec::<String>::new());
-    assert!(reader.current(&source, true).await.is_err(), "it has ended");
-    assert!(
-        matches!(first.read(&source).await, Err(VaultError::Denied { .. })),
-        "revoked at the end"
-    );
+    assert_eq!(renewer.revoke_all().await, Vec::<String>::new());
+    assert!(matches!(reader.read_current(&source, true).await, Err(VaultError::Revoked)));
+    let revoked = first.read_secret(&source).await;
+    assert!(matches!(revoked, Err(VaultError::Denied { .. })));
 }
 
 #[tokio::test]
-async fn a_sealed_server_and_one_that_goes_away_are_told_apart() {
-    let mut server = Server::start_own().await;
-    let config = server.reader(json!({ "token_ttl": 6 })).await;
-    let spec = from(config);
+async fn sealed_and_unreachable_servers_are_distinguished() {
+    let mut server = VaultServer::start_private().await;
+    let config = server.create_reader_role(json!({ "token_ttl": 6 })).await;
+    let spec = spec_of(config);
     let secret = [server.secret("A", "creds#port")];
     let began = Instant::now();
-    let keeper = fetch(&secret, &spec).await.unwrap().lease_renewer.unwrap();
-    server.admin("PUT", "sys/seal", json!({})).await;
-    assert!(refusal(&secret, &spec).await.contains("is sealed"));
+    let renewer = fetch(&secret, &spec).await.unwrap().lease_renewer.unwrap();
+    server.expect_ok("PUT", "sys/seal", json!({})).await;
+    let (_, error) = fetch_error(&secret, &spec).await;
+    assert!(matches!(error, VaultError::Sealed { .. }), "{error:?}");
     server.unseal().await;
 
     server.kill();
-    // When it was to be renewed, and is not over.
+    // The renewal was due, and the token has not expired.
     tokio::time::sleep_until(began + Duration::from_secs(5)).await;
-    let troubles = tokio::time::timeout(Duration::from_secs(15), keeper.revoke_all())
+    let messages = tokio::time::timeout(Duration::from_secs(15), renewer.revoke_all())
         .await
         .expect("does not hang");
-    let [renew, revoke] = &troubles[..] else { panic!("{troubles:?}") };
-    assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
-    assert!(
-        revoke.starts_with("give credentials back: the vault at http://127.0.0.1:"),
-        "{revoke}"
-    );
-    let error = refusal(&secret, &spec).await;
-    assert!(error.contains("cannot be reached: nobody listens there"), "{error}");
+    let [renewal, revocation] = &messages[..] else { panic!("{messages:?}") };
+    assert!(renewal.starts_with("renew the token of the vault"), "{renewal}");
+    assert!(revocation.starts_with("revoke credentials: "), "{revocation}");
+    let (_, error) = fetch_error(&secret, &spec).await;
+    let VaultError::Unreachable { failure, .. } = error else { panic!("{error:?}") };
+    assert_eq!(failure, ConnectionFailure::Connect);
 }
 
 #[tokio::test]
-async fn a_policy_that_only_allows_a_path_allows_no_other() {
-    let server = Server::start().await;
-    let config = server.reader(json!({ "token_ttl": 600 })).await;
-    let spec = from(config.clone());
+async fn policy_of_one_path_denies_all_others() {
+    let server = VaultServer::start().await;
+    let config = server.create_reader_role(json!({ "token_ttl": 600 })).await;
+    let spec = spec_of(config.clone());
     let fetched = fetch(&[server.secret("A", "creds#api_token")], &spec).await.unwrap();
-    assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
+    assert_eq!(exposed(&fetched), [pair("A", CANARY)]);
     fetched.revoke().await;
-    let denied = |place: &str| {
-        format!(
-            "the vault refuses vault://{place}: the token has expired, or its policies do not allow this"
-        )
-    };
-    let elsewhere = server.mount("kv", json!({ "version": "1" })).await;
-    for place in [
+    let elsewhere = server.mount_engine("kv", json!({ "version": "1" })).await;
+    for path in [
         format!("{}/plain", server.kv),
         format!("{}/none", server.kv),
         format!("{elsewhere}/creds"),
     ] {
         let secrets =
-            [server.secret("A", "creds#port"), format!("B=vault://{place}#user").parse().unwrap()];
-        assert_eq!(refusal(&secrets, &spec).await, format!("secret B: {}", denied(&place)));
-        // The token is given back all the same.
-        assert_eq!(server.tokens(&config).await, 0);
+            [server.secret("A", "creds#port"), format!("B=vault://{path}#user").parse().unwrap()];
+        let (name, error) = fetch_error(&secrets, &spec).await;
+        assert_eq!(name, "B");
+        assert!(
+            matches!(&error, VaultError::Denied { operation }
+                if *operation == format!("vault://{path}")),
+            "{error:?}"
+        );
+        // The token is revoked after a failure as well.
+        assert_eq!(server.count_tokens(&config).await, 0);
     }
     let spec = CredentialSpec { source: Some(server.source("plain")), ..spec };
-    assert!(refusal(&[], &spec).await.ends_with(&denied(&format!("{}/plain", server.kv))));
+    let (_, error) = fetch_error(&[], &spec).await;
+    assert!(matches!(error, VaultError::Denied { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn kv_2_is_read_by_the_path_without_data() {
-    let server = Server::start().await;
-    let kv = server.mount("kv", json!({ "version": "2" })).await;
-    for value in ["yesterday's", CANARY] {
-        server
-            .admin("POST", &format!("{kv}/data/app/db"), json!({ "data": { "password": value } }))
-            .await;
+async fn kv_2_path_is_written_without_data() {
+    let server = VaultServer::start().await;
+    let kv = server.mount_engine("kv", json!({ "version": "2" })).await;
+    for (path, value) in [("db", "yesterday's"), ("db", CANARY), ("web", CANARY)] {
+        let body = json!({ "data": { "password": value } });
+        server.expect_ok("POST", &format!("{kv}/data/app/{path}"), body).await;
     }
-    server
-        .admin("POST", &format!("{kv}/data/app/web"), json!({ "data": { "password": CANARY } }))
-        .await;
-    let spec =
-        from(server.role(&[&format!("{kv}/data/app/db")], json!({ "token_ttl": 600 })).await);
+    let paths = [&*format!("{kv}/data/app/db")];
+    let spec = spec_of(server.create_role(&paths, json!({ "token_ttl": 600 })).await);
     let secret = |path: &str| [format!("DB=vault://{kv}/app/{path}#password").parse().unwrap()];
-    assert_eq!(
-        exposed(&fetch(&secret("db"), &spec).await.unwrap()),
-        [("DB".to_owned(), CANARY.to_owned())]
-    );
-    assert!(refusal(&secret("web"), &spec).await.contains("its policies do not allow this"));
-    // The newest version is what is there, or is not.
-    server.admin("DELETE", &format!("{kv}/data/app/db"), json!({})).await;
-    assert!(
-        refusal(&secret("db"), &spec)
-            .await
-            .contains(&format!("has nothing at vault://{kv}/app/db"))
-    );
+    assert_eq!(exposed(&fetch(&secret("db"), &spec).await.unwrap()), [pair("DB", CANARY)]);
+    let (_, error) = fetch_error(&secret("web"), &spec).await;
+    assert!(matches!(error, VaultError::Denied { .. }), "{error:?}");
+    // The newest version counts, also if it is deleted.
+    server.expect_ok("DELETE", &format!("{kv}/data/app/db"), json!({})).await;
+    let (_, error) = fetch_error(&secret("db"), &spec).await;
+    assert!(matches!(error, VaultError::NotFound { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn a_wrapped_secret_id_is_good_for_one_sandbox() {
-    let server = Server::start().await;
-    let config = server.reader(json!({ "token_ttl": 600 })).await;
+async fn wrapped_secret_id_is_valid_for_one_login() {
+    let server = VaultServer::start().await;
+    let config = server.create_reader_role(json!({ "token_ttl": 600 })).await;
     let secret = [server.secret("A", "creds#api_token")];
-    let spec = from(server.wrapped(&config).await);
+    let spec = spec_of(server.wrap_secret_id(&config).await);
     let fetched = fetch(&secret, &spec).await.unwrap();
-    assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
-    assert_eq!(server.tokens(&config).await, 0);
-    assert_eq!(
-        refusal(&secret, &spec).await,
-        "secret A: the vault's wrapping token is not valid: it was used before, or has expired"
-    );
+    assert_eq!(exposed(&fetched), [pair("A", CANARY)]);
+    revoke_cleanly(fetched).await;
+    assert_eq!(server.count_tokens(&config).await, 0);
+    let (_, error) = fetch_error(&secret, &spec).await;
+    assert!(matches!(error, VaultError::InvalidWrappingToken), "{error:?}");
 }
 
 #[tokio::test]
-async fn what_is_in_a_namespace_is_found_in_no_other() {
-    let mut server = Server::start_own().await;
-    server.enter("team").await;
-    server.enter("a").await;
-    let config = server.reader(json!({ "token_ttl": 600 })).await;
+async fn secret_is_found_in_its_namespace_only() {
+    let mut server = VaultServer::start_private().await;
+    server.enter_namespace("team").await;
+    server.enter_namespace("a").await;
+    let config = server.create_reader_role(json!({ "token_ttl": 600 })).await;
     assert_eq!(config.namespace.as_deref(), Some("team/a"));
     let secret = [server.secret("A", "creds#api_token")];
-    let fetched = fetch(&secret, &from(config.clone())).await.unwrap();
-    assert_eq!(exposed(&fetched), [("A".to_owned(), CANARY.to_owned())]);
-    assert_eq!(server.tokens(&config).await, 1);
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
-    assert_eq!(server.tokens(&config).await, 0);
-    // The role is not there, or the namespace is not.
-    for (namespace, words) in [
-        (None, "no AppRole is there"),
-        (Some("team"), "no AppRole is there"),
-        (Some("team/b"), "has nothing at auth/"),
-    ] {
+    let fetched = fetch(&secret, &spec_of(config.clone())).await.unwrap();
+    assert_eq!(exposed(&fetched), [pair("A", CANARY)]);
+    assert_eq!(server.count_tokens(&config).await, 1);
+    revoke_cleanly(fetched).await;
+    assert_eq!(server.count_tokens(&config).await, 0);
+    for namespace in [None, Some("team"), Some("team/b")] {
+        let is_missing = namespace == Some("team/b");
         let namespace = namespace.map(str::to_owned);
-        let error = refusal(&secret, &from(VaultConfig { namespace, ..config.clone() })).await;
-        assert!(error.contains(words), "{error}");
+        let spec = spec_of(VaultConfig { namespace, ..config.clone() });
+        let (_, error) = fetch_error(&secret, &spec).await;
+        match error {
+            VaultError::NotFound { .. } => assert!(is_missing),
+            VaultError::LoginRefused { .. } => assert!(!is_missing),
+            error => panic!("{error:?}"),
+        }
     }
 }
 
-/// An engine that makes users of a message broker, and a broker that makes and removes whatever it is told to.
+/// A secrets engine that creates users of a message broker, and a double of that broker.
 struct Engine {
-    broker: Double,
-    /// Where users are made.
+    broker: ServerDouble,
+    /// The path of a request for a new user.
     path: String,
 }
 
 impl Engine {
-    /// With users for so many seconds.
-    async fn mount(server: &Server, ttl: u32) -> Engine {
-        let broker = Double::start(|_| (204, Value::Null)).await;
-        let mount = server.mount("rabbitmq", json!({})).await;
-        let connection = json!({ "connection_uri": broker.address, "username": "a", "password": "b", "verify_connection": false });
-        server.admin("POST", &format!("{mount}/config/connection"), connection).await;
-        server.admin("POST", &format!("{mount}/roles/app"), json!({ "tags": "agent" })).await;
-        server
-            .admin("POST", &format!("{mount}/config/lease"), json!({ "ttl": ttl, "max_ttl": 3600 }))
-            .await;
+    /// Mounts an engine whose users are leased for so many seconds.
+    async fn mount(server: &VaultServer, ttl: u32) -> Engine {
+        let broker = ServerDouble::start(|_| (204, Value::Null)).await;
+        let mount = server.mount_engine("rabbitmq", json!({})).await;
+        let connection = json!({
+            "connection_uri": broker.address, "username": "a", "password": "b",
+            "verify_connection": false,
+        });
+        let options = [
+            ("config/connection", connection),
+            ("roles/app", json!({ "tags": "agent" })),
+            ("config/lease", json!({ "ttl": ttl, "max_ttl": 3600 })),
+        ];
+        for (path, body) in options {
+            server.expect_ok("POST", &format!("{mount}/{path}"), body).await;
+        }
         Engine { broker, path: format!("{mount}/creds/app") }
     }
 
@@ -266,90 +282,92 @@ impl Engine {
         format!("{name}={}#{field}", self.location()).parse().unwrap()
     }
 
-    /// How many users were made, and how many of them are no more.
-    fn users(&self) -> (usize, usize) {
-        let count = |what: &str| self.broker.count(|line| line.starts_with(what));
+    /// Counts the users that were created, and the users that were deleted.
+    fn count_users(&self) -> (usize, usize) {
+        let count = |start: &str| self.broker.count(|line| line.starts_with(start));
         (count("PUT /api/users/"), count("DELETE /api/users/"))
     }
 
-    /// A vault says that it has revoked, and then does.
-    async fn sees(&self, users: (usize, usize)) {
+    /// Waits for the counts: a vault deletes a user after it has confirmed the revocation.
+    async fn wait_for_users(&self, users: (usize, usize)) {
         let deadline = Instant::now() + Duration::from_secs(5);
-        while self.users() != users {
-            assert!(Instant::now() < deadline, "{:?}, not {users:?}", self.users());
+        while self.count_users() != users {
+            assert!(Instant::now() < deadline, "{:?}, not {users:?}", self.count_users());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 }
 
 #[tokio::test]
-async fn what_an_engine_issues_is_renewed_and_given_back() {
-    let server = Server::start().await;
+async fn dynamic_secret_is_read_once_and_renewed() {
+    let server = VaultServer::start().await;
     let engine = Engine::mount(&server, 3).await;
-    let spec = from(server.role(&[&engine.path], json!({ "token_ttl": 600 })).await);
+    let role = server.create_role(&[&engine.path], json!({ "token_ttl": 600 })).await;
     let secrets = [engine.secret("U", "username"), engine.secret("P", "password")];
-    let fetched = fetch(&secrets, &spec).await.unwrap();
+    let fetched = fetch(&secrets, &spec_of(role)).await.unwrap();
     tokio::time::sleep(Duration::from_secs(4)).await;
-    // Read once for both, or there would be two, and renewed, or there would be none.
-    assert_eq!(engine.users(), (1, 0));
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
-
-    // With the token of a role, with one that somebody else got and that is not ours to revoke, and when something else fails.
-    let engine = Engine::mount(&server, 600).await;
-    let spec = from(server.role(&[&engine.path], json!({ "token_ttl": 600 })).await);
-    let secret = engine.secret("P", "password");
-    let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
-    engine.sees((1, 1)).await;
-    let spec = from(server.root());
-    let fetched = fetch(std::slice::from_ref(&secret), &spec).await.unwrap();
-    assert_eq!(fetched.lease_renewer.unwrap().revoke_all().await, Vec::<String>::new());
-    engine.sees((2, 2)).await;
-    refusal(&[secret, "Q=env:CHITIN_NO_SUCH".parse().unwrap()], &spec).await;
-    engine.sees((3, 3)).await;
+    // Two reads would create two users, and without a renewal the user would be deleted.
+    assert_eq!(engine.count_users(), (1, 0));
+    revoke_cleanly(fetched).await;
 }
 
 #[tokio::test]
-async fn a_token_is_renewed_until_its_longest_term_and_then_followed_with_all_that_was_issued_to_it()
- {
-    let server = Server::start().await;
+async fn dynamic_secret_is_revoked_for_every_login() {
+    let server = VaultServer::start().await;
+    let engine = Engine::mount(&server, 600).await;
+    let role = server.create_role(&[&engine.path], json!({ "token_ttl": 600 })).await;
+    let secret = engine.secret("P", "password");
+    // With the token of a role, which is revoked.
+    revoke_cleanly(fetch(std::slice::from_ref(&secret), &spec_of(role)).await.unwrap()).await;
+    engine.wait_for_users((1, 1)).await;
+    // With a token of the caller, which is not.
+    let spec = spec_of(server.root_login());
+    revoke_cleanly(fetch(std::slice::from_ref(&secret), &spec).await.unwrap()).await;
+    engine.wait_for_users((2, 2)).await;
+    // After the failure of another credential.
+    let secrets = [secret, "Q=env:CHITIN_NO_SUCH".parse().unwrap()];
+    assert!(fetch(&secrets, &spec).await.is_err());
+    engine.wait_for_users((3, 3)).await;
+}
+
+#[tokio::test]
+async fn secrets_are_reissued_with_a_new_token() {
+    let server = VaultServer::start().await;
     let engine = Engine::mount(&server, 60).await;
-    let config = server.role(&[&engine.path], json!({ "token_ttl": 3, "token_max_ttl": 5 })).await;
+    let options = json!({ "token_ttl": 3, "token_max_ttl": 5 });
+    let config = server.create_role(&[&engine.path], options).await;
     let began = Instant::now();
     let mut fetched =
-        fetch(&[engine.secret("P", "password")], &from(config.clone())).await.unwrap();
+        fetch(&[engine.secret("P", "password")], &spec_of(config.clone())).await.unwrap();
     let mut changes = fetched.changes.take().unwrap();
-    let password = next(&mut changes, &engine.location(), "password").await.unwrap();
-    assert_ne!(exposed(&fetched), [("P".to_owned(), password)]);
-    // After 2 s for 3 more, after 2 s more for 1, which is less than half.
+    let password = next_change(&mut changes, &engine.location(), "password").await.unwrap();
+    assert_ne!(exposed(&fetched), [pair("P", &password)]);
+    // The renewal after 2 s grants 3 s, and that after 4 s only 1 s: less than half.
     let lasted = began.elapsed();
     assert!((Duration::from_millis(3900)..Duration::from_secs(5)).contains(&lasted), "{lasted:?}");
-    // The former is not over yet.
-    assert_eq!((server.tokens(&config).await, engine.users()), (2, (2, 0)));
-    assert_eq!(fetched.lease_renewer.take().unwrap().revoke_all().await, Vec::<String>::new());
-    assert_eq!(server.tokens(&config).await, 0);
-    engine.sees((2, 2)).await;
+    // The first token has not expired yet.
+    assert_eq!((server.count_tokens(&config).await, engine.count_users()), (2, (2, 0)));
+    revoke_cleanly(fetched).await;
+    assert_eq!(server.count_tokens(&config).await, 0);
+    engine.wait_for_users((2, 2)).await;
 }
 
 #[tokio::test]
-async fn what_was_issued_to_a_token_is_over_with_it() {
-    let server = Server::start().await;
+async fn secrets_expire_with_a_token_that_is_final() {
+    let server = VaultServer::start().await;
     let engine = Engine::mount(&server, 60).await;
-    let terms = json!({ "token_ttl": 3, "token_max_ttl": 4, "secret_id_num_uses": 1 });
-    let spec = from(server.role(&[&engine.path], terms).await);
+    let options = json!({ "token_ttl": 3, "token_max_ttl": 4, "secret_id_num_uses": 1 });
+    let spec = spec_of(server.create_role(&[&engine.path], options).await);
     let mut fetched = fetch(&[engine.secret("P", "password")], &spec).await.unwrap();
     let mut changes = fetched.changes.take().unwrap();
-    assert_eq!(next(&mut changes, &engine.location(), "password").await, None);
-    engine.sees((1, 1)).await;
-    let troubles = fetched.lease_renewer.take().unwrap().revoke_all().await;
-    let [renew, denied, over, token] = &troubles[..] else { panic!("{troubles:?}") };
-    assert!(renew.starts_with("renew the vault's token, which is good for "), "{renew}");
-    assert!(renew.contains("the vault refuses the login at auth/"), "{renew}");
-    let place = engine.location();
-    assert!(
-        denied.starts_with(&format!("renew {place}, which is good for 0 s more: ")),
-        "{denied}"
-    );
-    assert!(over.starts_with(&format!("{place} was good until ")), "{over}");
-    assert!(token.starts_with("the vault's token was good until "), "{token}");
+    assert_eq!(next_change(&mut changes, &engine.location(), "password").await, None);
+    engine.wait_for_users((1, 1)).await;
+    let messages = fetched.lease_renewer.take().unwrap().revoke_all().await;
+    let [renewal, reissue, expiry, token_expiry] = &messages[..] else { panic!("{messages:?}") };
+    let location = engine.location();
+    assert!(renewal.starts_with("renew the token of the vault"), "{renewal}");
+    assert!(renewal.contains("auth/"), "{renewal}");
+    assert!(reissue.starts_with(&format!("renew {location}")), "{reissue}");
+    assert!(expiry.starts_with(&location), "{expiry}");
+    assert!(token_expiry.starts_with("the token of the vault"), "{token_expiry}");
 }
