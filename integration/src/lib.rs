@@ -19,15 +19,15 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-pub use belongings::Belongings;
 pub use chitin::TierKind;
 pub use docker::Dockerd;
-pub use on::{On, Policy};
+pub use host_resources::Belongings;
+pub use tier_under_test::{On, Policy};
 
-pub mod belongings;
 pub mod canary;
 pub mod docker;
-mod on;
+pub mod host_resources;
+mod tier_under_test;
 
 /// How long one `chitin` may take. A boot takes seconds on the emulated host, and twenty that run at once take two minutes.
 pub const LIMIT: Duration = Duration::from_secs(300);

@@ -1,7 +1,7 @@
 //! What a workload can use up, and what it cannot: all of it together, on a host that does not help.
 //!
 //! The fork bomb, memory and the disk alone, the agent's safety, and a workload that never sleeps and ignores the time limit are
-//! in `conformance`; a panic in `refusals.rs`; a triple fault is how each bare guest of `cargo xtask hostile` ends.
+//! in `conformance`; a panic in `startup_errors.rs`; a triple fault is how each bare guest of `cargo xtask hostile` ends.
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -10,14 +10,14 @@
 #[macro_use(on_every_tier)]
 extern crate chitin_integration;
 
+mod aws_credentials;
 mod canary;
-mod endpoint;
+mod concurrency;
 mod environment;
 mod exit;
 mod files;
 mod isolation;
 mod limits;
-mod many;
 mod policy;
 mod secrets;
 mod stdio;
