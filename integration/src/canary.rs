@@ -1,7 +1,7 @@
-//! The search for a value that must not be where it is not meant to be: in memory, on command lines, in environments, in files.
+//! The search for a secret value in memory, command lines, environments and files.
 //!
-//! A search that finds nothing proves nothing unless it would have found something. So each is told of a second text that is
-//! where the value would be, and fails if it does not find that.
+//! A search without a result proves nothing unless it can find something. Each search therefore
+//! gets a control text, which is in the memory where the value would be, and fails without it.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -10,20 +10,21 @@ use std::path::{Path, PathBuf};
 
 use crate::{Running, docker};
 
-/// Read at once, and compared in one piece.
+/// The bytes that are read and compared at a time.
 const PIECE: u64 = 1 << 20;
 
-/// Of a page on every host these tests run on.
+/// The page size of every host that these tests run on.
 const PAGE: u64 = 4096;
 
-/// Programs that act for a sandbox without being of its family: a daemon's, a runtime's.
+/// Programs of a daemon or runtime, which serve a sandbox without being its descendants.
 const HELPERS: [&str; 7] =
     ["dockerd", "containerd", "containerd-shim", "runsc", "runc", "crun", "conmon"];
 
-/// Whether the needle is in there.
-pub fn holds(bytes: &[u8], needle: &[u8]) -> bool {
-    // By a byte in its middle, which is rarer than how words begin. Page by page: most have not even that one, and the standard
-    // library, which is optimized where a test is not, sees it quickly.
+/// Returns true if the bytes contain the needle.
+pub fn contains_bytes(bytes: &[u8], needle: &[u8]) -> bool {
+    // The search looks for the byte in the middle of the needle, which is rarer than first letters
+    // of words. It goes page by page: most pages lack that byte, and the standard library, which
+    // is optimized unlike a test, rejects them quickly.
     let middle = needle.len() / 2;
     (0..bytes.len()).step_by(4096).any(|start| {
         let page = &bytes[start..bytes.len().min(start + 4096)];
@@ -39,75 +40,78 @@ pub fn holds(bytes: &[u8], needle: &[u8]) -> bool {
     })
 }
 
-/// What was found where.
+/// The result of a search.
 #[derive(Debug, Default)]
 pub struct Search {
-    /// Where the value was: a process with what of it, or a file.
+    /// The places of the value: a part of a process, or a file.
     pub found: Vec<String>,
-    /// Whether the memory that was searched has held the other text.
+    /// Set if the memory searched contains the control text.
     pub control: bool,
-    /// Bytes of memory that were looked at.
+    /// The bytes of memory searched.
     pub bytes: u64,
 }
 
-/// Searches everything of a run but `chitin` itself, which holds the value: memory of the guest or of the sandbox's processes, command
-/// lines, environments, and the files of its directory, of the container tiers and of a Docker daemon.
+/// Searches a run, except the memory of `chitin` itself, which has the value: memory of the guest
+/// or of the sandbox's processes, command lines, environments, and the files of its directory, of
+/// the container tiers and of a Docker daemon.
 ///
-/// `control` is a text that is in the sandbox's memory.
-pub fn search(running: &Running, canary: &str, control: &str) -> Search {
+/// `control` is a text in the sandbox's memory.
+pub fn search_run(running: &Running, canary: &str, control: &str) -> Search {
     let mut search = Search::default();
-    for process in processes(running) {
-        search.process(&process, canary.as_bytes(), control.as_bytes());
+    for process in related_processes(running) {
+        search.add_process(&process, canary.as_bytes(), control.as_bytes());
     }
-    for dir in places(running) {
-        search.files(&dir, canary.as_bytes());
+    for dir in written_dirs(running) {
+        search.add_files(&dir, canary.as_bytes());
     }
     search
 }
 
-/// Asserts that a value is nowhere, by a search that has found `control` in the sandbox's memory.
+/// Asserts that a search finds `control` in the sandbox's memory and does not find the value.
 #[track_caller]
 pub fn assert_absent(running: &Running, canary: &str, control: &str) {
-    let Search { found, control, bytes } = search(running, canary, control);
+    let Search { found, control, bytes } = search_run(running, canary, control);
     assert!(found.is_empty(), "the value is in {found:?}");
-    assert!(control && bytes > 1 << 20, "the search of {bytes} bytes has not found what is there");
+    assert!(control && bytes > 1 << 20, "the control text was not found in {bytes} bytes");
 }
 
-/// Asserts that a value is on no command line, in no environment but that of `chitin`, and in no file, but may be in memory.
+/// Asserts that a value is on no command line, in no file, and in no environment except that of
+/// `chitin`. It may be in memory.
 #[track_caller]
 pub fn assert_unwritten(running: &Running, canary: &str) {
     let mut search = Search::default();
-    for process in processes(running) {
-        search.lines(&process, canary.as_bytes());
+    for process in related_processes(running) {
+        search.add_lines(&process, canary.as_bytes());
     }
-    for dir in places(running) {
-        search.files(&dir, canary.as_bytes());
+    for dir in written_dirs(running) {
+        search.add_files(&dir, canary.as_bytes());
     }
     assert!(search.found.is_empty(), "the value is in {:?}", search.found);
 }
 
-/// Asserts that nothing that outlives a run, which has ended, holds a value: no file, and no process that acted for it. But for a
-/// Docker daemon, which hands on what goes to its containers and does not wipe it.
+/// Asserts that, after the end of a run, no file and no process that served it contains a value.
+/// The memory of a Docker daemon is excepted: it forwards the input of its containers and does not
+/// wipe it.
 #[track_caller]
 pub fn assert_gone(running: &Running, canary: &str) {
-    let Search { mut found, .. } = search(running, canary, canary);
+    let Search { mut found, .. } = search_run(running, canary, canary);
     found.retain(|place| !(place.starts_with("memory of ") && place.contains("dockerd")));
     assert!(found.is_empty(), "the value is in {found:?}");
 }
 
 /// Asserts that a value is in no file below these directories.
 #[track_caller]
-pub fn assert_no_file_holds(dirs: &[&Path], canary: &str) {
+pub fn assert_no_file_contains(dirs: &[&Path], canary: &str) {
     let mut search = Search::default();
     for dir in dirs {
-        search.files(dir, canary.as_bytes());
+        search.add_files(dir, canary.as_bytes());
     }
     assert!(search.found.is_empty(), "the value is in {:?}", search.found);
 }
 
-/// All processes of a run; those of other runs at the same time, which have nothing of this one's, as well.
-fn processes(running: &Running) -> Vec<PathBuf> {
-    let own = running.processes();
+/// Lists the processes of a run and of concurrent runs, which must not have its values either.
+fn related_processes(running: &Running) -> Vec<PathBuf> {
+    let own = running.list_processes();
     let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
     let ours = namespace(Path::new("/proc/self"));
     let entries = fs::read_dir("/proc").expect("list processes").flatten();
@@ -115,7 +119,7 @@ fn processes(running: &Running) -> Vec<PathBuf> {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
     });
     let related = |process: &PathBuf| {
-        let helps = exe(process).file_name().is_some_and(|name| {
+        let helps = exe_path(process).file_name().is_some_and(|name| {
             let name = name.to_string_lossy();
             HELPERS.iter().any(|helper| name == *helper || name.starts_with("containerd-shim"))
         });
@@ -126,77 +130,77 @@ fn processes(running: &Running) -> Vec<PathBuf> {
     all.filter(related).collect()
 }
 
-/// Where a run and its tier write.
-fn places(running: &Running) -> Vec<PathBuf> {
-    let mut places = vec![running.dir().to_owned(), "/run/chitin".into()];
+/// Returns the directories that a run and its tier write to.
+fn written_dirs(running: &Running) -> Vec<PathBuf> {
+    let mut dirs = vec![running.dir().to_owned(), "/run/chitin".into()];
     if std::env::var_os("DOCKER_HOST").is_some()
         && let Some(dir) = Path::new(docker::host().trim_start_matches("unix://")).parent()
     {
-        // Its log, and of each container the configuration, the state and the log; not its layers.
-        places.extend(["log", "data/containers", "exec"].map(|name| dir.join(name)));
+        // The daemon's log, and the configuration, state and log of each container; not its layers.
+        dirs.extend(["log", "data/containers", "exec"].map(|name| dir.join(name)));
     }
-    places
+    dirs
 }
 
-fn exe(process: &Path) -> PathBuf {
+fn exe_path(process: &Path) -> PathBuf {
     fs::read_link(process.join("exe")).unwrap_or_default()
 }
 
 impl Search {
-    /// The two lists that everybody of the same user can read.
-    fn lines(&mut self, process: &Path, canary: &[u8]) {
+    /// Searches command line and environment, which all processes of the user can read.
+    fn add_lines(&mut self, process: &Path, canary: &[u8]) {
         for name in ["cmdline", "environ"] {
             let bytes = fs::read(process.join(name)).unwrap_or_default();
-            // The variable was given to `chitin` by whoever called it; it must not pass it on.
-            if holds(&bytes, canary) && !(name == "environ" && exe(process).ends_with("chitin")) {
-                self.found.push(format!(
-                    "{name} of {} ({})",
-                    process.display(),
-                    exe(process).display()
-                ));
+            // The caller of `chitin` set the variable. `chitin` must not pass it on.
+            let allowed = name == "environ" && exe_path(process).ends_with("chitin");
+            if !allowed && contains_bytes(&bytes, canary) {
+                self.add_found(name, process);
             }
         }
     }
 
-    fn process(&mut self, process: &Path, canary: &[u8], control: &[u8]) {
-        self.lines(process, canary);
-        if exe(process).ends_with("chitin") {
+    fn add_found(&mut self, part: &str, process: &Path) {
+        let exe = exe_path(process);
+        self.found.push(format!("{part} of {} ({})", process.display(), exe.display()));
+    }
+
+    fn add_process(&mut self, process: &Path, canary: &[u8], control: &[u8]) {
+        self.add_lines(process, canary);
+        if exe_path(process).ends_with("chitin") {
             return;
         }
         let (mut leaked, mut seen, mut read) = (false, false, 0);
-        let mut look = |bytes: &[u8]| {
-            leaked |= holds(bytes, canary);
-            seen |= holds(bytes, control);
+        let mut inspect = |bytes: &[u8]| {
+            leaked |= contains_bytes(bytes, canary);
+            seen |= contains_bytes(bytes, control);
             read += bytes.len() as u64;
         };
-        // A process that ends meanwhile has no memory any more.
-        let _ = mapped(process, &mut look);
-        let _ = in_memory_files(process, &mut look);
+        // The memory of a process that ends meanwhile cannot be read.
+        let _ = read_mappings(process, &mut inspect);
+        let _ = read_memory_files(process, &mut inspect);
         if leaked {
-            self.found.push(format!(
-                "memory of {} ({})",
-                process.display(),
-                exe(process).display()
-            ));
+            self.add_found("memory", process);
         }
         self.control |= seen;
         self.bytes += read;
     }
 
-    fn files(&mut self, path: &Path, canary: &[u8]) {
+    fn add_files(&mut self, path: &Path, canary: &[u8]) {
         let Ok(metadata) = path.symlink_metadata() else { return };
         if metadata.is_dir() {
             for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-                self.files(&entry.path(), canary);
+                self.add_files(&entry.path(), canary);
             }
-        } else if metadata.is_file() && fs::read(path).is_ok_and(|bytes| holds(&bytes, canary)) {
+        } else if metadata.is_file()
+            && fs::read(path).is_ok_and(|bytes| contains_bytes(&bytes, canary))
+        {
             self.found.push(path.display().to_string());
         }
     }
 }
 
-/// All memory of a process that is there and can be read: of a monitor, that of its guest.
-fn mapped(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
+/// Reads all readable, present memory of a process. A monitor's includes that of its guest.
+fn read_mappings(process: &Path, inspect: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
     let maps = fs::read_to_string(process.join("maps"))?;
     let (memory, pagemap) =
         (File::open(process.join("mem"))?, File::open(process.join("pagemap"))?);
@@ -213,44 +217,52 @@ fn mapped(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
         let mut at = start;
         while at < end {
             let length = (end - at).min(PIECE);
-            pieces(&memory, &pagemap, at, length, look);
+            read_present_pages(&memory, &pagemap, at, length, inspect);
             at += length;
         }
     }
     Ok(())
 }
 
-/// The pages of a range that are there, neighbours in one piece. Others are not touched: that would make them be there.
-fn pieces(memory: &File, pagemap: &File, start: u64, length: u64, look: &mut impl FnMut(&[u8])) {
+/// Reads the present pages of a range, adjacent ones in one piece. Other pages are not touched,
+/// because a read would allocate them.
+fn read_present_pages(
+    memory: &File,
+    pagemap: &File,
+    start: u64,
+    length: u64,
+    inspect: &mut impl FnMut(&[u8]),
+) {
     let pages = usize::try_from(length / PAGE).unwrap_or(0);
     let mut entries = vec![0; pages * 8];
     if pagemap.read_exact_at(&mut entries, start / PAGE * 8).is_err() {
         return;
     }
-    // In memory, or swapped out.
-    let there: Vec<bool> = entries.chunks_exact(8).map(|entry| entry[7] & 0xc0 != 0).collect();
+    // Bits 63 and 62: the page is in memory, or swapped out.
+    let present: Vec<bool> = entries.chunks_exact(8).map(|entry| entry[7] & 0xc0 != 0).collect();
     let mut page = 0;
     while page < pages {
-        let count = there[page..].iter().take_while(|there| **there).count();
+        let count = present[page..].iter().take_while(|present| **present).count();
         if count > 0 {
-            // With a little of what comes before, so that what straddles two pieces is in one of them whole.
+            // The piece starts a page early, so that a value across two pieces is complete in one.
             let from = start + page as u64 * PAGE;
             let before = if page == 0 { PAGE.min(from) } else { 0 };
             let mut bytes = vec![0; count * 4096 + usize::try_from(before).unwrap_or(0)];
             let whole = memory.read_exact_at(&mut bytes, from - before).is_ok();
             let part = &mut bytes[usize::try_from(before).unwrap_or(0)..];
             if whole {
-                look(&bytes);
+                inspect(&bytes);
             } else if memory.read_exact_at(part, from).is_ok() {
-                look(part);
+                inspect(part);
             }
         }
         page += count.max(1);
     }
 }
 
-/// Files in memory that a process holds open, which need not be mapped: gVisor keeps the memory of its sandbox in one.
-fn in_memory_files(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
+/// Reads the memory files that a process has open, which need not be mapped: gVisor has the memory
+/// of its sandbox in one.
+fn read_memory_files(process: &Path, inspect: &mut impl FnMut(&[u8])) -> std::io::Result<()> {
     for entry in fs::read_dir(process.join("fd"))?.flatten() {
         let link = fs::read_link(entry.path()).unwrap_or_default();
         if !link.to_string_lossy().starts_with("/memfd:") {
@@ -258,7 +270,7 @@ fn in_memory_files(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Res
         }
         let Ok(mut file) = File::open(entry.path()) else { continue };
         let mut at = 0;
-        // Holes are left out; past the last data there is none.
+        // Holes are skipped. The seek fails after the last data.
         while let Ok(data) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) {
             let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(data)).unwrap_or(data);
             if hole <= data {
@@ -272,8 +284,8 @@ fn in_memory_files(process: &Path, look: &mut impl FnMut(&[u8])) -> std::io::Res
                 if bytes.is_empty() {
                     break;
                 }
-                look(&bytes);
-                // What straddles two pieces is in the next one whole.
+                inspect(&bytes);
+                // A value across two pieces is complete in the next one.
                 from += if from + PIECE < hole { PIECE - PAGE } else { hole - from };
             }
             at = hole;

@@ -1,4 +1,4 @@
-//! A Docker daemon for tests: one of their own, on a socket and in directories that nobody else uses.
+//! A separate Docker daemon for tests, on a socket and in directories that nothing else uses.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -15,13 +15,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// It starts containerd, and looks over what is in its directories.
+/// The time limit of a start: the daemon starts containerd and scans its directories.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// It stops containers first, if there are any.
+/// The time limit of a stop: the daemon stops its containers first.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
-/// A daemon. Dropping it stops it and removes its directories.
+/// A Docker daemon. Dropping it stops the daemon and removes its directories.
 #[derive(Debug)]
 pub struct Dockerd {
     child: Child,
@@ -30,30 +30,30 @@ pub struct Dockerd {
 }
 
 impl Dockerd {
-    /// Starts one and waits until it answers.
+    /// Starts a daemon and waits until it answers.
     ///
     /// # Errors
-    /// It cannot be started, or ends; the error carries what it said.
+    /// The daemon cannot be started, or ends; the error contains the end of its log.
     pub fn start() -> io::Result<Dockerd> {
         let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
-        let child = daemon(dir.path())?;
+        let child = spawn_daemon(dir.path())?;
         let mut dockerd = Dockerd { child, dir, killed: false };
-        dockerd.wait_until_it_answers()?;
+        dockerd.wait_until_ready()?;
         Ok(dockerd)
     }
 
-    /// What to set `DOCKER_HOST` to.
+    /// Returns the value for `DOCKER_HOST`.
     pub fn host(&self) -> String {
         format!("unix://{}", self.dir.path().join("socket").display())
     }
 
-    /// Ends it as a crash would. Its containers stay until [`Dockerd::restart`], or the drop.
+    /// Ends the daemon like a crash. Its containers stay until [`Dockerd::restart`] or the drop.
     pub fn kill(&mut self) {
         let containerd = fs::read_to_string(self.dir.path().join("exec/containerd/containerd.pid"));
         self.child.kill().expect("kill dockerd");
         self.child.wait().expect("wait for dockerd");
         self.killed = true;
-        // Its containerd ends with it, but not at once, and the next daemon would take it for its own.
+        // Its containerd ends a little later, and the next daemon would adopt it until then.
         let containerd = Path::new("/proc").join(containerd.expect("read containerd.pid").trim());
         let deadline = Instant::now() + STOP_LIMIT;
         while containerd.exists() && Instant::now() < deadline {
@@ -61,21 +61,21 @@ impl Dockerd {
         }
     }
 
-    /// Starts it again, on what it has left.
+    /// Starts a killed daemon again, on its directories.
     ///
     /// # Errors
     /// As [`Dockerd::start`].
     pub fn restart(&mut self) -> io::Result<()> {
-        // The daemon refuses to start while this names a process, and the number may have been given again.
+        // The daemon refuses to start while this file names a process, and the PID may be reused.
         let _ = fs::remove_file(self.dir.path().join("pid"));
-        self.child = daemon(self.dir.path())?;
+        self.child = spawn_daemon(self.dir.path())?;
         self.killed = false;
-        self.wait_until_it_answers()
+        self.wait_until_ready()
     }
 
-    fn wait_until_it_answers(&mut self) -> io::Result<()> {
+    fn wait_until_ready(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + START_LIMIT;
-        while get(&self.host(), "/_ping").is_err() {
+        while send_get(&self.host(), "/_ping").is_err() {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
                 let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
@@ -89,11 +89,12 @@ impl Dockerd {
     }
 }
 
-/// Without a bridge and rules of a firewall, which no container here needs, it leaves the host's network alone.
-fn daemon(dir: &Path) -> io::Result<Child> {
+/// Starts a daemon without a bridge and firewall rules, which no container here needs, so that the
+/// host's network is unchanged.
+fn spawn_daemon(dir: &Path) -> io::Result<Child> {
     let path = |name: &str| dir.join(name).into_os_string();
     let log = File::options().create(true).append(true).open(dir.join("log"))?;
-    // It ends with whoever started it, also if that is killed.
+    // The daemon ends with this process, even if this process is killed.
     Command::new("setpriv")
         .args(["--pdeathsig", "TERM", "dockerd", "--iptables=false", "--bridge=none"])
         .args(["--data-root".into(), path("data"), "--exec-root".into(), path("exec")])
@@ -111,10 +112,10 @@ fn daemon(dir: &Path) -> io::Result<Child> {
 impl Drop for Dockerd {
     fn drop(&mut self) {
         if self.killed {
-            // Only a daemon clears up behind a daemon: containers, mounts, containerd.
+            // Only a daemon can clean up containers, mounts and containerd of another.
             let _ = self.restart();
         }
-        // An error is one that has ended.
+        // The signal fails if the daemon has ended.
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let deadline = Instant::now() + STOP_LIMIT;
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -122,43 +123,46 @@ impl Drop for Dockerd {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // A daemon mounts its data over itself, and one that was killed has not undone it. An error is that there is none.
+        // A daemon bind-mounts its data directory onto itself, and does not unmount it when killed.
+        // The call fails without a mount.
         let _ = unmount(self.dir.path().join("data"), UnmountFlags::DETACH);
     }
 }
 
-/// `$DOCKER_HOST`, which names the daemon of `with-dockerd`. A daemon that is there for something else is not for tests.
+/// Returns `$DOCKER_HOST`, which names the daemon of `with-dockerd`. Tests do not use a daemon that
+/// serves another purpose.
 ///
 /// # Panics
-/// If it is not set.
+/// The variable is not set.
 pub fn host() -> String {
     env::var("DOCKER_HOST").expect(
-        "no DOCKER_HOST: `cargo xtask test` starts a daemon for this, and so does \
-         `cargo run -p chitin-integration --bin with-dockerd -- cargo nextest run --profile containers`",
+        "no DOCKER_HOST: `cargo xtask test` starts a daemon, and so does `cargo run \
+         -p chitin-integration --bin with-dockerd -- cargo nextest run --profile containers`",
     )
 }
 
-/// The identifiers of all containers of a daemon, also of those that have ended.
+/// Lists the ids of all containers of a daemon, including those that have ended.
 ///
 /// # Errors
-/// It does not answer.
-pub fn containers(host: &str) -> io::Result<BTreeSet<String>> {
-    let listed: Value = serde_json::from_str(&get(host, "/containers/json?all=1")?)?;
-    let listed = listed.as_array().ok_or_else(|| io::Error::other(format!("no list: {listed}")))?;
+/// The daemon does not answer.
+pub fn list_containers(host: &str) -> io::Result<BTreeSet<String>> {
+    let listed: Value = serde_json::from_str(&send_get(host, "/containers/json?all=1")?)?;
+    let listed =
+        listed.as_array().ok_or_else(|| io::Error::other(format!("not a list: {listed}")))?;
     Ok(listed.iter().filter_map(|container| Some(container["Id"].as_str()?.to_owned())).collect())
 }
 
-/// The body of an answer.
-fn get(host: &str, path: &str) -> io::Result<String> {
+/// Sends a GET request and returns the body of the response.
+fn send_get(host: &str, path: &str) -> io::Result<String> {
     let socket = PathBuf::from(host.strip_prefix("unix://").unwrap_or(host));
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    // In this version an answer ends with the connection.
+    // A response of HTTP/1.0 ends with the connection.
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) =
-        answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other("no answer"))?;
+        answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other("no response"))?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.to_owned()),
         _ => Err(io::Error::other(head.lines().next().unwrap_or_default().to_owned())),

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use chitin::TierKind;
 use tempfile::TempDir;
 
-use crate::{Chitin, GONE_LIMIT, chitin, docker, file};
+use crate::{CLEANUP_LIMIT, Chitin, chitin, docker, write_file};
 
-/// Tests of these cases, functions of the tier: `ironclaw::CASE`, `nanoclaw::CASE`, `nemoclaw::CASE`.
+/// Makes a test for each tier of these cases, which are functions of the tier: `ironclaw::CASE`,
+/// `nanoclaw::CASE`, `nemoclaw::CASE`.
 #[macro_export]
 macro_rules! on_every_tier {
     ($($case:ident),+ $(,)?) => {
@@ -24,7 +25,7 @@ macro_rules! on_every_tier {
             $(
                 #[test]
                 fn $case() {
-                    $crate::On { tier: $crate::TierKind::$tier }.check(super::$case);
+                    $crate::TierUnderTest::new($crate::TierKind::$tier).run_case(super::$case);
                 }
             )+
         }
@@ -33,121 +34,137 @@ macro_rules! on_every_tier {
 
 /// Sandboxes of one tier.
 #[derive(Debug, Clone, Copy)]
-pub struct On {
-    /// Which.
-    pub tier: TierKind,
+pub struct TierUnderTest {
+    /// The tier of every run.
+    pub kind: TierKind,
 }
 
-impl On {
-    /// Runs a case, and asserts that it has left nothing on the host that was not there.
+impl TierUnderTest {
+    /// Returns the tier of this kind.
+    pub const fn new(kind: TierKind) -> TierUnderTest {
+        TierUnderTest { kind }
+    }
+
+    /// Runs a case, and asserts that it leaves nothing new on the host.
     #[track_caller]
-    pub fn check(self, case: impl FnOnce(On)) {
-        let before = self.traces();
+    pub fn run_case(self, case: impl FnOnce(TierUnderTest)) {
+        let before = self.list_traces();
         case(self);
-        let mut left: Vec<String> = self.traces().difference(&before).cloned().collect();
-        let deadline = Instant::now() + GONE_LIMIT;
+        let mut left: Vec<String> = self.list_traces().difference(&before).cloned().collect();
+        let deadline = Instant::now() + CLEANUP_LIMIT;
         while !left.is_empty() {
             assert!(Instant::now() < deadline, "left behind: {left:?}");
             thread::sleep(Duration::from_millis(50));
-            // What comes anew meanwhile is somebody else's.
-            let now = self.traces();
+            // A trace that appears meanwhile belongs to another run.
+            let now = self.list_traces();
             left.retain(|trace| now.contains(trace));
         }
     }
 
-    /// What there is on the host because of its sandboxes, but for processes. Those of others, of the same tier, are taken
-    /// for its own if they come while a case runs and stay behind it.
-    pub(crate) fn traces(self) -> BTreeSet<String> {
-        match self.tier {
-            // All that a microVM is, is processes.
+    /// Lists the traces of the tier's sandboxes on the host, except processes. Traces of another
+    /// sandbox of the same tier are counted too if they appear during a case and outlive it.
+    pub(crate) fn list_traces(self) -> BTreeSet<String> {
+        match self.kind {
+            // A microVM consists of processes only.
             TierKind::Ironclaw => BTreeSet::new(),
-            TierKind::Nanoclaw => {
-                let run = Path::new("/run/chitin");
-                let mut traces = BTreeSet::new();
-                for engine in ["bundles", "runsc", "crun", "runc"] {
-                    traces.extend(names(&run.join(engine)));
-                }
-                traces.extend(names(Path::new("/var/cache/chitin/trees")));
-                // The one hierarchy of cgroups, or each of the several that older hosts have.
-                let root = Path::new("/sys/fs/cgroup").to_owned();
-                let hierarchies = names(&root).map(PathBuf::from).chain([root.clone()]);
-                for hierarchy in hierarchies {
-                    traces.extend(
-                        names(&hierarchy.join("chitin")).filter(|name| name.contains("/chitin-")),
-                    );
-                }
-                traces
+            TierKind::Nanoclaw => list_oci_traces(),
+            TierKind::Nemoclaw => {
+                docker::list_containers(&docker::host()).expect("list containers")
             }
-            TierKind::Nemoclaw => docker::containers(&docker::host()).expect("list containers"),
         }
     }
 
-    /// `chitin` with these arguments, split at spaces.
-    pub fn bare(self, args: &str) -> Chitin {
-        match self.tier {
+    /// Returns `chitin` with these arguments, split at spaces.
+    pub fn chitin(self, args: &str) -> Chitin {
+        match self.kind {
             TierKind::Ironclaw => chitin(args),
             TierKind::Nanoclaw | TierKind::Nemoclaw => Chitin::new(args),
         }
     }
 
-    /// `chitin run` with these options, split at spaces; the command is to be added.
-    pub fn with(self, options: &str) -> Chitin {
-        self.bare(&format!("run --tier {} {options}", self.tier))
+    /// Returns `chitin run` with these options, split at spaces. The caller adds the command.
+    pub fn run_with(self, options: &str) -> Chitin {
+        self.chitin(&format!("run --tier {} {options}", self.kind))
     }
 
-    /// `chitin run --` with this command, split at spaces.
+    /// Returns `chitin run --` with this command, split at spaces.
     pub fn run(self, command: &str) -> Chitin {
-        self.with(&format!("-- {command}"))
+        self.run_with(&format!("-- {command}"))
     }
 
-    /// `chitin run -- sh -c SCRIPT`.
-    pub fn sh(self, script: &str) -> Chitin {
+    /// Returns `chitin run -- sh -c SCRIPT`.
+    pub fn run_sh(self, script: &str) -> Chitin {
         self.run("sh -c").arg(script)
     }
 
-    /// `chitin run -- python3 -c PROGRAM`.
-    pub fn python(self, program: &str) -> Chitin {
+    /// Returns `chitin run -- python3 -c PROGRAM`.
+    pub fn run_python(self, program: &str) -> Chitin {
         self.run("python3 -c").arg(program)
     }
 
-    /// A policy file that accepts this tier.
-    pub fn policy(self, text: &str) -> Policy {
+    /// Writes a policy file that accepts this tier.
+    pub fn write_policy(self, text: &str) -> Policy {
         let dir = tempfile::tempdir().expect("create a directory");
-        let text = format!("runtime: {}\n{text}", self.tier);
-        let path = file(dir.path(), "p.yaml", text).expect("write a policy");
-        Policy { on: self, dir, path }
+        let path = dir.path().join("p.yaml").display().to_string();
+        let policy = Policy { tier: self, dir, path };
+        policy.rewrite(text);
+        policy
     }
 }
 
-/// What is in a directory, if it is there.
-fn names(dir: &Path) -> impl Iterator<Item = String> {
+/// Lists bundles, runtime states, unpacked trees and cgroups of the OCI tier.
+fn list_oci_traces() -> BTreeSet<String> {
+    let run = Path::new("/run/chitin");
+    let mut traces = BTreeSet::new();
+    for engine in ["bundles", "runsc", "crun", "runc"] {
+        traces.extend(list_paths(&run.join(engine)));
+    }
+    traces.extend(list_paths(Path::new("/var/cache/chitin/trees")));
+    // The single hierarchy of cgroup v2, or each of the hierarchies of v1.
+    let root = Path::new("/sys/fs/cgroup").to_owned();
+    let hierarchies = list_paths(&root).map(PathBuf::from).chain([root.clone()]);
+    for hierarchy in hierarchies {
+        let cgroups = list_paths(&hierarchy.join("chitin"));
+        traces.extend(cgroups.filter(|path| path.contains("/chitin-")));
+    }
+    traces
+}
+
+/// Lists the paths in a directory; none if it does not exist.
+fn list_paths(dir: &Path) -> impl Iterator<Item = String> + use<> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.map(|entry| entry.path().display().to_string())
 }
 
-/// A policy file, in a directory that lives as long as it.
+/// A policy file, in a directory with the same lifetime.
 #[derive(Debug)]
 pub struct Policy {
-    on: On,
-    /// Where it lies, and what belongs to it may.
+    tier: TierUnderTest,
+    /// The directory of the file, for the other files of a test.
     pub dir: TempDir,
-    /// Its path.
+    /// The path of the file.
     pub path: String,
 }
 
 impl Policy {
-    /// `chitin run --policy FILE`; the command is to be added.
-    pub fn run(&self) -> Chitin {
-        self.on.with("--policy").arg(&self.path)
+    /// Replaces the text of the file, except the tier that it accepts.
+    pub fn rewrite(&self, text: &str) {
+        let text = format!("runtime: {}\n{text}", self.tier.kind);
+        write_file(self.dir.path(), "p.yaml", text).expect("write a policy");
     }
 
-    /// `chitin run --policy FILE -- sh -c SCRIPT`.
-    pub fn sh(&self, script: &str) -> Chitin {
+    /// Returns `chitin run --policy FILE`. The caller adds the command.
+    pub fn run(&self) -> Chitin {
+        self.tier.run_with("--policy").arg(&self.path)
+    }
+
+    /// Returns `chitin run --policy FILE -- sh -c SCRIPT`.
+    pub fn run_sh(&self, script: &str) -> Chitin {
         self.run().args(["--", "sh", "-c", script])
     }
 
-    /// `chitin run --policy FILE -- python3 -c PROGRAM`.
-    pub fn python(&self, program: &str) -> Chitin {
+    /// Returns `chitin run --policy FILE -- python3 -c PROGRAM`.
+    pub fn run_python(&self, program: &str) -> Chitin {
         self.run().args(["--", "python3", "-c", program])
     }
 }

@@ -1,75 +1,69 @@
-//! What is promised holds under attack, and what does not hold is found.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test ends at the first thing that is not as it should be"
-)]
+//! `chitin audit`: promises hold under attack, and broken ones are detected.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
 use chitin::TierKind;
-use chitin_integration::{Chitin, On, Outcome, chitin, file};
+use chitin_integration::{Chitin, Outcome, TierUnderTest, chitin, link_artifacts, write_script};
 use serde_json::Value;
 use tempfile::TempDir;
 
 #[test]
-fn every_promise_of_a_microvm_holds() {
+fn microvm_passes_audit() {
     let outcome = chitin("audit --verbose --memory 128").outcome();
-    let text = outcome.ok();
+    let text = outcome.assert_success();
     let held = text.lines().filter(|line| line.contains(" held ")).count();
     assert_eq!(held, 19, "{text}");
-    // The attacks were made: these two say what they saw.
+    // Evidence of two attacks shows that they ran.
     assert!(
         text.contains("CapEff 0000000000000400") && text.contains("processes, then EAGAIN"),
         "{text}"
     );
 }
 
-/// An audit, and what it has written as JSON.
-fn audited(audit: Chitin) -> (Outcome, Value) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("audit.json");
-    let outcome = audit.arg("--json").arg(&path).outcome();
-    let report = fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
-    (outcome, serde_json::from_slice(&report).unwrap())
+/// Runs an audit, and returns its JSON too.
+fn run_audit(audit: Chitin) -> (Outcome, Value) {
+    audit.outcome_with_json("--json", &[])
 }
 
-/// What became of a property of the tier that was attacked.
-fn finding<'a>(report: &'a Value, property: &str) -> &'a Value {
+/// Returns the finding for a property of the first tier.
+fn get_finding<'a>(report: &'a Value, property: &str) -> &'a Value {
     let findings = report["tiers"][0]["findings"].as_array().unwrap();
     findings.iter().find(|finding| finding["property"] == property).unwrap()
 }
 
-/// Properties with this verdict.
-fn count(report: &Value, verdict: &str) -> usize {
+/// Counts the properties with this verdict.
+fn count_verdicts(report: &Value, verdict: &str) -> usize {
     let findings = report["tiers"][0]["findings"].as_array().unwrap();
     findings.iter().filter(|finding| finding["verdict"] == verdict).count()
 }
 
-/// A directory with a program of this name and text, and the variable that has it found before that of the system.
-fn program(name: &str, script: &str) -> (TempDir, String) {
-    let dir = tempfile::tempdir().unwrap();
-    add(dir.path(), name, script);
-    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
-    (dir, path)
+/// Asserts that every promise of a container boundary holds.
+#[track_caller]
+fn assert_container_passes(report: &Value) {
+    let counts = (count_verdicts(report, "held"), count_verdicts(report, "not_promised"));
+    assert_eq!(counts, (18, 1), "{report}");
 }
 
-fn add(dir: &Path, name: &str, script: &str) {
-    let path = file(dir, name, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+/// Writes a script of this name, and returns its directory and a `PATH` that starts with it.
+fn write_program(name: &str, script: &str) -> (TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    write_script(dir.path(), name, script).unwrap();
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    (dir, path)
 }
 
 mod nanoclaw {
     use super::*;
 
-    const ON: On = On { tier: TierKind::Nanoclaw };
+    const TIER: TierUnderTest = TierUnderTest::new(TierKind::Nanoclaw);
 
     #[test]
-    fn every_promise_of_gvisor_holds() {
-        ON.check(|on| {
-            let (outcome, report) = audited(on.bare("audit --tier nanoclaw"));
-            outcome.ok();
+    fn gvisor_passes_audit() {
+        TIER.run_case(|tier| {
+            let (outcome, report) = run_audit(tier.chitin("audit --tier nanoclaw"));
+            outcome.assert_success();
             let tier = &report["tiers"][0];
             assert_eq!(
                 (&tier["tier"], &tier["wall"]),
@@ -77,58 +71,58 @@ mod nanoclaw {
                 "{report}"
             );
             assert!(tier["implementation"].as_str().unwrap().starts_with("runsc/"), "{report}");
-            assert_eq!(
-                (count(&report, "held"), count(&report, "not_promised")),
-                (18, 1),
-                "{report}"
-            );
+            assert_container_passes(&report);
         });
     }
 
     #[test]
-    fn every_promise_of_a_container_holds() {
-        ON.check(|on| {
-            let (_dir, path) = program("runsc", "echo it does not work here >&2; exit 1");
-            let (outcome, report) = audited(on.bare("audit --tier nanoclaw").env("PATH", path));
-            outcome.ok();
+    fn container_passes_audit() {
+        TIER.run_case(|tier| {
+            let (_dir, path) = write_program("runsc", "echo it does not work here >&2; exit 1");
+            let (outcome, report) =
+                run_audit(tier.chitin("audit --tier nanoclaw").env("PATH", path));
+            outcome.assert_success();
             let tier = &report["tiers"][0];
             assert_eq!(tier["wall"], "namespaces", "{report}");
-            assert_eq!(
-                (count(&report, "held"), count(&report, "not_promised")),
-                (18, 1),
-                "{report}"
-            );
-            assert!(outcome.text().contains("it runs on the host's kernel"), "{outcome:?}");
+            assert_container_passes(&report);
+            assert!(outcome.stdout_text().contains("it runs on the host's kernel"), "{outcome:?}");
         });
     }
 
-    /// A runtime that gives its containers a directory of the host on top of what it was told.
+    /// The runtime mounts a host directory into its containers in addition to their configuration.
     #[test]
-    fn a_runtime_that_shows_files_of_the_host_is_found_out() {
-        ON.check(|on| {
-            let (dir, path) = program("runsc", "exit 1");
-            // Where the audit puts its file, and open to all.
+    fn audit_detects_runtime_exposing_host_files() {
+        TIER.run_case(|tier| {
+            let (dir, path) = write_program("runsc", "exit 1");
+            // The directory of the audit's file, readable to every user.
             let shown = tempfile::tempdir().unwrap();
             fs::set_permissions(shown.path(), fs::Permissions::from_mode(0o755)).unwrap();
+            let mount = serde_json::json!({
+                "destination": "/mnt",
+                "type": "bind",
+                "source": shown.path(),
+                "options": ["rbind", "ro"],
+            });
             for name in ["crun", "runc"] {
                 let leaking = format!(
                     "prev=; for word; do
-                         test \"$prev\" = --bundle && sed -i 's|\"mounts\":\\[|&{{\"destination\":\"/mnt\",\"type\":\"bind\",\"source\":\"{}\",\"options\":[\"rbind\",\"ro\"]}},|' \"$word/config.json\"
+                         test \"$prev\" = --bundle &&
+                             sed -i 's|\"mounts\":\\[|&{mount},|' \"$word/config.json\"
                          prev=$word
                      done
                      PATH={} exec {name} \"$@\"",
-                    shown.path().display(),
                     std::env::var("PATH").unwrap()
                 );
-                add(dir.path(), name, &leaking);
+                write_script(dir.path(), name, &leaking).unwrap();
             }
-            let run = on.bare("audit --tier nanoclaw").env("PATH", path).env("TMPDIR", shown.path());
-            let (outcome, report) = audited(run);
+            let run =
+                tier.chitin("audit --tier nanoclaw").env("PATH", path).env("TMPDIR", shown.path());
+            let (outcome, report) = run_audit(run);
             assert_eq!(outcome.code, 1, "{outcome:?}");
-            let found = finding(&report, "host files");
+            let found = get_finding(&report, "host files");
             assert_eq!(found["verdict"], "broken", "{report}");
             assert!(found["evidence"].as_str().unwrap().contains("/mnt/chitin-audit-"), "{found}");
-            assert_eq!(count(&report, "broken"), 1, "{report}");
+            assert_eq!(count_verdicts(&report, "broken"), 1, "{report}");
         });
     }
 }
@@ -140,54 +134,50 @@ mod nemoclaw {
 
     use super::*;
 
-    const ON: On = On { tier: TierKind::Nemoclaw };
+    const TIER: TierUnderTest = TierUnderTest::new(TierKind::Nemoclaw);
 
     #[test]
-    fn every_promise_of_a_container_holds() {
-        ON.check(|on| {
-            let (outcome, report) = audited(on.bare("audit --tier nemoclaw"));
-            outcome.ok();
+    fn container_passes_audit() {
+        TIER.run_case(|tier| {
+            let (outcome, report) = run_audit(tier.chitin("audit --tier nemoclaw"));
+            outcome.assert_success();
             let tier = &report["tiers"][0];
             assert_eq!(
                 (&tier["implementation"], &tier["wall"]),
                 (&"Docker".into(), &"namespaces".into())
             );
-            assert_eq!(
-                (count(&report, "held"), count(&report, "not_promised")),
-                (18, 1),
-                "{report}"
-            );
+            assert_container_passes(&report);
         });
     }
 
-    /// In front of a daemon, and replaces what its clients ask for.
-    fn before(host: &str, asked: &'static str, instead: &'static str) -> (TempDir, String) {
-        assert_eq!(asked.len(), instead.len(), "the length is said beforehand");
+    /// Starts a proxy of a daemon that replaces a text in the requests of clients.
+    fn start_proxy(host: &str, from: &'static str, to: &'static str) -> (TempDir, String) {
+        assert_eq!(from.len(), to.len(), "requests contain their length");
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
-        let behind = host.strip_prefix("unix://").unwrap().to_owned();
+        let upstream = host.strip_prefix("unix://").unwrap().to_owned();
         thread::spawn(move || {
             for client in listener.incoming() {
-                let (client, daemon) = (client.unwrap(), UnixStream::connect(&behind).unwrap());
+                let (client, daemon) = (client.unwrap(), UnixStream::connect(&upstream).unwrap());
                 let (from_client, to_client) = (client.try_clone().unwrap(), client);
                 let (from_daemon, to_daemon) = (daemon.try_clone().unwrap(), daemon);
-                thread::spawn(move || {
-                    carry(from_client, to_daemon, asked.as_bytes(), instead.as_bytes())
-                });
-                thread::spawn(move || carry(from_daemon, to_client, b"", b""));
+                let replace = (from.as_bytes(), to.as_bytes());
+                thread::spawn(move || relay_bytes(from_client, to_daemon, replace));
+                thread::spawn(move || relay_bytes(from_daemon, to_client, (b"", b"")));
             }
         });
         (dir, format!("unix://{}", socket.display()))
     }
 
-    fn carry(mut from: UnixStream, mut to: UnixStream, asked: &[u8], instead: &[u8]) {
+    fn relay_bytes(mut from: UnixStream, mut to: UnixStream, replace: (&[u8], &[u8])) {
+        let (old, new) = replace;
         let mut chunk = vec![0; 1 << 16];
         while let Ok(count @ 1..) = from.read(&mut chunk) {
             let read = &mut chunk[..count];
-            let found = read.windows(asked.len().max(1)).position(|window| window == asked);
+            let found = read.windows(old.len().max(1)).position(|window| window == old);
             if let Some(at) = found {
-                read[at..at + asked.len()].copy_from_slice(instead);
+                read[at..at + old.len()].copy_from_slice(new);
             }
             if to.write_all(read).is_err() {
                 break;
@@ -197,15 +187,15 @@ mod nemoclaw {
     }
 
     #[test]
-    fn a_daemon_that_gives_the_hosts_network_is_found_out() {
-        ON.check(|on| {
+    fn audit_detects_daemon_granting_host_network() {
+        TIER.run_case(|tier| {
             let real = std::env::var("DOCKER_HOST").unwrap();
             let (_dir, host) =
-                before(&real, "\"NetworkMode\":\"none\"", "\"NetworkMode\":\"host\"");
+                start_proxy(&real, "\"NetworkMode\":\"none\"", "\"NetworkMode\":\"host\"");
             let (outcome, report) =
-                audited(on.bare("audit --tier nemoclaw").env("DOCKER_HOST", host));
+                run_audit(tier.chitin("audit --tier nemoclaw").env("DOCKER_HOST", host));
             assert_eq!(outcome.code, 1, "{outcome:?}");
-            let found = finding(&report, "network");
+            let found = get_finding(&report, "network");
             assert_eq!(found["verdict"], "broken", "{report}");
             assert!(
                 found["evidence"].as_str().unwrap().contains("the host was connected to"),
@@ -215,24 +205,27 @@ mod nemoclaw {
     }
 
     #[test]
-    fn a_tier_that_is_not_here_is_refused_by_name_and_named_among_all() {
+    fn unavailable_tier_is_named_in_audit() {
         let gone = "unix:///nowhere/socket";
-        let named = ON.bare("audit --tier nemoclaw").env("DOCKER_HOST", gone).outcome();
-        named.refused("no Docker daemon answers at unix:///nowhere/socket");
-        // Without artifacts no tier is.
+        let named = TIER.chitin("audit --tier nemoclaw").env("DOCKER_HOST", gone).outcome();
+        named.assert_refused("no Docker daemon answers at unix:///nowhere/socket");
+        // No tier is available without artifacts.
         let none = tempfile::tempdir().unwrap();
-        let run = ON
-            .bare("audit --tier all")
+        let run = TIER
+            .chitin("audit --tier all")
             .env("DOCKER_HOST", gone)
             .env("CHITIN_ARTIFACTS", none.path());
-        let (outcome, report) = audited(run);
+        let (outcome, report) = run_audit(run);
         assert_eq!(outcome.code, 125, "{outcome:?}");
         for tier in ["ironclaw", "nanoclaw", "nemoclaw"] {
             assert!(
                 outcome.stderr.contains(&format!("chitin: {tier} was not attacked: ")),
                 "{outcome:?}"
             );
-            assert!(outcome.text().contains(&format!("\n{tier}: unavailable: ")), "{outcome:?}");
+            assert!(
+                outcome.stdout_text().contains(&format!("\n{tier}: unavailable: ")),
+                "{outcome:?}"
+            );
         }
         assert_eq!(report["tiers"].as_array().unwrap().len(), 3, "{report}");
         assert!(
@@ -242,22 +235,23 @@ mod nemoclaw {
     }
 
     #[test]
-    fn an_audit_of_all_tiers_leaves_out_the_one_that_is_not_here() {
-        ON.check(|on| {
-            // KVM, where this host has any, is attacked by a test of its own.
+    fn audit_of_all_tiers_skips_unavailable_tier() {
+        TIER.run_case(|tier| {
+            // Another test attacks microVMs. Here they are unavailable even on a host with KVM.
             let without_monitor = tempfile::tempdir().unwrap();
-            for name in ["root.tar", "root.json"] {
-                let built = chitin_integration::workspace().join("target/artifacts").join(name);
-                std::os::unix::fs::symlink(built, without_monitor.path().join(name)).unwrap();
-            }
-            let (_dir, path) = program("runsc", "exit 1");
-            let run = on.bare("audit --tier all").env("CHITIN_ARTIFACTS", without_monitor.path());
-            let (outcome, report) = audited(run.env("PATH", path));
+            link_artifacts(without_monitor.path(), &["root.tar", "root.json"]).unwrap();
+            let (_dir, path) = write_program("runsc", "exit 1");
+            let run =
+                tier.chitin("audit --tier all").env("CHITIN_ARTIFACTS", without_monitor.path());
+            let (outcome, report) = run_audit(run.env("PATH", path));
             assert_eq!(outcome.code, 0, "{outcome:?}");
             assert!(outcome.stderr.contains("chitin: ironclaw was not attacked: "), "{outcome:?}");
             assert!(outcome.stderr.contains("chitin: running as nanoclaw/"), "{outcome:?}");
             let row = |words: &[&str]| {
-                outcome.text().lines().any(|line| line.split_whitespace().eq(words.iter().copied()))
+                outcome
+                    .stdout_text()
+                    .lines()
+                    .any(|line| line.split_whitespace().eq(words.iter().copied()))
             };
             assert!(row(&["PROPERTY", "IRONCLAW", "NANOCLAW", "NEMOCLAW"]), "{outcome:?}");
             assert!(row(&["host", "files", "not", "here", "held", "held"]), "{outcome:?}");

@@ -1,51 +1,52 @@
-//! What `chitin run` has of a microVM; what it has of all tiers is in `conformance`.
+//! The parts of `chitin run` that only microVMs have. Those of all tiers are in `conformance`.
 
 use chitin_integration::{chitin, run};
 
 #[test]
-fn the_guest_has_a_kernel_of_its_own() {
+fn guest_runs_a_separate_kernel() {
     let release = run("python3 -c").arg("import os; print(os.uname().release)").outcome();
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    assert!(release.ok().starts_with("6.12."), "{release:?}");
-    assert_ne!(release.text(), host.trim());
-    let boot = || run("cat /proc/sys/kernel/random/boot_id").outcome().ok().to_owned();
+    assert!(release.assert_success().starts_with("6.12."), "{release:?}");
+    assert_ne!(release.stdout_text(), host.trim());
+    let boot = || run("cat /proc/sys/kernel/random/boot_id").outcome().assert_success().to_owned();
     assert_ne!(boot(), boot());
 }
 
 #[test]
-fn cpus_and_memory_are_what_was_asked_for() {
+fn cpus_and_memory_match_the_options() {
     for cpus in [1, 2, 8] {
-        assert_eq!(chitin(&format!("run --cpus {cpus} -- nproc")).outcome().ok(), cpus.to_string());
+        assert_eq!(
+            chitin(&format!("run --cpus {cpus} -- nproc")).outcome().assert_success(),
+            cpus.to_string()
+        );
     }
-    let least = total_kib(64);
+    let least = read_total_kib(64);
     assert!((32 << 10..=64 << 10).contains(&least), "{least} KiB");
-    let most = total_kib(16_384);
+    let most = read_total_kib(16_384);
     assert!((15 << 20..=16 << 20).contains(&most), "{most} KiB");
 }
 
-fn total_kib(memory_mib: u32) -> u32 {
+fn read_total_kib(memory_mib: u32) -> u32 {
     let script = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
     chitin(&format!("run --memory {memory_mib} -- sh -c"))
         .arg(script)
         .outcome()
-        .ok()
+        .assert_success()
         .parse()
         .expect("a number")
 }
 
 #[test]
-fn the_console_shows_the_kernel() {
+fn console_option_prints_kernel_log() {
     let outcome = chitin("run --console -- echo hello").outcome();
-    assert_eq!(outcome.ok(), "hello");
+    assert_eq!(outcome.assert_success(), "hello");
     assert!(outcome.stderr.contains("Linux version 6.12."), "{}", outcome.stderr);
 }
 
 #[test]
-fn the_report_tells_the_phases_of_a_boot() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("report.json");
-    chitin("run --report").arg(&path).args(["--", "true"]).outcome().ok();
-    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+fn report_contains_boot_phases() {
+    let (outcome, report) = chitin("run").outcome_with_json("--report", &["--", "true"]);
+    outcome.assert_success();
     assert_eq!(report["tier"], "ironclaw");
     let phases = &report["phases"];
     let phase =

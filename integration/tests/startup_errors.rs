@@ -1,71 +1,65 @@
-//! What cannot be done is said in one line, with what to do, and exit code 125; nothing is left behind.
+//! Errors of a start: one line with the remedy, exit code 125, and nothing left behind.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
 
-use chitin_integration::{chitin, file, run, workspace};
+use chitin_integration::{chitin, link_artifacts, run, workspace_dir, write_file};
 
-/// A directory of artifacts in which one has been replaced.
-fn artifacts(dir: &Path, replaced: &str) {
-    let built = workspace().join("target/artifacts");
-    for name in ["vmlinux", "root.img"] {
-        if name != replaced {
-            std::os::unix::fs::symlink(built.join(name), dir.join(name)).expect("link an artifact");
-        }
-    }
+#[test]
+fn unknown_option_is_rejected() {
+    chitin("run --nosuch -- true").outcome().assert_refused("--nosuch");
+    chitin("nosuch").outcome().assert_refused("nosuch");
+    chitin("run").outcome().assert_refused("<CMD>");
 }
 
 #[test]
-fn options_that_do_not_exist() {
-    chitin("run --nosuch -- true").outcome().refused("--nosuch");
-    chitin("nosuch").outcome().refused("nosuch");
-    chitin("run").outcome().refused("<CMD>");
-}
-
-#[test]
-fn a_kernel_that_is_none() {
+fn invalid_kernel_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
-    artifacts(dir.path(), "vmlinux");
-    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().refused("cargo xtask kernel");
+    link_artifacts(dir.path(), &["root.img"]).unwrap();
+    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().assert_refused("cargo xtask kernel");
     for content in [b"".as_slice(), b"MZ not an ELF", &[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]] {
-        file(dir.path(), "vmlinux", content).unwrap();
-        run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().refused("vmlinux");
+        write_file(dir.path(), "vmlinux", content).unwrap();
+        run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().assert_refused("vmlinux");
     }
-    // Cut off in the middle of a segment.
-    let kernel = fs::read(workspace().join("target/artifacts/vmlinux")).unwrap();
-    file(dir.path(), "vmlinux", &kernel[..kernel.len() / 3]).unwrap();
-    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().refused("vmlinux");
+    // Truncated in the middle of a segment.
+    let kernel = fs::read(workspace_dir().join("target/artifacts/vmlinux")).unwrap();
+    write_file(dir.path(), "vmlinux", &kernel[..kernel.len() / 3]).unwrap();
+    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().assert_refused("vmlinux");
 }
 
 #[test]
-fn a_root_image_that_is_cut_off() {
+fn truncated_root_image_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
-    artifacts(dir.path(), "root.img");
-    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().refused("cargo xtask rootfs");
-    let image = fs::read(workspace().join("target/artifacts/root.img")).unwrap();
+    link_artifacts(dir.path(), &["vmlinux"]).unwrap();
+    run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().assert_refused("cargo xtask rootfs");
+    let image = fs::read(workspace_dir().join("target/artifacts/root.img")).unwrap();
     for length in [0, 100, 4096, 2 << 20, image.len() - 1, image.len() - (2 << 20)] {
-        file(dir.path(), "root.img", &image[..length]).unwrap();
-        run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().refused("root.img");
+        write_file(dir.path(), "root.img", &image[..length]).unwrap();
+        run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome().assert_refused("root.img");
     }
 }
 
 #[test]
-fn a_missing_monitor() {
-    run("true").env("CHITIN_VMM", "/nonexistent/chitin-vmm").outcome().refused("cargo xtask build");
-    // One that is no monitor at all.
+fn missing_monitor_is_reported() {
+    run("true")
+        .env("CHITIN_VMM", "/nonexistent/chitin-vmm")
+        .outcome()
+        .assert_refused("cargo xtask build");
+    // Another program in its place.
     run("true")
         .env("CHITIN_VMM", "/bin/true")
         .outcome()
-        .refused("the monitor ended without a word");
+        .assert_refused("the monitor ended without a word");
 }
 
 #[test]
-fn no_permission_on_dev_kvm() {
+fn missing_kvm_permission_is_reported() {
     let kvm = Path::new("/dev/kvm");
     let before = fs::metadata(kvm).unwrap();
-    // Somebody else's, and the one who runs may not override that; everybody else does not notice.
+    // The device belongs to another user, and the run lacks the capabilities to override that. Runs
+    // of other tests have them.
     fs::set_permissions(kvm, fs::Permissions::from_mode(0o600)).unwrap();
     chown(kvm, Some(65534), None).expect("run the tests as root, or in `cargo xtask test`");
     let mut chitin = run("true");
@@ -88,10 +82,10 @@ fn no_permission_on_dev_kvm() {
 }
 
 #[test]
-fn a_guest_that_panics_is_heard() {
+fn guest_panic_is_reported() {
     let dir = tempfile::tempdir().unwrap();
-    artifacts(dir.path(), "root.img");
-    // An image with nothing in it to be started.
+    link_artifacts(dir.path(), &["vmlinux"]).unwrap();
+    // An image without an init program.
     let empty = dir.path().join("empty");
     fs::create_dir_all(empty.join("dev")).unwrap();
     let image = dir.path().join("root.img");
@@ -110,8 +104,8 @@ fn a_guest_that_panics_is_heard() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written() {
+fn unwritable_report_is_an_error() {
     chitin("run --report /nonexistent/r.json -- true")
         .outcome()
-        .refused("write /nonexistent/r.json");
+        .assert_refused("write /nonexistent/r.json");
 }

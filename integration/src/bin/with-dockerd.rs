@@ -1,6 +1,7 @@
-//! `with-dockerd CMD [ARG…]`: runs a command with a Docker daemon of its own, which `DOCKER_HOST` names, and stops it.
+//! `with-dockerd CMD [ARG…]`: runs a command with a separate Docker daemon, named by
+//! `DOCKER_HOST`, and stops the daemon afterwards.
 //!
-//! Exits as the command does, or with 1 if that has left containers.
+//! Exits with the code of the command, or with 1 if containers are left.
 
 use std::env;
 use std::error::Error;
@@ -17,7 +18,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         .env("DOCKER_HOST", dockerd.host())
         .status()
         .map_err(|error| format!("start {}: {error}", program.display()))?;
-    let left = docker::containers(&dockerd.host())?;
+    let left = docker::list_containers(&dockerd.host())?;
     if !left.is_empty() {
         eprintln!("with-dockerd: containers are left: {left:?}");
         return Ok(ExitCode::FAILURE);

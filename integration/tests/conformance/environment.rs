@@ -1,29 +1,29 @@
-//! What a workload is started with.
+//! The environment of a workload: variables, arguments, directory, signals, clock and programs.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use chitin_integration::{On, unix_time};
+use chitin_integration::{TierUnderTest, unix_time};
 
 on_every_tier!(
-    the_environment_is_what_was_asked_for,
-    odd_values_arrive_as_they_are,
-    arguments_arrive_as_they_are,
-    the_workload_starts_where_it_is_told,
-    signals_and_masks_are_as_after_a_login,
-    the_clock_is_right_and_entropy_is_there,
-    every_sandbox_has_the_same_name,
-    python_comes_with_its_batteries,
-    processes_have_their_own_proc,
+    environment_has_only_requested_variables,
+    unusual_variables_arrive_unchanged,
+    arguments_arrive_unchanged,
+    workdir_option_sets_working_directory,
+    signals_and_umask_have_login_defaults,
+    clock_is_correct_and_entropy_available,
+    hostname_is_the_same_in_every_sandbox,
+    python_standard_library_is_complete,
+    proc_shows_processes_of_workload,
 );
 
-fn the_environment_is_what_was_asked_for(on: On) {
-    let outcome = on
-        .with("--env A=1 --env B=x=y --env FROM_HOST -- env")
+fn environment_has_only_requested_variables(tier: TierUnderTest) {
+    let outcome = tier
+        .run_with("--env A=1 --env B=x=y --env FROM_HOST -- env")
         .env("FROM_HOST", "h")
         .env("NOT_ASKED_FOR", "n")
         .outcome();
-    let mut environment: Vec<&str> = outcome.ok().lines().collect();
+    let mut environment: Vec<&str> = outcome.assert_success().lines().collect();
     environment.sort_unstable();
     let expected = [
         "A=1",
@@ -38,10 +38,10 @@ fn the_environment_is_what_was_asked_for(on: On) {
     assert_eq!(environment, expected);
 }
 
-fn odd_values_arrive_as_they_are(on: On) {
+fn unusual_variables_arrive_unchanged(tier: TierUnderTest) {
     let values =
         [b"".to_vec(), b"a\nb\t".to_vec(), b"\xff\xfe".to_vec(), "ß=ü".into(), vec![b'x'; 60_000]];
-    let mut chitin = on.with("");
+    let mut chitin = tier.run_with("");
     let mut expected = Vec::new();
     for (number, value) in values.into_iter().enumerate() {
         let pair = [format!("ODD{number}=").into_bytes(), value].concat();
@@ -55,7 +55,7 @@ for key in sorted(k for k in os.environb if k.startswith(b'ODD')):
     assert!(outcome.stdout == expected, "{}", outcome.stderr);
 }
 
-fn arguments_arrive_as_they_are(on: On) {
+fn arguments_arrive_unchanged(tier: TierUnderTest) {
     let odd = [
         b"".to_vec(),
         b"--".to_vec(),
@@ -66,54 +66,62 @@ fn arguments_arrive_as_they_are(on: On) {
     ];
     let program = "import os, sys
 for word in sys.argv[1:]: sys.stdout.buffer.write(os.fsencode(word) + b'\\0')";
-    let outcome = on.python(program).args(odd.iter().cloned().map(OsString::from_vec)).outcome();
+    let outcome =
+        tier.run_python(program).args(odd.iter().cloned().map(OsString::from_vec)).outcome();
     let expected: Vec<u8> = odd.into_iter().flat_map(|word| [word, vec![0]].concat()).collect();
     assert!(outcome.stdout == expected, "{}", outcome.stderr);
 }
 
-fn the_workload_starts_where_it_is_told(on: On) {
-    assert_eq!(on.run("pwd").outcome().ok(), "/work");
-    assert_eq!(on.with("--workdir /tmp -- pwd").outcome().ok(), "/tmp");
-    let nowhere = on.with("--workdir /nowhere -- pwd").outcome();
+fn workdir_option_sets_working_directory(tier: TierUnderTest) {
+    assert_eq!(tier.run("pwd").outcome().assert_success(), "/work");
+    assert_eq!(tier.run_with("--workdir /tmp -- pwd").outcome().assert_success(), "/tmp");
+    let nowhere = tier.run_with("--workdir /nowhere -- pwd").outcome();
     assert_eq!(nowhere.code, 125);
     assert!(nowhere.stderr.contains("/nowhere"), "{nowhere:?}");
 }
 
-fn signals_and_masks_are_as_after_a_login(on: On) {
+fn signals_and_umask_have_login_defaults(tier: TierUnderTest) {
     let program = "import os, signal
 print(oct(os.umask(0)), sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
-# Python itself ignores these two.
+# Python itself changes the handlers of these three.
 own = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT}
 print([s.name for s in signal.valid_signals() - own if signal.getsignal(s) == signal.SIG_IGN])
-print(sorted(int(fd) for fd in os.listdir('/proc/self/fd'))[:3], os.getpid() != 1, os.getpgrp() == os.getpid())";
-    assert_eq!(on.python(program).outcome().ok(), "0o22 []\n[]\n[0, 1, 2] True True");
+print(sorted(int(fd) for fd in os.listdir('/proc/self/fd'))[:3],
+      os.getpid() != 1, os.getpgrp() == os.getpid())";
+    assert_eq!(
+        tier.run_python(program).outcome().assert_success(),
+        "0o22 []\n[]\n[0, 1, 2] True True"
+    );
 }
 
-fn the_clock_is_right_and_entropy_is_there(on: On) {
+fn clock_is_correct_and_entropy_available(tier: TierUnderTest) {
     let before = unix_time();
-    let seen: u64 = on.run("date +%s").outcome().ok().parse().expect("a number");
+    let seen: u64 = tier.run("date +%s").outcome().assert_success().parse().expect("a number");
     let after = unix_time();
     assert!((before - 1..=after + 1).contains(&seen), "{before} {seen} {after}");
-    let random = || on.sh("head -c 16 /dev/urandom | od -An -tx1").outcome().ok().to_owned();
+    let random = || {
+        tier.run_sh("head -c 16 /dev/urandom | od -An -tx1").outcome().assert_success().to_owned()
+    };
     assert_ne!(random(), random());
 }
 
-fn every_sandbox_has_the_same_name(on: On) {
-    assert_eq!(on.run("uname -n").outcome().ok(), "chitin");
+fn hostname_is_the_same_in_every_sandbox(tier: TierUnderTest) {
+    assert_eq!(tier.run("uname -n").outcome().assert_success(), "chitin");
 }
 
-fn python_comes_with_its_batteries(on: On) {
-    let program =
-        "import json, os, ssl, sqlite3, ctypes, hashlib, zoneinfo, subprocess, multiprocessing, uuid
+fn python_standard_library_is_complete(tier: TierUnderTest) {
+    let program = "import json, os, ssl, sqlite3, ctypes, hashlib, zoneinfo, uuid
+import subprocess, multiprocessing
 print(len(os.listdir(ssl.get_default_verify_paths().capath)) > 100,
       subprocess.check_output(['sh', '-c', 'echo sub'], text=True).strip(),
       multiprocessing.Pool(2).map(abs, [-2]))";
-    assert_eq!(on.python(program).outcome().ok(), "True sub [2]");
+    assert_eq!(tier.run_python(program).outcome().assert_success(), "True sub [2]");
 }
 
-fn processes_have_their_own_proc(on: On) {
-    // Until it has become what it is to be.
-    let script = "sleep 600 & until tr '\\0' ' ' < /proc/$!/cmdline | grep -q '^sleep 600'; do :; done; \
+fn proc_shows_processes_of_workload(tier: TierUnderTest) {
+    // The child has the shell's command line until it executes `sleep`.
+    let script = "sleep 600 & \
+                  until tr '\\0' ' ' < /proc/$!/cmdline | grep -q '^sleep 600'; do :; done; \
                   test -d /proc/$$ && echo self";
-    assert_eq!(on.sh(script).outcome().ok(), "self");
+    assert_eq!(tier.run_sh(script).outcome().assert_success(), "self");
 }

@@ -1,46 +1,46 @@
-//! How a run ends: exit codes, signals, time limits, and that nothing outlives it.
+//! The end of a run: exit codes, signals, time limits, and no process left behind.
 
 use std::time::{Duration, Instant};
 
 use chitin::TierKind;
-use chitin_integration::{LIMIT, On};
+use chitin_integration::{LIMIT, TierUnderTest};
 use rustix::process::Signal;
 use serde_json::Value;
 
 on_every_tier!(
-    exit_codes_are_kept,
-    a_signal_that_ends_the_workload_is_128_and_its_number,
-    what_cannot_be_started_is_126_or_127,
-    a_workload_hears_the_signal_first,
-    each_signal_that_means_the_end_ends_it,
-    a_workload_that_will_not_hear_is_ended,
-    nothing_survives_a_killed_cli,
-    a_run_that_is_killed_while_it_starts_leaves_nothing,
-    the_time_limit_ends_what_does_not_end,
-    the_time_limit_ends_what_has_stopped_itself,
-    a_reader_that_stopped_counts_against_the_time_limit,
-    the_report_says_what_happened,
-    the_report_of_a_failure_says_which,
+    exit_code_is_passed_through,
+    fatal_signal_exits_with_128_plus_number,
+    unstartable_command_exits_with_126_or_127,
+    workload_receives_signal_before_shutdown,
+    termination_signals_end_run,
+    workload_ignoring_signals_is_killed,
+    no_process_survives_killed_cli,
+    run_killed_during_start_leaves_nothing,
+    timeout_ends_endless_workload,
+    timeout_ends_stopped_workload,
+    stalled_reader_counts_against_timeout,
+    report_describes_the_run,
+    report_contains_failure_reason,
 );
 
-fn exit_codes_are_kept(on: On) {
+fn exit_code_is_passed_through(tier: TierUnderTest) {
     for code in [0, 1, 7, 255] {
-        assert_eq!(on.sh(&format!("exit {code}")).outcome().code, code);
+        assert_eq!(tier.run_sh(&format!("exit {code}")).outcome().code, code);
     }
 }
 
-fn a_signal_that_ends_the_workload_is_128_and_its_number(on: On) {
+fn fatal_signal_exits_with_128_plus_number(tier: TierUnderTest) {
     for number in [6, 9, 15] {
-        let outcome = on.sh(&format!("kill -{number} $$")).outcome();
+        let outcome = tier.run_sh(&format!("kill -{number} $$")).outcome();
         assert_eq!((outcome.code, outcome.stderr.as_str()), (128 + number, ""));
     }
 }
 
-fn what_cannot_be_started_is_126_or_127(on: On) {
+fn unstartable_command_exits_with_126_or_127(tier: TierUnderTest) {
     for (command, code) in
         [("nosuch", 127), ("/nosuch/program", 127), ("/etc/passwd", 126), ("/usr/bin", 126)]
     {
-        let outcome = on.run(command).outcome();
+        let outcome = tier.run(command).outcome();
         assert_eq!(outcome.code, code, "{outcome:?}");
         assert!(
             outcome.stderr.starts_with(&format!("chitin: start {command} in the sandbox: ")),
@@ -50,108 +50,99 @@ fn what_cannot_be_started_is_126_or_127(on: On) {
     }
 }
 
-fn a_workload_hears_the_signal_first(on: On) {
+fn workload_receives_signal_before_shutdown(tier: TierUnderTest) {
     let mut running =
-        on.sh("trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.1; done").spawn();
-    assert_eq!(running.line(), "up");
-    running.signal(Signal::TERM);
-    assert_eq!(running.line(), "bye");
+        tier.run_sh("trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.1; done").spawn();
+    assert_eq!(running.read_line(), "up");
+    running.send_signal(Signal::TERM);
+    assert_eq!(running.read_line(), "bye");
     assert_eq!(running.wait(), 9);
-    running.assert_nothing_left();
+    running.assert_no_process_left();
 }
 
-fn each_signal_that_means_the_end_ends_it(on: On) {
+fn termination_signals_end_run(tier: TierUnderTest) {
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        let mut running = on.sh("echo up; exec sleep 600").spawn();
-        assert_eq!(running.line(), "up");
-        running.signal(signal);
+        let mut running = tier.run_sh("echo up; exec sleep 600").spawn();
+        assert_eq!(running.read_line(), "up");
+        running.send_signal(signal);
         assert_eq!(running.wait(), 128 + signal.as_raw());
-        running.assert_nothing_left();
+        running.assert_no_process_left();
     }
 }
 
-fn a_workload_that_will_not_hear_is_ended(on: On) {
-    let mut running = on.sh("trap '' INT TERM; echo up; while :; do sleep 1; done").spawn();
-    assert_eq!(running.line(), "up");
-    running.signal(Signal::INT);
+fn workload_ignoring_signals_is_killed(tier: TierUnderTest) {
+    let mut running = tier.run_sh("trap '' INT TERM; echo up; while :; do sleep 1; done").spawn();
+    assert_eq!(running.read_line(), "up");
+    running.send_signal(Signal::INT);
     assert_eq!(running.wait(), 130);
-    running.assert_nothing_left();
+    running.assert_no_process_left();
 }
 
-fn nothing_survives_a_killed_cli(on: On) {
-    let mut running = on.sh("echo up; sleep 600").spawn();
-    assert_eq!(running.line(), "up");
-    if on.tier == TierKind::Ironclaw {
-        assert_eq!(running.processes().len(), 3, "chitin, its monitor, and the keeper of that");
+fn no_process_survives_killed_cli(tier: TierUnderTest) {
+    let mut running = tier.run_sh("echo up; sleep 600").spawn();
+    assert_eq!(running.read_line(), "up");
+    if tier.kind == TierKind::Ironclaw {
+        assert_eq!(running.list_processes().len(), 3, "chitin, the supervisor and the monitor");
     }
-    running.signal(Signal::KILL);
+    running.send_signal(Signal::KILL);
     assert_eq!(running.wait(), 137);
-    running.assert_nothing_left();
+    running.assert_no_process_left();
 }
 
-fn a_run_that_is_killed_while_it_starts_leaves_nothing(on: On) {
+fn run_killed_during_start_leaves_nothing(tier: TierUnderTest) {
     for ms in [5, 40, 160, 320] {
-        let mut running = on.run("sleep 600").spawn();
+        let mut running = tier.run("sleep 600").spawn();
         std::thread::sleep(Duration::from_millis(ms));
-        running.signal(Signal::KILL);
+        running.send_signal(Signal::KILL);
         running.wait();
-        running.assert_nothing_left();
-        // What could not be cleared up by the one that was killed, the next one clears.
-        on.run("true").outcome().ok();
+        running.assert_no_process_left();
+        // The next run cleans up after the killed one.
+        tier.run("true").outcome().assert_success();
     }
 }
 
-fn the_time_limit_ends_what_does_not_end(on: On) {
-    let outcome = on.with("--timeout 1s -- sleep 600").outcome();
+fn timeout_ends_endless_workload(tier: TierUnderTest) {
+    let outcome = tier.run_with("--timeout 1s -- sleep 600").outcome();
     assert_eq!(outcome.code, 124);
     assert_eq!(outcome.stderr, "chitin: the time limit of 1 s was reached\n");
-    // Also one that ignores whatever it is told, and never sleeps.
-    let outcome = on
-        .with("--timeout 20s -- sh -c")
+    // A workload that ignores signals and never sleeps.
+    let outcome = tier
+        .run_with("--timeout 20s -- sh -c")
         .arg("trap '' TERM INT HUP; while :; do :; done")
         .outcome();
     assert_eq!(outcome.code, 124);
 }
 
-fn the_time_limit_ends_what_has_stopped_itself(on: On) {
+fn timeout_ends_stopped_workload(tier: TierUnderTest) {
     let outcome =
-        on.with("--timeout 15s -- sh -c").arg("echo up; kill -STOP $$; echo never").outcome();
-    assert_eq!((outcome.code, outcome.text()), (124, "up"));
+        tier.run_with("--timeout 15s -- sh -c").arg("echo up; kill -STOP $$; echo never").outcome();
+    assert_eq!((outcome.code, outcome.stdout_text()), (124, "up"));
 }
 
-fn a_reader_that_stopped_counts_against_the_time_limit(on: On) {
-    // One that talks without end, and one that has ended with what it said on its way.
+fn stalled_reader_counts_against_timeout(tier: TierUnderTest) {
+    // An endless writer, and a workload that has ended with its output in transit.
     let scripts = ["yes", "head -c 200000 /dev/zero"];
     let started = Instant::now();
-    let running = scripts.map(|script| on.with("--timeout 30s -- sh -c").arg(script).spawn());
+    let running = scripts.map(|script| tier.run_with("--timeout 30s -- sh -c").arg(script).spawn());
     for mut running in running {
         assert_eq!(running.wait(), 124);
-        running.assert_nothing_left();
+        running.assert_no_process_left();
     }
     assert!(started.elapsed() < LIMIT, "{:?}", started.elapsed());
 }
 
-fn report(on: On, options: &str, command: &[&str]) -> (i32, Value) {
-    let dir = tempfile::tempdir().expect("create a directory");
-    let path = dir.path().join("report.json");
-    let outcome = on.with(options).arg("--report").arg(&path).arg("--").args(command).outcome();
-    let report =
-        std::fs::read(&path).unwrap_or_else(|error| panic!("no report: {error}: {outcome:?}"));
-    (outcome.code, serde_json::from_slice(&report).expect("JSON"))
-}
-
-fn the_report_says_what_happened(on: On) {
-    let (code, report) =
-        report(on, "", &["python3", "-c", "x = b'x' * (8 << 20); raise SystemExit(3)"]);
-    assert_eq!(code, 3);
+fn report_describes_the_run(tier: TierUnderTest) {
+    let command = ["--", "python3", "-c", "x = b'x' * (8 << 20); raise SystemExit(3)"];
+    let (outcome, report) = tier.run_with("").outcome_with_json("--report", &command);
+    assert_eq!(outcome.code, 3);
     let name = report["tier"].as_str().expect("a tier");
-    assert_eq!(name.split('/').next(), Some(on.tier.to_string().as_str()));
+    assert_eq!(name.split('/').next(), Some(tier.kind.to_string().as_str()));
     let isolation = &report["isolation"];
     assert_eq!(isolation["why"], "it is the first choice");
     for key in ["implementation", "version"] {
         assert!(isolation[key].as_str().is_some_and(|text| !text.is_empty()), "{report}");
     }
-    // Only what has no kernel of its own goes by a longer name.
+    // The name includes the engine only for a tier without a separate kernel.
     let engine = isolation["implementation"].as_str().and_then(|text| text.split('/').next());
     assert_eq!(name.contains('/'), matches!(engine, Some("crun" | "runc")), "{report}");
     assert_eq!((&report["exit_code"], &report["exit"]["code"]), (&3.into(), &3.into()));
@@ -163,9 +154,10 @@ fn the_report_says_what_happened(on: On) {
     assert!(phase("agent_ns") < phase("exit_ns"));
 }
 
-fn the_report_of_a_failure_says_which(on: On) {
-    let (code, report) = report(on, "--timeout 1s", &["sleep", "600"]);
-    assert_eq!((code, &report["exit_code"]), (124, &124.into()));
+fn report_contains_failure_reason(tier: TierUnderTest) {
+    let run = tier.run_with("--timeout 1s");
+    let (outcome, report) = run.outcome_with_json("--report", &["--", "sleep", "600"]);
+    assert_eq!((outcome.code, &report["exit_code"]), (124, &124.into()));
     assert_eq!(report["error"], "the time limit of 1 s was reached");
     assert_eq!(report["exit"], Value::Null);
 }

@@ -1,4 +1,4 @@
-//! Files go in and come out whole, and nothing else does.
+//! Files copied in and out: contents, modes, names, links, and refused kinds.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -8,41 +8,47 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use chitin::TierKind;
-use chitin_integration::{Chitin, On, file};
+use chitin_integration::{Chitin, Outcome, TierUnderTest, pseudo_random_bytes, write_file};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 on_every_tier!(
-    a_tree_keeps_its_modes_and_links_there_and_back,
-    scratch_can_be_copied_to_and_in_a_microvm_any_place,
-    many_files_pass,
-    large_files_pass,
-    sparse_files_pass,
-    odd_names_pass,
-    deep_trees_pass,
-    empty_files_and_directories_pass,
-    devices_and_sockets_are_refused,
-    no_link_leads_out,
-    a_result_larger_than_the_guest_is_a_lie,
-    what_is_missing_is_named,
-    files_are_replaced_whole,
-    what_a_run_that_failed_has_made_comes_out,
-    what_a_run_that_was_ended_has_made_stays_inside,
+    tree_round_trip_keeps_modes_and_links,
+    copy_in_outside_scratch_needs_microvm,
+    thousand_files_round_trip,
+    large_file_round_trips,
+    sparse_file_round_trips,
+    unusual_file_names_round_trip,
+    deep_tree_round_trips,
+    empty_files_and_directories_round_trip,
+    devices_and_sockets_are_rejected,
+    symlink_does_not_escape_destination,
+    file_larger_than_guest_is_not_copied_out,
+    missing_copy_path_is_reported,
+    copied_out_file_is_replaced_atomically,
+    files_of_failed_run_are_copied_out,
+    files_of_timed_out_run_are_not_copied_out,
 );
 
-fn copy(option: &str, from: impl AsRef<Path>, to: impl AsRef<Path>) -> String {
+fn copy_option(option: &str, from: impl AsRef<Path>, to: impl AsRef<Path>) -> String {
     format!("--{option}={}:{}", from.as_ref().display(), to.as_ref().display())
 }
 
-/// Copies `source` in, runs a script beside it, and copies it out as `back`.
-fn there_and_back(on: On, source: &Path, back: &Path, script: &str) -> Chitin {
+/// Copies `/work/f` out after a script.
+fn copy_out_f(tier: TierUnderTest, out: impl AsRef<Path>, script: &str) -> Outcome {
+    let run = tier.run_with("").arg(copy_option("copy-out", "/work/f", out));
+    run.args(["--", "sh", "-c", script]).outcome()
+}
+
+/// Copies `source` in, runs a script next to it, and copies it out as `back`.
+fn copy_round_trip(tier: TierUnderTest, source: &Path, back: &Path, script: &str) -> Chitin {
     let inside = Path::new("/work").join(source.file_name().expect("a name"));
-    on.with("")
-        .arg(copy("copy-in", source, "/work/"))
-        .arg(copy("copy-out", inside, back))
+    tier.run_with("")
+        .arg(copy_option("copy-in", source, "/work/"))
+        .arg(copy_option("copy-out", inside, back))
         .args(["--", "sh", "-c", script])
 }
 
-fn a_tree_keeps_its_modes_and_links_there_and_back(on: On) {
+fn tree_round_trip_keeps_modes_and_links(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let tree = dir.path().join("tree");
     fs::create_dir_all(tree.join("sub/empty")).unwrap();
@@ -50,43 +56,45 @@ fn a_tree_keeps_its_modes_and_links_there_and_back(on: On) {
     fs::set_permissions(tree.join("sub/run.sh"), fs::Permissions::from_mode(0o750)).unwrap();
     symlink("sub/run.sh", tree.join("link")).unwrap();
     let back = dir.path().join("back");
-    let script = "tree/link && find tree/sub/run.sh -printf '%m\\n' && readlink tree/link && find tree/sub -maxdepth 0 -printf '%u\\n' && echo new > tree/sub/new";
-    let outcome = there_and_back(on, &tree, &back, script).outcome();
-    assert_eq!(outcome.ok(), "ran\n750\nsub/run.sh\nagent");
+    let script = "tree/link && find tree/sub/run.sh -printf '%m\\n' && readlink tree/link && \
+                  find tree/sub -maxdepth 0 -printf '%u\\n' && echo new > tree/sub/new";
+    let outcome = copy_round_trip(tier, &tree, &back, script).outcome();
+    assert_eq!(outcome.assert_success(), "ran\n750\nsub/run.sh\nagent");
     assert_eq!(fs::read_link(back.join("link")).unwrap(), Path::new("sub/run.sh"));
     assert_eq!(fs::metadata(back.join("sub/run.sh")).unwrap().mode() & 0o777, 0o750);
     assert_eq!(fs::read_to_string(back.join("sub/new")).unwrap(), "new\n");
     assert!(back.join("sub/empty").is_dir());
 }
 
-fn scratch_can_be_copied_to_and_in_a_microvm_any_place(on: On) {
+fn copy_in_outside_scratch_needs_microvm(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
-    let config = file(dir.path(), "config.yaml", "a: 1\n").unwrap();
+    let config = write_file(dir.path(), "config.yaml", "a: 1\n").unwrap();
     let script =
         "cat /shared/deep/config.yaml; echo x 2>/dev/null > /shared/deep/x || echo read-only";
-    let to = |place: &str| {
-        on.with("").arg(copy("copy-in", &config, place)).args(["--", "sh", "-c", script]).outcome()
-    };
-    let anywhere = to("/shared/deep/config.yaml");
-    match on.tier {
-        TierKind::Ironclaw => assert_eq!(anywhere.ok(), "a: 1\nread-only"),
-        // The root of a container is read-only for its agent as well.
+    let outcome = tier
+        .run_with("")
+        .arg(copy_option("copy-in", &config, "/shared/deep/config.yaml"))
+        .args(["--", "sh", "-c", script])
+        .outcome();
+    match tier.kind {
+        TierKind::Ironclaw => assert_eq!(outcome.assert_success(), "a: 1\nread-only"),
+        // The root of a container is read-only for its agent too.
         TierKind::Nanoclaw | TierKind::Nemoclaw => {
-            anywhere.refused("open the path to /shared/deep: Read-only file system");
+            outcome.assert_refused("open the path to /shared/deep: Read-only file system");
         }
     }
     for scratch in ["/work", "/tmp"] {
         let script = format!("cat {scratch}/deep/config.yaml");
-        let outcome = on
-            .with("")
-            .arg(copy("copy-in", &config, format!("{scratch}/deep/config.yaml")))
+        let outcome = tier
+            .run_with("")
+            .arg(copy_option("copy-in", &config, format!("{scratch}/deep/config.yaml")))
             .args(["--", "sh", "-c", &script])
             .outcome();
-        assert_eq!(outcome.ok(), "a: 1");
+        assert_eq!(outcome.assert_success(), "a: 1");
     }
 }
 
-fn many_files_pass(on: On) {
+fn thousand_files_round_trip(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let many = dir.path().join("many");
     fs::create_dir(&many).unwrap();
@@ -94,33 +102,32 @@ fn many_files_pass(on: On) {
         fs::write(many.join(format!("{i}")), format!("{i}\n")).unwrap();
     }
     let back = dir.path().join("back");
-    let outcome = there_and_back(
-        on,
+    let outcome = copy_round_trip(
+        tier,
         &many,
         &back,
         "cat many/* | sort -n | tail -n 1; set -- many/*; echo $#",
     )
     .outcome();
-    assert_eq!(outcome.ok(), "999\n1000");
+    assert_eq!(outcome.assert_success(), "999\n1000");
     for i in 0..1000 {
         assert_eq!(fs::read_to_string(back.join(format!("{i}"))).unwrap(), format!("{i}\n"));
     }
 }
 
-fn large_files_pass(on: On) {
+fn large_file_round_trips(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
-    let data: Vec<u8> =
-        (0..20u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    let large = PathBuf::from(file(dir.path(), "large", &data).unwrap());
+    let data = pseudo_random_bytes(20 << 20);
+    let large = PathBuf::from(write_file(dir.path(), "large", &data).unwrap());
     let back = dir.path().join("back");
     assert_eq!(
-        there_and_back(on, &large, &back, "wc -c < large").outcome().ok(),
+        copy_round_trip(tier, &large, &back, "wc -c < large").outcome().assert_success(),
         (20 << 20).to_string()
     );
     assert!(fs::read(back).unwrap() == data);
 }
 
-fn sparse_files_pass(on: On) {
+fn sparse_file_round_trips(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sparse");
     let sparse = File::create(&path).unwrap();
@@ -128,11 +135,14 @@ fn sparse_files_pass(on: On) {
     sparse.write_all_at(b"middle", 12 << 20).unwrap();
     let back = dir.path().join("back");
     let script = "wc -c < sparse; tail -c +12582913 sparse | head -c 6";
-    assert_eq!(there_and_back(on, &path, &back, script).outcome().ok(), "25165824\nmiddle");
+    assert_eq!(
+        copy_round_trip(tier, &path, &back, script).outcome().assert_success(),
+        "25165824\nmiddle"
+    );
     assert!(fs::read(back).unwrap() == fs::read(path).unwrap());
 }
 
-fn odd_names_pass(on: On) {
+fn unusual_file_names_round_trip(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let odd = dir.path().join("odd");
     fs::create_dir(&odd).unwrap();
@@ -151,44 +161,47 @@ fn odd_names_pass(on: On) {
         fs::write(odd.join(OsStr::from_bytes(name)), name).unwrap();
     }
     let back = dir.path().join("back");
-    let outcome = there_and_back(on, &odd, &back, "find odd -type f -printf x | wc -c").outcome();
-    assert_eq!(outcome.ok(), names.len().to_string());
+    let outcome =
+        copy_round_trip(tier, &odd, &back, "find odd -type f -printf x | wc -c").outcome();
+    assert_eq!(outcome.assert_success(), names.len().to_string());
     for name in names {
         assert_eq!(fs::read(back.join(OsStr::from_bytes(name))).unwrap(), name);
     }
 }
 
-fn deep_trees_pass(on: On) {
+fn deep_tree_round_trips(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let deep = dir.path().join("deep");
     let bottom: PathBuf = (0..60).map(|i| format!("level-{i}")).collect();
     fs::create_dir_all(deep.join(&bottom)).unwrap();
     fs::write(deep.join(&bottom).join("file"), "found").unwrap();
     let back = dir.path().join("back");
-    let outcome = there_and_back(on, &deep, &back, "cat $(find deep -name file)").outcome();
-    assert_eq!(outcome.ok(), "found");
+    let outcome = copy_round_trip(tier, &deep, &back, "cat $(find deep -name file)").outcome();
+    assert_eq!(outcome.assert_success(), "found");
     assert_eq!(fs::read_to_string(back.join(bottom).join("file")).unwrap(), "found");
 }
 
-fn empty_files_and_directories_pass(on: On) {
+fn empty_files_and_directories_round_trip(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let tree = dir.path().join("tree");
     fs::create_dir_all(tree.join("nothing")).unwrap();
     fs::write(tree.join("empty"), "").unwrap();
     let back = dir.path().join("back");
-    there_and_back(on, &tree, &back, "test -d tree/nothing && test -f tree/empty").outcome().ok();
+    copy_round_trip(tier, &tree, &back, "test -d tree/nothing && test -f tree/empty")
+        .outcome()
+        .assert_success();
     assert!(back.join("nothing").is_dir());
     assert_eq!(fs::read(back.join("empty")).unwrap(), b"");
 }
 
-fn devices_and_sockets_are_refused(on: On) {
+fn devices_and_sockets_are_rejected(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, words: &str| {
-        on.with("")
-            .arg(copy("copy-in", path, "/work/"))
+        tier.run_with("")
+            .arg(copy_option("copy-in", path, "/work/"))
             .args(["--", "true"])
             .outcome()
-            .refused(words);
+            .assert_refused(words);
     };
     let socket = dir.path().join("socket");
     let _listener = UnixListener::bind(&socket).unwrap();
@@ -202,110 +215,104 @@ fn devices_and_sockets_are_refused(on: On) {
     refused(&device, "null");
 
     let out = dir.path().join("out");
-    let outcome = on
-        .with("")
-        .arg(copy("copy-out", "/work/d", &out))
+    let outcome = tier
+        .run_with("")
+        .arg(copy_option("copy-out", "/work/d", &out))
         .args(["--", "sh", "-c", "mkdir d; mkfifo d/fifo; echo x > d/file"])
         .outcome();
-    outcome.refused("/work/d/fifo");
+    outcome.assert_refused("/work/d/fifo");
 }
 
-fn no_link_leads_out(on: On) {
+fn symlink_does_not_escape_destination(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
-    let outside = file(dir.path(), "outside", "untouched").unwrap();
+    let outside = write_file(dir.path(), "outside", "untouched").unwrap();
     let out = dir.path().join("out");
     let script = format!(
-        "mkdir d; ln -s {outside} d/absolute; ln -s ../outside d/climbing; ln -s file d/inside; echo x > d/file"
+        "mkdir d; ln -s {outside} d/absolute; ln -s ../outside d/climbing; \
+         ln -s file d/inside; echo x > d/file"
     );
-    let outcome = on
-        .with("")
-        .arg(copy("copy-out", "/work/d", &out))
+    let outcome = tier
+        .run_with("")
+        .arg(copy_option("copy-out", "/work/d", &out))
         .args(["--", "sh", "-c", &script])
         .outcome();
-    outcome.refused("2 links lead outside");
+    outcome.assert_refused("2 links lead outside");
     assert_eq!(fs::read_to_string(out.join("inside")).unwrap(), "x\n");
     assert!(fs::symlink_metadata(out.join("absolute")).is_err());
     assert!(fs::symlink_metadata(out.join("climbing")).is_err());
 
-    // A link on the way, put there by the workload, is not followed inside either.
-    let outcome = on
-        .with("")
-        .arg(copy("copy-out", "/work/d/passwd", dir.path().join("p")))
+    // A link that the workload put into the path is not followed inside either.
+    let outcome = tier
+        .run_with("")
+        .arg(copy_option("copy-out", "/work/d/passwd", dir.path().join("p")))
         .args(["--", "ln", "-s", "/etc", "d"])
         .outcome();
-    outcome.refused("/work/d");
+    outcome.assert_refused("/work/d");
     assert_eq!(fs::read_to_string(outside).unwrap(), "untouched");
 }
 
-fn a_result_larger_than_the_guest_is_a_lie(on: On) {
+fn file_larger_than_guest_is_not_copied_out(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let outcome = on
-        .with("--memory 128")
-        .arg(copy("copy-out", "/work/f", &out))
+    let outcome = tier
+        .run_with("--memory 128")
+        .arg(copy_option("copy-out", "/work/f", &out))
         .args(["--", "truncate", "-s", "1T", "f"])
         .outcome();
-    outcome.refused("copy out /work/f");
+    outcome.assert_refused("copy out /work/f");
     assert!(!out.exists());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing half-written is left");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "a partial file is left");
 }
 
-fn what_is_missing_is_named(on: On) {
+fn missing_copy_path_is_reported(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("missing");
-    on.with("")
-        .arg(copy("copy-in", &missing, "/work/"))
+    tier.run_with("")
+        .arg(copy_option("copy-in", &missing, "/work/"))
         .args(["--", "true"])
         .outcome()
-        .refused("missing");
+        .assert_refused("missing");
     let out = |from: &str, to: &Path, script: &str| {
-        on.with("").arg(copy("copy-out", from, to)).args(["--", "sh", "-c", script]).outcome()
-    };
-    out("/work/none", &missing, "true").refused("/work/none");
-    out("/work/f", &dir.path().join("no/such/dir"), "touch f").refused("no/such");
-    on.with("--copy-in nocolon -- true").outcome().refused("SRC:DST");
-}
-
-fn files_are_replaced_whole(on: On) {
-    let dir = tempfile::tempdir().unwrap();
-    let out = file(dir.path(), "out", "before").unwrap();
-    let run = |script: &str| {
-        on.with("")
-            .arg(copy("copy-out", "/work/f", &out))
+        tier.run_with("")
+            .arg(copy_option("copy-out", from, to))
             .args(["--", "sh", "-c", script])
             .outcome()
     };
-    run("echo after > f").ok();
+    out("/work/none", &missing, "true").assert_refused("/work/none");
+    out("/work/f", &dir.path().join("no/such/dir"), "touch f").assert_refused("no/such");
+    tier.run_with("--copy-in nocolon -- true").outcome().assert_refused("SRC:DST");
+}
+
+fn copied_out_file_is_replaced_atomically(tier: TierUnderTest) {
+    let dir = tempfile::tempdir().unwrap();
+    let out = write_file(dir.path(), "out", "before").unwrap();
+    let run = |script: &str| copy_out_f(tier, &out, script);
+    run("echo after > f").assert_success();
     assert_eq!(fs::read_to_string(&out).unwrap(), "after\n");
-    run("truncate -s 1T f").refused("/work/f");
+    run("truncate -s 1T f").assert_refused("/work/f");
     assert_eq!(fs::read_to_string(&out).unwrap(), "after\n");
 }
 
-fn what_a_run_that_failed_has_made_comes_out(on: On) {
+fn files_of_failed_run_are_copied_out(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let run = |script: &str| {
-        on.with("")
-            .arg(copy("copy-out", "/work/f", &out))
-            .args(["--", "sh", "-c", script])
-            .outcome()
-    };
+    let run = |script: &str| copy_out_f(tier, &out, script);
     assert_eq!(run("echo log > f; exit 3").code, 3);
     assert_eq!(fs::read_to_string(&out).unwrap(), "log\n");
-    // It keeps its own code also where there is nothing.
+    // A missing file does not change the exit code.
     let outcome = run("exit 4");
     assert_eq!(outcome.code, 4);
     assert!(outcome.stderr.contains("/work/f"), "{outcome:?}");
 }
 
-fn what_a_run_that_was_ended_has_made_stays_inside(on: On) {
+fn files_of_timed_out_run_are_not_copied_out(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let outcome = on
-        .with("--timeout 15s")
-        .arg(copy("copy-out", "/work/f", &out))
+    let outcome = tier
+        .run_with("--timeout 15s")
+        .arg(copy_option("copy-out", "/work/f", &out))
         .args(["--", "sh", "-c", "echo half > f; echo up; sleep 600"])
         .outcome();
-    assert_eq!((outcome.code, outcome.text()), (124, "up"));
+    assert_eq!((outcome.code, outcome.stdout_text()), (124, "up"));
     assert!(!out.exists());
 }

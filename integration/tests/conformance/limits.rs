@@ -1,87 +1,94 @@
-//! What a workload can use up, and that it uses it up for itself alone.
+//! Limits of resources, and workloads that exhaust them for themselves alone.
 
 use chitin::TierKind;
-use chitin_integration::{On, Outcome};
+use chitin_integration::{Outcome, TierUnderTest};
 
 on_every_tier!(
-    a_fork_bomb_is_the_workload_s_own_problem,
-    memory_runs_out_for_the_workload_alone,
-    memory_is_as_much_as_was_asked_for,
-    the_disk_is_memory_and_it_ends,
-    each_scratch_directory_ends,
-    open_files_end,
-    core_dumps_are_not_written,
-    sizes_out_of_range_are_refused,
+    fork_bomb_affects_only_workload,
+    memory_exhaustion_affects_only_workload,
+    memory_option_sets_memory_limit,
+    full_disk_affects_only_workload,
+    each_scratch_directory_is_limited,
+    open_file_limit_is_enforced,
+    core_dump_is_not_written,
+    out_of_range_sizes_are_rejected,
 );
 
-/// Whether all of the sandbox has ended, and said why: gVisor's kernel has the same limits as what runs on it.
-fn the_sandbox_ended(on: On, outcome: &Outcome) -> bool {
-    let ended = on.tier == TierKind::Nanoclaw && outcome.code == 125;
+/// Returns true if the sandbox has ended with an explanation: gVisor's kernel shares the limits of
+/// its workload.
+fn sandbox_ended(tier: TierUnderTest, outcome: &Outcome) -> bool {
+    let ended = tier.kind == TierKind::Nanoclaw && outcome.code == 125;
     assert!(!ended || outcome.stderr.contains("gVisor's kernel "), "{outcome:?}");
     ended
 }
 
-fn a_fork_bomb_is_the_workload_s_own_problem(on: On) {
+fn fork_bomb_affects_only_workload(tier: TierUnderTest) {
     let script = "import os, time
 while True:
     if os.fork() == 0: time.sleep(600)";
     let outcome =
-        on.sh(&format!("python3 -c \"{script}\" 2>/dev/null; echo $?; echo alive")).outcome();
-    // Whichever limit it meets first, processes or memory, the shell beside it goes on.
+        tier.run_sh(&format!("python3 -c \"{script}\" 2>/dev/null; echo $?; echo alive")).outcome();
+    // The bomb reaches the limit of processes or of memory first. Either way the shell continues.
     assert!(
-        the_sandbox_ended(on, &outcome) || ["1\nalive", "137\nalive"].contains(&outcome.ok()),
+        sandbox_ended(tier, &outcome)
+            || ["1\nalive", "137\nalive"].contains(&outcome.assert_success()),
         "{outcome:?}"
     );
 }
 
-fn memory_runs_out_for_the_workload_alone(on: On) {
-    let outcome = on.sh("python3 -c \"x = b'x' * (1 << 30)\"; echo $?").outcome();
-    // MemoryError is 1, the OOM killer's signal 137; either way the shell, the agent and the run go on.
-    assert!(the_sandbox_ended(on, &outcome) || ["1", "137"].contains(&outcome.ok()), "{outcome:?}");
+fn memory_exhaustion_affects_only_workload(tier: TierUnderTest) {
+    let outcome = tier.run_sh("python3 -c \"x = b'x' * (1 << 30)\"; echo $?").outcome();
+    // A MemoryError exits with 1, the OOM killer's signal with 137. Either way the shell, the agent
+    // and the run continue.
+    let ended = sandbox_ended(tier, &outcome);
+    assert!(ended || ["1", "137"].contains(&outcome.assert_success()), "{outcome:?}");
 }
 
-fn memory_is_as_much_as_was_asked_for(on: On) {
+fn memory_option_sets_memory_limit(tier: TierUnderTest) {
     let taken = |memory: &str, mib: u32| {
-        on.with(&format!("--memory {memory} -- python3 -c"))
+        tier.run_with(&format!("--memory {memory} -- python3 -c"))
             .arg(format!("x = b'x' * ({mib} << 20); print(len(x) >> 20)"))
             .outcome()
     };
-    assert_eq!(taken("512", 300).ok(), "300");
+    assert_eq!(taken("512", 300).assert_success(), "300");
     assert_ne!(taken("128", 300).code, 0);
 }
 
-fn the_disk_is_memory_and_it_ends(on: On) {
-    let script = "head -c 1G /dev/zero > /work/f 2>/dev/null; echo $?; rm /work/f; echo ok > /work/g; cat /work/g";
-    assert_eq!(on.sh(script).outcome().ok(), "1\nok");
+fn full_disk_affects_only_workload(tier: TierUnderTest) {
+    let script = "head -c 1G /dev/zero > /work/f 2>/dev/null; echo $?; rm /work/f; \
+                  echo ok > /work/g; cat /work/g";
+    assert_eq!(tier.run_sh(script).outcome().assert_success(), "1\nok");
 }
 
-fn each_scratch_directory_ends(on: On) {
-    let script = "for d in /work /tmp /dev/shm; do head -c 1G /dev/zero > $d/f && echo $d has no end; rm $d/f; done 2>/dev/null; \
-                  echo over";
-    assert_eq!(on.sh(script).outcome().ok(), "over");
+fn each_scratch_directory_is_limited(tier: TierUnderTest) {
+    let script = "for d in /work /tmp /dev/shm; do \
+                    head -c 1G /dev/zero > $d/f && echo $d has no limit; rm $d/f; \
+                  done 2>/dev/null; echo over";
+    assert_eq!(tier.run_sh(script).outcome().assert_success(), "over");
 }
 
-fn open_files_end(on: On) {
+fn open_file_limit_is_enforced(tier: TierUnderTest) {
     let program = "import errno, os, resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
 held = []
 try:
     while True: held.append(os.dup(0))
 except OSError as e: print(errno.errorcode[e.errno], len(held) > 4000)
 try: resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 20, 1 << 20))
 except (OSError, ValueError): print('no more')";
-    assert_eq!(on.python(program).outcome().ok(), "EMFILE True\nno more");
+    assert_eq!(tier.run_python(program).outcome().assert_success(), "EMFILE True\nno more");
 }
 
-fn core_dumps_are_not_written(on: On) {
+fn core_dump_is_not_written(tier: TierUnderTest) {
     let script = "ulimit -c; sh -c 'kill -SEGV $$'; echo $?; find /work -type f | wc -l";
-    assert_eq!(on.sh(script).outcome().ok(), "0\n139\n0");
+    assert_eq!(tier.run_sh(script).outcome().assert_success(), "0\n139\n0");
 }
 
-fn sizes_out_of_range_are_refused(on: On) {
-    on.with("--memory 0 -- true").outcome().refused("64 to 16384 MiB");
-    on.with("--memory 99999999999999 -- true").outcome().refused("64 to 16384 MiB");
-    on.with("--cpus 0 -- true").outcome().refused("1 to 8");
-    on.with("--cpus 999 -- true").outcome().refused("1 to 8");
-    on.with("--timeout 5 -- true").outcome().refused("--timeout");
+fn out_of_range_sizes_are_rejected(tier: TierUnderTest) {
+    tier.run_with("--memory 0 -- true").outcome().assert_refused("64 to 16384 MiB");
+    tier.run_with("--memory 99999999999999 -- true").outcome().assert_refused("64 to 16384 MiB");
+    tier.run_with("--cpus 0 -- true").outcome().assert_refused("1 to 8");
+    tier.run_with("--cpus 999 -- true").outcome().assert_refused("1 to 8");
+    tier.run_with("--timeout 5 -- true").outcome().assert_refused("--timeout");
 }

@@ -1,11 +1,8 @@
-//! One suite for all tiers: what `chitin run` promises, whatever it runs in.
+//! The promises of `chitin run`, tested on all tiers.
 //!
-//! A case is a function of the tier, and `on_every_tier!` makes a test of it for each. What only one tier has (a kernel of its
-//! own, templates, a console) is in the other files beside this one.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test ends at the first thing that is not as it should be"
-)]
+//! A case is a function of the tier, and `on_every_tier!` makes a test of it for each. Features of
+//! one tier (a separate kernel, templates, a console) are tested in the other files of `tests/`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[macro_use(on_every_tier)]
 extern crate chitin_integration;

@@ -3,49 +3,45 @@
 use std::io::{Read, Write};
 use std::thread;
 
-use chitin_integration::On;
+use chitin_integration::{TierUnderTest, pseudo_random_bytes};
 use sha2::{Digest, Sha256};
 
 on_every_tier!(
-    sixteen_mebibytes_go_in_unharmed,
-    binary_data_comes_back_as_it_went,
-    output_and_errors_are_told_apart,
-    both_outputs_flow_at_once,
-    errors_are_as_binary_as_output,
-    nothing_is_added_to_what_is_said,
-    an_empty_input_is_an_end_of_file,
-    input_is_streamed_not_collected,
-    input_that_nobody_reads_holds_nothing_up,
-    a_reader_that_leaves_stops_the_workload,
-    a_reader_that_is_slow_misses_nothing,
-    a_background_process_does_not_hold_the_run,
-    the_standard_streams_are_no_terminal,
+    sixteen_mebibytes_of_stdin_arrive_intact,
+    binary_data_round_trips_unchanged,
+    stdout_and_stderr_are_separate,
+    stdout_and_stderr_flow_concurrently,
+    stderr_preserves_binary_data,
+    output_is_passed_unmodified,
+    empty_stdin_is_end_of_file,
+    stdin_is_streamed_not_buffered,
+    unread_stdin_does_not_delay_exit,
+    closed_stdout_stops_workload,
+    slow_reader_loses_no_output,
+    background_process_does_not_delay_exit,
+    standard_streams_are_not_terminals,
 );
 
-fn noise(length: u32) -> Vec<u8> {
-    (0..length).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
-}
-
-fn sixteen_mebibytes_go_in_unharmed(on: On) {
-    let data = noise(16 << 20);
+fn sixteen_mebibytes_of_stdin_arrive_intact(tier: TierUnderTest) {
+    let data = pseudo_random_bytes(16 << 20);
     let expected = format!("{:x}  -", Sha256::digest(&data));
-    assert_eq!(on.run("sha256sum").stdin(data).outcome().ok(), expected);
+    assert_eq!(tier.run("sha256sum").stdin(data).outcome().assert_success(), expected);
 }
 
-fn binary_data_comes_back_as_it_went(on: On) {
+fn binary_data_round_trips_unchanged(tier: TierUnderTest) {
     let data: Vec<u8> = (0..=255u8).cycle().take(1 << 20).collect();
-    let outcome = on.run("cat").stdin(data.clone()).outcome();
+    let outcome = tier.run("cat").stdin(data.clone()).outcome();
     assert!(outcome.code == 0 && outcome.stdout == data, "{} bytes", outcome.stdout.len());
 }
 
-fn output_and_errors_are_told_apart(on: On) {
-    let outcome = on.sh("echo out; echo err >&2").outcome();
-    assert_eq!((outcome.ok(), outcome.stderr.as_str()), ("out", "err\n"));
+fn stdout_and_stderr_are_separate(tier: TierUnderTest) {
+    let outcome = tier.run_sh("echo out; echo err >&2").outcome();
+    assert_eq!((outcome.assert_success(), outcome.stderr.as_str()), ("out", "err\n"));
 }
 
-fn both_outputs_flow_at_once(on: On) {
+fn stdout_and_stderr_flow_concurrently(tier: TierUnderTest) {
     let script = "yes out | head -c 3000000 & yes err | head -c 3000000 >&2; wait";
-    let outcome = on.sh(script).outcome();
+    let outcome = tier.run_sh(script).outcome();
     assert_eq!(
         (outcome.code, outcome.stdout.len(), outcome.stderr.len()),
         (0, 3_000_000, 3_000_000)
@@ -54,8 +50,8 @@ fn both_outputs_flow_at_once(on: On) {
     assert!(outcome.stderr.as_bytes().chunks(4).all(|line| line == b"err\n"));
 }
 
-fn errors_are_as_binary_as_output(on: On) {
-    let mut running = on.sh("exec cat >&2").spawn();
+fn stderr_preserves_binary_data(tier: TierUnderTest) {
+    let mut running = tier.run_sh("exec cat >&2").spawn();
     let data: Vec<u8> = (0..=255u8).cycle().take(100_000).collect();
     let mut stdin = running.child.stdin.take().expect("stdin is piped");
     let written = data.clone();
@@ -73,44 +69,44 @@ fn errors_are_as_binary_as_output(on: On) {
     assert!(seen == data, "{} bytes", seen.len());
 }
 
-fn nothing_is_added_to_what_is_said(on: On) {
-    assert_eq!(on.run("printf x").outcome().stdout, b"x");
-    let silent = on.run("true").outcome();
+fn output_is_passed_unmodified(tier: TierUnderTest) {
+    assert_eq!(tier.run("printf x").outcome().stdout, b"x");
+    let silent = tier.run("true").outcome();
     assert_eq!((silent.code, silent.stdout.len(), silent.stderr.as_str()), (0, 0, ""));
 }
 
-fn an_empty_input_is_an_end_of_file(on: On) {
-    assert_eq!(on.run("wc -c").outcome().ok(), "0");
+fn empty_stdin_is_end_of_file(tier: TierUnderTest) {
+    assert_eq!(tier.run("wc -c").outcome().assert_success(), "0");
 }
 
-fn input_is_streamed_not_collected(on: On) {
-    let mut running = on.run("cat").spawn();
+fn stdin_is_streamed_not_buffered(tier: TierUnderTest) {
+    let mut running = tier.run("cat").spawn();
     for word in ["one", "two"] {
         let stdin = running.child.stdin.as_mut().expect("stdin is piped");
         writeln!(stdin, "{word}").expect("write stdin");
-        assert_eq!(running.line(), word);
+        assert_eq!(running.read_line(), word);
     }
     drop(running.child.stdin.take());
     assert_eq!(running.wait(), 0);
-    running.assert_nothing_left();
+    running.assert_no_process_left();
 }
 
-fn input_that_nobody_reads_holds_nothing_up(on: On) {
-    let outcome = on.sh("head -c 3; exit 5").stdin(noise(8 << 20)).outcome();
+fn unread_stdin_does_not_delay_exit(tier: TierUnderTest) {
+    let outcome = tier.run_sh("head -c 3; exit 5").stdin(pseudo_random_bytes(8 << 20)).outcome();
     assert_eq!((outcome.code, outcome.stdout.len()), (5, 3));
 }
 
-fn a_reader_that_leaves_stops_the_workload(on: On) {
-    let mut running = on.run("yes").spawn();
-    assert_eq!(running.line(), "y");
+fn closed_stdout_stops_workload(tier: TierUnderTest) {
+    let mut running = tier.run("yes").spawn();
+    assert_eq!(running.read_line(), "y");
     drop(running.child.stdout.take());
     assert_eq!(running.wait(), 141);
-    running.assert_nothing_left();
+    running.assert_no_process_left();
 }
 
-fn a_reader_that_is_slow_misses_nothing(on: On) {
-    let mut running = on.sh("head -c 2000000 /dev/zero; echo end").spawn();
-    // More than any buffer on the way holds, long enough for the workload to have met the end of them.
+fn slow_reader_loses_no_output(tier: TierUnderTest) {
+    let mut running = tier.run_sh("head -c 2000000 /dev/zero; echo end").spawn();
+    // The output exceeds all buffers on its way, and the pause lets the workload fill them.
     thread::sleep(std::time::Duration::from_secs(2));
     let mut seen = Vec::new();
     running
@@ -124,13 +120,15 @@ fn a_reader_that_is_slow_misses_nothing(on: On) {
     assert!(seen.len() == 2_000_004 && seen.ends_with(b"\0end\n"), "{} bytes", seen.len());
 }
 
-fn a_background_process_does_not_hold_the_run(on: On) {
-    assert_eq!(on.sh("sleep 600 & echo done").outcome().ok(), "done");
+fn background_process_does_not_delay_exit(tier: TierUnderTest) {
+    assert_eq!(tier.run_sh("sleep 600 & echo done").outcome().assert_success(), "done");
 }
 
-fn the_standard_streams_are_no_terminal(on: On) {
+fn standard_streams_are_not_terminals(tier: TierUnderTest) {
     assert_eq!(
-        on.sh("for fd in 0 1 2; do test -t $fd && echo $fd; done; echo none").outcome().ok(),
+        tier.run_sh("for fd in 0 1 2; do test -t $fd && echo $fd; done; echo none")
+            .outcome()
+            .assert_success(),
         "none"
     );
 }

@@ -20,9 +20,9 @@ const PARTS_PER_HOST: usize = 3;
 const MIN_PART_TESTS: usize = 12;
 /// Tests that measure milliseconds, which mean something on the deterministic clock only.
 const DETERMINISTIC: [&str; 2] =
-    ["copies_tell_the_time", "a_connection_costs_about_as_much_as_a_command"];
+    ["forked_clock_matches_host_clock", "connect_latency_is_close_to_exec_latency"];
 /// A test of so many guests that it takes as long as all others together.
-const LONGEST: &str = "nothing_is_left_of_five_hundred_microvms";
+const LONGEST: &str = "five_hundred_microvms_leak_nothing";
 
 /// Returns the number of emulated hosts at the same time: a processor of an emulated host is one
 /// thread here.
