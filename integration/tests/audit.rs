@@ -208,7 +208,7 @@ mod nemoclaw {
     fn unavailable_tier_is_named_in_audit() {
         let gone = "unix:///nowhere/socket";
         let named = TIER.chitin("audit --tier nemoclaw").env("DOCKER_HOST", gone).outcome();
-        named.assert_refused("no Docker daemon answers at unix:///nowhere/socket");
+        named.assert_refused("unix:///nowhere/socket");
         // No tier is available without artifacts.
         let none = tempfile::tempdir().unwrap();
         let run = TIER
@@ -254,7 +254,7 @@ mod nemoclaw {
                     .any(|line| line.split_whitespace().eq(words.iter().copied()))
             };
             assert!(row(&["PROPERTY", "IRONCLAW", "NANOCLAW", "NEMOCLAW"]), "{outcome:?}");
-            assert!(row(&["host", "files", "not", "here", "held", "held"]), "{outcome:?}");
+            assert!(row(&["host", "files", "unavailable", "held", "held"]), "{outcome:?}");
             assert_eq!(report["tiers"][1]["findings"].as_array().unwrap().len(), 19, "{report}");
         });
     }

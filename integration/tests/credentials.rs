@@ -165,10 +165,9 @@ sys.stdin.read()
     assert!(placeholder.starts_with("chitin-") && placeholder.len() == 47, "{placeholder}");
     assert_eq!(running.read_line(), "200 {'*'} False True False");
     assert_eq!(running.read_line(), "200");
-    assert_eq!(
-        running.read_line(),
-        "403 chitin: the placeholder of API_KEY is in the query, where it is not replaced"
-    );
+    let blocked = running.read_line();
+    assert!(blocked.starts_with("403 chitin: ") && blocked.contains("API_KEY"), "{blocked}");
+    assert!(blocked.contains("the query"), "{blocked}");
     // The value was sent and reflected by now.
     canary::assert_absent(&running, CANARY, &placeholder);
     drop(running.child.stdin.take());
@@ -360,20 +359,8 @@ fn undeliverable_credential_is_rejected_before_boot() {
     let refused = |value: &str, args: &str, words: &str| {
         chitin(&format!("run {args} -- true")).env("KEY", value).outcome().assert_refused(words);
     };
-    refused(
-        "short",
-        "--secret K=env:KEY@api.example.com",
-        "secret K: a value of less than 8 bytes",
-    );
-    refused(
-        "two\nlines and more",
-        "--secret K=env:KEY@api.example.com",
-        "the value has characters that an HTTP header cannot hold",
-    );
-    refused(
-        CANARY,
-        "--secret K=env:KEY --secret-query K",
-        "--secret-query K: there is no --secret K=SRC@HOST",
-    );
+    refused("short", "--secret K=env:KEY@api.example.com", "less than 8 bytes");
+    refused("two\nlines and more", "--secret K=env:KEY@api.example.com", "HTTP header");
+    refused(CANARY, "--secret K=env:KEY --secret-query K", "--secret K=SRC@HOST");
     refused(CANARY, "--secret K=env:KEY@api.example.com --secret-env K", "--secret-env K");
 }

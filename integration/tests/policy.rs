@@ -45,18 +45,16 @@ fn unenforceable_policy_is_rejected() {
     refused(
         "hardening:\n  strip_agent_capabilities: true\n  readonly_root_filesystem: true\n  \
          credential_source: vault://openclaw/creds\n",
-        "VAULT_ADDR is not set",
+        "VAULT_ADDR",
     );
-    refused("secrets: [{name: A, source: 'vault://kv/a#b'}]\n", "VAULT_ADDR is not set");
+    refused("secrets: [{name: A, source: 'vault://kv/a#b'}]\n", "VAULT_ADDR");
     refused("resorces: {}\n", "p.yaml, line 2, column 1: unknown key `resorces`");
     refused(
         "sandbox: {filesystem: [{access: read-only, path: /in, source: /nonexistent}]}\n",
         "/nonexistent",
     );
     refused("image: /nonexistent.img\n", "/nonexistent.img");
-    chitin("run --policy /nonexistent.yaml -- true")
-        .outcome()
-        .assert_refused("read the policy /nonexistent.yaml");
+    chitin("run --policy /nonexistent.yaml -- true").outcome().assert_refused("/nonexistent.yaml");
 }
 
 #[test]
@@ -68,18 +66,14 @@ fn policy_check_predicts_run() {
     let fine = check(RESTRICTED);
     assert!(fine.assert_success().contains("On ironclaw, all of it is enforced:"), "{fine:?}");
     let secret = check("secrets: [{name: A, source: 'vault://kv/a#b'}]\n");
-    assert!(
-        secret.assert_success().contains("A from vault://kv/a#b, as a file in memory"),
-        "{secret:?}"
-    );
+    assert!(secret.assert_success().contains("A from vault://kv/a#b"), "{secret:?}");
     let egress = check("sandbox: {network: {allowed_egress: ['api.example.com:443']}}\n");
     assert!(
         egress.assert_success().contains("a broker on this host dials the listed endpoints"),
         "{egress:?}"
     );
-    check("sandbox:\n  profile: paranoid\n").assert_refused(
-        "p.yaml, line 3, column 12: unknown value `paranoid`, expected one of restricted,",
-    );
+    check("sandbox:\n  profile: paranoid\n")
+        .assert_refused("p.yaml, line 3, column 12: unknown value `paranoid`");
     let schema = chitin("policy schema").outcome();
     let schema: Value = serde_json::from_str(schema.assert_success()).expect("JSON");
     assert_eq!(schema["title"], "Chitin policy");

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use chitin::{Builder, Error, Exit, MAX_POOL, Templates, WarmUpSpec};
+use chitin::{Builder, Error, Exit, MAX_POOL, TemplateError, Templates, WarmUpSpec};
 use chitin_integration::{sandbox_builder, unix_time};
 
 async fn build_template(dir: &Path) -> Builder {
@@ -102,5 +102,5 @@ async fn pool_without_template_boots_within_size_limit() {
         .pool(1)
         .await
         .unwrap_err();
-    assert!(error.to_string().contains("there is no template `t`"), "{error}");
+    assert!(matches!(error, Error::Template(TemplateError::Missing { .. })), "{error}");
 }

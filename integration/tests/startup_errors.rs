@@ -48,10 +48,7 @@ fn missing_monitor_is_reported() {
         .outcome()
         .assert_refused("cargo xtask build");
     // Another program in its place.
-    run("true")
-        .env("CHITIN_VMM", "/bin/true")
-        .outcome()
-        .assert_refused("the monitor ended without a word");
+    run("true").env("CHITIN_VMM", "/bin/true").outcome().assert_refused("the monitor ended");
 }
 
 #[test]
@@ -95,11 +92,7 @@ fn guest_panic_is_reported() {
 
     let outcome = run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome();
     assert_eq!(outcome.code, 125, "{outcome:?}");
-    assert!(
-        outcome.stderr.starts_with("chitin: the guest ended before it was told to"),
-        "{}",
-        outcome.stderr
-    );
+    assert!(outcome.stderr.starts_with("chitin: the guest ended"), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("Kernel panic - not syncing"), "{}", outcome.stderr);
 }
 
@@ -107,5 +100,5 @@ fn guest_panic_is_reported() {
 fn unwritable_report_is_an_error() {
     chitin("run --report /nonexistent/r.json -- true")
         .outcome()
-        .assert_refused("write /nonexistent/r.json");
+        .assert_refused("/nonexistent/r.json");
 }

@@ -187,9 +187,7 @@ fn read_only_file_may_use_any_unused_path(tier: TierUnderTest) {
     let beside = run(&[("/etc/app.config", "config")], "cat /etc/app.config");
     match tier.kind {
         TierKind::Ironclaw => assert_eq!(beside.assert_success(), "settings"),
-        _ => beside.assert_refused(
-            "/etc belongs to the image and is read-only: choose a directory that the image",
-        ),
+        _ => beside.assert_refused("/etc belongs to the image"),
     }
 }
 
@@ -289,8 +287,8 @@ fn options_exceeding_policy_are_rejected(tier: TierUnderTest) {
         ("--cpus", "3", "vcpus 3 is more than the 2"),
         ("--memory", "257", "memory_mib 257 is more than the 256"),
         ("--timeout", "61s", "1m 1s is more than the 1m"),
-        ("--secret", "A=env:HOME", "does not list it"),
-        ("--allow", "evil.example:443", "the policy"),
+        ("--secret", "A=env:HOME", "secret A: the policy"),
+        ("--allow", "evil.example:443", "evil.example:443: the policy"),
     ] {
         policy.run().args([option, value, "--", "true"]).outcome().assert_refused(words);
     }
@@ -373,7 +371,7 @@ fn tier_missing_from_policy_is_rejected(tier: TierUnderTest) {
     let policy = tier.write_policy("plugin: x\n");
     for other in [TierKind::Ironclaw, TierKind::Nanoclaw, TierKind::Nemoclaw] {
         if other != tier.kind {
-            let words = format!("does not accept the tier {other}");
+            let words = format!("the tier {other}");
             policy
                 .run()
                 .args(["--fallback", &other.to_string(), "--", "true"])

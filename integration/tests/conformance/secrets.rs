@@ -97,7 +97,7 @@ fn secret_is_in_environment_only_on_request(tier: TierUnderTest) {
     assert_eq!(outcome.assert_success(), format!("{CANARY}\nunset"));
     tier.run_with("--secret-env API_TOKEN -- true")
         .outcome()
-        .assert_refused("there is no --secret API_TOKEN=SRC");
+        .assert_refused("--secret API_TOKEN=SRC");
 }
 
 fn secret_is_not_in_report(tier: TierUnderTest) {
@@ -151,25 +151,21 @@ fn secret_delivery_is_audited_without_value(tier: TierUnderTest) {
         .args(["/dev/full", "--", "true"])
         .env("TOKEN", CANARY)
         .outcome()
-        .assert_refused("write the audit");
+        .assert_refused("audit");
 }
 
 fn failing_secret_source_prevents_start(tier: TierUnderTest) {
     tier.run_with("--secret T=env:CHITIN_NO_SUCH -- true")
         .outcome()
-        .assert_refused("CHITIN_NO_SUCH is not set");
-    tier.run_with("--secret T=file:/nonexistent -- true")
-        .outcome()
-        .assert_refused("read /nonexistent");
+        .assert_refused("CHITIN_NO_SUCH");
+    tier.run_with("--secret T=file:/nonexistent -- true").outcome().assert_refused("/nonexistent");
     tier.run_with("--secret")
         .arg("T=exec:exit 4")
         .args(["--", "true"])
         .outcome()
-        .assert_refused("`exit 4` failed");
-    tier.run_with("--secret T=vault -- true")
-        .outcome()
-        .assert_refused("env:VAR, file:PATH, exec:CMD");
-    tier.run_with("--secret 1T=env:HOME -- true").outcome().assert_refused("environment variable");
+        .assert_refused("`exit 4`");
+    tier.run_with("--secret T=vault -- true").outcome().assert_refused("env:VAR");
+    tier.run_with("--secret 1T=env:HOME -- true").outcome().assert_refused("`1T`");
 }
 
 /// Reads the audit log, and asserts that it does not contain the value.
@@ -299,7 +295,7 @@ print(length.strip(), flush=True)
     assert_eq!(running.read_line(), "0");
     let stderr = running.read_stderr();
     assert_eq!(running.wait(), 0, "{stderr}");
-    assert!(stderr.contains("renew vault://db/creds/app, which is good for "), "{stderr}");
+    assert!(stderr.contains("renew vault://db/creds/app"), "{stderr}");
     assert!(!stderr.contains(CANARY), "{stderr}");
     running.assert_no_process_left();
 

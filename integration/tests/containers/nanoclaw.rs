@@ -53,7 +53,7 @@ fn run_with_fallback(runsc: &TempDir) -> (i32, Value) {
     let run = with_runsc(runsc, TIER.run_with(""));
     let (outcome, report) = run.outcome_with_json("--report", &["--", "true"]);
     assert!(outcome.stderr.starts_with("chitin: running as nanoclaw/"), "{outcome:?}");
-    assert!(outcome.stderr.contains("runsc/ptrace does not work: "), "{outcome:?}");
+    assert!(outcome.stderr.contains("runsc/ptrace"), "{outcome:?}");
     (outcome.code, report)
 }
 
@@ -69,10 +69,7 @@ fn hanging_runtime_is_skipped_and_fallback_reported() {
         assert_eq!(code, 0, "{report}");
         let tier = report["tier"].as_str().unwrap();
         assert!(["nanoclaw/crun", "nanoclaw/runc"].contains(&tier), "{report}");
-        assert!(
-            report["isolation"]["why"].as_str().unwrap().contains("not answered for 10 s"),
-            "{report}"
-        );
+        assert!(report["isolation"]["why"].as_str().unwrap().contains("10 s"), "{report}");
         assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
     });
 }
@@ -134,7 +131,7 @@ fn runtime_hanging_after_probe_times_out() {
         // The probe succeeds.
         with_runsc(&hanging, tier.run("true")).outcome().assert_success();
         write_file(hanging.path(), "hang", "").unwrap();
-        with_runsc(&hanging, tier.run("true")).outcome().assert_refused("has not answered for");
+        with_runsc(&hanging, tier.run("true")).outcome().assert_refused("has not answered");
         let limited = with_runsc(&hanging, tier.run_with("--timeout 3s -- true")).outcome();
         assert_eq!(limited.code, 124, "{limited:?}");
         let mut killed = with_runsc(&hanging, tier.run("true")).spawn();
@@ -182,11 +179,11 @@ fn missing_or_damaged_archive_is_reported() {
         bytes[last] ^= 1;
         fs::write(&archive, bytes).unwrap();
         let run = || tier.run("true").env("CHITIN_ARTIFACTS", artifacts.path()).outcome();
-        run().assert_refused("its SHA-256 is");
+        run().assert_refused("SHA-256");
         assert!(!unpacked.0.exists());
         // A truncated archive.
         fs::write(&archive, [0; 100]).unwrap();
-        run().assert_refused("root cannot be unpacked");
+        run().assert_refused("unpacked");
         let left: Vec<_> = fs::read_dir("/var/cache/chitin/roots").unwrap().flatten().collect();
         let left =
             left.iter().filter(|entry| entry.file_name().to_string_lossy().contains(".partial-"));
@@ -206,5 +203,5 @@ fn unprivileged_user_is_rejected() {
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(125), "{stderr}");
-    assert!(stderr.contains("run chitin as root, or use nemoclaw"), "{stderr}");
+    assert!(stderr.contains("as root"), "{stderr}");
 }

@@ -31,7 +31,7 @@ server.serve_forever()";
     let mut up = [0; 3];
     server.stdout.as_mut().unwrap().read_exact(&mut up).await.unwrap();
     let refused = serving.connect(1).await.unwrap_err();
-    assert!(format!("{refused:?}").contains("connect to port 1"), "{refused:?}");
+    assert!(matches!(refused, chitin::Error::Guest(_)), "{refused:?}");
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let forward = serving.forward(listener, 8443);
