@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   SecretSpec ──fetch_value──▶ value ──┬─ memory, env ──▶ CredentialValue
-//!                                       ├─ proxy ────────▶ Proxy, and a placeholder in the environment
+//!                                       ├─ proxy ────────▶ Proxy, and placeholders in env
 //!                                       └─ endpoint ─────▶ AwsCredentialServer, and its variables
 //!   leases of a vault ─────────────────────────────────▶ LeaseRenewer
 //! ```

@@ -1,4 +1,4 @@
-//! AWS keys: parsed from the spellings of several tools, and written as the document that SDKs read.
+//! AWS keys: parsed from the spellings of several tools, and written as the document of SDKs.
 
 use std::time::SystemTime;
 
@@ -118,9 +118,12 @@ mod tests {
     #[test]
     fn every_spelling_becomes_the_document_of_sdks() {
         let texts = [
-            r#"{"Version":1,"AccessKeyId":"AKIA1","SecretAccessKey":"s\"/+ü","SessionToken":"t","Expiration":"2026-11-28T01:00:00+00:00"}"#,
-            r#"{"Credentials":{"AccessKeyId":"AKIA1","SecretAccessKey":"s\"/+ü","SessionToken":"t","Expiration":"2026-11-28T01:00:00Z"}}"#,
-            r#"{"access_key":"AKIA1","secret_key":"s\"/+ü","security_token":"t","session_token":null,"expiration":"2026-11-28T01:00:00Z"}"#,
+            r#"{"Version":1,"AccessKeyId":"AKIA1","SecretAccessKey":"s\"/+ü",
+                "SessionToken":"t","Expiration":"2026-11-28T01:00:00+00:00"}"#,
+            r#"{"Credentials":{"AccessKeyId":"AKIA1","SecretAccessKey":"s\"/+ü",
+                "SessionToken":"t","Expiration":"2026-11-28T01:00:00Z"}}"#,
+            r#"{"access_key":"AKIA1","secret_key":"s\"/+ü","security_token":"t",
+                "session_token":null,"expiration":"2026-11-28T01:00:00Z"}"#,
         ];
         for text in texts {
             let keys = AwsKeys::from_json(text.as_bytes()).unwrap();

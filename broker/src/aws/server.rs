@@ -1,8 +1,8 @@
 //! The server behind delivery `endpoint`: it answers SDKs of AWS at a port that leads nowhere else.
 //!
 //! ```text
-//!   SDK ── GET 127.0.0.1:9911 ──▶ agent ── Dial localhost:9911 ──▶ broker ──▶ token? ──▶ cache ──▶ source
-//!       ◀──────────────────────────── keys with an expiry ◀────────────────────────────────┘
+//!   SDK ── GET 127.0.0.1:9911 ─▶ agent ── Dial localhost:9911 ─▶ broker ─▶ cache ─▶ source
+//!       ◀─────────────────────── keys with an expiry ◀────────────────────────┘
 //! ```
 //!
 //! It serves two protocols: the credentials of a container (ECS), whose token is in the environment

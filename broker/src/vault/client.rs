@@ -26,7 +26,7 @@ use crate::tls;
 /// The time limit of one request.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
-/// The token in error messages.
+/// The operations on the token in error messages.
 const TOKEN_RENEWAL: &str = "the renewal of its token";
 const TOKEN_REVOCATION: &str = "the revocation of its token";
 
@@ -119,7 +119,7 @@ impl VaultClient {
         let path = format!("auth/{mount}/login");
         let body = json!({ "role_id": role_id.as_str(), "secret_id": secret_id.as_str() });
         let response = match self.send(&path, Method::POST, &path, Some(body)).await {
-            // Servers differ in the status for a wrong role, and for a mount that is not an AppRole.
+            // Servers differ in the status for a wrong role, and for a mount without AppRole.
             Err(VaultError::Denied { .. } | VaultError::Status { code: 400 | 401, .. }) => {
                 return Err(VaultError::LoginRefused { mount: mount.clone() });
             }
@@ -345,7 +345,8 @@ impl VaultClient {
     }
 }
 
-/// Builds a client without proxies and redirects: the token reaches the server at `VAULT_ADDR` only.
+/// Builds a client without proxies and redirects, so that only the server at `VAULT_ADDR` gets the
+/// token.
 fn build_http_client(ca: Option<&Path>) -> Result<reqwest::Client, VaultError> {
     let tls = match ca {
         Some(path) => tls::client_config(Arc::new(tls::root_store(read_certificates(path)?))),

@@ -1,11 +1,11 @@
 //! The task that renews the leases of one sandbox while it runs, and revokes them at its end.
 //!
 //! ```text
-//!   start ──▶ waiting ──after two thirds of a TTL──▶ renewing ──▶ waiting
-//!                │                                      └──not renewable──▶ reissued: a Change ──▶ waiting
-//!                │                                                             └──failed until the expiry──▶ expired: a Change
-//!                ├──── LeaseReader ──▶ read again, if less than a quarter of the TTL is left ──▶ waiting
-//!                └──── revoke_all, drop ──▶ revoking ──▶ ended
+//!   waiting ─┬─ two thirds of a TTL ──▶ renew ──ok──▶ waiting
+//!            │                            └─ not renewable ──▶ reissue ──ok──▶ Change, waiting
+//!            │                                                    └─ expired ──▶ Change
+//!            ├─ LeaseReader ──▶ reissue if less than a quarter of the TTL is left ──▶ waiting
+//!            └─ revoke_all, drop ──▶ revoke ──▶ end
 //! ```
 //!
 //! A token that can no longer be renewed is replaced by another login, if there is a role to log in

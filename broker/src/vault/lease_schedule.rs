@@ -35,8 +35,8 @@ impl Lease {
 ///
 /// ```text
 ///   issued ──two thirds of the TTL──▶ renewal ──ok──▶ again after two thirds of the new TTL
-///                                        └──failed──▶ again after a quarter of the rest, at least 1 s,
-///                                                     and once at the expiry; then every 15 s
+///                                        └──failed──▶ again after a quarter of the rest, at least
+///                                                     1 s, and at the expiry; then every 15 s
 /// ```
 #[derive(Debug)]
 pub(crate) struct LeaseSchedule {

@@ -415,7 +415,8 @@ async fn invalid_configuration_is_refused_without_secrets() {
     let config = config_of(config.address);
     let error = refused(&config).await;
     assert!(
-        matches!(&error, VaultError::Unreachable { address, .. } if address == "http://127.0.0.1:1"),
+        matches!(&error, VaultError::Unreachable { address, .. }
+            if address == "http://127.0.0.1:1"),
         "{error:?}"
     );
     let config = VaultConfig { ca: Some("/dev/null".into()), ..config };

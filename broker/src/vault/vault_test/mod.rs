@@ -1,5 +1,5 @@
-//! Tests of the vault client: against servers ([`real`]), and against a [`double::ServerDouble`] for
-//! conditions that a server cannot be brought into.
+//! Tests of the vault client: against servers ([`real`]), and against a [`double::ServerDouble`]
+//! for conditions that a server cannot be brought into.
 
 mod double;
 mod real;

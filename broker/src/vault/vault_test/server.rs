@@ -241,7 +241,7 @@ impl VaultServer {
         }
     }
 
-    /// Returns a login with the same role and a wrapped secret id, whose token is valid for a minute.
+    /// Returns a login with the same role, and a wrapped secret id that is valid for a minute.
     pub async fn wrap_secret_id(&self, config: &VaultConfig) -> VaultConfig {
         let VaultLogin::AppRole { mount, role_id, .. } = config.login.clone() else {
             panic!("no role")
