@@ -300,3 +300,34 @@ fn format_limit(limit: Duration) -> String {
         format!("{} ms", limit.as_millis())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn monitor_failure_has_a_code() {
+        let code = FailureCode::KvmPermission;
+        let message = "open /dev/kvm: permission denied".into();
+        let error = Error::from(chitin_tiers::Error::Monitor { code, message });
+        assert_eq!(error.code(), Some(FailureCode::KvmPermission));
+        assert_eq!(Error::Stopped.code(), None);
+    }
+
+    #[test]
+    fn host_error_of_a_tier_is_a_host_error() {
+        let source = io::Error::from(io::ErrorKind::OutOfMemory);
+        let tier = chitin_tiers::Error::Host(HostError { operation: "create a socket", source });
+        let operation = match Error::from(tier) {
+            Error::Host(error) => error.operation,
+            error => panic!("{error:?}"),
+        };
+        assert_eq!(operation, "create a socket");
+    }
+
+    #[test]
+    fn time_limit_is_printed_in_whole_units() {
+        assert_eq!(format_limit(Duration::from_secs(90)), "90 s");
+        assert_eq!(format_limit(Duration::from_millis(1500)), "1500 ms");
+    }
+}
