@@ -248,18 +248,8 @@ fn interrupt_revokes_lease_at_any_time(tier: TierUnderTest) {
     }
 }
 
-fn leased_secret_rotates_in_place_until_revoked(tier: TierUnderTest) {
-    let (count, denied) = (AtomicU32::new(0), Arc::new(AtomicBool::new(false)));
-    let denies = denied.clone();
-    let (address, _requests) = start_vault(move || match denies.load(Ordering::Relaxed) {
-        true => ("403 Forbidden", "{}".to_owned()),
-        false => {
-            let number = count.fetch_add(1, Ordering::Relaxed);
-            ("200 OK", lease_json(4, false, &format!("{CANARY}-{number:06}")))
-        }
-    });
-    // Prints each new value until it is empty, and then its length in another process.
-    let program = "
+/// Prints each new value until it is empty, and then its length in another process.
+const PRINT_VALUES: &str = "
 import os, subprocess, time
 last = None
 while last != '':
@@ -272,12 +262,23 @@ command = ['sh', '-c', 'wc -c < $A_FILE']
 length = subprocess.run(command, close_fds=False, stdout=subprocess.PIPE, text=True).stdout
 print(length.strip(), flush=True)
 ";
+
+fn leased_secret_rotates_in_place_until_revoked(tier: TierUnderTest) {
+    let (count, denied) = (AtomicU32::new(0), Arc::new(AtomicBool::new(false)));
+    let denies = denied.clone();
+    let (address, _requests) = start_vault(move || match denies.load(Ordering::Relaxed) {
+        true => ("403 Forbidden", "{}".to_owned()),
+        false => {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            ("200 OK", lease_json(4, false, &format!("{CANARY}-{number:06}")))
+        }
+    });
     let dir = tempfile::tempdir().unwrap();
     let audit = dir.path().join("audit");
     let mut running = tier
         .run_with("--secret A=vault://db/creds/app#p --audit")
         .arg(&audit)
-        .args(["--", "python3", "-c", program])
+        .args(["--", "python3", "-c", PRINT_VALUES])
         .env("VAULT_ADDR", &address)
         .env("VAULT_TOKEN", "t")
         .spawn();

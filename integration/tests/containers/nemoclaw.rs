@@ -96,7 +96,7 @@ fn fallback_reports_unavailable_tier() {
     let outcome = with_daemon(&gone, TIER.run_with("--fallback nanoclaw -- echo ran")).outcome();
     assert_eq!(outcome.assert_success(), "ran");
     assert!(outcome.stderr.starts_with("chitin: running as nanoclaw"), "{outcome:?}");
-    assert!(outcome.stderr.contains("nemoclaw"), "{outcome:?}");
+    assert!(outcome.stderr.contains("nemoclaw") && outcome.stderr.contains(&gone), "{outcome:?}");
 }
 
 /// Asserts that the daemon has no container.
