@@ -33,7 +33,7 @@ pub struct Args {
 
 /// Builds the monitor and the attacks, and runs them.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    build_quietly(workspace::root_dir(), &["--package", "chitin-hostile"], &[])?;
+    build_quietly(workspace::root_dir(), &["--workspace", "--bin", "chitin-hostile"], &[])?;
     let filter = args.filter.as_deref();
     match args.mutate.as_deref() {
         None => {

@@ -6,8 +6,9 @@ use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
-use super::selection::{Selection, Tier};
+use super::selection::{END_TO_END, Scope, Selection, Tier};
 use crate::parts::Part;
 use crate::process::{capture_output, new_command};
 use crate::workspace;
@@ -32,8 +33,8 @@ pub fn host_count() -> usize {
 
 /// Returns the command that runs the selected tests on this machine.
 pub fn local_command(selection: &Selection) -> Command {
-    let mut command = new_command("cargo", ["nextest", "run", "--package", "chitin-integration"]);
-    command.args(["--profile", "microvm"]).args(selection.options(None));
+    let mut command = new_command("cargo", ["nextest", "run", "--profile", "microvm"]);
+    command.args(selection.scope.options()).args(selection.options(None));
     command.current_dir(workspace::root_dir());
     command
 }
@@ -41,7 +42,7 @@ pub fn local_command(selection: &Selection) -> Command {
 /// Compiles the tests here, because a processor of an emulated host is a hundred times slower, and
 /// returns the parts to run there, the longest first.
 pub fn nested_parts(selection: &Selection) -> Result<Vec<Part>> {
-    let command = nextest_command()?;
+    let command = nextest_command(selection.scope)?;
     let part = |name: &str, options: &[&str], more: &[String]| {
         let options = options.iter().map(|word| (*word).to_owned()).collect();
         let command = command.iter().chain(more).cloned().collect();
@@ -68,14 +69,17 @@ pub fn nested_parts(selection: &Selection) -> Result<Vec<Part>> {
 
 /// Returns the command of nextest on an emulated host, which sees the files of this machine: it
 /// gets the two lists that Cargo would make.
-fn nextest_command() -> Result<Vec<String>> {
+fn nextest_command(scope: Scope) -> Result<Vec<String>> {
     let dir = workspace::target_dir().join("nested-out");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let (binaries, metadata) = (dir.join("binaries.json"), dir.join("metadata.json"));
     let list = ["nextest", "list", "--list-type", "binaries-only", "--message-format", "json"];
-    let mut list = new_command("cargo", list);
-    save_output(&binaries, list.args(["--package", "chitin-integration"]))?;
-    save_output(&metadata, &mut new_command("cargo", ["metadata", "--format-version", "1"]))?;
+    let listed = read_cargo(new_command("cargo", list).args(scope.options()))?;
+    write_file(&binaries, &keep_end_to_end_binaries(&listed)?)?;
+    write_file(
+        &metadata,
+        &read_cargo(&mut new_command("cargo", ["metadata", "--format-version", "1"]))?,
+    )?;
     let words = [
         "cargo-nextest",
         "nextest",
@@ -96,7 +100,36 @@ fn nextest_command() -> Result<Vec<String>> {
     Ok(words.map(str::to_owned).into())
 }
 
-fn save_output(path: &Path, command: &mut Command) -> Result<()> {
-    let text = capture_output(command.current_dir(workspace::root_dir()))?;
+/// Removes the other binaries from a list of nextest, which would run each of them there to list
+/// its tests.
+fn keep_end_to_end_binaries(listed: &str) -> Result<String> {
+    let mut list: Value =
+        serde_json::from_str(listed).context("read nextest's list of test binaries")?;
+    list["rust-binaries"]
+        .as_object_mut()
+        .context("nextest's list has no test binaries")?
+        .retain(|_, binary| binary["package-name"] == END_TO_END);
+    Ok(list.to_string())
+}
+
+fn read_cargo(command: &mut Command) -> Result<String> {
+    capture_output(command.current_dir(workspace::root_dir()))
+}
+
+fn write_file(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_binaries_are_removed_from_the_list() {
+        let listed = r#"{"rust-binaries": {
+            "a": {"package-name": "chitin-integration"}, "b": {"package-name": "chitin"}
+        }}"#;
+        let kept = keep_end_to_end_binaries(listed).unwrap();
+        assert!(kept.contains("\"a\"") && !kept.contains("\"b\""), "{kept}");
+    }
 }

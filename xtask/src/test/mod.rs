@@ -14,7 +14,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use self::results::TestLog;
-use self::selection::{Selection, Tier};
+use self::selection::{END_TO_END, Selection, Tier};
 use self::stages::Stages;
 use crate::build::{self, BuildPlan, Profile};
 use crate::parts::{Part, run_parts, stream_output};
@@ -42,12 +42,12 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let suite = Suite::default();
     setup::ensure_installed(&[Purpose::Tests])?;
-    if args.filter.is_none() && args.tier.is_none() {
-        suite.run_all()?;
+    let selection = if args.filter.is_none() && args.tier.is_none() {
+        suite.run_all()?
     } else {
-        suite.run_selected(args)?;
-    }
-    Ok(suite.summarize())
+        Some(suite.run_selected(args)?)
+    };
+    Ok(suite.summarize(selection.as_ref()))
 }
 
 /// One run, with all that it found.
@@ -58,28 +58,31 @@ struct Suite {
 }
 
 impl Suite {
-    fn run_all(&self) -> Result<()> {
+    /// Runs all stages. Returns no selection if a build or a check of the sources failed.
+    fn run_all(&self) -> Result<Option<Selection>> {
         setup::ensure_installed(&[Purpose::Nanoclaw, Purpose::Nemoclaw, Purpose::Fuzzing])?;
         thread::scope(|scope| {
             scope.spawn(|| self.check_sources());
             self.stages.run("products", || self.build_products(true).map(|()| true));
         });
         if !self.stages.passed() {
-            return Ok(());
+            return Ok(None);
         }
-        self.stages.run("unit tests", || self.run_unit_tests());
+        let selection = Selection::find_all()?;
+        self.stages.run("unit tests", || self.run_unit_tests(&selection));
         self.stages.run("doc tests", || {
             self.stream("doc", cargo(&["test", "--workspace", "--doc", "--quiet"]))
         });
-        let selection = Selection::find(None, None)?;
         self.stages.run("containers", || self.run_containers(&selection));
         let mut extra = vec![hostile_part()?];
         extra.extend(fuzz::parts(fuzz::SECONDS)?);
-        self.run_microvms(&selection, extra)
+        self.run_microvms(&selection, extra)?;
+        Ok(Some(selection))
     }
 
-    fn run_selected(&self, args: &Args) -> Result<()> {
-        let selection = Selection::find(args.filter.as_deref(), args.tier)?;
+    /// Runs the end-to-end tests that filter and tier select.
+    fn run_selected(&self, args: &Args) -> Result<Selection> {
+        let selection = Selection::find_matching(args.filter.as_deref(), args.tier)?;
         for what in ["checks of the sources", "unit and doc tests", "hostile guests", "fuzzing"] {
             self.stages.leave_out(what);
         }
@@ -100,23 +103,34 @@ impl Suite {
             }
         }
         if !self.stages.run("products", || self.build_products(microvms).map(|()| true)) {
-            return Ok(());
+            return Ok(selection);
         }
         if containers {
             self.stages.run("containers", || self.run_containers(&selection));
         }
-        if microvms { self.run_microvms(&selection, Vec::new()) } else { Ok(()) }
+        if microvms {
+            self.run_microvms(&selection, Vec::new())?;
+        }
+        Ok(selection)
     }
 
-    /// Prints stages, slowest tests and failures, and in the last line how many tests passed.
-    fn summarize(&self) -> ExitCode {
+    /// Prints stages, slowest tests, failures and skipped tests, and in the last line the number of
+    /// each. A test that was selected and not run is a failure of this command.
+    fn summarize(&self, selection: Option<&Selection>) -> ExitCode {
         eprintln!();
         for line in self.stages.summary().into_iter().chain(self.log.summary()) {
             eprintln!("{line}");
         }
+        let names = selection.into_iter().flat_map(Selection::report_names);
+        let skipped = self.log.missing(names);
+        skipped.iter().for_each(|name| eprintln!("skipped: {name}"));
         let (passed, failed) = self.log.counts();
-        eprintln!("test: {passed} passed, {failed} failed, 0 skipped");
-        if self.stages.passed() && failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        eprintln!("test: {passed} passed, {failed} failed, {} skipped", skipped.len());
+        if self.stages.passed() && failed == 0 && skipped.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
     }
 
     /// Checks the sources, and compiles what the tests need of them.
@@ -152,18 +166,21 @@ impl Suite {
         openbao::run(&openbao::Args::default()).map(drop)
     }
 
-    fn run_unit_tests(&self) -> Result<bool> {
-        let run = ["nextest", "run", "--workspace", "--exclude", "chitin-integration"];
-        self.stream("unit", cargo(&run))
+    fn run_unit_tests(&self, selection: &Selection) -> Result<bool> {
+        let mut command = cargo(&["nextest", "run"]);
+        command.args(selection.scope.options());
+        command.args(["--filterset", &format!("not package({END_TO_END})")]);
+        self.stream("unit", command)
     }
 
     /// Runs the tests of the container tiers, which need no KVM, next to a separate Docker daemon.
     fn run_containers(&self, selection: &Selection) -> Result<bool> {
-        let with_daemon =
-            ["run", "--quiet", "--package", "chitin-integration", "--bin", "with-dockerd", "--"];
-        let mut command = cargo(&with_daemon);
-        command.args(["cargo", "nextest", "run", "--profile", "containers"]);
-        command.args(selection.options(None));
+        // Built with the tests, as every binary of their package.
+        let with_dockerd = workspace::target_dir().join("debug/with-dockerd");
+        let words = ["cargo", "nextest", "run", "--profile", "containers"];
+        let mut command = new_command(with_dockerd, words);
+        command.args(selection.scope.options()).args(selection.options(None));
+        command.current_dir(workspace::root_dir());
         self.stream("containers", command)
     }
 

@@ -40,6 +40,12 @@ impl TestLog {
         (passed, runs.len() - passed)
     }
 
+    /// Returns the names of these tests that were not reported.
+    pub fn missing<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        names.filter(|name| !runs.contains_key(*name)).collect()
+    }
+
     /// Returns a line for each of the slowest tests, and one for each that did not pass.
     pub fn summary(&self) -> Vec<String> {
         let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -104,6 +110,7 @@ mod tests {
             log.observe(line);
         }
         assert_eq!(log.counts(), (3, 3));
+        assert_eq!(log.missing(["chitin flaky", "chitin new"].into_iter()), ["chitin new"]);
         let summary = log.summary();
         assert_eq!(summary[1], "   300.0 s  chitin hung");
         assert_eq!(summary[2], "    61.5 s  chitin-integration::fork slow");

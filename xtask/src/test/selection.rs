@@ -1,4 +1,4 @@
-//! The end-to-end tests that a filter and a tier select, and the expressions that select them.
+//! The tests to run: all of the workspace, or the end-to-end tests that a filter and a tier select.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -50,42 +50,71 @@ impl fmt::Display for Tier {
     }
 }
 
-/// The end-to-end tests to run.
+/// The package of end-to-end tests.
+pub const END_TO_END: &str = "chitin-integration";
+
+/// The packages that Cargo compiles. Their dependencies have the features that these packages ask
+/// for: a run that changed between the two would compile them twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// All packages.
+    Workspace,
+    /// The package of end-to-end tests.
+    EndToEnd,
+}
+
+impl Scope {
+    /// Returns the options of Cargo and of nextest.
+    pub fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::Workspace => &["--workspace"],
+            Self::EndToEnd => &["--package", END_TO_END],
+        }
+    }
+}
+
+/// The tests to run.
 #[derive(Debug)]
 pub struct Selection {
+    /// The packages that were compiled.
+    pub scope: Scope,
     /// The expression that selects the tests of the filter.
     filterset: Option<String>,
     tier: Option<Tier>,
     tests: Vec<Test>,
 }
 
-/// An end-to-end test.
+/// A test.
 #[derive(Debug, PartialEq, Eq)]
 struct Test {
-    /// The name of its file.
+    package: String,
+    /// The name of its file, for an end-to-end test.
     binary: String,
     /// Its name, with its modules.
     name: String,
-    tier: Tier,
+    /// Its name in reports of nextest: that of the binary and its own.
+    report_name: String,
 }
 
 impl Selection {
+    /// Compiles all tests of the workspace and selects them.
+    pub fn find_all() -> Result<Self> {
+        let tests = list_tests(Scope::Workspace)?;
+        Ok(Self { scope: Scope::Workspace, filterset: None, tier: None, tests })
+    }
+
     /// Compiles the end-to-end tests and selects those that match.
     ///
     /// # Errors
     /// No test matches, or the tests do not compile.
-    pub fn find(filter: Option<&str>, tier: Option<Tier>) -> Result<Self> {
+    pub fn find_matching(filter: Option<&str>, tier: Option<Tier>) -> Result<Self> {
         if let Some(filter) = filter {
             check_filter(filter)?;
         }
-        let mut list = new_command("cargo", ["nextest", "list", "--message-format", "json"]);
-        list.args(["--package", "chitin-integration"]);
-        let listed = capture_output(list.current_dir(workspace::root_dir()))
-            .context("list the end-to-end tests")?;
-        let mut tests = parse_list(&listed)?;
+        let mut tests = list_tests(Scope::EndToEnd)?;
         let filterset = filter.map(|filter| build_filterset(filter, &tests));
         tests.retain(|test| {
-            tier.is_none_or(|tier| tier == test.tier)
+            tier.is_none_or(|tier| test.tier() == Some(tier))
                 && filter
                     .is_none_or(|filter| test.name.contains(filter) || test.binary.contains(filter))
         });
@@ -95,12 +124,17 @@ impl Selection {
             filter.map_or_else(String::new, |filter| format!(" `{filter}`")),
             tier.map_or_else(String::new, |tier| format!(" on the tier {tier}")),
         );
-        Ok(Self { filterset, tier, tests })
+        Ok(Self { scope: Scope::EndToEnd, filterset, tier, tests })
+    }
+
+    /// Returns the names of the selected tests in reports of nextest.
+    pub fn report_names(&self) -> impl Iterator<Item = &str> {
+        self.tests.iter().map(|test| test.report_name.as_str())
     }
 
     /// Returns the number of selected tests of a tier.
     pub fn count(&self, tier: Tier) -> usize {
-        self.tests.iter().filter(|test| test.tier == tier).count()
+        self.tests.iter().filter(|test| test.tier() == Some(tier)).count()
     }
 
     /// Reports whether a test of this name is selected.
@@ -153,17 +187,36 @@ struct TestList {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct TestBinary {
+    package_name: String,
     binary_name: String,
     testcases: BTreeMap<String, IgnoredAny>,
+}
+
+impl Test {
+    /// Returns the tier of an end-to-end test.
+    fn tier(&self) -> Option<Tier> {
+        (self.package == END_TO_END).then(|| Tier::of_test(&self.name))
+    }
+}
+
+/// Compiles tests and lists them.
+fn list_tests(scope: Scope) -> Result<Vec<Test>> {
+    let mut list = new_command("cargo", ["nextest", "list", "--message-format", "json"]);
+    list.args(scope.options()).current_dir(workspace::root_dir());
+    parse_list(&capture_output(&mut list).context("list the tests")?)
 }
 
 fn parse_list(json: &str) -> Result<Vec<Test>> {
     let list: TestList = serde_json::from_str(json).context("read nextest's list of tests")?;
     let mut tests = Vec::new();
-    for TestBinary { binary_name, testcases } in list.rust_suites.into_values() {
-        for name in testcases.into_keys() {
-            let tier = Tier::of_test(&name);
-            tests.push(Test { binary: binary_name.clone(), name, tier });
+    for (id, suite) in list.rust_suites {
+        for name in suite.testcases.into_keys() {
+            tests.push(Test {
+                package: suite.package_name.clone(),
+                binary: suite.binary_name.clone(),
+                report_name: format!("{id} {name}"),
+                name,
+            });
         }
     }
     Ok(tests)
@@ -174,11 +227,17 @@ mod tests {
     use super::*;
 
     fn selection(filterset: Option<&str>, tier: Option<Tier>) -> Selection {
-        Selection { filterset: filterset.map(str::to_owned), tier, tests: Vec::new() }
+        let filterset = filterset.map(str::to_owned);
+        Selection { scope: Scope::EndToEnd, filterset, tier, tests: Vec::new() }
     }
 
     fn test(binary: &str, name: &str) -> Test {
-        Test { binary: binary.into(), name: name.into(), tier: Tier::of_test(name) }
+        Test {
+            package: END_TO_END.into(),
+            binary: binary.into(),
+            name: name.into(),
+            report_name: format!("{END_TO_END}::{binary} {name}"),
+        }
     }
 
     #[test]
@@ -218,6 +277,7 @@ mod tests {
     #[test]
     fn list_of_nextest_is_parsed() {
         let json = r#"{"rust-suites": {"chitin-integration::run": {
+            "package-name": "chitin-integration",
             "binary-name": "run",
             "testcases": {"nanoclaw::a": {"ignored": false}, "b": {"ignored": false}}
         }}}"#;
