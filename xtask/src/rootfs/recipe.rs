@@ -49,7 +49,7 @@ pub struct Reasoned {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Prune {
-    /// Patterns, see [`matches`].
+    /// Patterns, see [`matches_path`].
     pub paths: Vec<String>,
     /// Patterns of paths to keep although `paths` match.
     #[serde(default)]
@@ -159,7 +159,7 @@ pub fn check_path(path: &str) -> Result<()> {
 
 /// Reports whether `path` matches `pattern`, in which `*` matches any characters within one name
 /// and `**` any number of directories, including none.
-pub fn matches(pattern: &str, path: &str) -> bool {
+pub fn matches_path(pattern: &str, path: &str) -> bool {
     fn parts(pattern: &[&str], path: &[&str]) -> bool {
         match (pattern.split_first(), path.split_first()) {
             (None, None) => true,

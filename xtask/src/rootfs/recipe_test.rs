@@ -80,6 +80,6 @@ fn pattern_matches_names_and_depths() {
         ("é*", "été", true),
         ("", "usr", false),
     ] {
-        assert_eq!(matches(pattern, path), expected, "{pattern:?} {path:?}");
+        assert_eq!(matches_path(pattern, path), expected, "{pattern:?} {path:?}");
     }
 }

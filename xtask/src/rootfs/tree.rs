@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-use super::recipe::{Directory, Link, Prune, check_path, matches};
+use super::recipe::{Directory, Link, Prune, check_path, matches_path};
 
 /// Directories that Debian 12 keeps below /usr, while its packages still have them at the root.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
@@ -94,7 +94,8 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
         let mut first = 0;
         let mut verdict = None;
         for rule in rules {
-            let hits = rule.paths.iter().enumerate().filter(|(_, pattern)| matches(pattern, &path));
+            let hits =
+                rule.paths.iter().enumerate().filter(|(_, pattern)| matches_path(pattern, &path));
             for (index, _) in hits {
                 used[first + index] = true;
                 verdict.get_or_insert(rule);
@@ -102,7 +103,7 @@ fn prune_below(tree: &Path, below: &str, rules: &[Prune], used: &mut [bool]) -> 
             first += rule.paths.len();
         }
         match verdict {
-            Some(rule) if rule.keep.iter().any(|pattern| matches(pattern, &path)) => {}
+            Some(rule) if rule.keep.iter().any(|pattern| matches_path(pattern, &path)) => {}
             // An entry below may have to stay: the same rule decides on each of them.
             Some(rule) if is_dir && !rule.keep.is_empty() => prune_below(tree, &path, rules, used)?,
             Some(_) if is_dir => {

@@ -5,7 +5,8 @@
 //! sources:  format, dependencies, clippy, rustdoc, build of the tests ─┐
 //! products: kernel, image, chitin, programs, OpenBao ──────────────────┴─▶ unit, doc tests ─┐
 //!   ┌───────────────────────────────────────────────────────────────────────────────────────┘
-//!   └─▶ containers ─▶ parts, one for each processor: microVMs, hostile guests, fuzzing
+//!   ├─▶ containers ──────────────────────────────────┐
+//!   └─▶ microVMs in parts, one for each processor ───┴─▶ hostile guests, fuzz targets
 //! ```
 
 use std::process::{Command, ExitCode};
@@ -73,10 +74,10 @@ impl Suite {
         self.stages.run("doc tests", || {
             self.stream("doc", cargo(&["test", "--workspace", "--doc", "--quiet"]))
         });
-        self.stages.run("containers", || self.run_containers(&selection));
-        let mut extra = vec![hostile_part()?];
-        extra.extend(fuzz::parts(fuzz::SECONDS)?);
-        self.run_microvms(&selection, extra)?;
+        self.run_end_to_end(&selection)?;
+        let mut attacks = vec![hostile_part()?];
+        attacks.extend(fuzz::parts(fuzz::SECONDS)?);
+        self.stages.run("hostile guests and fuzzing", || self.run_parts(&attacks));
         Ok(Some(selection))
     }
 
@@ -86,13 +87,11 @@ impl Suite {
         for what in ["checks of the sources", "unit and doc tests", "hostile guests", "fuzzing"] {
             self.stages.leave_out(what);
         }
-        let mut containers = false;
         for (tier, purpose) in
             [(Tier::Nanoclaw, Purpose::Nanoclaw), (Tier::Nemoclaw, Purpose::Nemoclaw)]
         {
             if selection.count(tier) > 0 {
                 setup::ensure_installed(&[purpose])?;
-                containers = true;
             }
         }
         let microvms = selection.count(Tier::Ironclaw) > 0;
@@ -105,12 +104,7 @@ impl Suite {
         if !self.stages.run("products", || self.build_products(microvms).map(|()| true)) {
             return Ok(selection);
         }
-        if containers {
-            self.stages.run("containers", || self.run_containers(&selection));
-        }
-        if microvms {
-            self.run_microvms(&selection, Vec::new())?;
-        }
+        self.run_end_to_end(&selection)?;
         Ok(selection)
     }
 
@@ -184,29 +178,35 @@ impl Suite {
         self.stream("containers", command)
     }
 
-    /// Runs the tests that boot microVMs, and other parts, on this machine or on emulated hosts.
-    fn run_microvms(&self, selection: &Selection, extra: Vec<Part>) -> Result<()> {
-        let usable = microvm::is_usable(&Profile::Release.bin_dir())?;
-        let mut parts = Vec::new();
-        if !usable {
-            microvm::prepare_emulated_host()?;
-            parts.extend(microvms::nested_parts(selection)?);
-        }
-        parts.extend(extra);
-        if !parts.is_empty() {
-            let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
-            let name = format!("parts: {}", names.join(", "));
-            self.stages.run(&name, || {
-                let code =
-                    run_parts(microvms::host_count(), &parts, &|line| self.log.observe(line))?;
-                Ok(code == ExitCode::SUCCESS)
-            });
-        }
-        if usable {
+    /// Runs the end-to-end tests. Those on emulated hosts run next to those of containers, which
+    /// mostly wait. On this machine they would not: each tier checks that it leaves no process.
+    fn run_end_to_end(&self, selection: &Selection) -> Result<()> {
+        let containers = || {
+            if selection.count(Tier::Nanoclaw) + selection.count(Tier::Nemoclaw) > 0 {
+                self.stages.run("containers", || self.run_containers(selection));
+            }
+        };
+        if selection.count(Tier::Ironclaw) == 0 {
+            containers();
+        } else if microvm::is_usable(&Profile::Release.bin_dir())? {
+            containers();
             self.stages
                 .run("microVMs", || self.stream("microvm", microvms::local_command(selection)));
+        } else {
+            microvm::prepare_emulated_host()?;
+            let parts = microvms::nested_parts(selection)?;
+            thread::scope(|scope| {
+                scope.spawn(containers);
+                self.stages.run("microVMs", || self.run_parts(&parts));
+            });
         }
         Ok(())
+    }
+
+    /// Runs parts and records the tests that they report.
+    fn run_parts(&self, parts: &[Part]) -> Result<bool> {
+        let code = run_parts(microvms::host_count(), parts, &|line| self.log.observe(line))?;
+        Ok(code == ExitCode::SUCCESS)
     }
 
     /// Runs a command and records the tests that it reports.
