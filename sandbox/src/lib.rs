@@ -63,17 +63,22 @@ mod trust_store;
 pub use builder::Builder;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
 pub use chitin_broker::egress::EgressError;
+pub use chitin_broker::proxy::{SetupError as ProxySetupError, ValueError as ProxyValueError};
+pub use chitin_broker::vault::VaultError;
+pub use chitin_broker::{Error as CredentialError, SecretError, SecretValueError, SourceError};
 pub use chitin_policy::{self as policy, Policy, PolicyError};
-pub use chitin_protocol::{Exit, StartError, Usage};
+pub use chitin_protocol::{Exit, Failure, Fault, StartError, Usage};
 pub use chitin_spec::{
-    Boundary, Delivery, EgressLimits, Endpoint, ProxyScope, SecretId, SecretSource, SecretSpec,
-    TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
+    Boundary, Delivery, EgressLimits, Endpoint, ParseEndpointError, ProxyScope, SecretId,
+    SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
 };
 pub use chitin_tiers::{
-    Artifacts, BaselineContainer, Capabilities, GuestEnd, RejectedTier, SelectedTier, Unavailable,
+    Artifacts, BaselineContainer, Capabilities, ContainerError, Error as TierError, GuestEnd,
+    PathError, RejectedTier, SelectedTier, Unavailable,
 };
+pub use chitin_tree::{Error as TreeError, Summary};
 pub use chitin_vmm::jail::Jail;
-pub use chitin_vmm::{FailureCode, HostError, error_chain, printable};
+pub use chitin_vmm::{FailureCode, HostError, SpecError, error_chain, printable};
 pub use cleanup::wait_for_cleanup;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;
