@@ -163,13 +163,14 @@ impl Launched {
         started: Instant,
     ) -> Launched {
         let spawned = monitor.spawned;
-        let launched = chitin_tiers::Launched { spawned, instance: Box::new(monitor), stream };
+        let launched =
+            chitin_tiers::LaunchedInstance { spawned, instance: Box::new(monitor), stream };
         Launched::new(launched, SelectedTier::microvm(), spec, vm, started)
     }
 
     /// Takes over a launched guest and starts the timer of its deadline.
     fn new(
-        launched: chitin_tiers::Launched,
+        launched: chitin_tiers::LaunchedInstance,
         selected: SelectedTier,
         spec: &SandboxSpec,
         vm: &VmSpec,

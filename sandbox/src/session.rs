@@ -53,7 +53,7 @@ pub(crate) struct Session {
 impl Session {
     /// Takes over a launched guest. Must be called within a tokio runtime.
     pub fn new(
-        mut launched: chitin_tiers::Launched,
+        mut launched: chitin_tiers::LaunchedInstance,
         memory_bytes: u64,
         deadline: Option<Deadline>,
     ) -> Session {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   probe ──▶ Capabilities or Unavailable       leaves nothing running
-//!   launch ──▶ Launched: stream and Instance ──wait_for_end──▶ cause
+//!   launch ──▶ LaunchedInstance: stream and Instance ──wait_for_end──▶ cause
 //!                                            └──stop──▶ nothing is left
 //! ```
 #![forbid(unsafe_code)]
@@ -51,7 +51,7 @@ pub trait Tier: Send + Sync {
     ///
     /// The caller still has to wait for the agent. The tier leaves nothing behind if the launch
     /// fails, or if its future is dropped.
-    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>>;
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<LaunchedInstance, Error>>;
 }
 
 /// A started sandbox. It ends when either side closes the stream, and at the latest when it is
@@ -79,7 +79,7 @@ pub trait Instance: fmt::Debug + Send {
 
 /// The result of a launch.
 #[derive(Debug)]
-pub struct Launched {
+pub struct LaunchedInstance {
     /// The handle that ends the sandbox and reports the cause of its end.
     pub instance: Box<dyn Instance>,
     /// The channel to the agent.

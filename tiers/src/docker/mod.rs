@@ -43,7 +43,7 @@ use crate::container::{
 };
 use crate::error::{ContainerError, Rejections};
 use crate::{
-    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending,
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, LaunchedInstance, Pending,
     RejectedTier, Tier, Unavailable,
 };
 
@@ -181,14 +181,14 @@ impl Tier for DockerTier {
         })
     }
 
-    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<LaunchedInstance, Error>> {
         Box::pin(async {
             let daemon = self.require_daemon().await?;
             let (implementation, version) = (&daemon.implementation, &daemon.version);
             tracing::debug!(implementation, version, "start a container");
             let spawned = monotonic_ns();
             let (container, stream) = daemon.start_container(spec, &self.cleanup).await?;
-            Ok(Launched { instance: Box::new(container), stream, spawned })
+            Ok(LaunchedInstance { instance: Box::new(container), stream, spawned })
         })
     }
 }

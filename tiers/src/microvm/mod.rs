@@ -9,7 +9,8 @@ pub use host_checks::{Check, check_host};
 pub use monitor::{Monitor, MonitorEnd, Reported, launch_monitor, prepare_monitor};
 
 use crate::{
-    Artifacts, Capabilities, Error, Instance, LaunchSpec, Launched, Pending, Tier, Unavailable,
+    Artifacts, Capabilities, Error, Instance, LaunchSpec, LaunchedInstance, Pending, Tier,
+    Unavailable,
 };
 
 /// The tier of microVMs made of these artifacts.
@@ -41,10 +42,10 @@ impl Tier for MicrovmTier {
         })
     }
 
-    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<LaunchedInstance, Error>> {
         Box::pin(async {
             let (monitor, stream) = launch_monitor(&self.0, &spec.vm, spec.guest_files.as_ref())?;
-            Ok(Launched { spawned: monitor.spawned, instance: Box::new(monitor), stream })
+            Ok(LaunchedInstance { spawned: monitor.spawned, instance: Box::new(monitor), stream })
         })
     }
 }

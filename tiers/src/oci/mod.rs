@@ -46,7 +46,7 @@ use crate::clock::monotonic_ns;
 use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
 use crate::error::{ContainerError, PathError, Rejections};
 use crate::{
-    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, Launched, Pending,
+    Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, LaunchedInstance, Pending,
     RejectedTier, Tier, Unavailable,
 };
 
@@ -130,7 +130,7 @@ impl Tier for OciTier {
         Box::pin(async { self.ready().await.map(|ready| ready.engine.capabilities()) })
     }
 
-    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<Launched, Error>> {
+    fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<LaunchedInstance, Error>> {
         Box::pin(async {
             let Ready { engine, archive, root } = self.require_ready().await?;
             tracing::debug!(?engine, "start a container");
@@ -144,7 +144,7 @@ impl Tier for OciTier {
             let spawned = monotonic_ns();
             let (container, stream) =
                 Container::start(engine, root, limits, &mount_points, &self.cleanup)?;
-            Ok(Launched { instance: Box::new(container), stream, spawned })
+            Ok(LaunchedInstance { instance: Box::new(container), stream, spawned })
         })
     }
 }
