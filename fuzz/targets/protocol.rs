@@ -24,7 +24,8 @@ fn drive<R: Role>(data: &[u8]) {
                 Err(_) => return,
                 Ok(None) => break,
                 Ok(Some(Event::Message(_))) => {
-                    // Only the layer above knows the streams of a message. Here, each names a new one.
+                    // Only the layer above knows the streams of a message. Here, each names a new
+                    // one.
                     let direction = [Direction::Send, Direction::Receive, Direction::Both]
                         [usize::from(habits) % 3];
                     if connection.accept_stream(next, direction).is_err() {

@@ -13,7 +13,8 @@ const LAST_SIGNAL: i32 = 64;
 pub struct SignalFd(OwnedFd);
 
 impl SignalFd {
-    /// Blocks the signals that are read from the descriptor, and sets the disposition of the others.
+    /// Blocks the signals that are read from the descriptor, and sets the disposition of the
+    /// others.
     pub fn open(mode: Mode) -> Result<SignalFd, SystemError> {
         if mode.stdio && !mode.own_kernel {
             // The workload should not inherit what the container's starter ignores, and with

@@ -272,8 +272,8 @@ curl --silent http://localhost:{}/page || echo refused
 }
 
 fn java_trusts_sandbox_ca_and_uses_credential(tier: TierUnderTest) {
-    // Java sends no SNI for a name without a dot, such as `localhost`, and the proxy would refuse the
-    // connection. This server has a name with a dot, in a private `/etc/hosts`.
+    // Java sends no SNI for a name without a dot, such as `localhost`, and the proxy would refuse
+    // the connection. This server has a name with a dot, in a private `/etc/hosts`.
     let endpoint = Endpoint::start_with("localhost.chitin.test", None);
     let hosts = endpoint.dir.path().join("hosts");
     fs::write(&hosts, format!("127.0.0.1 localhost {}\n", endpoint.host)).unwrap();

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! The reader is strict: anything unknown is an error with line and column, never ignored. No type
-//! here enforces anything; the module `tiers` names the mechanism that enforces each field on each tier.
+//! here enforces anything; the module `tiers` names the mechanism that enforces each field on each
+//! tier.
 #![forbid(unsafe_code)]
 
 mod decode;

@@ -34,12 +34,12 @@ const OUTPUT_HIGH_WATER: usize = 4 * MAX_DATA_FRAME;
 /// The length of the longest data frame.
 const MAX_DATA_FRAME: usize = HEADER_LEN + MAX_DATA;
 
-/// The maximum amount of unsent output. An honest peer reads its answers; one that lets them pile up
-/// to this size is attacking memory.
+/// The maximum amount of unsent output. An honest peer reads its answers; one that lets them pile
+/// up to this size is attacking memory.
 const OUTPUT_LIMIT: usize = 4 * 1024 * 1024;
 
-/// Credit is returned in halves of a window: often enough that the sender does not stall, and seldom
-/// enough to be cheap.
+/// Credit is returned in halves of a window: often enough that the sender does not stall, and
+/// seldom enough to be cheap.
 const CREDIT_STEP: u32 = WINDOW / 2;
 
 /// The role of a side, which fixes the direction of messages and the parity of stream ids.
@@ -228,8 +228,8 @@ impl<R: Role> Connection<R> {
         self.received = self.input.len().min(self.received + count);
     }
 
-    /// Returns the buffer size for the frame that is arriving. Above [`SMALL_INPUT`], any data frame
-    /// fits as well.
+    /// Returns the buffer size for the frame that is arriving. Above [`SMALL_INPUT`], any data
+    /// frame fits as well.
     fn needed_input(&self) -> usize {
         let announced =
             self.peek_header().ok().flatten().map_or(0, |header| HEADER_LEN + header.len as usize);
@@ -446,8 +446,8 @@ impl<R: Role> Connection<R> {
         room.min(credit as usize)
     }
 
-    /// Returns true if this side's half of the stream is open: it has not ended it, and the peer has
-    /// not reset it.
+    /// Returns true if this side's half of the stream is open: it has not ended it, and the peer
+    /// has not reset it.
     pub fn is_sending(&self, id: StreamId) -> bool {
         self.streams.get(&id).is_some_and(|stream| stream.send.is_some())
     }
@@ -529,8 +529,8 @@ impl<R: Role> Connection<R> {
     /// Queues a control message.
     ///
     /// # Errors
-    /// Returns [`TooLarge`] if its encoding is longer than [`crate::MAX_CONTROL`]. Nothing is queued
-    /// in that case.
+    /// Returns [`TooLarge`] if its encoding is longer than [`crate::MAX_CONTROL`]. Nothing is
+    /// queued in that case.
     pub fn send_message(&mut self, message: &R::Send) -> Result<(), TooLarge> {
         // The size is computed first, so that the message is encoded into the one buffer that is
         // zeroed.

@@ -302,8 +302,8 @@ fn secret_is_zeroed_in_both_buffers() {
         delivery: Delivery::Memory,
     };
     host.send_message(&ToGuest::Secret(secret)).unwrap();
-    // Growing the buffer must not leave a copy either. That memory cannot be inspected here, but the
-    // branch is taken.
+    // Growing the buffer must not leave a copy either. That memory cannot be inspected here, but
+    // the branch is taken.
     host.send_message(&ToGuest::Get { request: 2, path: vec![b'a'; 8000], stream: 2 }).unwrap();
     carry(&mut host, &mut guest);
     while guest.next_event().unwrap().is_some() {}

@@ -26,7 +26,8 @@ pub(crate) const MAGIC: [u8; 4] = *b"CHTN";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    /// Magic bytes and version (u32 LE), on stream 0. Each side sends exactly one, as its first frame.
+    /// Magic bytes and version (u32 LE), on stream 0. Each side sends exactly one, as its first
+    /// frame.
     Hello = 1,
     /// One message, encoded with postcard, on stream 0.
     Control = 2,

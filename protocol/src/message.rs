@@ -1,9 +1,9 @@
-//! Control messages: one enum for each direction, so that a message in the wrong direction cannot be
-//! expressed.
+//! Control messages: one enum for each direction, so that a message in the wrong direction cannot
+//! be expressed.
 //!
 //! The encoding is postcard's: enum variants by position, integers as varints, sequences with a
-//! length. Positions are part of the wire format: add variants and fields at the end, never reorder.
-//! `tests/wire.rs` freezes them.
+//! length. Positions are part of the wire format: add variants and fields at the end, never
+//! reorder. `tests/wire.rs` freezes them.
 
 use std::fmt;
 
@@ -33,7 +33,8 @@ pub enum ToGuest {
     Start(Start),
     /// Sends a signal to a process and to all its descendants in the same process group.
     ///
-    /// Unknown ids are ignored, because the process may have ended while the message was on its way.
+    /// Unknown ids are ignored, because the process may have ended while the message was on its
+    /// way.
     Signal {
         /// The id given in [`Start`].
         process: ProcessId,
@@ -76,8 +77,8 @@ pub enum ToGuest {
     },
     /// Gives a restored copy its own identity, entropy and time.
     ///
-    /// This is the first message on a channel that was opened after [`ToGuest::Freeze`], and allowed
-    /// only there. Frozen processes continue only after it has been handled. Answered by
+    /// This is the first message on a channel that was opened after [`ToGuest::Freeze`], and
+    /// allowed only there. Frozen processes continue only after it has been handled. Answered by
     /// [`ToHost::Done`].
     Reseed(Reseed),
     /// Restricts every process that is started from now on, permanently.
@@ -202,7 +203,8 @@ pub enum ToHost {
     /// Requests a connection from `stream` to an endpoint that a process has connected to.
     ///
     /// This message has no answer: the host connects the stream, or resets it if the endpoint is
-    /// denied or unreachable. The host trusts nothing in this message beyond the choice of endpoint.
+    /// denied or unreachable. The host trusts nothing in this message beyond the choice of
+    /// endpoint.
     Dial {
         /// A name in lower case, without a final dot.
         host: String,
@@ -248,7 +250,8 @@ impl Endpoint {
 pub struct Start {
     /// The id of the process on this channel.
     pub process: ProcessId,
-    /// The program and its arguments. A program without a slash is looked up in the `PATH` of `env`.
+    /// The program and its arguments. A program without a slash is looked up in the `PATH` of
+    /// `env`.
     pub argv: Vec<Vec<u8>>,
     /// The whole environment except the secrets. The process inherits nothing from the agent.
     pub env: Vec<(Vec<u8>, Vec<u8>)>,

@@ -1,7 +1,7 @@
 //! The wire format, byte for byte.
 //!
-//! A change here is a change of the protocol. It needs a review, a line in `docs/protocol.md`, and a
-//! higher `VERSION` once a release has shipped.
+//! A change here is a change of the protocol. It needs a review, a line in `docs/protocol.md`, and
+//! a higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
     Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start,

@@ -206,8 +206,8 @@ pub enum FormatError {
 
 /// Displays a path on one line, safe for a terminal.
 ///
-/// Bytes that are not UTF-8, control characters, and characters that change the direction of writing
-/// are escaped.
+/// Bytes that are not UTF-8, control characters, and characters that change the direction of
+/// writing are escaped.
 pub(crate) struct EscapedPath<'a>(pub &'a Path);
 
 impl fmt::Display for EscapedPath<'_> {

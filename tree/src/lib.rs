@@ -4,9 +4,9 @@
 //! [`send`] walks a tree and encodes it; [`receive`] decodes it and creates it. Both hold the
 //! directories they work on by file descriptor and open one path component at a time with
 //! `O_NOFOLLOW`. Neither a link in the tree nor one that another process puts there meanwhile can
-//! redirect them. `openat2(2)` with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS` gives the same guarantee.
-//! It is not used because gVisor and the seccomp profiles of older container engines do not know
-//! that call, and a tree is walked by component anyway.
+//! redirect them. `openat2(2)` with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS` gives the same
+//! guarantee. It is not used because gVisor and the seccomp profiles of older container engines do
+//! not know that call, and a tree is walked by component anyway.
 //!
 //! # Preserved and dropped attributes
 //!
@@ -30,10 +30,10 @@
 //! | 5 | end of file | size `u64` |
 //! | 6 | end of directory | |
 //!
-//! The first record is the root, the only one without a name. The entries of a directory are between
-//! its record and its end, sorted by the bytes of their names, each name once. The data of a file is
-//! between its record and its end, in ascending order; a range without data is a hole. The tree is
-//! complete with the end of its root.
+//! The first record is the root, the only one without a name. The entries of a directory are
+//! between its record and its end, sorted by the bytes of their names, each name once. The data of
+//! a file is between its record and its end, in ascending order; a range without data is a hole.
+//! The tree is complete with the end of its root.
 //!
 //! The format has no version of its own: the version of the channel's protocol covers it.
 //! `tests/wire.rs` freezes the bytes.
@@ -56,19 +56,19 @@ pub use location::create_dirs;
 pub use receive::receive;
 pub use send::send;
 
-/// The maximum depth of directories. Each level is an open file descriptor on both sides, of a usual
-/// limit of 1024.
+/// The maximum depth of directories. Each level is an open file descriptor on both sides, of a
+/// usual limit of 1024.
 pub const MAX_DEPTH: usize = 128;
 
-/// The maximum length of a path within a tree in bytes: `PATH_MAX` of Linux. No program could open a
-/// longer path by its name.
+/// The maximum length of a path within a tree in bytes: `PATH_MAX` of Linux. No program could open
+/// a longer path by its name.
 pub const MAX_PATH: usize = 4096;
 
 /// The maximum length of a symbolic link's target in bytes: `PATH_MAX` without the final NUL.
 pub const MAX_TARGET: usize = 4095;
 
-/// The maximum number of refused links in [`Summary::refused_examples`]. [`Summary::refused`] counts
-/// all of them.
+/// The maximum number of refused links in [`Summary::refused_examples`]. [`Summary::refused`]
+/// counts all of them.
 pub const MAX_EXAMPLES: usize = 16;
 
 /// The way the path of a tree's root is resolved. Within the tree, no link is ever followed.
@@ -81,8 +81,8 @@ pub enum Lookup {
     NoLinks,
 }
 
-/// The treatment of symbolic links that may lead out of the tree: absolute ones, and those that climb
-/// above its root.
+/// The treatment of symbolic links that may lead out of the tree: absolute ones, and those that
+/// climb above its root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkPolicy {
     /// Creates every link as it is. For a destination with nothing outside it to protect.

@@ -24,8 +24,8 @@ use crate::{
 /// The parent directory of `dest` must exist. An existing directory is merged into and keeps its
 /// mode, owner and time: a tree from a sandbox does not change the access to a user's directory. An
 /// existing file or link is replaced by a file or link, atomically and only by a complete one.
-/// Existing files are never written to, and entries of other kinds are not replaced. Directories get
-/// their mode when they are complete.
+/// Existing files are never written to, and entries of other kinds are not replaced. Directories
+/// get their mode when they are complete.
 ///
 /// Reading stops after the last record of the tree; up to 128 KiB after it may have been consumed.
 /// Nothing is synced to disk.

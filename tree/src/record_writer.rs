@@ -74,8 +74,8 @@ impl<'a> RecordWriter<'a> {
         Ok(sent)
     }
 
-    /// Writes up to `max` bytes of the file at `offset`, and returns their number, which is 0 at the
-    /// end of the file.
+    /// Writes up to `max` bytes of the file at `offset`, and returns their number, which is 0 at
+    /// the end of the file.
     fn write_data(
         &mut self,
         fd: &OwnedFd,

@@ -17,9 +17,9 @@ use crate::{Error, FileKind, Limit, Lookup, Refusal, SendOptions, Summary};
 /// Writes the file or tree at `path` to `writer`, and flushes it.
 ///
 /// Each entry is checked on the descriptor it is read from. An entry that vanishes before it is
-/// reached is omitted. A file that grows is sent up to the size it had, and one that shrinks up to its
-/// new end. Entries are sent in the order of their names' bytes, so that the same tree always gives
-/// the same bytes.
+/// reached is omitted. A file that grows is sent up to the size it had, and one that shrinks up to
+/// its new end. Entries are sent in the order of their names' bytes, so that the same tree always
+/// gives the same bytes.
 ///
 /// # Errors
 /// Returns [`Error::Filesystem`] for an entry that cannot be read, [`Error::Refused`] for one that

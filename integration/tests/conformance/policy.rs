@@ -28,8 +28,8 @@ on_every_tier!(
     policy_check_predicts_run,
 );
 
-/// Returns true if the kernel enforces a policy of files. gVisor's has no Landlock, so that runs are
-/// refused there.
+/// Returns true if the kernel enforces a policy of files. gVisor's has no Landlock, so that runs
+/// are refused there.
 fn confines_files(tier: TierUnderTest) -> bool {
     let tried = tier.write_policy("sandbox: {profile: restricted}\n").run_sh("true").outcome();
     if tried.code != 0 {

@@ -47,7 +47,8 @@ pub fn header(op: Op) -> Header {
     Header::guest_to_host(op, PORT, WINDOW)
 }
 
-/// Makes a pair of sockets: the device's end of the channel, and the host's, which never waits for ever.
+/// Makes a pair of sockets: the device's end of the channel, and the host's, which never waits for
+/// ever.
 pub fn channel_pair() -> (UnixStream, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
