@@ -211,6 +211,8 @@ impl Suite {
 
     /// Runs a command and records the tests that it reports.
     fn stream(&self, name: &str, mut command: Command) -> Result<bool> {
+        // Colours would be part of the lines.
+        command.env("CARGO_TERM_COLOR", "never");
         let status = stream_output(&mut command, name, &|line| self.log.observe(line))?;
         Ok(status.success())
     }
