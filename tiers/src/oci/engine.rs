@@ -147,9 +147,11 @@ impl Engine {
     pub async fn delete(&self, name: &str) -> bool {
         // A runtime may report an error if the container does not exist.
         let deleted = run_silently(&mut self.command(&["delete", "--force", name])).await;
-        for _ in 0..REMOVE_ATTEMPTS {
-            if self.remove_leftovers(name) {
-                break;
+        let mut attempts = 0;
+        while !self.remove_leftovers(name) {
+            attempts += 1;
+            if attempts == REMOVE_ATTEMPTS {
+                return false;
             }
             tokio::time::sleep(REMOVE_PAUSE).await;
         }
@@ -176,7 +178,7 @@ impl Engine {
 
     /// Removes what a killed runtime leaves: empty cgroups and locks. Returns true if all are
     /// removed.
-    fn remove_leftovers(&self, name: &str) -> bool {
+    pub fn remove_leftovers(&self, name: &str) -> bool {
         let removed = container_cgroups(name).all(|cgroup| fs::remove_dir(cgroup).is_ok());
         for state in self.state_files(name).filter(|path| path.extension() == Some("lock".as_ref()))
         {

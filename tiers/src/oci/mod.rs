@@ -327,8 +327,12 @@ impl Instance for Container {
             }
             let ended = tokio::time::timeout(STOP_LIMIT, self.wait_for_runtime()).await.is_ok();
             // A runtime that fails after the agent has answered may leave its state of the
-            // container.
-            if ended && self.answered && !self.engine.has_state(&self.name) {
+            // container, and one that is hurried may leave the cgroup of killed processes.
+            if ended
+                && self.answered
+                && !self.engine.has_state(&self.name)
+                && self.engine.remove_leftovers(&self.name)
+            {
                 self.bundle = None;
                 return Ok(());
             }
