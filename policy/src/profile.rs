@@ -60,6 +60,16 @@ const FEW_TASKS: u32 = 256;
 /// Enough for a build with the jobs that eight CPUs take. The agent has the same limit.
 const MANY_TASKS: u32 = 4096;
 
+/// The limits of both profiles for untrusted code.
+const RESTRICTED_LIMITS: Limits = Limits {
+    vcpus: 1,
+    memory_mib: 256,
+    // A caller that waits for a result has given up by then.
+    timeout: Some(Duration::from_secs(300)),
+    pids: FEW_TASKS,
+    disk_mib: Some(64),
+};
+
 /// Every profile.
 pub const PROFILES: [ProfileSpec; 4] = [
     ProfileSpec {
@@ -69,14 +79,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
         files_confined: true,
         egress: false,
         env_secrets: false,
-        resources: Limits {
-            vcpus: 1,
-            memory_mib: 256,
-            // A caller that waits for a result has given up by then.
-            timeout: Some(Duration::from_secs(300)),
-            pids: FEW_TASKS,
-            disk_mib: Some(64),
-        },
+        resources: RESTRICTED_LIMITS,
     },
     ProfileSpec {
         profile: Profile::RestrictedNet,
@@ -85,13 +88,7 @@ pub const PROFILES: [ProfileSpec; 4] = [
         files_confined: true,
         egress: true,
         env_secrets: false,
-        resources: Limits {
-            vcpus: 1,
-            memory_mib: 256,
-            timeout: Some(Duration::from_secs(300)),
-            pids: FEW_TASKS,
-            disk_mib: Some(64),
-        },
+        resources: RESTRICTED_LIMITS,
     },
     ProfileSpec {
         profile: Profile::Default,
