@@ -1,4 +1,3 @@
-use std::error::Error as StdError;
 use std::io;
 
 use chitin_spec::ParseSecretError;
@@ -75,16 +74,4 @@ impl SecretError {
     pub(crate) fn named(self, name: impl Into<String>) -> Error {
         Error::Secret { name: name.into(), source: self }
     }
-}
-
-/// Returns the messages of an error and its sources in one line.
-pub(crate) fn error_chain(error: &dyn StdError) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        source = error.source();
-    }
-    line
 }

@@ -16,7 +16,7 @@ use chitin_broker::vault::{Change, Changes, select_field};
 use chitin_broker::{AuditLog, SecretValue};
 use chitin_protocol::{Secret, ToGuest};
 use chitin_spec::DeliveryKind;
-use chitin_vmm::error_chain;
+use chitin_text::error_chain;
 
 use crate::error::{Error, RotationError};
 use crate::session::Session;

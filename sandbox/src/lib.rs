@@ -72,13 +72,14 @@ pub use chitin_spec::{
     Boundary, Delivery, EgressLimits, Endpoint, ParseEndpointError, ProxyScope, SecretId,
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
 };
+pub use chitin_text::{error_chain, printable};
 pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, ContainerError, Error as TierError, GuestEnd,
     PathError, RejectedTier, SelectedTier, Unavailable,
 };
 pub use chitin_tree::{Error as TreeError, Summary};
 pub use chitin_vmm::jail::Jail;
-pub use chitin_vmm::{FailureCode, HostError, SpecError, error_chain, printable};
+pub use chitin_vmm::{FailureCode, HostError, SpecError};
 pub use cleanup::wait_for_cleanup;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;

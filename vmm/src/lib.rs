@@ -18,7 +18,6 @@ pub mod arch;
 pub mod bus;
 pub mod console;
 pub mod control;
-mod error_chain;
 mod host_error;
 pub mod image;
 pub mod jail;
@@ -35,7 +34,6 @@ pub mod virtio;
 pub mod vm;
 
 pub use control::{EndReason, Event, FailureCode, Request};
-pub use error_chain::{error_chain, printable};
 pub use host_error::HostError;
 pub use spec::{SpecError, VmSpec};
 pub use vm::{End, Ended, Monitor, MonitorBuilder, MonitorError, Stopper, VmResources};

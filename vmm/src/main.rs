@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use chitin_text::error_chain;
 use chitin_vmm::control::{ControlError, ControlSocket, ReceivedSpec};
 use chitin_vmm::jail::{
     self, ChildAccess, ChildExit, ForkResult, Jail, JailError, KilledChild, Supervisor,
@@ -21,7 +22,7 @@ use chitin_vmm::jail::{
 use chitin_vmm::signals::TerminationSignals;
 use chitin_vmm::{
     Event, FailureCode, HostError, Monitor, MonitorBuilder, MonitorError, VmResources, VmSpec,
-    error_chain, probe,
+    probe,
 };
 use serde::Serialize;
 

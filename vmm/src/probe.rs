@@ -13,13 +13,13 @@
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use chitin_text::error_chain;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::arch::x86_64::registers;
-use crate::error_chain;
 use crate::kvm::{self, Vm};
 use crate::memory;
 use crate::vm::kick;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use chitin_text::error_chain;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -17,7 +18,6 @@ use super::spec::EgressSpec;
 use super::splice::{SpliceError, TransferCounts, splice};
 use crate::audit_log::{AuditLog, ConnectionRecord, Verdict, truncate_name};
 use crate::aws::{AwsCredentialServer, Outcome};
-use crate::error::error_chain;
 use crate::proxy::{Proxy, ProxyError, ProxyStats};
 
 /// Bytes in transit between a sandbox and its proxy, each way: one stream window.

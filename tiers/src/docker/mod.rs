@@ -27,7 +27,8 @@ use bollard::query_parameters::{
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
 use chitin_spec::TierKind;
-use chitin_vmm::{HostError, error_chain};
+use chitin_text::error_chain;
+use chitin_vmm::HostError;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;

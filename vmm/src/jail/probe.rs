@@ -2,10 +2,10 @@
 
 use std::io::{Read, Write};
 
+use chitin_text::error_chain;
 use serde::{Deserialize, Serialize};
 
 use super::{ChildAccess, ForkResult, Jail, fork_into_namespaces};
-use crate::error_chain;
 use crate::signals::TerminationSignals;
 use crate::spec::VmSpec;
 

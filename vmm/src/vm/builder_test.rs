@@ -1,8 +1,9 @@
 use std::io::{Seek, Write};
 use std::path::Path;
 
+use chitin_text::error_chain;
+
 use super::*;
-use crate::error_chain;
 use crate::image::ImageError;
 use crate::kernel::KernelError;
 use crate::spec::SpecError;

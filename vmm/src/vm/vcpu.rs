@@ -4,6 +4,7 @@ use std::ops::ControlFlow::{self, Break, Continue};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use chitin_text::error_chain;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::end::End;
@@ -11,7 +12,6 @@ use super::kick::run_kickable;
 use super::vcpu_events::VcpuEvents;
 use crate::bus::Buses;
 use crate::control::EndReason;
-use crate::error_chain;
 use crate::kvm::vcpu_state::resume_time;
 use crate::state::vcpu::Timekeeping;
 

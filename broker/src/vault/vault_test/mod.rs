@@ -8,6 +8,7 @@ mod server;
 use std::time::Duration;
 
 use chitin_spec::{SecretId, SecretSpec, VaultConfig, VaultLogin, VaultSource};
+use chitin_text::error_chain;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -16,7 +17,7 @@ use zeroize::Zeroizing;
 use super::config::config_from;
 use super::*;
 use crate::credentials::{CredentialSpec, CredentialValue, FetchedCredentials, fetch_credentials};
-use crate::error::{Error, SecretError, error_chain};
+use crate::error::{Error, SecretError};
 
 const CANARY: &str = "canary-52b1d9e0f7";
 

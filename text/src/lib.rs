@@ -1,4 +1,8 @@
-//! The printer of error chains for every program of the host.
+//! Text that a person reads on a terminal: chains of errors, and text from outside.
+//!
+//! Every program and layer of the host prints with these functions, and the crate imports none of
+//! them.
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 
