@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Policy, Sandbox, Templates, WarmUpSpec};
+use chitin::{Manifest, Policy, Sandbox, Templates, WarmUpSpec, error_chain, printable};
 
 use crate::error::CliError;
 use crate::machine_args::MachineArgs;
@@ -12,7 +12,8 @@ use crate::machine_args::MachineArgs;
 #[derive(clap::Subcommand)]
 #[command(after_help = "\
 Templates are stored in $CHITIN_TEMPLATES, or else in chitin/templates in the user's data \
-directory.
+directory. The key that protects them is in $XDG_STATE_HOME/chitin/keys, or else in \
+~/.local/state/chitin/keys (root: /var/lib/chitin/keys).
 
 Examples:
   chitin template build py --warm-up 'python3 -c \"import json, ssl\"'
@@ -77,7 +78,10 @@ pub async fn execute(command: Command) -> Result<u8, CliError> {
                 "{:<24} {:>4} {:>8} {:>8}  {:<12} WARM-UP",
                 "NAME", "CPUS", "MEMORY", "SAVED", "AGE"
             );
-            list.iter().for_each(print_line);
+            list.templates.iter().for_each(print_line);
+            for (name, error) in &list.rejected {
+                eprintln!("chitin: {}: {}", printable(name), error_chain(error));
+            }
         }
         Command::Inspect(NameArg { name }) => {
             let manifest = templates.inspect(&name).map_err(chitin::Error::from)?;

@@ -138,17 +138,25 @@ fn disk_limit_covers_all_directories() {
 }
 
 #[test]
-fn confine_is_refused_twice_or_with_processes() {
+fn confine_is_refused_if_it_changes_anything() {
     let Some(mut agent) = spawn_sandbox() else { return };
     let running = agent.run_shell("read line");
     let policy = unrestricted(&mut agent);
     assert_eq!(confine(&mut agent, policy).unwrap_err().errno, 16);
     agent.send_all(running.stdin.unwrap(), b"go\n");
     agent.wait_for_exit(running);
-    let policy = unrestricted(&mut agent);
+    let policy = Confine { files: Some(Vec::new()), ..unrestricted(&mut agent) };
     confine(&mut agent, policy).unwrap();
-    let policy = unrestricted(&mut agent);
-    assert_eq!(confine(&mut agent, policy).unwrap_err().errno, 114);
+    for another in [None, Some(vec![FileRule { path: b"/var/log".to_vec(), writable: false }])] {
+        let policy = Confine { files: another, ..unrestricted(&mut agent) };
+        assert_eq!(confine(&mut agent, policy).unwrap_err().errno, 114);
+    }
+    // The same restrictions again, also while processes run: a copy is asked whether it has them.
+    let running = agent.run_shell("ls /var 2>&1; read line");
+    let policy = Confine { files: Some(Vec::new()), ..unrestricted(&mut agent) };
+    confine(&mut agent, policy).unwrap();
+    agent.send_all(running.stdin.unwrap(), b"go\n");
+    assert!(agent.wait_for_output(running).contains("Permission denied"));
 }
 
 #[test]

@@ -95,14 +95,57 @@ fn modified_template_is_rejected() {
 fn failed_template_build_leaves_no_files() {
     let dir = tempfile::tempdir().unwrap();
     chitin_with_templates(dir.path(), "template build ../t").outcome().assert_refused("../t");
-    chitin_with_templates(dir.path(), "template build t --memory 128 --warm-up")
-        .arg("echo broken >&2; exit 3")
-        .outcome()
-        .assert_refused("broken");
+    let outcome = chitin_with_templates(dir.path(), "template build t --memory 128 --warm-up")
+        .arg("echo half done; echo broken >&2; exit 7")
+        .outcome();
+    outcome.assert_refused("exited with code 7");
+    outcome.assert_refused("half done; broken");
     chitin_with_templates(dir.path(), "template inspect t")
         .outcome()
         .assert_refused("template `t`");
-    let left: Vec<_> =
-        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert!(left.iter().all(|name| name == "key"), "{left:?}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn policy_written_into_a_manifest_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    chitin_with_templates(dir.path(), "template build t --memory 128").outcome().assert_success();
+    let path = dir.path().join("t/template.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let edited = text.replace("\"policy\": null", "\"policy\": \"digest\"");
+    assert_ne!(edited, text);
+    for (bytes, refused) in [(edited, true), (text, false)] {
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, bytes).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+        let outcome = chitin_with_templates(dir.path(), "run --template t -- true").outcome();
+        match refused {
+            true => outcome.assert_refused("template `t` was changed"),
+            false => assert_eq!(outcome.assert_success(), ""),
+        }
+    }
+}
+
+#[test]
+fn foreign_directory_is_named_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("photos")).unwrap();
+    fs::write(dir.path().join("photos/cat.jpg"), "meow").unwrap();
+    let list = chitin_with_templates(dir.path(), "template ls").outcome();
+    assert_eq!(list.code, 0, "{list:?}");
+    assert!(list.stderr.contains("photos is not a template"), "{list:?}");
+    chitin_with_templates(dir.path(), "template rm photos")
+        .outcome()
+        .assert_refused("photos is not a template");
+    assert!(dir.path().join("photos/cat.jpg").exists());
+}
+
+#[test]
+fn templates_that_others_can_change_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+    for args in ["template ls", "template build t --memory 128", "run --template t -- true"] {
+        let outcome = chitin_with_templates(dir.path(), args).outcome();
+        outcome.assert_refused("chmod go-w");
+    }
 }

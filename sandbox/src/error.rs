@@ -147,12 +147,12 @@ pub enum Error {
     #[error(transparent)]
     Template(#[from] TemplateError),
     /// The warm-up command of a template failed.
-    #[error("the warm-up command failed ({exit:?}): {}", stderr.trim())]
+    #[error("the warm-up command {}, and printed {}", describe_exit(exit), quote_output(output))]
     WarmUp {
         /// The exit status.
         exit: Exit,
-        /// The output to standard error.
-        stderr: String,
+        /// The end of its output, as one line of printable text.
+        output: String,
     },
     /// Command line and environment do not fit one message.
     #[error(
@@ -299,6 +299,19 @@ fn format_limit(limit: Duration) -> String {
     } else {
         format!("{} ms", limit.as_millis())
     }
+}
+
+/// Returns the verb of a sentence about a command that has ended.
+fn describe_exit(exit: &Exit) -> String {
+    match exit {
+        Exit::Code(code) => format!("exited with code {code}"),
+        Exit::Signal(signal) => format!("was ended by signal {signal}"),
+        Exit::NotStarted { failure, .. } => format!("could not be started ({failure})"),
+    }
+}
+
+fn quote_output(output: &str) -> String {
+    if output.is_empty() { "nothing".into() } else { format!("`{output}`") }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use std::os::fd::AsRawFd;
 use chitin_broker::credentials::FetchedCredentials;
 use chitin_tiers::GuestFiles;
 use chitin_vmm::HostError;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
@@ -60,6 +60,7 @@ impl Sandbox {
         let saved = SavedGuest::create().map_err(HostError::during("create files in memory"))?;
         let binding = spec.bind_restored(&mut vm)?;
         self.guest.session.save(binding, &saved.open_for_writing()?).await?;
+        saved.seal().map_err(HostError::during("seal the files in memory"))?;
 
         let restore = |started| -> Result<Launched, Error> {
             Launched::spawn(&spec, &vm, Some(&saved.open_for_reading()?), started)
@@ -84,6 +85,11 @@ impl Sandbox {
     }
 }
 
+/// No write, no other length, no removal of these seals. A monitor maps the memory copy-on-write,
+/// which needs no right to write to the file.
+const SEALS: SealFlags =
+    SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::SEAL);
+
 const OPEN: &str = "open a file in memory";
 
 /// The files of a saved guest, in memory.
@@ -95,7 +101,8 @@ struct SavedGuest {
 
 impl SavedGuest {
     fn create() -> io::Result<SavedGuest> {
-        let file = |name| Ok::<_, io::Error>(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?));
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = |name| Ok::<_, io::Error>(File::from(memfd_create(name, flags)?));
         let mut key = Zeroizing::new([0; KEY_BYTES]);
         getrandom::fill(&mut *key)?;
         let saved = SavedGuest {
@@ -104,7 +111,16 @@ impl SavedGuest {
             key: file("chitin-key")?,
         };
         (&saved.key).write_all(&*key)?;
+        fcntl_add_seals(&saved.key, SEALS)?;
         Ok(saved)
+    }
+
+    /// Makes the files unchangeable, for this process and for every other that has them.
+    fn seal(&self) -> io::Result<()> {
+        for file in [&self.memory, &self.state] {
+            fcntl_add_seals(file, SEALS)?;
+        }
+        Ok(())
     }
 
     fn open_for_writing(&self) -> Result<GuestFiles, HostError> {
@@ -130,4 +146,37 @@ impl SavedGuest {
 fn reopen_read_only(file: &File) -> Result<File, HostError> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::open(path).map_err(HostError::during(OPEN))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn files_of_a_saved_guest_are_sealed() {
+        let saved = SavedGuest::create().unwrap();
+        let files = saved.open_for_writing().unwrap();
+        files.memory.write_all_at(b"memory", 0).unwrap();
+        files.state.write_all_at(b"state", 0).unwrap();
+        saved.seal().unwrap();
+        for file in [&saved.memory, &saved.state, &saved.key] {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let reopened = File::options().write(true).open(path).unwrap();
+            for file in [file, &reopened] {
+                for refused in [
+                    file.write_all_at(b"x", 0),
+                    file.set_len(0),
+                    file.set_len(1 << 20),
+                    fcntl_add_seals(file, SealFlags::FUTURE_WRITE).map_err(io::Error::from),
+                ] {
+                    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+                }
+            }
+        }
+        let mut bytes = [0; 6];
+        saved.open_for_reading().unwrap().memory.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"memory");
+    }
 }

@@ -114,7 +114,7 @@ pub(crate) async fn launch_on_tier(
     match launched {
         Ok(launched) => {
             let launched = Launched::new(launched, selected, spec, &launch_spec.vm, started);
-            launched.provision(spec, launch_spec.confined, fetched).await
+            launched.provision(spec, launch_spec.has_policy_files, fetched).await
         }
         Err(error) => {
             fetched.revoke().await;
@@ -205,19 +205,20 @@ impl Launched {
         Ok(AgentReady { guest })
     }
 
-    /// Delivers credentials and enforces the policy, unless the guest is `confined` already.
+    /// Delivers credentials and enforces the policy. Its files are copied in, unless the guest
+    /// `has_policy_files` from the time before it was saved.
     ///
     /// On failure the guest is stopped and issued credentials are revoked.
     #[tracing::instrument(name = "provision", level = "debug", skip_all)]
     pub async fn provision(
         self,
         spec: &SandboxSpec,
-        confined: bool,
+        has_policy_files: bool,
         mut fetched: FetchedCredentials,
     ) -> Result<Provisioned, Error> {
         let lease_renewer = fetched.lease_renewer.take();
         let session = self.guest.session.clone();
-        match self.provision_guest(spec, confined, &fetched).await {
+        match self.provision_guest(spec, has_policy_files, &fetched).await {
             Ok((AgentReady { guest }, deliveries)) => {
                 let credentials = Arc::new(deliveries.credentials);
                 // Changes that happened meanwhile are queued.
@@ -244,7 +245,7 @@ impl Launched {
     async fn provision_guest(
         self,
         spec: &SandboxSpec,
-        confined: bool,
+        has_policy_files: bool,
         fetched: &FetchedCredentials,
     ) -> Result<(AgentReady, Deliveries), Error> {
         let (ready, mut deliveries) = if self.restored {
@@ -261,9 +262,12 @@ impl Launched {
         if let Some(proxy) = &fetched.proxy {
             install_ca(ready.session(), proxy).await?;
         }
-        if !confined {
-            ready.apply_policy().await?;
+        if !has_policy_files {
+            ready.copy_policy_files().await?;
         }
+        // Sent to every guest, also to one that was confined before it was saved: its agent
+        // compares it with the restrictions that it enforces.
+        ready.confine().await?;
         Ok((ready, deliveries))
     }
 }
@@ -273,13 +277,18 @@ impl AgentReady {
         &self.guest.session
     }
 
-    /// Copies in the policy's files, and makes the agent enforce the rest of the policy.
-    pub async fn apply_policy(&self) -> Result<(), Error> {
+    /// Copies in the policy's files.
+    pub async fn copy_policy_files(&self) -> Result<(), Error> {
+        for file in self.guest.policy.iter().flat_map(|policy| &policy.files) {
+            copy::copy_in(&self.guest.session, &file.source, &file.path).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the agent enforce the policy.
+    pub async fn confine(&self) -> Result<(), Error> {
         let LiveGuest { session, selected, policy, .. } = &self.guest;
         let Some(policy) = policy else { return Ok(()) };
-        for file in &policy.files {
-            copy::copy_in(session, &file.source, &file.path).await?;
-        }
         let confine = policy.confine(session.channel.next_id(), selected.boundary());
         session.call_agent(confine.request, &ToGuest::Confine(confine)).await
     }

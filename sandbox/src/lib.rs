@@ -89,4 +89,4 @@ pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, ECHO, Output, Process};
 pub use sandbox::Sandbox;
 pub use template::build::WarmUpSpec;
-pub use template::{Manifest, TemplateError, Templates};
+pub use template::{Distrust, Manifest, TemplateError, TemplateList, Templates};

@@ -133,7 +133,7 @@ impl Pool {
                 };
                 let vm = &launch_spec.vm;
                 let launched = Launched::from_monitor(monitor, stream, spec, vm, started);
-                launched.provision(spec, launch_spec.confined, fetched).await
+                launched.provision(spec, launch_spec.has_policy_files, fetched).await
             }
             None => launch_microvm(spec, fetched, started).await,
         };

@@ -17,7 +17,7 @@ use chitin_vmm::{HostError, VmSpec};
 use crate::cleanup;
 use crate::error::Error;
 use crate::template::restore::{bind_to_root_image, check_policy};
-use crate::template::{TemplateError, Templates};
+use crate::template::{OpenTemplate, TemplateError, Templates};
 
 /// Processes and threads of a sandbox if no policy sets fewer: ample for a build, and a fork bomb
 /// is stopped by it.
@@ -64,18 +64,18 @@ impl SandboxSpec {
     /// Prepares the launch of a microVM: checks the artifacts, and opens the template if there is
     /// one.
     pub fn microvm_launch_spec(&self) -> Result<LaunchSpec, Error> {
-        let (mut vm, mut files, mut confined) = (self.vm.clone(), None, false);
+        let (mut vm, mut files, mut has_policy_files) = (self.vm.clone(), None, false);
         self.artifacts.check()?;
         self.egress.validate()?;
         if let Some(name) = &self.template {
-            let templates = self.locate_templates()?;
-            let manifest = templates.inspect(name)?;
+            // Manifest and files are those that were verified together.
+            let OpenTemplate { manifest, files: opened } = self.locate_templates()?.open(name)?;
             (vm.vcpus, vm.memory_mib) = (manifest.vcpus, manifest.memory_mib);
-            confined = check_policy(&manifest, self.policy.as_deref())?;
+            has_policy_files = check_policy(&manifest, self.policy.as_deref())?;
             self.bind_restored(&mut vm)?;
-            files = Some(templates.open(name)?);
+            files = Some(opened);
         }
-        Ok(self.assemble_launch_spec(vm, files, confined))
+        Ok(self.assemble_launch_spec(vm, files, has_policy_files))
     }
 
     /// Prepares the launch of a container, which gets the limits. Templates and forks are refused.
@@ -91,7 +91,7 @@ impl SandboxSpec {
         &self,
         spec: VmSpec,
         files: Option<GuestFiles>,
-        confined: bool,
+        has_policy_files: bool,
     ) -> LaunchSpec {
         let limits = self.policy.as_ref().map(|policy| &policy.limits);
         let disk_bytes = limits.and_then(|limits| limits.disk_mib).map(|mib| u64::from(mib) << 20);
@@ -106,7 +106,7 @@ impl SandboxSpec {
         LaunchSpec {
             vm: spec,
             guest_files: files,
-            confined,
+            has_policy_files,
             max_tasks: tasks,
             disk_bytes,
             read_only_paths: fixed.collect(),

@@ -24,8 +24,8 @@ pub struct LaunchSpec {
     pub vm: VmSpec,
     /// Files of the saved guest, if one is restored. The monitor takes them over.
     pub guest_files: Option<GuestFiles>,
-    /// The restored guest enforces the policy already.
-    pub confined: bool,
+    /// The restored guest was given the files of the policy before it was saved.
+    pub has_policy_files: bool,
     /// Maximum number of processes and threads. In a microVM the agent enforces this and
     /// `disk_bytes`.
     pub max_tasks: u32,

@@ -22,8 +22,8 @@ use seccomp::default_deny::Filter;
 pub struct Lockdown {
     /// The agent's own capabilities: all of them in a microVM.
     permitted: CapabilitySet,
-    /// The restrictions that a policy adds.
-    confinement: Option<Confinement>,
+    /// The restrictions that a policy adds, and the message that requested them.
+    confinement: Option<(Confine, Confinement)>,
 }
 
 /// The restrictions that a child applies to itself as its last step before the exec.
@@ -55,6 +55,14 @@ impl Lockdown {
         self.confinement.is_some()
     }
 
+    /// Returns whether a message requests the restrictions that are enforced already.
+    pub fn enforces(&self, confine: &Confine) -> bool {
+        self.confinement.as_ref().is_some_and(|(enforced, _)| {
+            let enforced = Confine { request: confine.request, ..enforced.clone() };
+            enforced == *confine
+        })
+    }
+
     /// Prepares the restrictions that a policy adds to every later child.
     pub fn confine(&mut self, confine: &Confine) -> Result<(), Failure> {
         let files = confine.files.as_deref().map(Ruleset::new).transpose()?;
@@ -62,14 +70,16 @@ impl Lockdown {
             SystemCalls::DefaultAllow => None,
             SystemCalls::DefaultDeny => Some(Filter::default_deny()),
         };
-        self.confinement = Some(Confinement { files, system_calls });
+        self.confinement = Some((confine.clone(), Confinement { files, system_calls }));
         Ok(())
     }
 
     /// Applies the policy's restrictions to the child. Nothing but the exec may follow, because
     /// they may deny anything else.
     pub fn confine_child(&self) -> Result<(), Errno> {
-        let Some(Confinement { files, system_calls }) = &self.confinement else { return Ok(()) };
+        let Some((_, Confinement { files, system_calls })) = &self.confinement else {
+            return Ok(());
+        };
         if let Some(files) = files {
             files.restrict_self()?;
         }

@@ -12,6 +12,10 @@ use crate::launch::Launched;
 use crate::process::{Command, ECHO};
 use crate::session::Session;
 use crate::spec::SandboxSpec;
+use chitin_vmm::printable;
+
+/// The most bytes of a failed warm-up's output in its error: the end, where its message is.
+const MAX_WARM_UP_OUTPUT: usize = 2048;
 
 /// Commands that run before a template is saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,7 +41,8 @@ pub(crate) async fn build_template(
 
     vm.template = true;
     let guest = Launched::spawn(&spec, &vm, None, started)?.wait_for_agent().await?;
-    guest.apply_policy().await?;
+    guest.copy_policy_files().await?;
+    guest.confine().await?;
     if let Some(script) = &warm_up.script {
         run_script(guest.session(), script).await?;
     }
@@ -46,11 +51,12 @@ pub(crate) async fn build_template(
     guest.session().freeze().await?;
     let files = draft.create_files()?;
     let binding = spec.bind_restored(&mut vm)?;
-    guest.session().save(binding, &files).await?;
+    guest.session().save(binding.clone(), &files).await?;
 
     (vm.template, vm.record) = (false, true);
     let copy = Launched::spawn(&spec, &vm, Some(&draft.open_files()?), Instant::now())?;
     let copy = copy.wait_for_agent().await?;
+    copy.confine().await?;
     run_first_command(copy.session(), &warm_up.first_command).await?;
     copy.session().record_used_pages(&draft.create_new_state()?, &draft.open_key()?).await?;
 
@@ -63,6 +69,7 @@ pub(crate) async fn build_template(
         warm_up: warm_up.script.clone(),
         policy: spec.policy.as_ref().map(|policy| policy.digest.clone()),
         memory_bytes: 0,
+        binding,
     };
     Ok(draft.publish(manifest)?)
 }
@@ -73,8 +80,17 @@ async fn run_script(session: &Arc<Session>, script: &str) -> Result<(), Error> {
     if output.exit == Exit::Code(0) {
         return Ok(());
     }
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    Err(Error::WarmUp { exit: output.exit, stderr })
+    let printed = [output.stdout, output.stderr].concat();
+    Err(Error::WarmUp { exit: output.exit, output: describe_output(&printed) })
+}
+
+/// Returns the end of a command's output as one line of printable text. The warm-up is the caller's
+/// command, but its output may come from anywhere.
+fn describe_output(printed: &[u8]) -> String {
+    let tail = &printed[printed.len().saturating_sub(MAX_WARM_UP_OUTPUT)..];
+    let text = String::from_utf8_lossy(tail);
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    printable(&lines.join("; "))
 }
 
 /// Runs the first command of the copies, whatever its exit status.

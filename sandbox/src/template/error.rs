@@ -1,6 +1,8 @@
 use std::io;
 use std::path::PathBuf;
 
+pub use super::trusted_dir::Distrust;
+
 /// An invalid template, or a failed operation on one.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
@@ -23,6 +25,15 @@ pub enum TemplateError {
         /// The directory that was searched.
         dir: PathBuf,
     },
+    /// A directory among the templates is none of them.
+    #[error(
+        "{} is not a template: Chitin neither uses nor removes it; move it elsewhere",
+        path.display()
+    )]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A file of the template cannot be used.
     #[error("{operation} {}", path.display())]
     File {
@@ -33,7 +44,15 @@ pub enum TemplateError {
         /// The cause.
         source: io::Error,
     },
-    /// `template.json` is not valid.
+    /// Another user could have changed a file or directory.
+    #[error("{} is not trusted: {reason}", path.display())]
+    Untrusted {
+        /// The file or directory.
+        path: PathBuf,
+        /// The reason.
+        reason: Distrust,
+    },
+    /// `template.json` is not valid, although its seal is.
     #[error("{} is damaged: build the template again", path.display())]
     Manifest {
         /// The file.
@@ -41,14 +60,28 @@ pub enum TemplateError {
         /// The cause.
         source: serde_json::Error,
     },
-    /// The memory file is not the one that was sealed, or the key is not the one it was sealed
-    /// with.
+    /// A file of the template is not the one that was sealed, or the key is not the one it was
+    /// sealed with.
     #[error(
-        "the memory of template `{0}` was changed, replaced or moved, or the key is another: build \
-         the template again"
+        "the template `{0}` was changed, replaced or moved, or the key is another: build it again"
     )]
     Seal(String),
+    /// The template was built by a version with another seal.
+    #[error("the template `{0}` was built by another version of Chitin: build it again")]
+    Outdated(String),
+    /// The key would be stored in the directory that it protects, or the reverse.
+    #[error(
+        "the templates in {} and their key in {} must not contain each other: set CHITIN_TEMPLATES \
+         to another directory",
+        templates.display(), key.display()
+    )]
+    KeyAmongTemplates {
+        /// The directory of the templates.
+        templates: PathBuf,
+        /// The directory of the key.
+        key: PathBuf,
+    },
     /// No directory for templates is known.
-    #[error("no home directory: set CHITIN_TEMPLATES to a directory for templates")]
+    #[error("no home directory: set CHITIN_TEMPLATES and XDG_STATE_HOME to directories")]
     NoHome,
 }

@@ -15,12 +15,15 @@ use super::manifest::Manifest;
 pub(crate) fn describe_binding(root_image: &Path) -> io::Result<String> {
     let image = fs::metadata(root_image)?;
     Ok(format!(
-        "chitin {}; root image of {} bytes, inode {}, changed {}.{:09}",
+        "chitin {}; root image of {} bytes, device {}, inode {}, written {}.{:09}, changed {}.{:09}",
         env!("CARGO_PKG_VERSION"),
         image.len(),
+        image.dev(),
         image.ino(),
         image.mtime(),
-        image.mtime_nsec()
+        image.mtime_nsec(),
+        image.ctime(),
+        image.ctime_nsec()
     ))
 }
 
@@ -32,8 +35,9 @@ pub(crate) fn bind_to_root_image(vm: &mut VmSpec, root_image: &Path) -> io::Resu
     Ok(vm.binding.clone())
 }
 
-/// Returns whether copies of this template are confined already. Processes that its warm-up left
-/// running are confined by the policy that it was built under: that must be this policy, or none.
+/// Checks that a template may be copied under a policy, and returns whether it has the policy's
+/// files already. Processes that its warm-up left running are confined by the policy that it was
+/// built under: that must be this policy, or none.
 pub(crate) fn check_policy(
     manifest: &Manifest,
     policy: Option<&Policy>,

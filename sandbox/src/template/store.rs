@@ -1,30 +1,52 @@
-//! The directory of a user's templates, and drafts of new ones.
+//! The directory of a user's templates.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use chitin_tiers::GuestFiles;
-use hmac::{Hmac, Mac};
-use sha2::Sha256;
-use zeroize::Zeroizing;
 
+use super::draft::remove_abandoned_drafts;
+use super::key::{locate_key_dir, open_key, read_key};
+use super::manifest::{FileIdentity, SealedManifest};
+use super::seal::{SealCheck, check_seal, read_bounded, read_state_mac};
+use super::trusted_dir::{TrustedDir, file_error};
 use super::{Manifest, TemplateError};
-
-pub(crate) const KEY_BYTES: usize = 32;
-const MAC_BYTES: usize = 32;
 
 /// The largest length of a template's name.
 const MAX_NAME: usize = 64;
 
 /// The largest `template.json` that is read.
 const MAX_MANIFEST: u64 = 64 * 1024;
+
+/// The largest `seal` that is read.
+const MAX_SEAL: u64 = 64;
+
+/// The files of a template. A directory with all of them and no other entry is one.
+pub(super) const FILES: [&str; 4] = ["template.json", "seal", "state", "memory"];
+
 /// The directory of a user's templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Templates {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
+    /// The directory of the key, unless it is the user's.
+    key_dir: Option<PathBuf>,
+}
+
+/// The contents of a directory of templates.
+#[derive(Debug, Default)]
+pub struct TemplateList {
+    /// The templates, sorted by name.
+    pub templates: Vec<Manifest>,
+    /// The other directories, each with the reason why it is not a template that can be used.
+    pub rejected: Vec<(String, TemplateError)>,
+}
+
+/// A template whose seal was verified.
+#[derive(Debug)]
+pub(crate) struct OpenTemplate {
+    pub manifest: Manifest,
+    pub files: GuestFiles,
 }
 
 impl Templates {
@@ -43,238 +65,157 @@ impl Templates {
                 .ok_or(TemplateError::NoHome)?
                 .join("chitin/templates"),
         };
-        Ok(Templates { dir })
+        Ok(Templates::at(dir))
     }
 
-    /// Uses this directory, which is created when the first template is built.
+    /// Uses this directory, which is created when the first template is built. The key is in the
+    /// user's state directory: `$XDG_STATE_HOME/chitin/keys`, else `~/.local/state/chitin/keys`,
+    /// and `/var/lib/chitin/keys` for root.
     pub fn at(dir: impl Into<PathBuf>) -> Templates {
-        Templates { dir: dir.into() }
+        Templates { dir: dir.into(), key_dir: None }
     }
 
-    /// Lists all templates, sorted by name.
+    /// Uses the key in this directory instead of the user's. A key that is missing is created.
+    pub fn with_key_dir(self, dir: impl Into<PathBuf>) -> Templates {
+        Templates { key_dir: Some(dir.into()), ..self }
+    }
+
+    /// Lists all templates. Directories that are none are listed apart.
     ///
     /// # Errors
-    /// The directory or a manifest cannot be read.
-    pub fn list(&self) -> Result<Vec<Manifest>, TemplateError> {
-        let entries = match fs::read_dir(&self.dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(file_error("list", &self.dir))?,
+    /// The directory cannot be read, or other users can change it.
+    pub fn list(&self) -> Result<TemplateList, TemplateError> {
+        let dir = match TrustedDir::open(&self.dir) {
+            Err(error) if is_missing(&error) => return Ok(TemplateList::default()),
+            other => other?,
         };
-        let mut found = Vec::new();
-        for entry in entries {
-            let name = entry.map_err(file_error("list", &self.dir))?.file_name();
-            // Skips the key, and templates that are being built.
-            if let Some(name) = name.to_str().filter(|name| check_template_name(name).is_ok())
-                && self.dir.join(name).is_dir()
-            {
-                found.push(self.inspect(name)?);
+        remove_abandoned_drafts(&dir);
+        let mut list = TemplateList::default();
+        for name in dir.list_names()? {
+            // Drafts of templates begin with a dot.
+            if name.starts_with('.') || !dir.has_dir(&name) {
+                continue;
+            }
+            match self.inspect(&name) {
+                Ok(manifest) => list.templates.push(manifest),
+                Err(error) => list.rejected.push((name, error)),
             }
         }
-        found.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(found)
+        list.templates.sort_by(|a, b| a.name.cmp(&b.name));
+        list.rejected.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(list)
     }
 
-    /// Reads the manifest of a template.
+    /// Reads the manifest of a template, after its seal has been verified.
     ///
     /// # Errors
-    /// There is no template of this name, or its manifest cannot be read.
+    /// There is no template of this name, or one of its files was changed.
     pub fn inspect(&self, name: &str) -> Result<Manifest, TemplateError> {
-        let path = self.find_template(name)?.join("template.json");
-        let mut json = Vec::new();
-        let file = File::open(&path).map_err(file_error("open", &path))?;
-        file.take(MAX_MANIFEST).read_to_end(&mut json).map_err(file_error("read", &path))?;
-        serde_json::from_slice(&json).map_err(|source| TemplateError::Manifest { path, source })
+        self.open(name).map(|template| template.manifest)
     }
 
     /// Removes a template. Running copies of it are not affected.
     ///
     /// # Errors
     /// There is no template of this name, or its files cannot be removed.
+    /// [`TemplateError::Foreign`] if the directory is not a template: it is left as it is.
     pub fn remove(&self, name: &str) -> Result<(), TemplateError> {
-        let dir = self.find_template(name)?;
-        fs::remove_dir_all(&dir).map_err(file_error("remove", &dir))
-    }
-
-    fn find_template(&self, name: &str) -> Result<PathBuf, TemplateError> {
-        check_template_name(name)?;
-        let path = self.dir.join(name);
-        if path.is_dir() {
-            return Ok(path);
+        let (parent, dir) = self.find_template(name)?;
+        if !is_template(&dir)? {
+            return Err(TemplateError::Foreign { path: dir.path().to_owned() });
         }
-        Err(TemplateError::Missing { name: name.into(), dir: self.dir.clone() })
+        parent.remove_dir(name, &FILES)
     }
 
-    /// Verifies the seal of a template and opens its files.
-    pub(crate) fn open(&self, name: &str) -> Result<GuestFiles, TemplateError> {
-        let dir = self.find_template(name)?;
-        let open = |file: &str| {
-            let path = dir.join(file);
-            File::open(&path).map_err(file_error("open", &path))
-        };
-        let (memory, state) = (open("memory")?, open("state")?);
-        let path = dir.join("seal");
-        let sealed = fs::read(&path).map_err(file_error("read", &path))?;
-        let key = self.read_key()?;
-        let mac = compute_seal(&*key, &memory, &state).map_err(file_error("inspect", &dir))?;
-        mac.verify_slice(&sealed).map_err(|_| TemplateError::Seal(name.into()))?;
-        Ok(GuestFiles { memory, state, key: self.open_key()? })
-    }
-
-    /// Creates the directory of a new template, which [`TemplateDraft::publish`] renames.
-    pub(crate) fn create_draft(&self, name: &str) -> Result<TemplateDraft, TemplateError> {
+    /// Opens the directory of a template, and the one that it is in.
+    pub(super) fn find_template(
+        &self,
+        name: &str,
+    ) -> Result<(TrustedDir, TrustedDir), TemplateError> {
         check_template_name(name)?;
-        private_dir().recursive(true).create(&self.dir).map_err(file_error("create", &self.dir))?;
-        let dir = self.dir.join(format!(".{name}.{}", std::process::id()));
-        private_dir().create(&dir).map_err(file_error("create", &dir))?;
-        Ok(TemplateDraft { templates: self.clone(), name: name.into(), dir, published: false })
+        let missing = || TemplateError::Missing { name: name.into(), dir: self.dir.clone() };
+        let or_missing = |error| if is_missing(&error) { missing() } else { error };
+        let parent = TrustedDir::open(&self.dir).map_err(or_missing)?;
+        let dir = parent.open_dir(name).map_err(or_missing)?;
+        Ok((parent, dir))
     }
 
-    fn read_key(&self) -> Result<Zeroizing<[u8; KEY_BYTES]>, TemplateError> {
-        let mut key = Zeroizing::new([0; KEY_BYTES]);
-        self.open_key()?
-            .read_exact(&mut *key)
-            .map_err(file_error("read", &self.dir.join("key")))?;
-        Ok(key)
+    /// Verifies a template and opens its files. Nothing of it is parsed before its seal has been
+    /// verified.
+    pub(crate) fn open(&self, name: &str) -> Result<OpenTemplate, TemplateError> {
+        let (_, dir) = self.find_template(name)?;
+        if !FILES.iter().any(|file| dir.has_file(file)) {
+            return Err(TemplateError::Foreign { path: dir.path().to_owned() });
+        }
+        let read = |file: &str, limit| {
+            let open = dir.open_file(file)?;
+            read_bounded(&open, limit).map_err(file_error("read", &dir.join(file)))
+        };
+        let (json, seal) = (read("template.json", MAX_MANIFEST)?, read("seal", MAX_SEAL)?);
+        let mut key = self.open_key()?;
+        let secret = read_key(&mut key).map_err(file_error("read the key of", dir.path()))?;
+        let check = check_seal(&*secret, &json, &seal);
+        match check.map_err(file_error("verify", dir.path()))? {
+            SealCheck::Valid => {}
+            SealCheck::Invalid => return Err(TemplateError::Seal(name.into())),
+            SealCheck::OtherVersion => return Err(TemplateError::Outdated(name.into())),
+        }
+        let sealed: SealedManifest = serde_json::from_slice(&json).map_err(|source| {
+            TemplateError::Manifest { path: dir.join("template.json"), source }
+        })?;
+        let (memory, state) = (dir.open_file("memory")?, dir.open_file("state")?);
+        let found = identify_files(&memory, &state).map_err(file_error("inspect", dir.path()))?;
+        if sealed.manifest.name != name || (sealed.memory, sealed.state_mac) != found {
+            return Err(TemplateError::Seal(name.into()));
+        }
+        let files = GuestFiles { memory, state, key };
+        Ok(OpenTemplate { manifest: sealed.manifest, files })
     }
 
     /// Opens the key, which is created when it is first needed.
-    pub(super) fn open_key(&self) -> Result<File, TemplateError> {
-        let path = self.dir.join("key");
-        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-            Ok(mut file) => {
-                let mut key = Zeroizing::new([0; KEY_BYTES]);
-                getrandom::fill(&mut *key)
-                    .map_err(io::Error::from)
-                    .map_err(file_error("create", &path))?;
-                file.write_all(&*key).map_err(file_error("write", &path))?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(file_error("create", &path)(error)),
+    pub(super) fn open_key(&self) -> Result<std::fs::File, TemplateError> {
+        let key_dir = self.key_dir.clone().map_or_else(locate_key_dir, Ok)?;
+        let (templates, key) = (resolve(&self.dir), resolve(&key_dir));
+        if templates.starts_with(&key) || key.starts_with(&templates) {
+            return Err(TemplateError::KeyAmongTemplates { templates, key });
         }
-        File::open(&path).map_err(file_error("open", &path))
+        open_key(&key_dir)
     }
 }
 
-/// A template that is being built. If it is dropped before it is published, its files are removed.
-#[derive(Debug)]
-pub(crate) struct TemplateDraft {
-    templates: Templates,
-    name: String,
-    dir: PathBuf,
-    published: bool,
+/// Returns the identity of the files of a template.
+pub(super) fn identify_files(
+    memory: &std::fs::File,
+    state: &std::fs::File,
+) -> io::Result<(FileIdentity, String)> {
+    Ok((FileIdentity::from(&memory.metadata()?), read_state_mac(state)?))
 }
 
-impl TemplateDraft {
-    /// Creates the files that a guest is saved into.
-    pub fn create_files(&self) -> Result<GuestFiles, TemplateError> {
-        Ok(GuestFiles {
-            memory: self.create_file("memory")?,
-            state: self.create_file("state")?,
-            key: self.templates.open_key()?,
-        })
-    }
+/// Returns whether a directory has the files of a template and nothing else.
+pub(super) fn is_template(dir: &TrustedDir) -> Result<bool, TemplateError> {
+    let names = dir.list_names()?;
+    Ok(names.len() == FILES.len() && FILES.iter().all(|file| dir.has_file(file)))
+}
 
-    /// Opens the saved files for reading.
-    pub fn open_files(&self) -> Result<GuestFiles, TemplateError> {
-        let open = |file: &str| {
-            let path = self.dir.join(file);
-            File::open(&path).map_err(file_error("open", &path))
-        };
-        Ok(GuestFiles {
-            memory: open("memory")?,
-            state: open("state")?,
-            key: self.templates.open_key()?,
-        })
-    }
-
-    /// Creates the file of a state with recorded pages, which replaces the first state.
-    pub fn create_new_state(&self) -> Result<File, TemplateError> {
-        self.create_file("state.new")
-    }
-
-    /// Opens the key again: each reader reads it once.
-    pub fn open_key(&self) -> Result<File, TemplateError> {
-        self.templates.open_key()
-    }
-
-    fn create_file(&self, file: &str) -> Result<File, TemplateError> {
-        let path = self.dir.join(file);
-        let create =
-            OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path);
-        create.map_err(file_error("create", &path))
-    }
-
-    /// Seals the template and gives it its name. An existing template of this name is replaced.
-    pub fn publish(mut self, mut manifest: Manifest) -> Result<Manifest, TemplateError> {
-        let path = |file: &str| self.dir.join(file);
-        fs::rename(path("state.new"), path("state"))
-            .map_err(file_error("rename", &path("state.new")))?;
-        let memory = File::open(path("memory")).map_err(file_error("open", &path("memory")))?;
-        let state = File::open(path("state")).map_err(file_error("open", &path("state")))?;
-        let metadata = memory.metadata().map_err(file_error("inspect", &path("memory")))?;
-        manifest.memory_bytes = metadata.blocks() * 512;
-        let mac = compute_seal(&*self.templates.read_key()?, &memory, &state)
-            .map_err(file_error("inspect", &self.dir))?;
-        fs::write(path("seal"), mac.finalize().into_bytes())
-            .map_err(file_error("write", &path("seal")))?;
-        let json = serde_json::to_vec_pretty(&manifest)
-            .map_err(|source| TemplateError::Manifest { path: path("template.json"), source })?;
-        fs::write(path("template.json"), json)
-            .map_err(file_error("write", &path("template.json")))?;
-
-        let target = self.templates.dir.join(&self.name);
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(file_error("replace", &target))?;
+/// Resolves the links of a path as far as it exists.
+fn resolve(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut existing = absolute.as_path();
+    loop {
+        if let Ok(found) = existing.canonicalize() {
+            let rest = absolute.strip_prefix(existing).unwrap_or(Path::new(""));
+            return found.join(rest);
         }
-        fs::rename(&self.dir, &target).map_err(file_error("rename", &self.dir))?;
-        self.published = true;
-        Ok(manifest)
-    }
-}
-
-impl Drop for TemplateDraft {
-    fn drop(&mut self) {
-        if !self.published {
-            // A failure cannot be reported here, and the draft is of no further use.
-            let _ = fs::remove_dir_all(&self.dir);
+        match existing.parent() {
+            Some(parent) => existing = parent,
+            None => return absolute,
         }
     }
 }
 
-fn private_dir() -> fs::DirBuilder {
-    let mut builder = fs::DirBuilder::new();
-    builder.mode(0o700);
-    builder
-}
-
-fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError {
-    let path = path.to_owned();
-    move |source| TemplateError::File { operation, path, source }
-}
-
-/// Computes the MAC of a memory file's identity and of the state that belongs to it, which is
-/// represented by its own MAC.
-fn compute_seal(key: &[u8], memory: &File, state: &File) -> io::Result<Hmac<Sha256>> {
-    use std::os::unix::fs::FileExt;
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).map_err(io::Error::other)?;
-    let metadata = memory.metadata()?;
-    mac.update(b"chitin template memory 1");
-    for number in [
-        metadata.dev(),
-        metadata.ino(),
-        metadata.size(),
-        metadata.mtime().cast_unsigned(),
-        metadata.mtime_nsec().cast_unsigned(),
-        metadata.ctime().cast_unsigned(),
-        metadata.ctime_nsec().cast_unsigned(),
-    ] {
-        mac.update(&number.to_le_bytes());
-    }
-    let mut state_mac = [0; MAC_BYTES];
-    let length = state.metadata()?.len();
-    state.read_exact_at(&mut state_mac, length.saturating_sub(MAC_BYTES as u64))?;
-    mac.update(&state_mac);
-    Ok(mac)
+pub(super) fn is_missing(error: &TemplateError) -> bool {
+    matches!(error, TemplateError::File { source, .. }
+        if source.kind() == io::ErrorKind::NotFound)
 }
 
 /// Returns the seconds since 1970.
@@ -282,15 +223,16 @@ pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-fn check_template_name(name: &str) -> Result<(), TemplateError> {
+pub(super) fn check_template_name(name: &str) -> Result<(), TemplateError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     let valid_start = !name.is_empty() && !name.starts_with(['.', '-']);
-    // The key is in the same directory.
+    // Earlier versions kept the key in the same directory.
     if valid_start && name.len() <= MAX_NAME && name.bytes().all(allowed) && name != "key" {
         return Ok(());
     }
     Err(TemplateError::Name { name: name.into(), max: MAX_NAME })
 }
+
 #[cfg(test)]
 #[path = "store_test.rs"]
 mod tests;
