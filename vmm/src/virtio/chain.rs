@@ -7,8 +7,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::GuestFault;
 use crate::memory::GuestRam;
@@ -17,6 +18,56 @@ use crate::memory::GuestRam;
 /// descriptors, and RAM consists of two ranges that are not adjacent, so that a buffer is at most
 /// two pieces. Below `IOV_MAX` (1024): one system call takes them all.
 const MAX_SLICES: usize = 256;
+
+/// The flags that a descriptor may have without a negotiated feature (VIRTIO 1.2, 2.7.5). Indirect
+/// tables (`VIRTQ_DESC_F_INDIRECT`) and the flags of packed queues need features that are not
+/// offered.
+#[expect(clippy::cast_possible_truncation, reason = "flags have 16 bits")]
+const KNOWN_FLAGS: u16 = (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE) as u16;
+
+/// The descriptor table of a queue.
+#[derive(Clone, Copy)]
+pub(super) struct DescriptorTable {
+    pub queue: u16,
+    pub address: GuestAddress,
+    pub size: u16,
+}
+
+impl DescriptorTable {
+    /// Reads the descriptors of a chain, at most as many as the table holds and at most 4 GiB of
+    /// buffers. The crate virtio-queue has an iterator for this, which follows indirect tables
+    /// whether or not they were negotiated.
+    fn read_chain(
+        self,
+        head: u16,
+        ram: &GuestRam,
+        mut visit: impl FnMut(Descriptor) -> Result<(), GuestFault>,
+    ) -> Result<(), GuestFault> {
+        let DescriptorTable { queue, address, size } = self;
+        let invalid = GuestFault::Chain { queue, head };
+        let (mut index, mut bytes) = (head, 0u32);
+        for _ in 0..size {
+            if index >= size {
+                return Err(invalid);
+            }
+            let offset = u64::from(index) * size_of::<Descriptor>() as u64;
+            let at = address.0.checked_add(offset).ok_or(invalid)?;
+            let descriptor: Descriptor = ram.read_obj(GuestAddress(at)).map_err(|_| invalid)?;
+            if descriptor.flags() & !KNOWN_FLAGS != 0 {
+                let flags = descriptor.flags();
+                return Err(GuestFault::DescriptorFlags { queue, head, flags });
+            }
+            // VIRTIO 1.2, 2.7.5.2: a chain has at most 4 GiB.
+            bytes = bytes.checked_add(descriptor.len()).ok_or(invalid)?;
+            visit(descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+        Err(invalid)
+    }
+}
 
 /// One request of a driver: buffers to read from, then buffers to write to, all checked to be in
 /// guest memory.
@@ -35,18 +86,14 @@ impl<'m> Chain<'m> {
     /// # Errors
     /// The chain is invalid, or one of its buffers is not in guest memory.
     pub(super) fn read(
-        queue: u16,
-        chain: DescriptorChain<&'m GuestRam>,
+        table: DescriptorTable,
+        head: u16,
         ram: &'m GuestRam,
     ) -> Result<Self, GuestFault> {
-        let head = chain.head_index();
+        let queue = table.queue;
         let invalid = GuestFault::Chain { queue, head };
         let mut this = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        let mut complete = false;
-        // The iterator ends at the first descriptor that is out of bounds, after as many as the
-        // table holds, and at 4 GiB. A chain that ends that way was not finished by the driver.
-        for descriptor in chain {
-            complete = !descriptor.has_next();
+        table.read_chain(head, ram, |descriptor| {
             let buffers = match (descriptor.is_write_only(), this.writable.slices.is_empty()) {
                 (true, _) => &mut this.writable,
                 (false, true) => &mut this.readable,
@@ -55,14 +102,14 @@ impl<'m> Chain<'m> {
             };
             let Ok(bytes) = usize::try_from(descriptor.len()) else { return Err(invalid) };
             for slice in GuestMemoryBackend::get_slices(ram, descriptor.addr(), bytes) {
-                // An indirect table, although not offered, may be longer than the queue.
                 if buffers.slices.len() >= MAX_SLICES {
                     return Err(invalid);
                 }
                 buffers.push(slice.map_err(|_| GuestFault::BufferAddress { queue, head })?);
             }
-        }
-        if complete { Ok(this) } else { Err(invalid) }
+            Ok(())
+        })?;
+        Ok(this)
     }
 }
 

@@ -83,35 +83,50 @@ fn readable_after_writable_is_a_fault() {
 }
 
 #[test]
-fn indirect_tables_are_bounded() {
-    // The parser follows an indirect table although none was offered, so its contents must be
-    // bounded.
-    let (mut driver, mut queue) = TestDriver::with_queue(RAM);
+fn flags_that_were_not_negotiated_are_a_fault() {
+    // Whatever the table contains: a valid chain, another table, or nothing.
     let table = 0x4_0000;
-    for index in 0..4096u64 {
-        let next = u16::try_from((index + 1) % 4096).unwrap();
-        let descriptor = Descriptor::new(DATA, 1, u16::try_from(NEXT).unwrap(), next);
-        driver.ram.write_obj(descriptor, GuestAddress(table + index * 16)).unwrap();
+    for inner in [0, NEXT, VRING_DESC_F_INDIRECT] {
+        for outer in (2..16).map(|bit| 1 << bit) {
+            for flags in [outer, outer | NEXT, outer | WRITE] {
+                let (mut driver, mut queue) = TestDriver::with_queue(RAM);
+                let descriptor = Descriptor::new(DATA, 1, u16::try_from(inner).unwrap(), 1);
+                driver.ram.write_obj(descriptor, GuestAddress(table)).unwrap();
+                driver.write_descriptor(0, table, 16, flags, 1);
+                driver.write_descriptor(1, DATA, 1, 0, 0);
+                driver.add_head(0);
+                let flags = u16::try_from(flags).unwrap();
+                assert_eq!(
+                    queue.drain(complete),
+                    Err(GuestFault::DescriptorFlags { queue: 0, head: 0, flags })
+                );
+                assert!(driver.used_chains().is_empty());
+            }
+        }
     }
-    driver.write_descriptor(0, table, 4096 * 16, VRING_DESC_F_INDIRECT, 0);
-    driver.add_head(0);
-    assert_eq!(queue.drain(complete), Err(GuestFault::Chain { queue: 0, head: 0 }));
-    // A table of a wrong length, one that points to another table, one outside memory, an empty
-    // one.
-    for (address, len, flags) in
-        [(table, 17, 0), (table, 16, VRING_DESC_F_INDIRECT), (RAM as u64, 16, 0), (table, 0, 0)]
-    {
-        let (mut driver, mut queue) = TestDriver::with_queue(RAM);
-        let inner = Descriptor::new(table, 16, u16::try_from(flags).unwrap(), 0);
-        driver.ram.write_obj(inner, GuestAddress(table)).unwrap();
-        driver.write_descriptor(0, address, len, VRING_DESC_F_INDIRECT, 0);
-        driver.add_head(0);
-        assert_eq!(
-            queue.drain(complete),
-            Err(GuestFault::Chain { queue: 0, head: 0 }),
-            "{address:#x} {len}"
-        );
-    }
+}
+
+#[test]
+fn flag_in_the_middle_of_a_chain_is_a_fault() {
+    let (mut driver, mut queue) = TestDriver::with_queue(RAM);
+    driver.add_chain(&[(DATA, 4, 0), (DATA, 16, VRING_DESC_F_INDIRECT), (DATA, 4, WRITE)]);
+    let flags = u16::try_from(VRING_DESC_F_INDIRECT | NEXT).unwrap();
+    let fault = GuestFault::DescriptorFlags { queue: 0, head: 0, flags };
+    assert_eq!(queue.drain(complete), Err(fault));
+}
+
+#[test]
+fn chain_may_use_the_whole_table_and_no_more() {
+    let (mut driver, mut queue) = TestDriver::with_queue(RAM);
+    driver.add_chain(&[(DATA, 1, 0); 16]);
+    let mut length = 0;
+    queue
+        .drain(|chain| {
+            length = chain.readable.len();
+            complete(chain)
+        })
+        .unwrap();
+    assert_eq!(length, 16);
 }
 
 #[test]

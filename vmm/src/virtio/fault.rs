@@ -53,6 +53,16 @@ pub enum GuestFault {
     /// table.
     #[error("queue {queue}: invalid descriptor chain {head}")]
     Chain { queue: u16, head: u16 },
+    /// A descriptor with a flag of a feature that was not negotiated, such as an indirect table.
+    #[error(
+        "queue {queue}: descriptor chain {head} has flags {flags:#x}, which were not negotiated"
+    )]
+    DescriptorFlags {
+        queue: u16,
+        head: u16,
+        /// All flags of the descriptor.
+        flags: u16,
+    },
     /// A chain with a buffer that is not in guest memory.
     #[error("queue {queue}: descriptor chain {head} points outside guest memory")]
     BufferAddress { queue: u16, head: u16 },

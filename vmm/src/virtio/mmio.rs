@@ -248,8 +248,11 @@ impl<W: Worker> MmioTransport<W> {
     /// Returns whether the driver has accepted the modern interface, and no feature that was not
     /// offered.
     fn accepts_features(&self) -> bool {
-        let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
-        modern && self.driver_features & !self.features() == 0
+        self.may_agree_on(self.driver_features)
+    }
+
+    fn may_agree_on(&self, features: u64) -> bool {
+        features & 1 << VIRTIO_F_VERSION_1 != 0 && features & !self.features() == 0
     }
 
     /// Starts the running half after the driver has set `DRIVER_OK`.

@@ -11,7 +11,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::Chain;
+use super::chain::{Chain, DescriptorTable};
 use super::{GuestFault, Interrupt, Signal};
 use crate::memory::GuestRam;
 
@@ -134,10 +134,12 @@ impl ActiveQueue {
     ) -> Result<(), GuestFault> {
         let ram = Arc::clone(&self.ram);
         let invalid = GuestFault::AvailableRing { queue: self.index };
+        let (address, size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
+        let table = DescriptorTable { queue: self.index, address, size };
         self.queue.disable_notification(&*ram).map_err(|_| invalid)?;
         for _ in 0..CHAINS_PER_TURN {
             let next = self.queue.iter(&*ram).map_err(|_| invalid)?.next();
-            let Some(descriptors) = next else {
+            let Some(next) = next else {
                 // The driver may have added a chain before it saw that notifications are enabled
                 // again.
                 if self.queue.enable_notification(&*ram).map_err(|_| invalid)? {
@@ -146,7 +148,7 @@ impl ActiveQueue {
                 }
                 return Ok(());
             };
-            let mut chain = Chain::read(self.index, descriptors, &ram)?;
+            let mut chain = Chain::read(table, next.head_index(), &ram)?;
             match handle(&mut chain)? {
                 Completion::Done { len } => {
                     let head = chain.head;

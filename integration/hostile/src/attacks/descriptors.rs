@@ -14,6 +14,9 @@ const OUTSIDE_MEMORY: GuestFault = GuestFault::BufferAddress { queue: TRANSMIT, 
 const INVALID_CHAIN: GuestFault = GuestFault::Chain { queue: TRANSMIT, head: 0 };
 const ONLY_QUEUE: u16 = 0;
 
+/// `VIRTQ_DESC_F_AVAIL` (VIRTIO 1.2, 2.8.1).
+const PACKED_AVAILABLE: u16 = 1 << 7;
+
 /// The first bytes of the root image's superblock.
 const EROFS_MAGIC: u64 = 0xe0f5_e1e2;
 
@@ -82,13 +85,16 @@ fn add_invalid_chains(list: &mut AttackList) {
     });
 }
 
+/// Indirect tables are not offered. None is followed, whatever it contains.
 fn add_indirect_tables(list: &mut AttackList) {
+    let fault = |flags| GuestFault::DescriptorFlags { queue: TRANSMIT, head: 0, flags };
     for (name, inner_flags, table_len) in [
+        ("indirect table with one valid descriptor", 0, 16),
         ("indirect table in an indirect table", INDIRECT, 16),
         ("indirect table with a partial descriptor", 0, 17),
         ("indirect table of 4 GiB", 0, u32::MAX),
     ] {
-        list.add_needs_reset(name, INVALID_CHAIN, move |program, driver| {
+        list.add_needs_reset(name, fault(INDIRECT), move |program, driver| {
             let (table, inner) = (driver.buffer(TRANSMIT, 100), driver.buffer(TRANSMIT, 101));
             let inner = Descriptor { flags: inner_flags, ..Descriptor::readable(inner, 16) };
             program.put_data(table, encode(inner));
@@ -98,10 +104,19 @@ fn add_indirect_tables(list: &mut AttackList) {
     }
     list.add_needs_reset(
         "indirect table across the end of memory",
-        INVALID_CHAIN,
+        fault(INDIRECT),
         |program, driver| {
             let outer = Descriptor { flags: INDIRECT, ..Descriptor::readable(RAM_END - 8, 16) };
             driver.add_chain(program, TRANSMIT, &[outer]);
+        },
+    );
+    list.add_needs_reset(
+        "descriptor with the flag of a packed queue",
+        fault(PACKED_AVAILABLE),
+        |program, driver| {
+            let buffer = Descriptor::readable(driver.buffer(TRANSMIT, 0), 44);
+            let packed = Descriptor { flags: PACKED_AVAILABLE, ..buffer };
+            driver.add_chain(program, TRANSMIT, &[packed]);
         },
     );
 }

@@ -59,7 +59,7 @@ impl<W: Worker> MmioTransport<W> {
         // when it does.
         let agreed = *status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
         if ![0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK].contains(status)
-            || agreed && features & !self.features() != 0
+            || agreed && !self.may_agree_on(*features)
             || queues.len() != self.queues.len()
         {
             return Err(Malformed::Device);
