@@ -12,7 +12,7 @@ use crate::launch::Launched;
 use crate::process::{Command, ECHO};
 use crate::session::Session;
 use crate::spec::SandboxSpec;
-use chitin_vmm::printable;
+use chitin_text::printable;
 
 /// The most bytes of a failed warm-up's output in its error: the end, where its message is.
 const MAX_WARM_UP_OUTPUT: usize = 2048;
