@@ -1,25 +1,45 @@
 //! `chitin doctor`: reports which tiers this host can run.
 
 use chitin::doctor::{Diagnosis, TierAvailability, diagnose_host};
-use chitin::{Artifacts, TierKind};
+use chitin::host::{Grade, HostFinding, check_host, render_document};
+use chitin::{Artifacts, TierKind, printable};
 
 use crate::error::CliError;
 
 /// Arguments of `chitin doctor`.
 #[derive(clap::Args)]
-#[command(after_help = "Exit code: 0 if microVMs run on this host, 1 if not.
+#[command(after_help = "Exit code: 0 if microVMs run on this host, 1 if not. With --host, 0; with
+--host --strict, 1 if a check is bad or a warning.
 
 Examples:
   chitin doctor
-  chitin doctor --json | jq .ironclaw")]
+  chitin doctor --json | jq .ironclaw
+  chitin doctor --host")]
 pub struct Args {
     /// Print JSON instead of text
     #[arg(long)]
     json: bool,
+    /// Check the settings of the host that weaken every sandbox: SMT, KSM, swap, mitigations, and
+    /// so on. docs/host.md describes them
+    #[arg(long)]
+    host: bool,
+    /// Exit with code 1 if a check of the host is bad or a warning
+    #[arg(long, requires = "host")]
+    strict: bool,
+    /// Print the table of docs/host.md
+    #[arg(long, hide = true)]
+    document: bool,
 }
 
 /// Examines the host and prints the result.
 pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
+    if args.document {
+        print!("{}", render_document());
+        return Ok(0);
+    }
+    if args.host {
+        return print_host(args);
+    }
     let diagnosis = diagnose_host(&Artifacts::locate()).await;
     if args.json {
         let json = serde_json::to_string_pretty(&diagnosis)
@@ -53,4 +73,33 @@ fn print_text(diagnosis: &Diagnosis) {
             (None, None) => {}
         }
     }
+}
+
+fn print_host(args: &Args) -> Result<u8, CliError> {
+    let findings = check_host();
+    if args.json {
+        let json = serde_json::to_string_pretty(&findings)
+            .map_err(|error| CliError::io("encode the findings")(error.into()))?;
+        println!("{json}");
+    } else {
+        print_findings(&findings);
+    }
+    let weak = findings.iter().any(|finding| finding.grade >= Grade::Warning);
+    Ok(u8::from(args.strict && weak))
+}
+
+fn print_findings(findings: &[HostFinding]) {
+    for finding in findings {
+        let HostFinding { name, grade, source, found, reason, remedy } = finding;
+        println!("{grade:<8} {name}: {}", printable(found));
+        if let Some(remedy) = remedy {
+            println!("         {source}");
+            println!("         {reason}");
+            println!("         remedy: {remedy}");
+        }
+    }
+    let count = |grade| findings.iter().filter(|finding| finding.grade == grade).count();
+    let [ok, unknown] = [Grade::Ok, Grade::Unknown].map(count);
+    let [warnings, bad] = [Grade::Warning, Grade::Bad].map(count);
+    println!("{ok} ok, {warnings} warnings, {bad} bad, {unknown} unknown");
 }

@@ -36,6 +36,7 @@
 //!   launch                                    from a launched guest to one ready for use
 //!   sandbox  builder                          the public handle, and its settings
 //!   fork  pool  template::build  audit        many sandboxes
+//!   doctor  host                              this host
 //! ```
 #![forbid(unsafe_code)]
 
@@ -50,6 +51,7 @@ pub mod doctor;
 mod error;
 mod fork;
 mod forward;
+pub mod host;
 mod launch;
 mod phases;
 mod pool;
