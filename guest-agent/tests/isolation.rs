@@ -276,3 +276,40 @@ fn agent_proc_files_hold_no_credential() {
         assert!(!text.windows(11).any(|window| window == b"canary-4711"), "{file}");
     }
 }
+
+/// Prints the error of each way to create or enter a namespace, and what must still work.
+const NAMESPACES: &str = r#"
+import ctypes, errno, os, subprocess, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def name(result):
+    return 'succeeded' if result >= 0 else errno.errorcode[ctypes.get_errno()]
+UNSHARE, CLONE, SETNS, CLONE3 = 272, 56, 308, 435
+SIGCHLD = 17
+for flag in [0x80, 0x20000] + [1 << bit for bit in range(25, 31)]:
+    print('unshare', hex(flag), name(libc.syscall(UNSHARE, flag)))
+for flag in [0x20000] + [1 << bit for bit in range(25, 31)]:
+    result = libc.syscall(CLONE, flag | SIGCHLD, 0, 0, 0, 0)
+    if result == 0:
+        os._exit(0)
+    print('clone', hex(flag), name(result))
+print('setns', name(libc.syscall(SETNS, os.open('/proc/self/ns/user', os.O_RDONLY), 0)))
+print('clone3', name(libc.syscall(CLONE3, 0, 0)))
+print('unshare files', name(libc.syscall(UNSHARE, 0x400)))
+thread = threading.Thread(target=lambda: print('thread ran'))
+thread.start()
+thread.join()
+subprocess.run(['echo', 'program ran'])
+"#;
+
+#[test]
+fn namespaces_are_refused() {
+    let mut agent = Agent::spawn_ready();
+    let output = status_of(&mut agent, &["python3", "-uc", NAMESPACES]);
+    let mut lines = output.lines();
+    let refused: Vec<&str> = lines.by_ref().take(16).collect();
+    assert_eq!(refused.len(), 16, "{output}");
+    assert!(refused.iter().all(|line| line.ends_with(" EPERM")), "{output}");
+    let rest: Vec<&str> = lines.collect();
+    let expected = ["clone3 ENOSYS", "unshare files succeeded", "thread ran", "program ran"];
+    assert_eq!(rest, expected);
+}

@@ -24,6 +24,7 @@ CONNECT_SECONDS = 2
 
 # System call numbers of x86_64.
 SYS = {
+    "clone": 56,
     "kill": 62,
     "ptrace": 101,
     "capset": 126,
@@ -46,12 +47,14 @@ SYS = {
     "unshare": 272,
     "perf_event_open": 298,
     "open_by_handle_at": 304,
+    "setns": 308,
     "finit_module": 313,
     "kexec_file_load": 320,
     "bpf": 321,
     "userfaultfd": 323,
     "io_uring_setup": 425,
     "open_tree": 428,
+    "clone3": 435,
 }
 
 # Tunnels that a kernel creates in every network namespace. They have no route.
@@ -240,6 +243,98 @@ def mounts():
     _, status = os.waitpid(child, 0)
     observation = "mounted" if status == 0 else "refused"
     return tried + [["mount as root of new namespaces", status == 0, observation]]
+
+
+NEW_NAMESPACES = {
+    "time": 0x80,
+    "mount": 0x20000,
+    "cgroup": 0x2000000,
+    "uts": 0x4000000,
+    "ipc": 0x8000000,
+    "user": 0x10000000,
+    "pid": 0x20000000,
+    "network": 0x40000000,
+}
+
+
+def list_gains():
+    """Returns what this process can do that a workload must not."""
+    lines = open("/proc/self/status").read().splitlines()
+    effective = [line.split()[1] for line in lines if line.startswith("CapEff:")]
+    gains = [f"CapEff {caps}" for caps in effective if int(caps, 16) & ~(1 << 10)]
+    for name, arguments in [("chroot", (b"/tmp",)), ("sethostname", (b"x", 1))]:
+        if syscall(name, *arguments)[0] == 0:
+            gains.append(name)
+    for name, kind in [("raw", (socket.AF_INET, socket.SOCK_RAW, 1)), ("packet", (17, 3, 0))]:
+        try:
+            socket.socket(*kind).close()
+            gains.append(f"a {name} socket")
+        except OSError:
+            pass
+    return gains
+
+
+def enter_namespaces(operation, enter):
+    """Runs `enter` in a child, which reports what it can do afterwards."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            result, error = enter()
+            if result == 0:
+                error = ", ".join(["entered"] + list_gains())
+            os.write(writer, error.encode())
+        except OSError as error:
+            os.write(writer, errno.errorcode.get(error.errno, "E?").encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as report:
+        seen = report.read()
+    os.waitpid(child, 0)
+    return [operation, bool(seen) and not seen.startswith("E"), seen or "killed"]
+
+
+def namespaces():
+    tried = []
+    user = NEW_NAMESPACES["user"]
+    for name, flag in NEW_NAMESPACES.items():
+        enter = lambda flag=flag: syscall("unshare", flag)
+        tried.append(enter_namespaces(f"create a {name} namespace (unshare)", enter))
+    for name in ["mount", "uts", "network", "pid"]:
+        enter = lambda flag=NEW_NAMESPACES[name]: syscall("unshare", user | flag)
+        tried.append(enter_namespaces(f"create a user and a {name} namespace", enter))
+    for name, flag in NEW_NAMESPACES.items():
+        if name == "time":
+            continue
+
+        def enter(flag=flag):
+            result, error = syscall("clone", flag | signal.SIGCHLD, 0, 0, 0, 0)
+            # The grandchild reports in place of the child.
+            if result > 0:
+                os.waitpid(result, 0)
+                os._exit(0)
+            return result, error
+
+        tried.append(enter_namespaces(f"create a {name} namespace (clone)", enter))
+
+    def enter_with_clone3():
+        arguments = (ctypes.c_uint64 * 8)(user, 0, 0, 0, signal.SIGCHLD)
+        result, error = syscall("clone3", arguments, 64)
+        if result > 0:
+            os.waitpid(result, 0)
+            os._exit(0)
+        return result, error
+
+    tried.append(enter_namespaces("create a user namespace (clone3)", enter_with_clone3))
+
+    def enter_own():
+        descriptor = os.open("/proc/self/ns/uts", os.O_RDONLY)
+        return syscall("setns", descriptor, 0)
+
+    tried.append(enter_namespaces("enter a namespace (setns)", enter_own))
+    gains = list_gains()
+    return tried + [["use rights without any of them", bool(gains), ", ".join(gains) or "none"]]
 
 
 def kernel_modules():

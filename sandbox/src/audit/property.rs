@@ -38,7 +38,7 @@ const fn destructive(name: &'static str, probe: &'static str, claim: &'static st
 const SHARED_KERNEL: &str = "it runs on the host's kernel";
 
 /// Every property, in the order of the table.
-pub const PROPERTIES: [Property; 19] = [
+pub const PROPERTIES: [Property; 20] = [
     alone("host files", "host_files", "It cannot read a file of the host."),
     alone("host processes", "host_processes", "It cannot see a process of the host."),
     alone(
@@ -61,6 +61,11 @@ pub const PROPERTIES: [Property; 19] = [
         "capabilities",
         "capabilities",
         "It has no capability except to bind low ports, and gains none.",
+    ),
+    alone(
+        "namespaces",
+        "namespaces",
+        "It cannot create or enter a namespace, where it would have all capabilities.",
     ),
     alone("mounts", "mounts", "It cannot mount, unmount or change its root."),
     alone(

@@ -11,10 +11,31 @@ use seccompiler::{
 /// Marks system calls of the x32 ABI (`__X32_SYSCALL_BIT` of the kernel's uapi).
 const X32: i64 = 0x4000_0000;
 
+/// The namespaces that unshare(2) and clone(2) can create: `CLONE_NEW*` of `linux/sched.h`. A
+/// process that creates a user namespace has all capabilities in it, on the kernel of a microVM
+/// as well as on that of gVisor, and with them it reaches the parts of a kernel that are attacked
+/// most. With any of them it could mount, change its root, or open raw sockets.
+const NAMESPACES: [u32; 8] = [
+    CLONE_NEWTIME,
+    libc::CLONE_NEWNS.cast_unsigned(),
+    libc::CLONE_NEWCGROUP.cast_unsigned(),
+    libc::CLONE_NEWUTS.cast_unsigned(),
+    libc::CLONE_NEWIPC.cast_unsigned(),
+    libc::CLONE_NEWUSER.cast_unsigned(),
+    libc::CLONE_NEWPID.cast_unsigned(),
+    libc::CLONE_NEWNET.cast_unsigned(),
+];
+
+/// A flag of unshare(2) and clone3(2) only: in clone(2), its bit belongs to the signal.
+const CLONE_NEWTIME: u32 = 0x80;
+
 /// System calls that fail with ENOSYS, as on a kernel built without them. The microVM's kernel is;
 /// those of other tiers are not, and the workload should see no difference. Calls that need
 /// capabilities are not repeated here.
-const ABSENT: [i64; 9] = [
+const ABSENT: [i64; 10] = [
+    // Its flags are in memory, where a filter cannot read them. Every C library falls back to
+    // clone.
+    libc::SYS_clone3,
     // Opens sockets and files without passing this filter.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
@@ -43,7 +64,7 @@ pub fn install_filters() -> Result<(), Errno> {
     Ok(())
 }
 
-fn build_filters() -> Result<[BpfProgram; 2], BackendError> {
+fn build_filters() -> Result<[BpfProgram; 3], BackendError> {
     // The host identifies the channel by its socket, and any process may open vsock sockets: this
     // filter alone keeps the workload off it. A kernel without vsock fails with EAFNOSUPPORT, which
     // programs expect.
@@ -59,10 +80,32 @@ fn build_filters() -> Result<[BpfProgram; 2], BackendError> {
     let sockets =
         [libc::SYS_socket, libc::SYS_socket | X32].map(|call| (call, vec![vsock.clone()]));
     let absent = ABSENT.iter().flat_map(|&call| [(call, vec![]), (call | X32, vec![])]);
+    let unshare: Vec<SeccompRule> =
+        NAMESPACES.into_iter().map(require_flag).collect::<Result<_, _>>()?;
+    let clone_flags = NAMESPACES.into_iter().filter(|&flag| flag != CLONE_NEWTIME);
+    let clone = clone_flags.map(require_flag).collect::<Result<_, _>>()?;
+    let namespaces = [
+        (libc::SYS_unshare, unshare),
+        (libc::SYS_clone, clone),
+        // Without a rule of its own, each call matches.
+        (libc::SYS_setns, vec![]),
+    ];
+    let namespaces = namespaces
+        .into_iter()
+        .flat_map(|(call, rules)| [(call, rules.clone()), (call | X32, rules)]);
     Ok([
+        compile_denials(namespaces.collect(), libc::EPERM)?,
         compile_denials(sockets.into_iter().collect(), libc::EAFNOSUPPORT)?,
         compile_denials(absent.collect(), libc::ENOSYS)?,
     ])
+}
+
+/// Makes a rule for calls whose first argument has this flag.
+fn require_flag(flag: u32) -> Result<SeccompRule, BackendError> {
+    let flag = u64::from(flag);
+    let is_set =
+        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(flag), flag)?;
+    SeccompRule::new(vec![is_set])
 }
 
 /// Compiles a filter in which calls that match a rule fail with `errno`.
