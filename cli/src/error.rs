@@ -2,13 +2,16 @@
 
 use std::io;
 
-use chitin::{error_chain, printable};
+use chitin::{EndCause, error_chain, printable};
 
 /// The exit code if Chitin itself failed. The workload may never have run.
 pub const CHITIN_FAILED: u8 = 125;
 
 /// The exit code if the time limit was reached.
 const TIMED_OUT: u8 = 124;
+
+/// The exit code of a shell for a command that SIGKILL ended.
+const KILLED: u8 = 137;
 
 /// Lines of the guest kernel's log that an error shows.
 const LOG_LINES: usize = 25;
@@ -48,10 +51,25 @@ impl CliError {
         move |source| CliError::Io { operation: operation.into(), source }
     }
 
+    /// Returns the cause of the end for programs.
+    pub fn cause(&self) -> EndCause {
+        match self {
+            CliError::Sandbox(error) => error.cause(),
+            CliError::Io { .. } => EndCause::Host,
+            _ => EndCause::Request,
+        }
+    }
+
     /// Returns the exit code that reports this error.
     pub fn exit_code(&self) -> u8 {
         match self {
             CliError::Sandbox(chitin::Error::Timeout { .. }) => TIMED_OUT,
+            // The limit has killed the command along with its sandbox.
+            CliError::Sandbox(chitin::Error::GuestEnded(end))
+                if end.cause == EndCause::OutOfMemory =>
+            {
+                KILLED
+            }
             _ => CHITIN_FAILED,
         }
     }

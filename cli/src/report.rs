@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use chitin::{Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
+use chitin::{EndCause, Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -20,11 +20,13 @@ pub struct Report {
     pub policy: Option<PolicyRecord>,
     /// Program and arguments, lossy where they are not UTF-8.
     pub command: Vec<String>,
+    /// The cause of the end, as `exit`, `signal`, `out_of_memory` or `time_limit`.
+    pub cause: EndCause,
     /// The exit code of `chitin run`.
     pub exit_code: u8,
     /// The end of the workload, if it ended.
     pub exit: Option<Exit>,
-    /// The resources that it used.
+    /// The resources that it used, and the limits that were reached meanwhile.
     pub usage: Option<Usage>,
     /// The error of Chitin, if it failed.
     pub error: Option<String>,

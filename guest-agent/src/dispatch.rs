@@ -21,6 +21,7 @@ impl Agent {
                     secrets: &self.secrets,
                     lockdown: &self.lockdown,
                     cgroups: &self.cgroups,
+                    limit_watch: &self.limit_watch,
                 };
                 self.processes.start(&start, &mut self.transport, &context)?;
             }

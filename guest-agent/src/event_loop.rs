@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::identity::Identity;
 use crate::io::poll::{EventFlags, Events, Token};
 use crate::io::transport::Transport;
+use crate::limit_watch::LimitWatch;
 use crate::lockdown::Lockdown;
 use crate::processes::Processes;
 use crate::secrets::Secrets;
@@ -33,6 +34,7 @@ pub struct Agent {
     pub cgroups: Cgroups,
     /// The file system that takes everything that is written, if the agent has made it.
     pub scratch_disk: Option<OwnedFd>,
+    pub limit_watch: LimitWatch,
 }
 
 impl Agent {
@@ -67,7 +69,7 @@ impl Agent {
                 if self.signals.read_stop_request() {
                     return ControlFlow::Break(());
                 }
-                self.processes.reap(&mut self.transport);
+                self.processes.reap(&mut self.transport, &self.limit_watch);
             }
             Token::CopyJobs => self.copies.clear_wake(),
             Token::Pump(stream) => self.transport.wake_pump(stream, flags),

@@ -41,6 +41,7 @@ mod event_loop;
 mod identity;
 mod io;
 mod kernel;
+mod limit_watch;
 mod lockdown;
 mod mode;
 mod processes;

@@ -16,6 +16,7 @@ use crate::io::channel::Channel;
 use crate::io::poll::{EventFlags, Token};
 use crate::io::transport::{Transport, send_ready};
 use crate::io::vsock::{CONNECT_TIMEOUT, UnconnectedSocket};
+use crate::limit_watch::LimitWatch;
 use crate::lockdown::{Lockdown, limits};
 use crate::mode::Mode;
 use crate::processes::Processes;
@@ -51,6 +52,7 @@ impl Agent {
         if mode.own_kernel {
             cgroups.pids_v1 = create_pids_cgroup();
         }
+        let limit_watch = LimitWatch::open(&cgroups, scratch_disk.as_ref());
         let copies = CopyJobs::new(root)?;
 
         let transport = Transport::new(channel, connection)?;
@@ -70,6 +72,7 @@ impl Agent {
             lockdown,
             cgroups,
             scratch_disk,
+            limit_watch,
         })
     }
 }

@@ -1,6 +1,8 @@
 //! The parts of `chitin run` that only microVMs have. Those of all tiers are in `conformance`.
 
 use chitin_integration::{chitin, run};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 #[test]
 fn guest_runs_a_separate_kernel() {
@@ -34,6 +36,25 @@ fn read_total_kib(memory_mib: u32) -> u32 {
         .assert_success()
         .parse()
         .expect("a number")
+}
+
+#[test]
+fn killed_monitor_is_the_exit_cause() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.json");
+    let run = chitin("run --report").arg(&path).args(["--", "sh", "-c", "echo up; sleep 600"]);
+    let mut running = run.spawn();
+    assert_eq!(running.read_line(), "up");
+    // The last one is the monitor itself, in its jail.
+    let processes = running.list_processes();
+    let pids = processes.iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok());
+    let monitor = pids.max().and_then(Pid::from_raw).expect("a monitor");
+    kill_process(monitor, Signal::KILL).unwrap();
+    assert_eq!(running.wait(), 125);
+    let report: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!(report["cause"], "monitor_fault", "{report}");
+    assert!(running.read_stderr().contains("the monitor was killed (signal 9)"));
+    running.assert_no_process_left();
 }
 
 #[test]

@@ -90,8 +90,9 @@ fn guest_panic_is_reported() {
     assert!(made.status.success(), "{made:?}");
     File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
 
-    let outcome = run("true").env("CHITIN_ARTIFACTS", dir.path()).outcome();
-    assert_eq!(outcome.code, 125, "{outcome:?}");
+    let run = chitin("run").env("CHITIN_ARTIFACTS", dir.path());
+    let (outcome, report) = run.outcome_with_json("--report", &["--", "true"]);
+    assert_eq!((outcome.code, &report["cause"]), (125, &"guest_panic".into()), "{outcome:?}");
     assert!(outcome.stderr.starts_with("chitin: the guest ended"), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("Kernel panic - not syncing"), "{}", outcome.stderr);
 }

@@ -23,7 +23,8 @@ pub use fault::{Fault, Unexpected};
 pub use frame::{HEADER_LEN, MAX_CONTROL, MAX_DATA};
 pub use message::{
     Confine, Delivery, Endpoint, Exit, Failure, FileRule, MAX_ENDPOINTS, MAX_SECRET, MIN_ENTROPY,
-    Reseed, Secret, SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost, Usage,
+    ReachedLimits, Reseed, Secret, SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost,
+    Usage,
 };
 
 /// The protocol version of this crate. Both sides use the lower of the two versions in the hellos.

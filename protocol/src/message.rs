@@ -298,7 +298,7 @@ pub enum StartError {
     Other,
 }
 
-/// The resources that a process used, from `wait4(2)`.
+/// The resources that a process used, from `wait4(2)`, and the limits that it ran into.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// The CPU time in user mode, in microseconds.
@@ -310,6 +310,37 @@ pub struct Usage {
     /// Linux counts in steps of 32 pages and without the pages that a microVM maps from its root
     /// image, so that a small program may report 0.
     pub max_rss_kib: u64,
+    /// The limits of the sandbox that were reached meanwhile.
+    pub reached: ReachedLimits,
+}
+
+/// The limits of a sandbox that were reached while a process ran, by that process or any other.
+///
+/// Only what the kernel has reported is in here: a limit that cannot be observed stays unset.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReachedLimits {
+    /// The number of processes that the kernel killed because the sandbox had no memory left.
+    pub oom_kills: u32,
+    /// The number of times that a process or thread was refused because there were too many.
+    pub refused_tasks: u32,
+    /// True if a writable file system was full when the process ended.
+    pub disk_full: bool,
+}
+
+impl ReachedLimits {
+    /// Returns true if any limit was reached.
+    pub fn any(self) -> bool {
+        self != ReachedLimits::default()
+    }
+
+    /// Combines the observations of two observers of the same limits.
+    pub fn merge(self, other: ReachedLimits) -> ReachedLimits {
+        ReachedLimits {
+            oom_kills: self.oom_kills.max(other.oom_kills),
+            refused_tasks: self.refused_tasks.max(other.refused_tasks),
+            disk_full: self.disk_full || other.disk_full,
+        }
+    }
 }
 
 /// A failed operation inside the sandbox.

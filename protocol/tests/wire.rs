@@ -4,8 +4,8 @@
 //! a higher `VERSION` once a release has shipped.
 
 use chitin_protocol::{
-    Confine, Delivery, Endpoint, Exit, Failure, FileRule, Reseed, Secret, SecretBytes, Start,
-    StartError, SystemCalls, ToGuest, ToHost, Usage,
+    Confine, Delivery, Endpoint, Exit, Failure, FileRule, ReachedLimits, Reseed, Secret,
+    SecretBytes, Start, StartError, SystemCalls, ToGuest, ToHost, Usage,
 };
 
 #[test]
@@ -56,14 +56,15 @@ fn wire_format_matches_snapshot() {
     ];
     let failure = Failure { operation: "open /a".into(), errno: 2 };
     let not_started = Exit::NotStarted { error: StartError::NotFound, failure: failure.clone() };
-    let usage = Usage { user_us: 1, system_us: 2, max_rss_kib: 3 };
+    let reached = ReachedLimits { oom_kills: 300, refused_tasks: 4, disk_full: true };
+    let usage = Usage { user_us: 1, system_us: 2, max_rss_kib: 3, reached };
     let to_host = [
         (ToHost::Ready { started_ns: 1, ready_ns: 300 }, "0001ac02"),
-        (ToHost::Exited { process: 1, exit: Exit::Code(7), usage }, "01010007010203"),
-        (ToHost::Exited { process: 1, exit: Exit::Signal(9), usage }, "01010109010203"),
+        (ToHost::Exited { process: 1, exit: Exit::Code(7), usage }, "01010007010203 ac02 04 01"),
+        (ToHost::Exited { process: 1, exit: Exit::Signal(9), usage }, "01010109010203 ac02 04 01"),
         (
             ToHost::Exited { process: 1, exit: not_started, usage },
-            "01010200076f70656e202f6104010203",
+            "01010200076f70656e202f6104010203 ac02 04 01",
         ),
         (ToHost::Done { request: 4, result: Ok(()) }, "020400"),
         (ToHost::Done { request: 4, result: Err(failure) }, "020401076f70656e202f6104"),

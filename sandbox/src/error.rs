@@ -8,6 +8,7 @@ use chitin_broker::proxy::ValueError;
 use chitin_broker::vault::VaultError;
 use chitin_policy::PolicyError;
 use chitin_protocol::{Exit, Failure, Fault, MAX_CONTROL, MAX_STREAMS};
+use chitin_spec::EndCause;
 use chitin_tiers::GuestEnd;
 use chitin_vmm::{FailureCode, HostError, SpecError};
 
@@ -283,6 +284,42 @@ impl Error {
         }
     }
 
+    /// Returns the cause of the end of the sandbox, or of a failed operation.
+    pub fn cause(&self) -> EndCause {
+        match self {
+            Error::GuestEnded(end) => end.cause,
+            Error::Timeout { .. } => EndCause::TimeLimit,
+            Error::Stopped => EndCause::Interrupted,
+            Error::Protocol(_) => EndCause::GuestFault,
+            Error::Policy(_) => EndCause::Policy,
+            Error::Tier(error) => tier_cause(error),
+            Error::Guest(failure) => guest_cause(failure.errno),
+            Error::Probe { source: ProbeError::Sandbox(error), .. } => error.cause(),
+            Error::WarmUp { exit: Exit::Signal(_), .. } => EndCause::Signal,
+            Error::WarmUp { .. } => EndCause::Exit,
+            Error::Spec(_)
+            | Error::UnknownCredential { .. }
+            | Error::EndpointConflict { .. }
+            | Error::SecretInTemplate { .. }
+            | Error::Egress(_)
+            | Error::MicrovmRequired
+            | Error::NotForkable
+            | Error::ForkCount { .. }
+            | Error::PoolSize { .. }
+            | Error::CommandTooLong { .. }
+            | Error::TooManyStreams => EndCause::Request,
+            Error::Host(_)
+            | Error::BootTimeout { .. }
+            | Error::Credential(_)
+            | Error::Rotation { .. }
+            | Error::AuditNeighbour
+            | Error::Probe { .. }
+            | Error::Template(_)
+            | Error::Copy { .. }
+            | Error::LinksRefused { .. } => EndCause::Host,
+        }
+    }
+
     /// Returns the last messages of the guest kernel, if they may explain the error. Untrusted
     /// text.
     pub fn guest_log(&self) -> Option<&str> {
@@ -290,6 +327,32 @@ impl Error {
             Error::GuestEnded(end) if !end.log.is_empty() => Some(&end.log),
             _ => None,
         }
+    }
+}
+
+fn tier_cause(error: &chitin_tiers::Error) -> EndCause {
+    match error {
+        chitin_tiers::Error::GuestEnded(end) => end.cause,
+        chitin_tiers::Error::Stopped => EndCause::Interrupted,
+        chitin_tiers::Error::Path { .. } => EndCause::Policy,
+        chitin_tiers::Error::Monitor { code, .. } => match code {
+            FailureCode::Killed | FailureCode::Control | FailureCode::Internal => {
+                EndCause::MonitorFault
+            }
+            FailureCode::Spec => EndCause::Request,
+            _ => EndCause::Host,
+        },
+        _ => EndCause::Host,
+    }
+}
+
+/// Returns the cause of an operation that failed inside the sandbox: the limit that its error
+/// names, or the request itself.
+fn guest_cause(errno: i32) -> EndCause {
+    match rustix::io::Errno::from_raw_os_error(errno) {
+        rustix::io::Errno::NOSPC => EndCause::DiskFull,
+        rustix::io::Errno::NOMEM => EndCause::OutOfMemory,
+        _ => EndCause::Request,
     }
 }
 
@@ -325,6 +388,24 @@ mod tests {
         let error = Error::from(chitin_tiers::Error::Monitor { code, message });
         assert_eq!(error.code(), Some(FailureCode::KvmPermission));
         assert_eq!(Error::Stopped.code(), None);
+    }
+
+    #[test]
+    fn end_has_a_cause() {
+        let monitor = |code| Error::from(chitin_tiers::Error::Monitor { code, message: "".into() });
+        let end = |cause| GuestEnd { cause, reason: "it ended".into(), log: String::new() };
+        for (error, cause) in [
+            (Error::Timeout { limit: Duration::from_secs(1) }, EndCause::TimeLimit),
+            (Error::GuestEnded(end(EndCause::GuestPanic)), EndCause::GuestPanic),
+            (Error::Tier(chitin_tiers::Error::GuestEnded(end(EndCause::Host))), EndCause::Host),
+            (monitor(FailureCode::Killed), EndCause::MonitorFault),
+            (monitor(FailureCode::KvmPermission), EndCause::Host),
+            (Error::Guest(Failure { operation: "write".into(), errno: 28 }), EndCause::DiskFull),
+            (Error::Guest(Failure { operation: "write".into(), errno: 13 }), EndCause::Request),
+            (Error::Stopped, EndCause::Interrupted),
+        ] {
+            assert_eq!(error.cause(), cause, "{error}");
+        }
     }
 
     #[test]

@@ -69,9 +69,9 @@ pub use chitin_broker::proxy::{SetupError as ProxySetupError, ValueError as Prox
 pub use chitin_broker::vault::VaultError;
 pub use chitin_broker::{Error as CredentialError, SecretError, SecretValueError, SourceError};
 pub use chitin_policy::{self as policy, Policy, PolicyError};
-pub use chitin_protocol::{Exit, Failure, Fault, StartError, Usage};
+pub use chitin_protocol::{Exit, Failure, Fault, ReachedLimits, StartError, Usage};
 pub use chitin_spec::{
-    Boundary, Delivery, EgressLimits, Endpoint, ParseEndpointError, ProxyScope, SecretId,
+    Boundary, Delivery, EgressLimits, EndCause, Endpoint, ParseEndpointError, ProxyScope, SecretId,
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
 };
 pub use chitin_text::{error_chain, printable};

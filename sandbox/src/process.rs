@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
 use chitin_protocol::{Exit, Start, Usage};
+use chitin_spec::EndCause;
 use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
 use tracing::{Span, field};
@@ -167,6 +168,14 @@ pub struct Process {
     span: Span,
 }
 
+impl Output {
+    /// Returns the cause of the end: a limit of the sandbox if one was reached and the command
+    /// failed.
+    pub fn cause(&self) -> EndCause {
+        EndCause::of_process(&self.exit, &self.usage)
+    }
+}
+
 impl Process {
     /// Waits for the end of the command.
     ///
@@ -175,9 +184,11 @@ impl Process {
     /// protocol.
     pub async fn wait(&mut self) -> Result<(Exit, Usage), Error> {
         match (&mut self.end).await {
-            Ok(end) => {
-                self.span.record("exit", field::debug(&end.0));
-                Ok(end)
+            Ok((exit, mut usage)) => {
+                self.span.record("exit", field::debug(&exit));
+                let observed = self.session.instance.lock().await.reached_limits();
+                usage.reached = usage.reached.merge(observed);
+                Ok((exit, usage))
             }
             Err(_) => Err(self.session.explain_close().await),
         }

@@ -29,6 +29,7 @@ use crate::forward::Forward;
 use crate::launch::{LiveGuest, Provisioned};
 use crate::phases::Phases;
 use crate::process::Command;
+use crate::spec::MAX_TASKS;
 
 /// A running sandbox. Dropping it ends it.
 pub struct Sandbox {
@@ -148,6 +149,23 @@ impl Sandbox {
     /// Returns the tier of the sandbox, and the reason why it was selected.
     pub fn selected_tier(&self) -> &SelectedTier {
         &self.guest.selected
+    }
+
+    /// Returns the memory of the sandbox in MiB.
+    pub fn memory_mib(&self) -> u64 {
+        self.guest.session.memory_bytes >> 20
+    }
+
+    /// Returns the maximum number of processes and threads. A sandbox with little memory allows
+    /// fewer.
+    pub fn max_tasks(&self) -> u32 {
+        self.guest.policy.as_ref().map_or(MAX_TASKS, |policy| policy.limits.pids)
+    }
+
+    /// Returns the limit of written files in MiB that the policy sets. Without one, it is a share
+    /// of the memory.
+    pub fn disk_mib(&self) -> Option<u32> {
+        self.guest.policy.as_ref().and_then(|policy| policy.limits.disk_mib)
     }
 
     /// Returns the parts of the monitor's jail, and those that this host lacks. `None` if the jail

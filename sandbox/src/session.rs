@@ -6,6 +6,7 @@ use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chitin_protocol::{Failure, MIN_ENTROPY, Reseed, SecretBytes, ToGuest};
+use chitin_spec::EndCause;
 use chitin_tiers::microvm::Reported;
 use chitin_tiers::{BOOT_LIMIT, GuestEnd, GuestFiles, Instance};
 use chitin_vmm::HostError;
@@ -191,6 +192,7 @@ impl Session {
         match tokio::time::timeout(END_LIMIT, instance.wait_for_end()).await {
             Ok(error) => error.into(),
             Err(_) => Error::GuestEnded(GuestEnd {
+                cause: EndCause::GuestFault,
                 reason: "it closed the channel and continued to run".into(),
                 log: String::new(),
             }),

@@ -21,7 +21,7 @@ use crate::template::{OpenTemplate, TemplateError, Templates};
 
 /// Processes and threads of a sandbox if no policy sets fewer: ample for a build, and a fork bomb
 /// is stopped by it.
-const MAX_TASKS: u32 = 4096;
+pub(crate) const MAX_TASKS: u32 = 4096;
 
 /// The settings of a sandbox under its policy. Nothing is opened or started yet.
 #[derive(Debug, Clone)]

@@ -2,10 +2,11 @@
 //! text form.
 //!
 //! Every other layer imports these types. This crate does no I/O and imports no layer but the
-//! constants of the protocol.
+//! protocol.
 #![forbid(unsafe_code)]
 
 mod delivery;
+mod end;
 mod endpoint;
 mod limits;
 mod schema;
@@ -13,7 +14,9 @@ mod secret;
 mod tier;
 mod vault;
 
+pub use chitin_protocol::ReachedLimits;
 pub use delivery::{Delivery, DeliveryKind, ProxyScope};
+pub use end::EndCause;
 pub use endpoint::{Endpoint, EndpointError, MAX_HOST, ParseEndpointError, is_numeric};
 pub use limits::{EgressLimits, Limits, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};

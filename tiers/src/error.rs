@@ -2,6 +2,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use chitin_spec::EndCause;
 use chitin_vmm::{FailureCode, HostError};
 
 use crate::RejectedTier;
@@ -123,6 +124,8 @@ impl fmt::Display for Rejections {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the guest ended before it was told to: {reason}")]
 pub struct GuestEnd {
+    /// Cause, for programs.
+    pub cause: EndCause,
     /// Cause, for people.
     pub reason: String,
     /// Last messages of the guest kernel. Untrusted text.

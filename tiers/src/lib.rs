@@ -26,7 +26,7 @@ use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::time::Duration;
 
-use chitin_spec::TierKind;
+use chitin_spec::{ReachedLimits, TierKind};
 use serde::{Deserialize, Serialize};
 
 pub use artifacts::{ArtifactKind, Artifacts};
@@ -63,6 +63,12 @@ pub trait Instance: fmt::Debug + Send {
     /// Returns the time within which the agent must answer.
     fn start_limit(&self) -> Duration {
         BOOT_LIMIT
+    }
+
+    /// Returns the limits that were reached since the last call, as far as the host observes them
+    /// and the agent cannot.
+    fn reached_limits(&mut self) -> ReachedLimits {
+        ReachedLimits::default()
     }
 
     /// Waits for the end of the sandbox or of the stream, and returns the cause.

@@ -19,7 +19,8 @@ const FILES: &str = "Files";
 #[derive(clap::Args)]
 #[command(after_help = "\
 Exit code: that of the command; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
-the command is not executable; 127 if it was not found; 128+n if signal n ended it.
+the command is not executable; 127 if it was not found; 128+n if signal n ended it. If a limit of \
+the sandbox is the cause, a line on standard error names it, and `cause` in the report does.
 
 Examples:
   chitin run -- python3 -c 'print(6 * 7)'

@@ -2,6 +2,7 @@
 //! any other command.
 
 mod args;
+mod end;
 mod secrets;
 mod signals;
 mod stdio;
@@ -19,6 +20,7 @@ use chitin::{
 use tokio::net::TcpListener;
 
 pub use self::args::Args;
+use self::end::{NamedLimits, explain_end, find_cause};
 use self::secrets::collect_secrets;
 use self::signals::Signals;
 use self::stdio::{Deadline, attend_process};
@@ -35,6 +37,7 @@ const SIGNALED: u8 = 128;
 struct Progress {
     selected: Option<SelectedTier>,
     ended: Option<(Exit, Usage)>,
+    limits: Option<NamedLimits>,
     phases: Phases,
     jail: Option<Jail>,
     deadline: Option<Deadline>,
@@ -43,11 +46,15 @@ struct Progress {
 /// Runs the command, writes the report, and returns the exit code.
 pub async fn run_command(args: Args) -> Result<u8, CliError> {
     let mut progress = Progress::default();
-    let policy = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from)?;
-    let record = policy.as_ref().map(PolicyRecord::new);
-    let wanted =
-        args.tier.or(policy.as_ref().map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
-    let outcome = run_sandbox(&args, policy, &mut progress).await;
+    let loaded = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from);
+    let policy = loaded.as_ref().ok().and_then(Option::as_ref);
+    let record = policy.map(PolicyRecord::new);
+    let wanted = args.tier.or(policy.map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
+    let outcome = match loaded {
+        Ok(policy) => run_sandbox(&args, policy, &mut progress).await,
+        Err(error) => Err(error.into()),
+    };
+    print_cause(&progress, &outcome);
     if let Some(path) = &args.report {
         let report = new_report(&args, record, wanted, progress, &outcome);
         match (write_json(path, &report), &outcome) {
@@ -60,6 +67,16 @@ pub async fn run_command(args: Args) -> Result<u8, CliError> {
     outcome
 }
 
+/// Prints the limit that ended the run, or that a successful command has reached.
+fn print_cause(progress: &Progress, outcome: &Result<u8, CliError>) {
+    let Some(limits) = &progress.limits else { return };
+    let reached = progress.ended.as_ref().map(|(_, usage)| usage.reached).unwrap_or_default();
+    let cause = find_cause(progress.ended.as_ref(), outcome);
+    for line in explain_end(cause, reached, limits) {
+        eprintln!("chitin: {line}");
+    }
+}
+
 fn new_report(
     args: &Args,
     policy: Option<PolicyRecord>,
@@ -67,6 +84,7 @@ fn new_report(
     progress: Progress,
     outcome: &Result<u8, CliError>,
 ) -> Report {
+    let cause = find_cause(progress.ended.as_ref(), outcome);
     let (exit, usage) = progress.ended.unzip();
     Report {
         chitin: env!("CARGO_PKG_VERSION"),
@@ -74,6 +92,7 @@ fn new_report(
         isolation: progress.selected.as_ref().map(Isolation::new),
         policy,
         command: args.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+        cause,
         exit_code: outcome.as_ref().map_or_else(CliError::exit_code, |code| *code),
         exit,
         usage,
@@ -116,6 +135,7 @@ async fn run_sandbox(
     let selected = sandbox.selected_tier();
     warn_if_weaker(selected);
     progress.selected = Some(selected.clone());
+    progress.limits = Some(NamedLimits::of(&sandbox, args.template.is_some()));
     let forwards: Vec<Forward> =
         listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();
     let outcome = use_sandbox(&sandbox, args, env, &mut signals, progress).await;

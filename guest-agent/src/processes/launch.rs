@@ -16,6 +16,7 @@ use super::spawn::spawn_child;
 use crate::cgroup::pids_v1::PidsCgroup;
 use crate::cgroup::{Cgroups, WorkloadCgroup};
 use crate::error::make_failure;
+use crate::limit_watch::LimitWatch;
 use crate::lockdown::Lockdown;
 use crate::secrets::Secrets;
 
@@ -87,6 +88,7 @@ pub struct LaunchContext<'a> {
     pub secrets: &'a Secrets,
     pub lockdown: &'a Lockdown,
     pub cgroups: &'a Cgroups,
+    pub limit_watch: &'a LimitWatch,
 }
 
 /// Launches the process that `start` describes.
@@ -95,7 +97,7 @@ pub fn launch_process(
     streams: &StandardStreams,
     context: &LaunchContext<'_>,
 ) -> Result<Child, LaunchError> {
-    let LaunchContext { secrets, lockdown, cgroups } = context;
+    let LaunchContext { secrets, lockdown, cgroups, .. } = context;
     let Some(program) = start.argv.first() else {
         return Err(refuse("start a process without arguments", b"", Errno::INVAL));
     };

@@ -20,6 +20,7 @@ use rustix::pipe::PipeFlags;
 
 use crate::error::make_failure;
 use crate::io::transport::Transport;
+use crate::limit_watch::{LimitCounts, LimitWatch};
 use crate::syscall::check_result;
 pub use launch::LaunchContext;
 use launch::{Child, LaunchError, StandardStreams};
@@ -36,6 +37,8 @@ struct Process {
     stdin: Option<StreamId>,
     stdout: StreamId,
     stderr: StreamId,
+    /// The counters of limits when it was started.
+    counts: LimitCounts,
     /// Set once the process has been reaped.
     exit: Option<(Exit, Usage)>,
 }
@@ -73,7 +76,8 @@ impl Processes {
         for (stream, direction) in streams {
             transport.connection.accept_stream(stream, direction)?;
         }
-        if let Err((error, failure)) = self.try_start(start, transport, context) {
+        let counts = context.limit_watch.count();
+        if let Err((error, failure)) = self.try_start(start, counts, transport, context) {
             for stream in start.stdin.into_iter().chain([start.stdout, start.stderr]) {
                 transport.drop_pump(stream);
             }
@@ -86,7 +90,10 @@ impl Processes {
             transport.send(&ToHost::Exited {
                 process: start.process,
                 exit,
-                usage: Usage::default(),
+                usage: Usage {
+                    reached: context.limit_watch.reached_since(counts),
+                    ..Usage::default()
+                },
             });
         }
         Ok(())
@@ -95,6 +102,7 @@ impl Processes {
     fn try_start(
         &mut self,
         start: &Start,
+        counts: LimitCounts,
         transport: &mut Transport,
         context: &LaunchContext<'_>,
     ) -> Result<(), LaunchError> {
@@ -124,6 +132,7 @@ impl Processes {
             stdin: start.stdin,
             stdout: start.stdout,
             stderr: start.stderr,
+            counts,
             exit: None,
         });
         Ok(())
@@ -147,7 +156,7 @@ impl Processes {
     }
 
     /// Reaps every child that has ended: processes of the host, and orphans that PID 1 inherits.
-    pub fn reap(&mut self, transport: &mut Transport) {
+    pub fn reap(&mut self, transport: &mut Transport, limit_watch: &LimitWatch) {
         while let Some(reaped) = reap::reap_child() {
             let has_ended = |process: &&mut Process| {
                 process.exit.is_none() && process.child.pid.as_raw_pid() == reaped.pid
@@ -157,7 +166,8 @@ impl Processes {
                 Some((error, failure)) => Exit::NotStarted { error, failure },
                 None => reaped.exit,
             };
-            process.exit = Some((exit, reaped.usage));
+            let reached = limit_watch.reached_since(process.counts);
+            process.exit = Some((exit, Usage { reached, ..reaped.usage }));
             transport.drain_output(process.stdout);
             transport.drain_output(process.stderr);
             if let Some(stdin) = process.stdin {

@@ -1,6 +1,6 @@
 //! Reaps children that have ended.
 
-use chitin_protocol::{Exit, Usage};
+use chitin_protocol::{Exit, ReachedLimits, Usage};
 
 /// A child that has ended and has been reaped.
 pub struct ReapedChild {
@@ -40,5 +40,6 @@ fn convert_usage(usage: &libc::rusage) -> Usage {
         user_us: micros(usage.ru_utime),
         system_us: micros(usage.ru_stime),
         max_rss_kib: u64::try_from(usage.ru_maxrss).unwrap_or(0),
+        reached: ReachedLimits::default(),
     }
 }

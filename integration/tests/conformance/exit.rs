@@ -21,6 +21,7 @@ on_every_tier!(
     stalled_reader_counts_against_timeout,
     report_describes_the_run,
     report_contains_failure_reason,
+    exit_causes_without_a_limit_are_reported,
 );
 
 fn exit_code_is_passed_through(tier: TierUnderTest) {
@@ -146,7 +147,7 @@ fn report_describes_the_run(tier: TierUnderTest) {
     let engine = isolation["implementation"].as_str().and_then(|text| text.split('/').next());
     assert_eq!(name.contains('/'), matches!(engine, Some("crun" | "runc")), "{report}");
     assert_eq!((&report["exit_code"], &report["exit"]["code"]), (&3.into(), &3.into()));
-    assert_eq!(report["error"], Value::Null);
+    assert_eq!((&report["cause"], &report["error"]), (&"exit".into(), &Value::Null));
     assert!(report["usage"]["max_rss_kib"].as_u64().is_some_and(|kib| kib > 4 << 10), "{report}");
     let phases = &report["phases"];
     let phase =
@@ -158,6 +159,20 @@ fn report_contains_failure_reason(tier: TierUnderTest) {
     let run = tier.run_with("--timeout 1s");
     let (outcome, report) = run.outcome_with_json("--report", &["--", "sleep", "600"]);
     assert_eq!((outcome.code, &report["exit_code"]), (124, &124.into()));
+    assert_eq!(report["cause"], "time_limit");
     assert_eq!(report["error"], "the time limit of 1 s was reached");
     assert_eq!(report["exit"], Value::Null);
+}
+
+fn exit_causes_without_a_limit_are_reported(tier: TierUnderTest) {
+    for (command, code, cause) in [
+        (["sh", "-c", "kill -SEGV $$"], 139, "signal"),
+        (["sh", "-c", "kill -KILL $$"], 137, "signal"),
+        (["/nosuch", "", ""], 127, "not_started"),
+    ] {
+        let command = [&["--"], command.as_slice()].concat();
+        let (outcome, report) = tier.run_with("").outcome_with_json("--report", &command);
+        assert_eq!((outcome.code, &report["cause"]), (code, &cause.into()), "{outcome:?}");
+        assert!(!outcome.stderr.contains("out of"), "{outcome:?}");
+    }
 }

@@ -1,12 +1,17 @@
 //! Limits of resources, and workloads that exhaust them for themselves alone.
 
 use chitin::TierKind;
-use chitin_integration::{Outcome, TierUnderTest};
+use chitin_integration::{Chitin, Outcome, TierUnderTest};
+use serde_json::Value;
 
 on_every_tier!(
     fork_bomb_affects_only_workload,
     memory_exhaustion_affects_only_workload,
     memory_option_sets_memory_limit,
+    exhausted_memory_is_the_reported_cause,
+    exhausted_tasks_are_the_reported_cause,
+    full_disk_is_the_reported_cause,
+    limit_survived_by_workload_is_a_note,
     full_disk_affects_only_workload,
     each_scratch_directory_is_limited,
     open_file_limit_is_enforced,
@@ -17,7 +22,7 @@ on_every_tier!(
 /// Returns true if the sandbox has ended with an explanation: gVisor's kernel shares the limits of
 /// its workload.
 fn sandbox_ended(tier: TierUnderTest, outcome: &Outcome) -> bool {
-    let ended = tier.kind == TierKind::Nanoclaw && outcome.code == 125;
+    let ended = tier.kind == TierKind::Nanoclaw && [125, 137].contains(&outcome.code);
     assert!(!ended || outcome.stderr.contains("gVisor's kernel "), "{outcome:?}");
     ended
 }
@@ -52,6 +57,55 @@ fn memory_option_sets_memory_limit(tier: TierUnderTest) {
     };
     assert_eq!(taken("512", 300).assert_success(), "300");
     assert_ne!(taken("128", 300).code, 0);
+}
+
+/// Runs a command with a report. Returns the outcome, the cause and the limits that were reached.
+fn run_with_cause(run: Chitin, command: &[&str]) -> (Outcome, String, Value) {
+    let (outcome, report) = run.outcome_with_json("--report", &[&["--"], command].concat());
+    let cause = report["cause"].as_str().unwrap_or_default().to_owned();
+    (outcome, cause, report["usage"]["reached"].clone())
+}
+
+fn exhausted_memory_is_the_reported_cause(tier: TierUnderTest) {
+    // Small pieces: the kernel refuses a single allocation that cannot succeed.
+    let program = "x = []
+while True: x.append(b'x' * (1 << 20))";
+    let run = tier.run_with("--memory 128");
+    let (outcome, cause, _) = run_with_cause(run, &["python3", "-c", program]);
+    assert_eq!((outcome.code, cause.as_str()), (137, "out_of_memory"), "{outcome:?}");
+    let message = "chitin: out of memory: the sandbox used its 128 MiB; raise it with --memory\n";
+    assert!(outcome.stderr.contains(message), "{outcome:?}");
+}
+
+fn exhausted_tasks_are_the_reported_cause(tier: TierUnderTest) {
+    let policy = tier.write_policy("resources:\n  pids: 32\n");
+    let program = "import os, time
+while True:
+    if os.fork() == 0: time.sleep(600)";
+    let (outcome, cause, reached) = run_with_cause(policy.run(), &["python3", "-c", program]);
+    assert_eq!((outcome.code, cause.as_str()), (1, "out_of_tasks"), "{outcome:?}");
+    assert!(reached["refused_tasks"].as_u64() > Some(0), "{reached}");
+    assert!(outcome.stderr.contains("chitin: out of tasks: "), "{outcome:?}");
+}
+
+fn full_disk_is_the_reported_cause(tier: TierUnderTest) {
+    let command = ["sh", "-c", "head -c 1G /dev/zero > /work/f"];
+    let (outcome, cause, reached) = run_with_cause(tier.run_with(""), &command);
+    assert_eq!((outcome.code, cause.as_str()), (1, "disk_full"), "{outcome:?}");
+    assert_eq!(reached["disk_full"], true);
+    assert!(outcome.stderr.contains("chitin: disk full: "), "{outcome:?}");
+}
+
+fn limit_survived_by_workload_is_a_note(tier: TierUnderTest) {
+    let command = ["sh", "-c", "head -c 1G /dev/zero > /work/f; exit 0"];
+    let (outcome, cause, reached) = run_with_cause(tier.run_with(""), &command);
+    outcome.assert_success();
+    assert_eq!((cause.as_str(), &reached["disk_full"]), ("exit", &true.into()));
+    assert!(outcome.stderr.contains("chitin: note: disk full: "), "{outcome:?}");
+    // No limit was reached by a failure that has another cause.
+    let (outcome, cause, reached) = run_with_cause(tier.run_with(""), &["sh", "-c", "exit 5"]);
+    assert_eq!((outcome.code, cause.as_str(), outcome.stderr.as_str()), (5, "exit", ""));
+    assert_eq!(reached["oom_kills"], 0);
 }
 
 fn full_disk_affects_only_workload(tier: TierUnderTest) {

@@ -290,8 +290,15 @@ fn options_exceeding_policy_are_rejected(tier: TierUnderTest) {
         ("--secret", "A=env:HOME", "secret A: the policy"),
         ("--allow", "evil.example:443", "evil.example:443: the policy"),
     ] {
-        policy.run().args([option, value, "--", "true"]).outcome().assert_refused(words);
+        let run = policy.run().args([option, value]);
+        let (outcome, report) = run.outcome_with_json("--report", &["--", "true"]);
+        outcome.assert_refused(words);
+        assert_eq!(report["cause"], "policy", "{report}");
     }
+    policy.rewrite("resources: {vcpus: 99}\n");
+    let (outcome, report) = policy.run().outcome_with_json("--report", &["--", "true"]);
+    outcome.assert_refused("vcpus");
+    assert_eq!(report["cause"], "policy", "{report}");
 }
 
 fn policy_delivers_secrets_and_is_in_report(tier: TierUnderTest) {

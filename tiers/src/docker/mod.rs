@@ -26,7 +26,7 @@ use bollard::query_parameters::{
     StartContainerOptions, WaitContainerOptionsBuilder,
 };
 use bollard::{API_DEFAULT_VERSION, Docker};
-use chitin_spec::TierKind;
+use chitin_spec::{EndCause, TierKind};
 use chitin_text::error_chain;
 use chitin_vmm::HostError;
 use futures_util::StreamExt;
@@ -489,31 +489,38 @@ impl Instance for Container {
             let broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let inspected =
                 self.docker.inspect_container(&self.id, None::<InspectContainerOptions>).await;
-            let reason = match (&inspected, broken) {
+            let (cause, reason) = match (&inspected, broken) {
                 (Err(bollard::errors::Error::DockerResponseServerError { .. }), _) => {
-                    "its container has ended".into()
+                    (EndCause::Host, "its container has ended".into())
                 }
                 (Err(error), _) => {
-                    format!(
+                    let reason = format!(
                         "the {} daemon no longer answers; it ends the container when it is \
                          restarted ({})",
                         self.implementation,
                         error_chain(error)
-                    )
+                    );
+                    (EndCause::Host, reason)
                 }
                 (Ok(_), Some(broken)) => {
-                    format!("the connection to the {} daemon broke: {broken}", self.implementation)
+                    let engine = &self.implementation;
+                    (
+                        EndCause::Host,
+                        format!("the connection to the {engine} daemon broke: {broken}"),
+                    )
                 }
                 (Ok(container), None) => {
                     let state = container.state.as_ref();
                     match state.and_then(|state| state.oom_killed) {
-                        Some(true) => "its container ran out of memory".into(),
-                        _ => "its container has ended".into(),
+                        Some(true) => {
+                            (EndCause::OutOfMemory, "its container ran out of memory".into())
+                        }
+                        _ => (EndCause::Host, "its container has ended".into()),
                     }
                 }
             };
             if self.answered {
-                return Error::GuestEnded(GuestEnd { reason, log: self.log.to_text() });
+                return Error::GuestEnded(GuestEnd { cause, reason, log: self.log.to_text() });
             }
             let source = ContainerError::Reported(self.log.last_line().unwrap_or(reason));
             Error::Container { engine: self.implementation.clone(), source }

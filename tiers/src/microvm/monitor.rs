@@ -16,6 +16,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chitin_spec::EndCause;
 use chitin_vmm::control::Request;
 use chitin_vmm::jail::Jail;
 use chitin_vmm::{EndReason, Event, FailureCode, HostError, VmSpec};
@@ -207,7 +208,9 @@ async fn receive_events(control: Arc<UnixDatagram>, reported: watch::Sender<Repo
             Ok(Event::Ended { reason, detail, log, fault, .. }) => {
                 let broken = |fault| format!("after a device fault: {fault}");
                 let detail = detail.or(fault.map(broken));
-                break MonitorEnd::Guest(GuestEnd { reason: describe_end(reason, detail), log });
+                let cause = classify_end(reason);
+                let reason = describe_end(reason, detail);
+                break MonitorEnd::Guest(GuestEnd { cause, reason, log });
             }
             Ok(Event::Failed { code, error }) => {
                 break MonitorEnd::Failed { code, message: error };
@@ -233,6 +236,15 @@ async fn receive_events(control: Arc<UnixDatagram>, reported: watch::Sender<Repo
         MonitorEnd::Saved => tracing::debug!("guest saved"),
     }
     reported.send_modify(|reported| reported.end = Some(end));
+}
+
+fn classify_end(reason: EndReason) -> EndCause {
+    match reason {
+        EndReason::Reset => EndCause::GuestPanic,
+        EndReason::Fault => EndCause::GuestFault,
+        // Only the host stops a monitor or closes its sockets, and this process has not.
+        EndReason::Stopped | EndReason::Kvm => EndCause::Host,
+    }
 }
 
 fn describe_end(reason: EndReason, detail: Option<String>) -> String {

@@ -200,7 +200,7 @@ impl Engine {
 }
 
 /// Returns the cgroups of a container: one, or one in each hierarchy of version 1.
-fn container_cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
+pub(super) fn container_cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
     let root = Path::new(CGROUPS);
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
     let cgroups = hierarchies

@@ -22,6 +22,7 @@
 //! ```
 
 mod bundle;
+mod counters;
 mod engine;
 mod root;
 mod tree;
@@ -32,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use chitin_spec::TierKind;
+use chitin_spec::{EndCause, ReachedLimits, TierKind};
 use chitin_vmm::HostError;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
@@ -41,6 +42,7 @@ use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
 
 use self::bundle::{Bundle, Content};
+use self::counters::Counters;
 use self::engine::Engine;
 use crate::clock::monotonic_ns;
 use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
@@ -198,6 +200,7 @@ struct Container {
     log: Log,
     reader: tokio::task::JoinHandle<()>,
     ended: Option<ExitStatus>,
+    counters: Counters,
     cleanup: TaskTracker,
 }
 
@@ -254,6 +257,7 @@ impl Container {
             log,
             reader,
             ended: None,
+            counters: Counters::default(),
             cleanup: cleanup.clone(),
         };
         Ok((container, ours))
@@ -270,6 +274,31 @@ impl Container {
                 let _ = tokio::time::timeout(LOG_LIMIT, &mut self.reader).await;
                 *self.ended.insert(status)
             }
+        }
+    }
+
+    /// Returns the cause of the end of a container that had started.
+    fn explain_end(&self, status: ExitStatus, oom_kills: u32) -> (EndCause, String) {
+        let mib = self.limits.memory >> 20;
+        match (status.code(), self.engine.has_own_kernel()) {
+            // gVisor's kernel is in the cgroup, so that the limit ends all of it, and not the
+            // process that exceeded it.
+            (_, true) if oom_kills > 0 => {
+                let reason =
+                    format!("gVisor's kernel was killed, as the sandbox used its {mib} MiB");
+                (EndCause::OutOfMemory, reason)
+            }
+            (_, false) if oom_kills > 0 => {
+                let reason = format!("its agent was killed, as the sandbox used its {mib} MiB");
+                (EndCause::OutOfMemory, reason)
+            }
+            (Some(KILLED), true) => (EndCause::Host, "gVisor's kernel was killed".into()),
+            (Some(PANICKED), true) => {
+                let reason =
+                    "gVisor's kernel panicked, as when the sandbox starts too many processes";
+                (EndCause::GuestPanic, reason.into())
+            }
+            _ => (EndCause::Host, format!("its container has ended ({status})")),
         }
     }
 
@@ -292,24 +321,21 @@ impl Instance for Container {
         START_LIMIT
     }
 
+    fn reached_limits(&mut self) -> ReachedLimits {
+        let reached = self.counters.update(&self.name);
+        // Around gVisor's kernel the limit counts threads of that kernel, not tasks of the sandbox.
+        let refused_tasks = if self.engine.has_own_kernel() { 0 } else { reached.refused_tasks };
+        ReachedLimits { refused_tasks, ..reached }
+    }
+
     fn wait_for_end(&mut self) -> Pending<'_, Error> {
         Box::pin(async {
+            // The runtime removes the cgroup, but not before it has noticed the end itself.
+            let oom_kills = self.counters.update(&self.name).oom_kills;
             let status = self.wait_for_runtime().await;
             if self.answered {
-                let reason = match (status.code(), self.engine.has_own_kernel()) {
-                    // gVisor's kernel is in the cgroup, so that the limits end all of it, and not
-                    // the process that exceeded them.
-                    (Some(KILLED), true) => format!(
-                        "gVisor's kernel was killed, as when the sandbox exceeds its {} MiB",
-                        self.limits.memory >> 20
-                    ),
-                    (Some(PANICKED), true) => {
-                        "gVisor's kernel panicked, as when the sandbox starts too many processes"
-                            .into()
-                    }
-                    _ => format!("its container has ended ({status})"),
-                };
-                return Error::GuestEnded(GuestEnd { reason, log: self.log.to_text() });
+                let (cause, reason) = self.explain_end(status, oom_kills);
+                return Error::GuestEnded(GuestEnd { cause, reason, log: self.log.to_text() });
             }
             let message = self.log.last_line();
             let message = message.unwrap_or_else(|| format!("it ended without output ({status})"));
