@@ -8,6 +8,7 @@ mod jail_args;
 mod logging;
 mod machine_args;
 mod policy;
+mod policy_args;
 mod report;
 mod run;
 mod template;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use chitin::Policy;
+use chitin::{Policy, printable};
 
 use crate::error::CliError;
 
@@ -13,7 +13,8 @@ use crate::error::CliError;
 Examples:
   chitin policy check scraper.yaml
   chitin policy schema > policy.schema.json
-  chitin run --policy scraper.yaml -- python3 scrape.py")]
+  chitin run --policy scraper.yaml -- python3 scrape.py
+  chitin run --policy scraper.yaml --policy-may env,file -- python3 scrape.py")]
 pub enum Command {
     /// Explain in words what a policy allows, and what enforces it on each tier
     Check {
@@ -29,7 +30,10 @@ pub enum Command {
 pub fn execute(command: Command) -> Result<u8, CliError> {
     match command {
         Command::Check { file } => {
-            print!("{}", Policy::load(file).map_err(chitin::Error::from)?.explain());
+            // Text of a third party must not steer the terminal.
+            for line in Policy::load(file).map_err(chitin::Error::from)?.explain().lines() {
+                println!("{}", printable(line));
+            }
         }
         Command::Schema => print!("{}", Policy::schema()),
     }

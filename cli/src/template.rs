@@ -1,12 +1,12 @@
 //! `chitin template`: builds, lists, shows and removes templates.
 
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Policy, Sandbox, Templates, WarmUpSpec, error_chain, printable};
+use chitin::{Manifest, Sandbox, Templates, WarmUpSpec, error_chain, printable};
 
 use crate::error::CliError;
 use crate::machine_args::MachineArgs;
+use crate::policy_args::PolicyArgs;
 
 /// Commands about templates.
 #[derive(clap::Subcommand)]
@@ -50,10 +50,9 @@ pub struct BuildArgs {
     #[arg(long, value_name = "CMD")]
     first: Option<String>,
 
-    /// Enforce this policy during the warm-up. Copies must be started with the same policy, and
-    /// receive its credentials only then
-    #[arg(long, value_name = "FILE")]
-    policy: Option<PathBuf>,
+    // Copies must be started with the same policy, and receive its credentials only then.
+    #[command(flatten)]
+    policy: PolicyArgs,
 
     #[command(flatten)]
     machine: MachineArgs,
@@ -96,9 +95,7 @@ pub async fn execute(command: Command) -> Result<u8, CliError> {
 
 async fn build_template(args: BuildArgs, templates: Templates) -> Result<(), CliError> {
     let mut builder = args.machine.apply_to(Sandbox::builder().templates(templates));
-    if let Some(policy) = &args.policy {
-        builder = builder.policy(Policy::load(policy).map_err(chitin::Error::from)?);
-    }
+    builder = args.policy.apply_to(builder, args.policy.load().map_err(chitin::Error::from)?);
     let first = args.first.map(|script| ["/bin/sh".into(), "-c".into(), script.into()].into());
     let first_command = first.unwrap_or_default();
     let warm_up = WarmUpSpec { script: args.warm_up, first_command };

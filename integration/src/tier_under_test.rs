@@ -153,8 +153,14 @@ impl Policy {
         write_file(self.dir.path(), "p.yaml", text).expect("write a policy");
     }
 
-    /// Returns `chitin run --policy FILE`. The caller adds the command.
+    /// Returns `chitin run --policy FILE`, with consent to all that the policy does on the host. The
+    /// caller adds the command.
     pub fn run(&self) -> Chitin {
+        self.run_without_consent().args(["--policy-may", "all"])
+    }
+
+    /// Returns `chitin run --policy FILE`. The caller adds the command.
+    pub fn run_without_consent(&self) -> Chitin {
         self.tier.run_with("--policy").arg(&self.path)
     }
 

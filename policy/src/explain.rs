@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use chitin_spec::{Delivery, SecretSource, TierKind};
+use chitin_text::printable;
 
 use super::file::Access;
 use super::{Field, Policy, SyscallFilter, Verdict};
@@ -28,6 +29,7 @@ fn write_all(policy: &Policy, out: &mut String) -> std::fmt::Result {
         policy.origin, policy.profile, profile.purpose
     )?;
     writeln!(out)?;
+    write_host_uses(policy, out)?;
     write_isolation(policy, out)?;
     write_files(policy, out)?;
     write_network(policy, out)?;
@@ -52,6 +54,24 @@ fn write_all(policy: &Policy, out: &mut String) -> std::fmt::Result {
     write_credentials(policy, out)?;
     write_resources(policy, out)?;
     write_enforcement(policy, out)
+}
+
+/// Writes what the policy does on the host, first of all: everything else is about the sandbox.
+fn write_host_uses(policy: &Policy, out: &mut String) -> std::fmt::Result {
+    let uses = policy.host_uses();
+    if uses.is_empty() {
+        return writeln!(out, "Host: it uses nothing of this host.");
+    }
+    writeln!(
+        out,
+        "WARNING: THIS POLICY USES YOUR HOST. A run is refused until you consent to each of these \
+         on the command line:"
+    )?;
+    for host_use in uses {
+        let option = host_use.to_string().replace('\'', "'\\''");
+        writeln!(out, "  It {}.\n    --policy-may '{option}'", host_use.describe())?;
+    }
+    writeln!(out)
 }
 
 fn write_isolation(policy: &Policy, out: &mut String) -> std::fmt::Result {
@@ -120,9 +140,13 @@ fn write_credentials(policy: &Policy, out: &mut String) -> std::fmt::Result {
     writeln!(out, "Credentials:")?;
     for secret in &policy.secrets {
         let source = match &secret.source {
-            SecretSource::Env(name) => format!("this host's environment variable {name}"),
+            SecretSource::Env(name) => {
+                format!("this host's environment variable {}", printable(name))
+            }
             SecretSource::File(path) => format!("this host's file {}", path.display()),
-            SecretSource::Exec(command) => format!("the output of `{command}` on this host"),
+            SecretSource::Exec(command) => {
+                format!("the output of `{}` on this host", printable(command))
+            }
             SecretSource::Vault(source) => source.to_string(),
         };
         let delivery = match &secret.delivery {

@@ -9,6 +9,7 @@
 //! tier.
 #![forbid(unsafe_code)]
 
+mod consent;
 mod decode;
 mod explain;
 mod file;
@@ -30,6 +31,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+pub use consent::{Consent, HostUse, HostUseKind, ParseConsentError, UnconsentedUses};
 pub use file::Access;
 pub use profile::{PROFILES, Profile, ProfileSpec, SyscallFilter};
 pub use tiers::{Field, Verdict};
@@ -129,6 +131,17 @@ pub enum PolicyError {
         origin: String,
         /// The endpoint.
         endpoint: Endpoint,
+    },
+    /// The policy uses the host in ways that the caller has not consented to.
+    #[error(
+        "the policy {origin} needs your consent: it {uses}; if you trust it, add `{}`",
+        uses.options()
+    )]
+    Consent {
+        /// The file.
+        origin: String,
+        /// The uses that lack consent.
+        uses: UnconsentedUses,
     },
     /// A template was built under another policy.
     #[error(

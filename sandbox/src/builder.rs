@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chitin_broker::credentials::CredentialSpec;
 use chitin_broker::egress::EgressSpec;
-use chitin_policy::{Policy, PolicyError};
+use chitin_policy::{Consent, Policy, PolicyError};
 use chitin_spec::{
     Delivery, EgressLimits, Endpoint, SecretSource, SecretSpec, TierKind, VaultConfig, VaultSource,
 };
@@ -38,6 +38,7 @@ pub struct Builder {
     template: Option<String>,
     forkable: bool,
     policy: Option<Arc<Policy>>,
+    consents: Vec<Consent>,
     // Boxed: most sandboxes have none.
     egress: Box<EgressSpec>,
     tier: Option<TierKind>,
@@ -60,6 +61,7 @@ impl Builder {
             template: None,
             forkable: false,
             policy: None,
+            consents: Vec::new(),
             egress: Box::default(),
             tier: None,
             fallback: Vec::new(),
@@ -159,8 +161,19 @@ impl Builder {
 
     /// Enforces a policy on the sandbox. Its credentials and files are delivered at the start.
     /// Numbers set here may be lower than the policy's; a credential must be listed in it.
+    ///
+    /// A policy that uses the host (commands, environment, files, Vault, another image) is refused
+    /// without [`policy_may`](Builder::policy_may).
     pub fn policy(mut self, policy: Policy) -> Builder {
         self.policy = Some(Arc::new(policy));
+        self
+    }
+
+    /// Consents to what the policy does on the host: runs commands, reads the environment, files or
+    /// Vault, writes files back, boots another image. [`Policy::host_uses`] lists it. A credential
+    /// that is also set here with the same source needs no further consent.
+    pub fn policy_may(mut self, consents: impl IntoIterator<Item = Consent>) -> Builder {
+        self.consents.extend(consents);
         self
     }
 
@@ -300,6 +313,7 @@ impl Builder {
     /// Replaces settings by the policy's, after a check that none asks for more than it allows.
     fn apply_policy(&mut self, policy: &Policy) -> Result<(), PolicyError> {
         policy.tier()?;
+        policy.check_consent(&self.consents, &self.secrets)?;
         let unlisted = self.secrets.iter().find(|secret| !policy.secrets.contains(secret));
         if let Some(secret) = unlisted {
             let (origin, name) = (policy.origin.clone(), secret.name.clone());

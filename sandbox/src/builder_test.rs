@@ -51,3 +51,16 @@ async fn template_with_a_credential_is_refused() {
     let built = builder.build_template("t", &WarmUpSpec::default()).await;
     assert!(matches!(built, Err(Error::SecretInTemplate { name }) if name == "TOKEN"));
 }
+
+#[test]
+fn policy_using_host_is_refused_without_consent() {
+    let text = "sandbox: {filesystem: [{access: read-only, path: /data/a, source: /srv/a}]}\n";
+    let builder = || Builder::new().policy(policy(text));
+    let error = builder().validate().unwrap_err();
+    assert!(matches!(error, Error::Policy(PolicyError::Consent { .. })), "{error}");
+    for consent in ["file", "file:/srv/a", "all"] {
+        assert!(builder().policy_may([consent.parse().unwrap()]).validate().is_ok(), "{consent}");
+    }
+    let other = builder().policy_may(["file:/srv/b".parse().unwrap()]).validate();
+    assert!(matches!(other, Err(Error::Policy(PolicyError::Consent { .. }))));
+}

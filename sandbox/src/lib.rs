@@ -68,7 +68,7 @@ pub use chitin_broker::egress::EgressError;
 pub use chitin_broker::proxy::{SetupError as ProxySetupError, ValueError as ProxyValueError};
 pub use chitin_broker::vault::VaultError;
 pub use chitin_broker::{Error as CredentialError, SecretError, SecretValueError, SourceError};
-pub use chitin_policy::{self as policy, Policy, PolicyError};
+pub use chitin_policy::{self as policy, Consent, Policy, PolicyError};
 pub use chitin_protocol::{Exit, Failure, Fault, ReachedLimits, StartError, Usage};
 pub use chitin_spec::{
     Boundary, Delivery, EgressLimits, EndCause, Endpoint, ParseEndpointError, ProxyScope, SecretId,

@@ -9,6 +9,7 @@ use chitin::{SecretSpec, TierKind};
 
 use super::values::{CopySpec, PortPair, WORKDIR, parse_bytes};
 use crate::machine_args::MachineArgs;
+use crate::policy_args::PolicyArgs;
 
 /// Headings of options in the help.
 const CREDENTIALS: &str = "Credentials";
@@ -49,9 +50,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["cpus", "memory", "console"])]
     pub template: Option<String>,
 
-    /// Enforce this policy; `chitin policy check` explains what it allows
-    #[arg(long, value_name = "FILE")]
-    pub policy: Option<PathBuf>,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
 
     #[command(flatten)]
     pub machine: MachineArgs,

@@ -46,7 +46,7 @@ struct Progress {
 /// Runs the command, writes the report, and returns the exit code.
 pub async fn run_command(args: Args) -> Result<u8, CliError> {
     let mut progress = Progress::default();
-    let loaded = args.policy.as_ref().map(Policy::load).transpose().map_err(chitin::Error::from);
+    let loaded = args.policy.load().map_err(chitin::Error::from);
     let policy = loaded.as_ref().ok().and_then(Option::as_ref);
     let record = policy.map(PolicyRecord::new);
     let wanted = args.tier.or(policy.map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
@@ -172,9 +172,7 @@ async fn bind_ports(publish: &[PortPair]) -> Result<Vec<(TcpListener, u16)>, Cli
 /// Translates the arguments.
 fn new_builder(args: &Args, policy: Option<Policy>, secrets: Vec<SecretSpec>) -> Builder {
     let mut builder = args.machine.apply_to(Sandbox::builder().console(args.console));
-    if let Some(policy) = policy {
-        builder = builder.policy(policy);
-    }
+    builder = args.policy.apply_to(builder, policy);
     builder = builder.fallback(args.fallback.iter().copied());
     if let Some(tier) = args.tier {
         builder = builder.tier(tier);

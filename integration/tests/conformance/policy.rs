@@ -22,6 +22,7 @@ on_every_tier!(
     policy_limits_time,
     options_exceeding_policy_are_rejected,
     policy_delivers_secrets_and_is_in_report,
+    host_use_of_policy_requires_consent,
     endpoint_listed_in_policy_is_reachable,
     endpoint_missing_from_policy_is_unreachable,
     tier_missing_from_policy_is_rejected,
@@ -326,6 +327,32 @@ secrets:
     );
     assert_eq!(governed["file"], policy.path.as_str());
     assert_eq!(governed["digest"].as_str().map(str::len), Some(64));
+}
+
+fn host_use_of_policy_requires_consent(tier: TierUnderTest) {
+    let policy = tier.write_policy("");
+    let marker = policy.dir.path().join("ran");
+    let command = format!("touch {}; echo v", marker.display());
+    policy.rewrite(&format!("secrets: [{{name: KEY, source: 'exec:{command}'}}]\n"));
+    let args = ["--", "sh", "-c", "cat $KEY_FILE"];
+    for consent in ["env,file,write,vault,image", "exec:echo v"] {
+        let run = policy.run_without_consent().args(["--policy-may", consent]);
+        let (outcome, report) = run.outcome_with_json("--report", &args);
+        outcome.assert_refused("--policy-may exec");
+        assert_eq!(report["cause"], "policy", "{report}");
+    }
+    policy.run_without_consent().args(args).outcome().assert_refused(&command);
+    assert!(!marker.exists());
+
+    let exact = format!("exec:{command}");
+    for consent in ["exec", "all", &exact] {
+        let run = policy.run_without_consent().args(["--policy-may", consent]).args(args);
+        assert_eq!(run.outcome().assert_success(), "v");
+        fs::remove_file(&marker).unwrap();
+    }
+    // A credential that the caller names as well is the caller's own.
+    let own = policy.run_without_consent().arg("--secret").arg(format!("KEY={exact}"));
+    assert_eq!(own.args(args).outcome().assert_success(), "v");
 }
 
 fn endpoint_listed_in_policy_is_reachable(tier: TierUnderTest) {
