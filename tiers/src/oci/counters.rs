@@ -47,7 +47,7 @@ impl Counters {
 }
 
 /// Reads the number after a name in a file of lines; 0 if there is none.
-fn read_counter(file: &Path, name: &str) -> u64 {
+pub(super) fn read_counter(file: &Path, name: &str) -> u64 {
     let text = fs::read_to_string(file).unwrap_or_default();
     let mut lines = text.lines().filter_map(|line| line.split_once(' '));
     let value = lines.find(|(key, _)| *key == name).and_then(|(_, value)| value.parse().ok());

@@ -24,6 +24,7 @@
 mod bundle;
 mod counters;
 mod engine;
+mod oom_watch;
 mod root;
 mod tree;
 
@@ -44,6 +45,7 @@ use tokio_util::task::TaskTracker;
 use self::bundle::{Bundle, Content};
 use self::counters::Counters;
 use self::engine::Engine;
+use self::oom_watch::OomWatch;
 use crate::clock::monotonic_ns;
 use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
 use crate::error::{ContainerError, PathError, Rejections};
@@ -201,6 +203,7 @@ struct Container {
     reader: tokio::task::JoinHandle<()>,
     ended: Option<ExitStatus>,
     counters: Counters,
+    oom_watch: Option<OomWatch>,
     cleanup: TaskTracker,
 }
 
@@ -258,6 +261,7 @@ impl Container {
             reader,
             ended: None,
             counters: Counters::default(),
+            oom_watch: None,
             cleanup: cleanup.clone(),
         };
         Ok((container, ours))
@@ -278,17 +282,17 @@ impl Container {
     }
 
     /// Returns the cause of the end of a container that had started.
-    fn explain_end(&self, status: ExitStatus, oom_kills: u32) -> (EndCause, String) {
+    fn explain_end(&self, status: ExitStatus, out_of_memory: bool) -> (EndCause, String) {
         let mib = self.limits.memory >> 20;
         match (status.code(), self.engine.has_own_kernel()) {
             // gVisor's kernel is in the cgroup, so that the limit ends all of it, and not the
             // process that exceeded it.
-            (_, true) if oom_kills > 0 => {
+            (_, true) if out_of_memory => {
                 let reason =
                     format!("gVisor's kernel was killed, as the sandbox used its {mib} MiB");
                 (EndCause::OutOfMemory, reason)
             }
-            (_, false) if oom_kills > 0 => {
+            (_, false) if out_of_memory => {
                 let reason = format!("its agent was killed, as the sandbox used its {mib} MiB");
                 (EndCause::OutOfMemory, reason)
             }
@@ -313,6 +317,7 @@ impl Container {
 impl Instance for Container {
     fn release_start_resources(&mut self) {
         self.answered = true;
+        self.oom_watch = OomWatch::start(&self.name);
         // The container's mounts are on the tree and would go with it.
         self.bundle.take_if(|bundle| !bundle.has_tree());
     }
@@ -330,11 +335,13 @@ impl Instance for Container {
 
     fn wait_for_end(&mut self) -> Pending<'_, Error> {
         Box::pin(async {
-            // The runtime removes the cgroup, but not before it has noticed the end itself.
-            let oom_kills = self.counters.update(&self.name).oom_kills;
             let status = self.wait_for_runtime().await;
             if self.answered {
-                let (cause, reason) = self.explain_end(status, oom_kills);
+                let out_of_memory = match &mut self.oom_watch {
+                    Some(watch) => watch.has_observed().await,
+                    None => false,
+                };
+                let (cause, reason) = self.explain_end(status, out_of_memory);
                 return Error::GuestEnded(GuestEnd { cause, reason, log: self.log.to_text() });
             }
             let message = self.log.last_line();
