@@ -4,11 +4,11 @@ use std::fmt;
 use std::io;
 
 use chitin_protocol::{MAX_SECRET, SecretBytes};
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut};
 use zeroize::{Zeroize, Zeroizing};
 
-/// The value of a credential in dedicated memory: locked against swapping (and so left out of core
-/// dumps where the kernel leaves out locked pages), and wiped when dropped.
+/// The value of a credential in dedicated memory: locked against swapping, left out of core dumps,
+/// and wiped when dropped.
 pub struct SecretValue {
     pages: MmapMut,
     len: usize,
@@ -30,6 +30,9 @@ pub enum SecretValueError {
     /// The kernel refuses to lock the memory.
     #[error("lock memory against swapping (raise the limit of `ulimit -l`)")]
     Lock(#[source] io::Error),
+    /// The kernel refuses to leave the memory out of core dumps.
+    #[error("leave memory out of core dumps")]
+    LeaveOutOfDumps(#[source] io::Error),
 }
 
 impl SecretValue {
@@ -53,6 +56,8 @@ impl SecretValue {
         }
         let mut pages = MmapMut::map_anon(value.len()).map_err(SecretValueError::Allocate)?;
         pages.lock().map_err(SecretValueError::Lock)?;
+        // A lock does not imply it: the kernel dumps locked pages.
+        pages.advise(Advice::DontDump).map_err(SecretValueError::LeaveOutOfDumps)?;
         pages[..value.len()].copy_from_slice(value);
         Ok(SecretValue { len: value.len(), pages })
     }
@@ -72,5 +77,40 @@ impl Drop for SecretValue {
 impl fmt::Debug for SecretValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SecretValue({} bytes)", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the flags of the mapping that contains an address (`proc_pid_smaps(5)`).
+    fn mapping_flags(address: usize) -> Vec<String> {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in text.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let bounds = range.map(|(start, end)| {
+                (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16))
+            });
+            if let Some((Ok(start), Ok(end))) = bounds {
+                inside = (start..end).contains(&address);
+            }
+            if let Some(flags) = line.strip_prefix("VmFlags:")
+                && inside
+            {
+                return flags.split_whitespace().map(str::to_owned).collect();
+            }
+        }
+        panic!("{address:#x} is not mapped");
+    }
+
+    #[test]
+    fn secret_pages_are_locked_and_not_dumped() {
+        let value = SecretValue::new(Zeroizing::new(b"canary".to_vec()), false).unwrap();
+        let flags = mapping_flags(value.pages.as_ptr() as usize);
+        for flag in ["lo", "dd"] {
+            assert!(flags.iter().any(|found| found == flag), "no {flag} in {flags:?}");
+        }
     }
 }

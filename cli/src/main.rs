@@ -69,6 +69,12 @@ enum Command {
 }
 
 fn main() {
+    // The environment may contain secrets already.
+    if let Err(error) = chitin::harden_process() {
+        let error = CliError::from(error);
+        error.print();
+        exit(error.exit_code().into());
+    }
     let cli = Cli::try_parse().unwrap_or_else(|error| exit(report_usage(&error).into()));
     // `exit` instead of a return: the thread that reads standard input may be blocked for ever.
     exit(match execute(cli) {

@@ -23,6 +23,8 @@
 //! # }
 //! ```
 //!
+//! A program that handles credentials calls [`harden_process`] before it reads the first one.
+//!
 //! A [`Sandbox`] ends when it is dropped, and when the process that holds it ends for any reason.
 //!
 //! The modules build on each other in this order:
@@ -51,6 +53,7 @@ pub mod doctor;
 mod error;
 mod fork;
 mod forward;
+mod harden;
 pub mod host;
 mod launch;
 mod phases;
@@ -86,6 +89,7 @@ pub use cleanup::wait_for_cleanup;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;
 pub use forward::Forward;
+pub use harden::harden_process;
 pub use phases::Phases;
 pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, ECHO, Output, Process};
