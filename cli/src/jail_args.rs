@@ -1,4 +1,6 @@
-//! The option `--no-jail`.
+//! The option `--no-jail`, and warnings about a jail that lacks a part.
+
+use chitin::{Jail, JailUser};
 
 /// Options about the jail of the monitor.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -25,5 +27,16 @@ impl JailArgs {
             );
         }
         self.is_jailed()
+    }
+}
+
+/// Prints a warning if the jail has no user of its own and root started it.
+pub fn warn_if_root(jail: Option<&Jail>) {
+    if jail.is_some_and(|jail| jail.user == JailUser::Root) {
+        eprintln!(
+            "chitin: WARNING: the jail has no dedicated user, because root has no other user ids \
+             here (in a container: map 1879048192 to 1883242496 as well); a guest that takes over \
+             its monitor is root in an empty root"
+        );
     }
 }

@@ -16,6 +16,11 @@ pub struct MachineArgs {
     #[arg(long, value_name = "MIB")]
     memory: Option<u64>,
 
+    /// Share no page of memory with other sandboxes: copy the kernel, the root image and the memory
+    /// of a template. For tenants that attack each other; takes the size of the image in memory
+    #[arg(long)]
+    pub private_memory: bool,
+
     #[command(flatten)]
     pub jail: JailArgs,
 }
@@ -29,6 +34,6 @@ impl MachineArgs {
         if let Some(memory) = self.memory {
             builder = builder.memory_mib(memory);
         }
-        builder.jail(self.jail.warn_if_unjailed())
+        builder.private_memory(self.private_memory).jail(self.jail.warn_if_unjailed())
     }
 }

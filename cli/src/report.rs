@@ -32,6 +32,8 @@ pub struct Report {
     pub error: Option<String>,
     /// The jail of the monitor.
     pub jail: JailReport,
+    /// The sandbox shared no page with another (`--private-memory`).
+    pub private_memory: bool,
     /// The phases of the run, in nanoseconds since the start of the monitor.
     pub phases: Phases,
 }

@@ -91,6 +91,11 @@ fn jail_is_shown_in_report_and_doctor() {
     assert_eq!((outcome.assert_success(), outcome.stderr.as_str()), ("", ""));
     assert_eq!(report()["jail"]["on"], true);
     assert!(report()["jail"]["uid"].as_u64().unwrap() >= 0x7000_0000, "{}", report()["jail"]);
+    assert_eq!(report()["jail"]["user"], "dedicated");
+    for name in ["core_scheduling", "store_bypass", "indirect_branch"] {
+        let state = report()["jail"]["speculation"][name].clone();
+        assert!(["on", "not_needed", "unavailable"].iter().any(|known| state == *known), "{state}");
+    }
 
     let outcome = chitin("run --no-jail --report").arg(&path).args(["--", "true"]).outcome();
     outcome.assert_success();
@@ -101,6 +106,57 @@ fn jail_is_shown_in_report_and_doctor() {
     let found: serde_json::Value = serde_json::from_str(doctor.assert_success()).unwrap();
     assert!(found["jail"]["without"].is_array(), "{found}");
     assert!(chitin("doctor").outcome().assert_success().contains("ok jail "));
+}
+
+/// Returns the pages of files that a monitor maps, apart from program and libraries.
+fn mapped_files(monitor: &Path) -> String {
+    let maps = fs::read_to_string(monitor.join("maps")).unwrap();
+    let own =
+        |line: &&str| line.contains('/') && !line.contains("chitin-vmm") && !line.contains(".so");
+    maps.lines().filter(own).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn private_memory_shares_no_file_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let chitin = |args: &str| chitin(args).env("CHITIN_TEMPLATES", dir.path());
+    chitin("template build t --memory 128").outcome().assert_success();
+    let script = "python3 -c 'print(6 * 7)'; sleep 600";
+    for (args, files) in [
+        ("run", &["vmlinux", "root.img"] as &[&str]),
+        ("run --template t", &["memory", "root.img"]),
+    ] {
+        for private in [false, true] {
+            let option = if private { "--private-memory" } else { "" };
+            let mut running = chitin(&format!("{args} {option} -- sh -c")).arg(script).spawn();
+            assert_eq!(running.read_line(), "42");
+            let [_, _, monitor] = run_processes(&running);
+            let mapped = mapped_files(&monitor);
+            for file in files {
+                assert_eq!(mapped.contains(file), !private, "{args} {file}: {mapped}");
+            }
+            kill_by_path(&monitor, Signal::KILL);
+            running.wait();
+            running.assert_no_process_left();
+        }
+    }
+}
+
+#[test]
+fn root_without_other_users_is_warned() {
+    // Root of a user namespace that has one user of the host, as in many containers.
+    let words = ["unshare", "-Ur"].map(std::ffi::OsStr::new);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.json");
+    let run = chitin("run --report").arg(&path).args(["--", "true"]).run_through(&words);
+    let outcome = run.outcome();
+    outcome.assert_success();
+    assert!(outcome.stderr.starts_with("chitin: WARNING: the jail has no dedicated user"));
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert_eq!(report["jail"]["user"], "root");
+    assert!(report["jail"]["without"].to_string().contains("a dedicated user"), "{report}");
+    let doctor = chitin("doctor").run_through(&words).outcome();
+    assert!(doctor.assert_success().contains("works: root, "), "{doctor:?}");
 }
 
 #[test]

@@ -32,6 +32,7 @@ pub struct Builder {
     memory_mib: Option<u64>,
     console: bool,
     jail: bool,
+    private_memory: bool,
     timeout: Option<Duration>,
     secrets: Vec<SecretSpec>,
     templates: Option<Templates>,
@@ -55,6 +56,7 @@ impl Builder {
             memory_mib: None,
             console: false,
             jail: true,
+            private_memory: false,
             timeout: None,
             secrets: Vec::new(),
             templates: None,
@@ -99,6 +101,16 @@ impl Builder {
     /// its monitor has the rights of this process: its files, its network, its user.
     pub fn jail(mut self, jail: bool) -> Builder {
         self.jail = jail;
+        self
+    }
+
+    /// Copies kernel, root image and the memory of a template for this sandbox alone, instead of
+    /// sharing their pages with every other sandbox of the host; off if not set. Through shared
+    /// pages, a guest can observe by the time of its accesses which of them another guest uses, on
+    /// any core. Costs the size of the root image in memory and the time to copy it. Only microVMs
+    /// have it, so that no other tier is used.
+    pub fn private_memory(mut self, private_memory: bool) -> Builder {
+        self.private_memory = private_memory;
         self
     }
 
@@ -283,7 +295,13 @@ impl Builder {
             Some(policy) => self.apply_policy(&policy)?,
             None => self.allow_proxied_hosts(),
         }
-        let tiers = self.list_acceptable_tiers()?;
+        let mut tiers = self.list_acceptable_tiers()?;
+        if self.private_memory {
+            tiers.retain(|tier| *tier == TierKind::Ironclaw);
+            if tiers.is_empty() {
+                return Err(Error::PrivateMemory);
+            }
+        }
         let vm = self.build_vm_spec()?;
         Ok(SandboxSpec {
             artifacts: self.artifacts,
@@ -376,6 +394,7 @@ impl Builder {
         vm.console = self.console;
         vm.template = self.forkable;
         vm.jail = self.jail;
+        vm.private_memory = self.private_memory;
         vm.validate()?;
         Ok(vm)
     }

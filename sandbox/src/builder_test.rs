@@ -64,3 +64,14 @@ fn policy_using_host_is_refused_without_consent() {
     let other = builder().policy_may(["file:/srv/b".parse().unwrap()]).validate();
     assert!(matches!(other, Err(Error::Policy(PolicyError::Consent { .. }))));
 }
+
+#[test]
+fn private_memory_needs_a_microvm() {
+    let builder = || Sandbox::builder().private_memory(true);
+    let spec = builder().tier(TierKind::Ironclaw).fallback([TierKind::Nanoclaw]).validate();
+    let spec = spec.unwrap();
+    assert_eq!(spec.tiers, [TierKind::Ironclaw]);
+    assert!(spec.vm.private_memory);
+    let refused = builder().tier(TierKind::Nanoclaw).validate();
+    assert!(matches!(refused, Err(Error::PrivateMemory)));
+}

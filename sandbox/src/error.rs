@@ -123,6 +123,12 @@ pub enum Error {
     /// Only a microVM can be saved and copied.
     #[error("only a microVM can be saved and copied: use the tier ironclaw")]
     MicrovmRequired,
+    /// Private memory was requested, and no acceptable tier has it.
+    #[error(
+        "private memory needs the tier ironclaw: the containers of a host share the pages of their \
+         files"
+    )]
+    PrivateMemory,
     /// The sandbox was not started as forkable, or was forked already.
     #[error(
         "this sandbox cannot be forked: start it with `Builder::forkable(true)`, and fork it once"

@@ -83,7 +83,7 @@ pub use chitin_tiers::{
     PathError, RejectedTier, SelectedTier, Unavailable,
 };
 pub use chitin_tree::{Error as TreeError, Summary};
-pub use chitin_vmm::jail::Jail;
+pub use chitin_vmm::jail::{Jail, JailUser, Protection, Speculation};
 pub use chitin_vmm::{FailureCode, HostError, SpecError};
 pub use cleanup::wait_for_cleanup;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};

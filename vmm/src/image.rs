@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vm_memory::MmapRegion;
 use vm_memory::mmap::MmapRegionError;
 
-use crate::memory;
+use crate::memory::{self, FileSharing};
 
 /// The unit of an image's length: guests map persistent memory in pages of this size
 /// (`memremap_compat_align` of Linux on x86-64).
@@ -51,11 +51,11 @@ pub enum ImageError {
     Map { bytes: u64, source: MmapRegionError },
 }
 
-/// Checks an image and maps it, read-only and shared.
+/// Checks an image and maps it, read-only: its pages in the host's page cache, or a copy of them.
 ///
 /// # Errors
 /// The first property of the file that is invalid.
-pub fn map_image(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
+pub fn map_image(file: &Arc<File>, sharing: FileSharing) -> Result<MmapRegion<()>, ImageError> {
     let bytes = file.metadata().map_err(ImageError::Read)?.len();
     let mut superblock = [0; 64];
     match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
@@ -79,11 +79,17 @@ pub fn map_image(file: &Arc<File>) -> Result<MmapRegion<()>, ImageError> {
         return Err(ImageError::Length { bytes });
     }
     let length = usize::try_from(bytes).map_err(|_| ImageError::Length { bytes })?;
-    memory::map_shared_file(file, length).map_err(|source| ImageError::Map { bytes, source })
+    match sharing {
+        FileSharing::Shared => memory::map_shared_file(file, length),
+        FileSharing::Private => memory::map_file_copy(file, length),
+    }
+    .map_err(|source| ImageError::Map { bytes, source })
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::VolatileMemory;
+
     use super::*;
 
     fn image(bytes: u64, blocks: u32, bits: u8) -> Result<MmapRegion<()>, ImageError> {
@@ -96,7 +102,16 @@ mod tests {
             superblock[BLOCKS_AT..BLOCKS_AT + 4].copy_from_slice(&blocks.to_le_bytes());
             file.write_all_at(&superblock, SUPERBLOCK_AT).unwrap();
         }
-        map_image(&Arc::new(file))
+        let copy = file.try_clone().unwrap();
+        let shared = map_image(&Arc::new(file), FileSharing::Shared)?;
+        let private = map_image(&Arc::new(copy), FileSharing::Private)?;
+        let read = |region: &MmapRegion<()>| {
+            let mut bytes = vec![0; region.size()];
+            region.as_volatile_slice().copy_to(&mut bytes);
+            bytes
+        };
+        assert!(read(&shared) == read(&private));
+        Ok(shared)
     }
 
     #[test]

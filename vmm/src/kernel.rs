@@ -1,7 +1,7 @@
 //! The guest kernel: an ELF `vmlinux`.
 //!
 //! It is mapped into guest memory copy-on-write instead of being copied, so that microVMs share its
-//! pages and they cost nothing at boot. linux-loader copies segments into memory, and does not
+//! pages and they cost nothing at boot, unless the guest has private memory. linux-loader copies segments into memory, and does not
 //! bound the allocations that a file makes it do; so the few fields needed are read here, each
 //! checked before use.
 
@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{self, GuestRam, MemoryError, PAGE_BYTES};
+use crate::memory::{self, FileSharing, GuestRam, MemoryError, PAGE_BYTES};
 
 const ELF_HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
@@ -166,7 +166,12 @@ impl KernelImage {
     ///
     /// # Errors
     /// The host refuses a mapping, or the file was cut since [`read_headers`](Self::read_headers).
-    pub fn map_segments(&self, file: &File, ram: &GuestRam) -> Result<(), KernelError> {
+    pub fn map_segments(
+        &self,
+        file: &File,
+        ram: &GuestRam,
+        sharing: FileSharing,
+    ) -> Result<(), KernelError> {
         for segment in &self.segments {
             let end = segment.address + segment.file_bytes;
             let first_page = segment.address.next_multiple_of(PAGE_BYTES);
@@ -175,7 +180,7 @@ impl KernelImage {
             if same_phase && first_page < last_page {
                 let offset = segment.offset + (first_page - segment.address);
                 let bytes = last_page - first_page;
-                memory::map_file(ram, GuestAddress(first_page), file, offset, bytes)
+                memory::map_file(ram, GuestAddress(first_page), file, offset, bytes, sharing)
                     .map_err(KernelError::Map)?;
                 copy_bytes(file, segment, segment.address, first_page, ram)?;
                 copy_bytes(file, segment, last_page, end, ram)?;

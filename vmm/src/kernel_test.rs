@@ -104,7 +104,7 @@ fn segment_is_mapped_with_copied_ends_and_zero_tail() {
     let file = file(&contents);
     let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
     let image = KernelImage::read_headers(&file, FROM, TO).unwrap();
-    image.map_segments(&file, &ram).unwrap();
+    image.map_segments(&file, &ram, FileSharing::Shared).unwrap();
     assert_eq!(image.entry(), GuestAddress(address));
 
     let mut loaded = vec![0; 0x5123 + 0x3000];
@@ -112,6 +112,12 @@ fn segment_is_mapped_with_copied_ends_and_zero_tail() {
     assert_eq!(loaded[..0x5123], contents[0x1800..0x1800 + 0x5123]);
     assert!(loaded[0x5123..].iter().all(|byte| *byte == 0));
     assert_eq!(ram.read_obj::<u8>(GuestAddress(address - 1)).unwrap(), 0);
+
+    let private = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
+    image.map_segments(&file, &private, FileSharing::Private).unwrap();
+    let mut copied = vec![0; loaded.len()];
+    private.read_slice(&mut copied, GuestAddress(address)).unwrap();
+    assert!(copied == loaded);
 }
 
 #[test]
@@ -121,7 +127,8 @@ fn segment_out_of_phase_is_copied() {
     contents[0x1234..0x3234].fill(7);
     let file = file(&contents);
     let ram = memory::create_ram(&ram_ranges(64 << 20)).unwrap();
-    KernelImage::read_headers(&file, FROM, TO).unwrap().map_segments(&file, &ram).unwrap();
+    let image = KernelImage::read_headers(&file, FROM, TO).unwrap();
+    image.map_segments(&file, &ram, FileSharing::Shared).unwrap();
     let mut loaded = vec![0; 0x2001];
     ram.read_slice(&mut loaded, GuestAddress(address)).unwrap();
     assert!(loaded[..0x2000].iter().all(|byte| *byte == 7) && loaded[0x2000] == 0);

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::FileSharing;
+
 /// The most vCPUs of one microVM. Agent workloads are a script and its helpers; each vCPU is one
 /// more host thread that a hostile guest can keep busy.
 pub const MAX_VCPUS: u8 = 8;
@@ -76,6 +78,11 @@ pub struct VmSpec {
     /// it next time. Slow.
     #[serde(default)]
     pub record: bool,
+    /// If set, the guest shares no page with another process: kernel, root image and the memory of
+    /// a template are copied instead of mapped. Costs their size in memory, and the time to copy
+    /// them.
+    #[serde(default)]
+    pub private_memory: bool,
     /// If set, the program `chitin-vmm` closes a [jail](crate::jail) around itself before it enters
     /// the guest. A [`Monitor`](crate::Monitor) in another program does not: that is up to that
     /// program.
@@ -118,6 +125,9 @@ pub enum SpecError {
     /// A guest that boots is to be recorded.
     #[error("`record` needs `restore`: only a restored guest is recorded")]
     RecordWithoutRestore,
+    /// A guest with private memory is to be recorded. Only pages of files can be told apart.
+    #[error("`record` cannot be used with `private_memory`: only mapped pages are recorded")]
+    RecordPrivate,
     /// A guest that boots has a binding.
     #[error("`binding` needs `restore`: a guest gets its binding when it is saved")]
     BindingWithoutRestore,
@@ -140,6 +150,7 @@ impl VmSpec {
             binding: String::new(),
             prepared: false,
             record: false,
+            private_memory: false,
             jail: default_jail(),
         }
     }
@@ -171,10 +182,18 @@ impl VmSpec {
         if self.record && !self.restore {
             return Err(SpecError::RecordWithoutRestore);
         }
+        if self.record && self.private_memory {
+            return Err(SpecError::RecordPrivate);
+        }
         if bytes > 0 && !self.restore {
             return Err(SpecError::BindingWithoutRestore);
         }
         Ok(())
+    }
+
+    /// Returns whether the guest shares the pages of files.
+    pub fn file_sharing(&self) -> FileSharing {
+        if self.private_memory { FileSharing::Private } else { FileSharing::Shared }
     }
 
     /// Returns the guest memory in bytes.

@@ -35,6 +35,10 @@ fn conflicting_fields_are_refused() {
         (VmSpec { console: true, template: true, ..spec() }, SpecError::ConsoleInTemplate),
         (VmSpec { console: true, ..restore.clone() }, SpecError::ConsoleInTemplate),
         (VmSpec { record: true, ..spec() }, SpecError::RecordWithoutRestore),
+        (
+            VmSpec { record: true, private_memory: true, ..restore.clone() },
+            SpecError::RecordPrivate,
+        ),
         (VmSpec { binding: "x".into(), ..spec() }, SpecError::BindingWithoutRestore),
         (VmSpec { binding: "x".repeat(257), ..restore }, SpecError::Binding { bytes: 257 }),
     ] {

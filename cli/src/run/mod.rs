@@ -26,6 +26,7 @@ use self::signals::Signals;
 use self::stdio::{Deadline, attend_process};
 use self::values::{CopySpec, PortPair, parse_env};
 use crate::error::{CHITIN_FAILED, CliError};
+use crate::jail_args::warn_if_root;
 use crate::report::{Isolation, JailReport, PolicyRecord, Report, write_json};
 use crate::weaker_tier::warn_if_weaker;
 
@@ -98,6 +99,7 @@ fn new_report(
         usage,
         error: outcome.as_ref().err().map(CliError::line),
         jail: JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail },
+        private_memory: args.machine.private_memory,
         phases: progress.phases,
     }
 }
@@ -134,6 +136,7 @@ async fn run_sandbox(
     };
     let selected = sandbox.selected_tier();
     warn_if_weaker(selected);
+    warn_if_root(sandbox.jail().as_ref());
     progress.selected = Some(selected.clone());
     progress.limits = Some(NamedLimits::of(&sandbox, args.template.is_some()));
     let forwards: Vec<Forward> =

@@ -53,7 +53,8 @@ pub(crate) async fn build_template(
     let binding = spec.bind_restored(&mut vm)?;
     guest.session().save(binding.clone(), &files).await?;
 
-    (vm.template, vm.record) = (false, true);
+    // The pages that a copy uses are found by its mappings, which private memory does not have.
+    (vm.template, vm.record, vm.private_memory) = (false, true, false);
     let copy = Launched::spawn(&spec, &vm, Some(&draft.open_files()?), Instant::now())?;
     let copy = copy.wait_for_agent().await?;
     copy.confine().await?;

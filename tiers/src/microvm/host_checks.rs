@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use chitin_vmm::jail::{Jail, JailSupport};
+use chitin_vmm::jail::{Jail, JailSupport, JailUser, Protection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -59,9 +59,10 @@ pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
 async fn check_jail(artifacts: &Artifacts) -> (Check, Option<Jail>) {
     let (ok, detail, jail) = match query_monitor::<JailSupport>(artifacts, "--jail").await {
         Ok(JailSupport { usable: true, jail: Some(jail), .. }) => {
-            let user = match jail.uid {
-                Some(_) => "a dedicated user",
-                None => "the calling user",
+            let user = match jail.user {
+                JailUser::Dedicated => "a dedicated user",
+                JailUser::Caller => "the calling user",
+                JailUser::Root => "root",
             };
             let mut detail =
                 format!("works: {user}, private namespaces, empty root, no capabilities, limits");
@@ -71,6 +72,12 @@ async fn check_jail(artifacts: &Artifacts) -> (Check, Option<Jail>) {
             for without in &jail.without {
                 detail.push_str("; without ");
                 detail.push_str(without);
+            }
+            for (name, protection) in jail.speculation.list() {
+                if protection == Protection::Unavailable {
+                    detail.push_str("; without ");
+                    detail.push_str(name);
+                }
             }
             (true, detail, Some(jail))
         }

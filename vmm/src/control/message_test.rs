@@ -9,13 +9,17 @@ fn events_have_a_fixed_wire_form() {
         faults: 0,
         fault: None,
     };
-    let jail = Jail { uid: Some(8), cgroup: None, without: vec!["x".into()] };
+    let jail = Jail { uid: Some(8), without: vec!["x".into()], ..Jail::default() };
     for (event, json) in [
         (Event::Prepared, r#"{"event":"prepared"}"#),
         (Event::Entered { at_ns: 7, jail: None }, r#"{"event":"entered","at_ns":7}"#),
         (
             Event::Entered { at_ns: 7, jail: Some(jail) },
-            r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"cgroup":null,"without":["x"]}}"#,
+            concat!(
+                r#"{"event":"entered","at_ns":7,"jail":{"uid":8,"user":"caller","cgroup":null,"#,
+                r#""without":["x"],"speculation":{"core_scheduling":"unavailable","#,
+                r#""store_bypass":"unavailable","indirect_branch":"unavailable"}}}"#
+            ),
         ),
         (Event::Frozen, r#"{"event":"frozen"}"#),
         (

@@ -137,6 +137,7 @@ fn compute_limits(spec: &VmSpec) -> [(&'static str, String); 4] {
     // A template's memory file may be in memory itself, and is counted too then.
     let copies = if spec.template { 2 } else { 1 };
     let memory = (copies * guest_mib + guest_mib / PAGE_TABLE_DIVISOR + OVERHEAD_MIB) << 20;
+    let memory = memory + private_image_bytes(spec);
     let vcpus = u64::from(spec.vcpus);
     [
         ("memory.max", memory.to_string()),
@@ -146,6 +147,13 @@ fn compute_limits(spec: &VmSpec) -> [(&'static str, String); 4] {
         ("pids.max", (vcpus + 2).to_string()),
         ("cpu.max", format!("{} {PERIOD_US}", (vcpus + 1) * PERIOD_US)),
     ]
+}
+
+/// Returns the size of a private copy of the root image, if the specification asks for one. A file
+/// that cannot be examined is reported when it is mapped.
+fn private_image_bytes(spec: &VmSpec) -> u64 {
+    let image = || fs::metadata(&spec.root_image).map_or(0, |metadata| metadata.len());
+    if spec.private_memory { image() } else { 0 }
 }
 
 /// Returns a directory in which groups can be created that have every limit.
@@ -244,5 +252,11 @@ mod tests {
         assert_eq!((limits[2].1.as_str(), limits[3].1.as_str()), ("4", "300000 100000"));
         let saved = compute_limits(&VmSpec { template: true, ..spec });
         assert_eq!(saved[0].1, ((512 + 4 + 64) << 20).to_string());
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(8 << 20).unwrap();
+        let spec = VmSpec { memory_mib: 256, ..VmSpec::new("k", image.path()) };
+        let private = compute_limits(&VmSpec { private_memory: true, ..spec.clone() });
+        assert_eq!(private[0].1, ((256 + 4 + 64 + 8) << 20).to_string());
+        assert_eq!(compute_limits(&spec)[0].1, limits[0].1);
     }
 }

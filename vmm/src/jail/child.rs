@@ -17,7 +17,8 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
-use super::{Jail, JailError, failed, forbid_dumps, keep_capabilities, set_limit};
+use super::speculation::restrict_speculation;
+use super::{Jail, JailError, JailUser, failed, forbid_dumps, keep_capabilities, set_limit};
 use crate::seccomp;
 use crate::spec::VmSpec;
 
@@ -28,6 +29,10 @@ const MOUNT_POINT: &CStr = c"/dev";
 /// The maximum number of open descriptors. One vCPU needs about 20, each further vCPU one more, and
 /// saving a guest ten more.
 const MAX_FILES: u64 = 64;
+
+/// The part that a jail lacks if root could not map a user for it.
+const NO_USER: &str = "a dedicated user (root has no user ids from 1879048192 on here, as in a \
+                       container: the monitor is root)";
 
 /// The number of capabilities that a kernel can have: sets of them are a `u64`.
 const MAX_CAPABILITIES: u32 = u64::BITS;
@@ -88,11 +93,21 @@ impl Child {
         set_limits(access).map_err(failed("set resource limits"))?;
         forbid_dumps().map_err(failed("forbid core dumps"))?;
         drop_capabilities().map_err(failed("drop all capabilities"))?;
+        let speculation = restrict_speculation();
         seccomp::prepare_process(self.stderr_tx.as_raw_fd())
             .map_err(failed("prepare for system call filters"))?;
         // Refused calls are reported to this descriptor until the process ends.
         std::mem::forget(self.stderr_tx);
-        Ok(Jail { uid, ..self.jail })
+        let user = match uid {
+            Some(_) => JailUser::Dedicated,
+            None if self.is_root => JailUser::Root,
+            None => JailUser::Caller,
+        };
+        let mut without = self.jail.without;
+        if user == JailUser::Root {
+            without.push(NO_USER.into());
+        }
+        Ok(Jail { uid, user, cgroup: self.jail.cgroup, without, speculation })
     }
 
     /// Becomes the user that the supervisor has mapped. There is none if an ordinary user started

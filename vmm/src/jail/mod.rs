@@ -26,6 +26,7 @@ mod cgroup;
 mod child;
 mod fork;
 mod probe;
+mod speculation;
 mod supervisor;
 
 use std::io;
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use self::child::{Child, ChildAccess};
 pub use self::fork::{ForkResult, fork_into_namespaces};
 pub use self::probe::{JailSupport, probe_jail};
+pub use self::speculation::{Protection, Speculation};
 pub use self::supervisor::{ChildExit, KilledChild, Supervisor};
 
 /// The base of the user and group ids of monitors that root starts.
@@ -51,10 +53,27 @@ pub struct Jail {
     /// The dedicated user of a monitor that root has started. Without it the monitor runs as the
     /// user who started it.
     pub uid: Option<u32>,
+    /// The user that the monitor runs as.
+    pub user: JailUser,
     /// The control group of the monitor, if it has one.
     pub cgroup: Option<String>,
     /// Parts of a jail that this host cannot provide, each with the reason.
     pub without: Vec<String>,
+    /// Protections against speculation.
+    pub speculation: Speculation,
+}
+
+/// The user of a jailed monitor, seen from the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JailUser {
+    /// A user of this monitor alone.
+    Dedicated,
+    /// The ordinary user who started it: other processes of that user can send it signals.
+    #[default]
+    Caller,
+    /// Root, because root has no other users here: a guest that escapes from the jail is root.
+    Root,
 }
 
 /// A jail that cannot be set up; no guest is run.

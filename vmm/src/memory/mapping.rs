@@ -4,13 +4,13 @@
 //! accessed through the volatile slices of vm-memory, by the guest, or not at all.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use libc::c_int;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{FileOffset, MmapRegion, ReadVolatile, VolatileMemory};
 
 /// `MADV_COLLAPSE` of Linux 6.1; the headers of the C library are older.
 const MADV_COLLAPSE: c_int = 25;
@@ -59,6 +59,31 @@ pub fn map_shared_file(file: &Arc<File>, bytes: usize) -> Result<MmapRegion<()>,
     // A host that cannot leave them out of dumps still makes no dump of the monitor.
     let _ = advise(&region, 0, bytes, Advice::DontDump);
     Ok(region)
+}
+
+/// Maps memory that holds a copy of a whole file, read-only.
+///
+/// # Errors
+/// The host refuses the mapping, or the file is shorter.
+pub fn map_file_copy(file: &File, bytes: usize) -> Result<MmapRegion<()>, MmapRegionError> {
+    let region = map_anonymous(bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+    let _ = advise(&region, 0, bytes, Advice::DontDump);
+    let copied = region.get_slice(0, bytes).map_err(io::Error::other).and_then(|mut memory| {
+        let mut file = file;
+        file.rewind()?;
+        file.read_exact_volatile(&mut memory).map_err(io::Error::other)
+    });
+    copied.and_then(|()| protect_pages(&region)).map_err(MmapRegionError::Mmap)?;
+    Ok(region)
+}
+
+/// Makes a mapping read-only.
+fn protect_pages(region: &MmapRegion<()>) -> io::Result<()> {
+    // SAFETY: the range is the mapping that `region` owns, and to which no reference exists.
+    match unsafe { libc::mprotect(region.as_ptr().cast(), region.size(), libc::PROT_READ) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Replaces `bytes` of a mapping, from `start`, by the pages of a file from `offset`. All are

@@ -14,7 +14,7 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::page_run::PageRun;
-use super::{GuestRam, MemoryError, PAGE_BYTES, map_file, to_usize};
+use super::{FileSharing, GuestRam, MemoryError, PAGE_BYTES, map_file, to_usize};
 
 /// The most parts of the file that are mapped.
 pub const MAX_PARTS: u16 = 64;
@@ -146,11 +146,17 @@ pub fn check_memory_file(file: &File, bytes: u64) -> Result<(), MemoryFileError>
     Ok(())
 }
 
-/// Maps the parts of a file that have data into otherwise empty memory, copy-on-write.
+/// Maps the parts of a file that have data into otherwise empty memory, copy-on-write, or copies
+/// them.
 ///
 /// # Errors
 /// The host refuses a mapping.
-pub fn map_parts(ram: &GuestRam, file: &File, parts: &[PageRun]) -> Result<(), MemoryError> {
+pub fn map_parts(
+    ram: &GuestRam,
+    file: &File,
+    parts: &[PageRun],
+    sharing: FileSharing,
+) -> Result<(), MemoryError> {
     for part in parts {
         let mut offset = u64::from(part.first) * PAGE_BYTES;
         let end = u64::from(part.end()) * PAGE_BYTES;
@@ -158,7 +164,7 @@ pub fn map_parts(ram: &GuestRam, file: &File, parts: &[PageRun]) -> Result<(), M
             let outside = || MemoryError::OutOfRange { address: offset, bytes: end - offset };
             let (address, left) = locate_offset(ram, offset).ok_or_else(outside)?;
             let bytes = left.min(end - offset);
-            map_file(ram, address, file, offset, bytes)?;
+            map_file(ram, address, file, offset, bytes, sharing)?;
             offset += bytes;
         }
     }

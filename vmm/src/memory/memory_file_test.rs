@@ -28,7 +28,7 @@ fn written_memory_is_mapped_back_copy_on_write() {
         let file = reopened(&file);
         check_memory_file(&file, bytes).unwrap();
         let ram = create_ram(&ram_ranges(bytes)).unwrap();
-        map_parts(&ram, &file, &parts).unwrap();
+        map_parts(&ram, &file, &parts, FileSharing::Shared).unwrap();
         for (at, value) in values {
             assert_eq!(ram.read_obj::<u8>(GuestAddress(at)).unwrap(), value);
             ram.write_obj(99u8, GuestAddress(at)).unwrap();
@@ -71,6 +71,7 @@ fn memory_above_the_device_hole_follows_in_the_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 30).unwrap();
     file.as_file().write_all_at(&[7], 3 << 30).unwrap();
-    map_parts(&ram, &reopened(&file), &[PageRun { first: (3 << 18) - 1, count: 2 }]).unwrap();
+    let parts = [PageRun { first: (3 << 18) - 1, count: 2 }];
+    map_parts(&ram, &reopened(&file), &parts, FileSharing::Shared).unwrap();
     assert_eq!(ram.read_obj::<u8>(GuestAddress(4 << 30)).unwrap(), 7);
 }

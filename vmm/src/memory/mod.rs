@@ -12,14 +12,15 @@ pub mod working_set;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-pub use self::mapping::map_shared_file;
 use self::mapping::{Advice, FileAccess, advise, map_anonymous, replace_pages};
+pub use self::mapping::{map_file_copy, map_shared_file};
 
 /// A guest's RAM.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -35,6 +36,9 @@ pub const PAGE_BYTES: u64 = 4096;
 /// larger guest fills a 64th of its memory with page descriptors, densely, and benefits from huge
 /// pages.
 pub const HUGE_PAGES_FROM: u64 = 512 << 20;
+
+/// The unit of copies of a file.
+const COPY_CHUNK: usize = 256 * 1024;
 
 /// Guest memory could not be made or filled.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +92,18 @@ fn create_region(
     GuestRegionMmap::new(region, start).ok_or(MemoryError::OutOfRange { address: start.0, bytes })
 }
 
+/// The relation of a guest's memory to the files that it is filled from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSharing {
+    /// Pages of a file are the host's page cache, which other guests share, until they are written
+    /// to.
+    Shared,
+    /// Pages of a file are copied, so that no other process has them.
+    Private,
+}
+
 /// Maps pages of a file into guest memory, copy-on-write, without reading them: they stay the
-/// host's page cache until the guest writes to them.
+/// host's page cache until the guest writes to them. If the memory is private, they are copied.
 ///
 /// `address`, `offset` and `bytes` are multiples of [`PAGE_BYTES`]. The file must not shrink while
 /// the guest lives.
@@ -103,6 +117,7 @@ pub fn map_file(
     file: &File,
     offset: u64,
     bytes: u64,
+    sharing: FileSharing,
 ) -> Result<(), MemoryError> {
     let out_of_range = || MemoryError::OutOfRange { address: address.0, bytes };
     if !(address.0 | offset | bytes).is_multiple_of(PAGE_BYTES) || bytes == 0 {
@@ -115,8 +130,38 @@ pub fn map_file(
     let (Ok(start), Ok(length)) = (usize::try_from(start.0), usize::try_from(bytes)) else {
         return Err(out_of_range());
     };
-    replace_pages(region, start, length, (file, offset), FileAccess::CopyOnWrite)
-        .map_err(|source| MemoryError::MapFile { address: address.0, bytes, source })
+    let done = match sharing {
+        FileSharing::Shared => {
+            replace_pages(region, start, length, (file, offset), FileAccess::CopyOnWrite)
+        }
+        FileSharing::Private => copy_pages(ram, address, file, offset, length),
+    };
+    done.map_err(|source| MemoryError::MapFile { address: address.0, bytes, source })
+}
+
+/// Copies pages of a file into memory that is zero. Pages that are zero in the file are left out.
+fn copy_pages(
+    ram: &GuestRam,
+    address: GuestAddress,
+    file: &File,
+    offset: u64,
+    bytes: usize,
+) -> io::Result<()> {
+    let mut chunk = vec![0; COPY_CHUNK.min(bytes)];
+    let mut done = 0;
+    while done < bytes {
+        let length = chunk.len().min(bytes - done);
+        let chunk = &mut chunk[..length];
+        file.read_exact_at(chunk, offset + done as u64)?;
+        for page in chunk.chunks(to_usize(PAGE_BYTES)) {
+            if page.iter().any(|byte| *byte != 0) {
+                let at = GuestAddress(address.0 + done as u64);
+                ram.write_slice(page, at).map_err(io::Error::other)?;
+            }
+            done += page.len();
+        }
+    }
+    Ok(())
 }
 
 /// Converts a length that is bounded by a mapping of this process.
@@ -127,8 +172,6 @@ fn to_usize(bytes: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-
-    use vm_memory::Bytes;
 
     use super::*;
     use crate::arch::x86_64::layout::ram_ranges;
@@ -148,12 +191,30 @@ mod tests {
         file.write_all(&[1; 8192]).unwrap();
         let ram = create_ram(&ram_ranges(64 << 20)).unwrap();
         let at = GuestAddress(1 << 20);
-        map_file(&ram, at, &file, 4096, 4096).unwrap();
+        map_file(&ram, at, &file, 4096, 4096, FileSharing::Shared).unwrap();
         assert_eq!(ram.read_obj::<u8>(at).unwrap(), 1);
         ram.write_obj(2u8, at).unwrap();
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 4096).unwrap();
         assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn private_memory_is_a_copy_of_the_file() {
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes = (COPY_CHUNK + 3 * 4096) as u64;
+        let contents: Vec<u8> =
+            (0..bytes).map(|at| if at < 8192 { 0 } else { at.to_le_bytes()[0] | 1 }).collect();
+        file.write_all(&contents).unwrap();
+        let ram = create_ram(&ram_ranges(64 << 20)).unwrap();
+        let at = GuestAddress(1 << 20);
+        map_file(&ram, at, &file, 4096, bytes - 4096, FileSharing::Private).unwrap();
+        // A later change of the file, which a mapping would show, changes nothing.
+        file.set_len(0).unwrap();
+        let mut found = vec![0xee; contents.len() - 4096];
+        ram.read_slice(&mut found, at).unwrap();
+        assert!(found == contents[4096..]);
+        assert!(map_file(&ram, at, &file, 0, 4096, FileSharing::Private).is_err());
     }
 
     #[test]
@@ -168,11 +229,13 @@ mod tests {
             (0, 0, 1),
             (0, 0, 0),
         ] {
-            let result = map_file(&ram, GuestAddress(address), &file, offset, bytes);
-            assert!(
-                matches!(result, Err(MemoryError::OutOfRange { .. })),
-                "{address:#x} {offset} {bytes}"
-            );
+            for sharing in [FileSharing::Shared, FileSharing::Private] {
+                let result = map_file(&ram, GuestAddress(address), &file, offset, bytes, sharing);
+                assert!(
+                    matches!(result, Err(MemoryError::OutOfRange { .. })),
+                    "{address:#x} {offset} {bytes}"
+                );
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use super::mapping::{Advice, FileAccess, advise, replace_pages};
 use super::memory_file::locate_offset;
 use super::page_run::{PageRun, WorkingSet, push_page};
-use super::{GuestRam, MemoryError, PAGE_BYTES, map_file, to_usize};
+use super::{FileSharing, GuestRam, MemoryError, PAGE_BYTES, map_file, to_usize};
 
 /// The most mappings of single pages. The kernel allows a process 65,530 mappings
 /// (`vm.max_map_count`); pages beyond are watched with their neighbours.
@@ -101,7 +101,7 @@ impl Recorder {
                 let outside = MemoryError::OutOfRange { address: offset, bytes: PAGE_BYTES };
                 let (address, _) = locate_offset(ram, offset).ok_or(outside)?;
                 let file = if page % 2 == 0 { file } else { &self.reopened.memory };
-                map_file(ram, address, file, offset, PAGE_BYTES)?;
+                map_file(ram, address, file, offset, PAGE_BYTES, FileSharing::Shared)?;
             }
         }
         self.split_pages += count_pages(parts);
@@ -199,6 +199,7 @@ mod tests {
 
     use super::*;
     use crate::arch::x86_64::layout::ram_ranges;
+    use crate::memory::FileSharing;
     use crate::memory::memory_file::map_parts;
     use crate::memory::working_set::populate_written;
     use crate::memory::{create_ram, map_shared_file};
@@ -251,7 +252,7 @@ mod tests {
 
         // Another guest gets private copies of the same pages.
         let ram = create_ram(&ram_ranges(RAM_BYTES)).unwrap();
-        map_parts(&ram, &memory, &parts).unwrap();
+        map_parts(&ram, &memory, &parts, FileSharing::Shared).unwrap();
         populate_written(&ram, &set.written);
         assert_eq!(recorder.collect_pages(&ram, &image_ram).unwrap().written, set.written);
         assert_eq!(ram.read_obj::<u8>(address(4)).unwrap(), 1);

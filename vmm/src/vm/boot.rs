@@ -51,9 +51,12 @@ fn kernel_error(spec: &VmSpec) -> impl FnOnce(KernelError) -> MonitorError {
 }
 
 impl VmInit {
-    /// Maps the kernel into RAM. Its pages are not copied: they stay the host's page cache.
+    /// Maps the kernel into RAM. Its pages are not copied, unless the memory is private: they stay
+    /// the host's page cache.
     fn load_kernel(&self, kernel: &File, headers: &KernelImage) -> Result<(), MonitorError> {
-        headers.map_segments(kernel, &self.memory.ram).map_err(kernel_error(&self.spec))
+        let sharing = self.spec.file_sharing();
+        let mapped = headers.map_segments(kernel, &self.memory.ram, sharing);
+        mapped.map_err(kernel_error(&self.spec))
     }
 
     /// Writes the descriptor table and the page tables that the kernel starts with.

@@ -97,6 +97,6 @@ impl VmInit {
 
 /// Checks the root image and maps it.
 pub(super) fn map_root_image(spec: &VmSpec, file: File) -> Result<MmapRegion<()>, MonitorError> {
-    image::map_image(&Arc::new(file))
+    image::map_image(&Arc::new(file), spec.file_sharing())
         .map_err(|source| MonitorError::Image { path: spec.root_image.clone(), source })
 }

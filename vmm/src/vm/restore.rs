@@ -15,11 +15,11 @@ use super::vcpu::Vcpu;
 use crate::control::TemplateFiles;
 use crate::kvm::KvmError;
 use crate::kvm::vm_state::prefault_memory;
-use crate::memory::PAGE_BYTES;
 use crate::memory::memory_file::{check_memory_file, map_parts};
 use crate::memory::page_run::{PageRun, WorkingSet};
 use crate::memory::recorder::Recorder;
 use crate::memory::working_set::{for_each_run, populate_written};
+use crate::memory::{FileSharing, PAGE_BYTES};
 use crate::spec::VmSpec;
 use crate::state::processor::Processor;
 use crate::state::vcpu::Timekeeping;
@@ -112,10 +112,10 @@ impl VmInit {
         if made == here { Ok(()) } else { Err(StateError::Processor { made, here }.into()) }
     }
 
-    /// Maps the memory file, and copies the pages that the guest is going to write to.
+    /// Maps or copies the memory file, and copies the pages that the guest is going to write to.
     fn map_memory(&self, template: &Template) -> Result<(), MonitorError> {
         let MachineState { parts, working_set, .. } = &*template.state;
-        map_parts(&self.memory.ram, &template.memory, parts)?;
+        map_parts(&self.memory.ram, &template.memory, parts, self.spec.file_sharing())?;
         populate_written(&self.memory.ram, &working_set.written);
         Ok(())
     }
@@ -131,7 +131,7 @@ impl VmInit {
         if recorder.can_split(parts) {
             recorder.map_split_parts(&self.memory.ram, &template.memory, parts)?;
         } else {
-            map_parts(&self.memory.ram, &template.memory, parts)?;
+            map_parts(&self.memory.ram, &template.memory, parts, FileSharing::Shared)?;
         }
         Ok(recorder.split_image(&self.memory.image)?)
     }

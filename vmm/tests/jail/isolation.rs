@@ -7,7 +7,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use chitin_vmm::jail::{BASE_UID, JailSupport};
+use chitin_vmm::Event;
+use chitin_vmm::jail::{BASE_UID, Jail, JailSupport, JailUser, Protection};
+use rustix::process::Pid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 
 use crate::is_root;
 use crate::monitor::{MONITOR, Monitor, proc_file, read_status};
@@ -158,6 +161,110 @@ fn monitor_memory_is_undumpable_and_unreadable() {
         }
         assert!(excluded >= 64 << 10, "{excluded} KiB are excluded");
     }
+}
+
+/// Starts a monitor and returns it with the jail that it reports.
+fn start_reporting() -> (Monitor, Jail) {
+    let mut monitor = Monitor::launch(&crate::monitor::SLEEP, |_| {}, |_| {});
+    match monitor.receive_event() {
+        Event::Entered { jail: Some(jail), .. } => (monitor, jail),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn speculation_is_restricted_as_reported() {
+    let (monitor, jail) = start_reporting();
+    let tasks = fs::read_dir(proc_file(monitor.child_pid(), "task")).unwrap();
+    let mut threads = 0;
+    for task in tasks {
+        let thread: u32 = task.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let status = read_status(thread);
+        let speculation = jail.speculation;
+        for (field, protection) in [
+            ("Speculation_Store_Bypass", speculation.store_bypass),
+            ("SpeculationIndirectBranch", speculation.indirect_branch),
+        ] {
+            let found = status(field);
+            let expected: &[&str] = match protection {
+                Protection::On => &[
+                    "thread force mitigated",
+                    "globally mitigated",
+                    "conditional force disabled",
+                    "always disabled",
+                ],
+                Protection::NotNeeded => &["not vulnerable", "unsupported", "not affected"],
+                Protection::Unavailable => &["vulnerable", "always enabled", "unknown"],
+            };
+            assert!(expected.contains(&found.as_str()), "{field}: {found}, not {expected:?}");
+        }
+        threads += 1;
+    }
+    // The VMM thread and that of the vCPU.
+    assert!(threads >= 2);
+}
+
+#[test]
+fn monitors_share_no_core_as_reported() {
+    let monitors = [start_reporting(), start_reporting()];
+    let cookies = monitors.each_ref().map(|(monitor, jail)| {
+        let pid = i32::try_from(monitor.child_pid()).ok().and_then(Pid::from_raw);
+        let cookie = core_scheduling_cookie(pid.unwrap(), CoreSchedulingScope::Thread);
+        match jail.speculation.core_scheduling {
+            // Only root may read it.
+            Protection::On if is_root() => Some(cookie.unwrap()),
+            Protection::On => None,
+            _ => {
+                cookie.unwrap_err();
+                None
+            }
+        }
+    });
+    if let [Some(one), Some(other)] = cookies {
+        assert!(one != other && one != 0 && other != 0);
+    }
+}
+
+#[test]
+fn jail_without_a_dedicated_user_reports_it() {
+    let (_monitor, jail) = start_reporting();
+    assert_eq!(jail.user == JailUser::Dedicated, jail.uid.is_some());
+    assert_eq!(jail.user == JailUser::Caller, !is_root());
+    if !is_root() {
+        return;
+    }
+    // Root of a user namespace that has one user of the host, as in many containers.
+    let output = Command::new("unshare").args(["-Ur", MONITOR, "--jail"]).output().unwrap();
+    let support: JailSupport =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    let jail = support.jail.unwrap();
+    assert_eq!((jail.user, jail.uid), (JailUser::Root, None));
+    assert!(jail.without.iter().any(|part| part.starts_with("a dedicated user")), "{jail:?}");
+}
+
+/// Returns the files of which a process has pages mapped, and the libraries of the program not.
+pub fn mapped_files(monitor: &Monitor) -> Vec<String> {
+    let maps = fs::read_to_string(proc_file(monitor.child_pid(), "maps")).unwrap();
+    let paths = maps.lines().filter_map(|line| line.split_once('/').map(|(_, path)| path));
+    let own = |path: &&str| {
+        !path.ends_with("chitin-vmm") && !path.contains(".so") && !path.starts_with("[")
+    };
+    let mut files: Vec<_> = paths.filter(own).map(str::to_owned).collect();
+    files.dedup();
+    files
+}
+
+#[test]
+fn private_memory_maps_no_file() {
+    if !is_root() {
+        return;
+    }
+    let has = |files: &[String], name: &str| files.iter().any(|path| path.ends_with(name));
+    let shared = mapped_files(&Monitor::start());
+    assert!(has(&shared, "/image") && has(&shared, "/kernel"), "{shared:?}");
+    let private = mapped_files(&Monitor::start_with(|spec| spec.private_memory = true, |_| {}));
+    assert!(!private.iter().any(|path| path.starts_with("tmp")), "{private:?}");
+    assert!(!has(&private, "/image") && !has(&private, "/kernel"), "{private:?}");
 }
 
 #[test]

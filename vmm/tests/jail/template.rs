@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 use chitin_vmm::control::EndReason;
 use chitin_vmm::{Event, FailureCode, Request, VmSpec};
 
+use crate::is_root;
+use crate::isolation::mapped_files;
 use crate::monitor::{Monitor, SLEEP};
 
 const BINDING: &str = "memory:1 image:2";
@@ -120,6 +122,21 @@ fn recorded_template_can_be_restored() {
     assert!(matches!(end, Event::Recorded { .. }), "{end:?}");
     template.state = state;
     run_and_stop(template.restore(|_| {}).unwrap());
+}
+
+#[test]
+fn private_copy_maps_no_file_of_the_template() {
+    let template = Template::build();
+    let name = template.memory.path().file_name().unwrap().to_str().unwrap().to_owned();
+    let is_mapped = |private| {
+        let monitor = template.restore(|spec| spec.private_memory = private)?;
+        let mapped = mapped_files(&monitor).iter().any(|path| path.contains(&name));
+        run_and_stop(monitor);
+        Some(mapped)
+    };
+    if is_root() && is_mapped(false).is_some_and(|mapped| mapped) {
+        assert_eq!(is_mapped(true), Some(false));
+    }
 }
 
 #[test]
