@@ -309,6 +309,7 @@ impl Error {
             | Error::SecretInTemplate { .. }
             | Error::Egress(_)
             | Error::MicrovmRequired
+            | Error::PrivateMemory
             | Error::NotForkable
             | Error::ForkCount { .. }
             | Error::PoolSize { .. }
