@@ -255,7 +255,7 @@ mod nemoclaw {
             };
             assert!(row(&["PROPERTY", "IRONCLAW", "NANOCLAW", "NEMOCLAW"]), "{outcome:?}");
             assert!(row(&["host", "files", "unavailable", "held", "held"]), "{outcome:?}");
-            assert_eq!(report["tiers"][1]["findings"].as_array().unwrap().len(), 19, "{report}");
+            assert_eq!(report["tiers"][1]["findings"].as_array().unwrap().len(), 20, "{report}");
         });
     }
 }
