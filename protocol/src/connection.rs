@@ -42,6 +42,17 @@ const OUTPUT_LIMIT: usize = 4 * 1024 * 1024;
 /// seldom enough to be cheap.
 const CREDIT_STEP: u32 = WINDOW / 2;
 
+/// The allowance for frames on a stream that this side has closed: the peer may have filled the
+/// window before it learnt of that, and sent a few short frames.
+const STALE_ALLOWANCE: u32 = WINDOW + 64 * SHORT_FRAME_COST;
+
+/// The cost of a frame without data. A data frame costs its length.
+const SHORT_FRAME_COST: u32 = 16;
+
+/// The maximum allowance: that of all streams that can be open at a time.
+#[expect(clippy::cast_possible_truncation, reason = "the sum of two small constants")]
+const MAX_STALE_ALLOWANCE: u32 = (MAX_STREAMS + MAX_DIALS) as u32 * STALE_ALLOWANCE;
+
 /// The role of a side, which fixes the direction of messages and the parity of stream ids.
 pub trait Role {
     /// The messages that this side sends.
@@ -157,6 +168,10 @@ pub struct Connection<R> {
     /// stream can be distinguished from one on a stream that was never opened.
     last_own_id: StreamId,
     last_peer_id: StreamId,
+    /// The allowance for frames that have no effect, because their stream is closed. Such a frame
+    /// costs the peer next to nothing, so that an endless sequence of them is an attack.
+    stale_allowance: u32,
+    frames_received: u64,
     role: PhantomData<fn() -> R>,
 }
 
@@ -180,6 +195,8 @@ impl<R: Role> Connection<R> {
             streams: BTreeMap::new(),
             last_own_id: u32::from(R::OPENS_ODD),
             last_peer_id: u32::from(!R::OPENS_ODD),
+            stale_allowance: STALE_ALLOWANCE,
+            frames_received: 0,
             role: PhantomData,
         };
         // Ids start at 2 and 3: 0 is the connection itself, and 1 is left out for symmetry.
@@ -267,6 +284,7 @@ impl<R: Role> Connection<R> {
                 return Ok(None);
             }
             self.parsed = end;
+            self.frames_received += 1;
             let stream = header.stream;
             match header.kind {
                 Kind::Hello => {
@@ -299,9 +317,16 @@ impl<R: Role> Connection<R> {
                     if self.streams.remove(&stream).is_some() {
                         return Ok(Some(Event::Reset { stream }));
                     }
+                    self.charge_stale_frame(Kind::Reset, 0)?;
                 }
             }
         }
+    }
+
+    /// Returns the number of frames that were parsed so far, also those without an effect: a measure
+    /// of the work that the peer makes.
+    pub fn frames_received(&self) -> u64 {
+        self.frames_received
     }
 
     fn handle_hello(&mut self, start: usize) -> Result<u32, Fault> {
@@ -342,8 +367,27 @@ impl<R: Role> Connection<R> {
         Ok(self.streams.get_mut(&id))
     }
 
+    /// Charges a frame that has no effect.
+    fn charge_stale_frame(&mut self, kind: Kind, len: u32) -> Result<bool, Fault> {
+        let cost = if kind == Kind::Data { len } else { SHORT_FRAME_COST };
+        match self.stale_allowance.checked_sub(cost) {
+            Some(left) => self.stale_allowance = left,
+            None => return Err(Fault::StaleFrames),
+        }
+        Ok(false)
+    }
+
+    /// Allows the frames that the peer may have sent on a stream before it learns that this side
+    /// has closed it.
+    fn allow_stale_frames(&mut self) {
+        self.stale_allowance =
+            self.stale_allowance.saturating_add(STALE_ALLOWANCE).min(MAX_STALE_ALLOWANCE);
+    }
+
     fn handle_data(&mut self, id: StreamId, len: u32) -> Result<bool, Fault> {
-        let Some(stream) = self.find_stream(id, Kind::Data)? else { return Ok(false) };
+        let Some(stream) = self.find_stream(id, Kind::Data)? else {
+            return self.charge_stale_frame(Kind::Data, len);
+        };
         let Some(window) = &mut stream.receive else {
             return Err(Fault::DataAfterEnd { stream: id });
         };
@@ -355,18 +399,24 @@ impl<R: Role> Connection<R> {
     }
 
     fn handle_credit(&mut self, id: StreamId, credit: u32) -> Result<bool, Fault> {
-        let Some(stream) = self.find_stream(id, Kind::Credit)? else { return Ok(false) };
+        let Some(stream) = self.find_stream(id, Kind::Credit)? else {
+            return self.charge_stale_frame(Kind::Credit, 0);
+        };
         // Credit and the end of this side's half may cross on the way, which is not a fault.
-        let Some(allowed) = &mut stream.send else { return Ok(false) };
+        let Some(allowed) = &mut stream.send else {
+            return self.charge_stale_frame(Kind::Credit, 0);
+        };
         match allowed.checked_add(credit) {
-            Some(sum) if sum <= WINDOW => *allowed = sum,
+            Some(sum) if sum <= WINDOW && credit > 0 => *allowed = sum,
             _ => return Err(Fault::CreditOverflow { stream: id, credit }),
         }
         Ok(true)
     }
 
     fn handle_end(&mut self, id: StreamId) -> Result<bool, Fault> {
-        let Some(stream) = self.find_stream(id, Kind::End)? else { return Ok(false) };
+        let Some(stream) = self.find_stream(id, Kind::End)? else {
+            return self.charge_stale_frame(Kind::End, 0);
+        };
         if stream.receive.take().is_none() {
             return Err(Fault::DataAfterEnd { stream: id });
         }
@@ -381,6 +431,7 @@ impl<R: Role> Connection<R> {
             .is_some_and(|stream| stream.send.is_none() && stream.receive.is_none())
         {
             self.streams.remove(&id);
+            self.allow_stale_frames();
         }
     }
 
@@ -501,6 +552,7 @@ impl<R: Role> Connection<R> {
     /// Closes the stream in both directions. Has no effect if it is closed already.
     pub fn reset_stream(&mut self, id: StreamId) {
         if self.streams.remove(&id).is_some() {
+            self.allow_stale_frames();
             self.queue_frame(Kind::Reset, id, &[]);
         }
     }

@@ -222,6 +222,69 @@ fn frame_on_unopened_stream_is_fault_on_closed_not() {
 }
 
 #[test]
+fn flood_on_closed_stream_is_fault() {
+    for (kind, payload, honest) in [
+        (Kind::Data, vec![0], WINDOW as usize),
+        (Kind::Data, vec![0; MAX_DATA], WINDOW as usize / MAX_DATA),
+        (Kind::Credit, vec![1, 0, 0, 0], 64),
+        (Kind::End, vec![], 64),
+        (Kind::Reset, vec![], 64),
+    ] {
+        let (mut host, _) = established();
+        let stream = host.open_stream(Direction::Both).unwrap();
+        host.reset_stream(stream);
+        let frame = raw(kind as u8, stream, &payload);
+        for _ in 0..honest {
+            feed(&mut host, &frame);
+            assert_eq!(host.next_event(), Ok(None), "{kind:?}");
+        }
+        let flood = (0..1_000_000).find_map(|_| {
+            feed(&mut host, &frame);
+            host.next_event().err()
+        });
+        assert_eq!(flood, Some(Fault::StaleFrames), "{kind:?}");
+    }
+}
+
+#[test]
+fn flood_of_credit_on_ended_half_is_fault() {
+    let (mut host, _) = established();
+    let stream = host.open_stream(Direction::Both).unwrap();
+    host.end_stream(stream);
+    let frame = raw(Kind::Credit as u8, stream, &[1, 0, 0, 0]);
+    let flood = (0..1_000_000).find_map(|_| {
+        feed(&mut host, &frame);
+        host.next_event().err()
+    });
+    assert_eq!(flood, Some(Fault::StaleFrames));
+}
+
+#[test]
+fn credit_of_zero_is_fault() {
+    let (mut host, _) = established();
+    let stream = host.open_stream(Direction::Send).unwrap();
+    feed(&mut host, &raw(Kind::Credit as u8, stream, &[0; 4]));
+    assert_eq!(host.next_event(), Err(Fault::CreditOverflow { stream, credit: 0 }));
+}
+
+#[test]
+fn each_closed_stream_allows_a_window_of_stale_data() {
+    let (mut host, _) = established();
+    for _ in 0..1000 {
+        let stream = host.open_stream(Direction::Receive).unwrap();
+        host.reset_stream(stream);
+        for _ in 0..WINDOW as usize / MAX_DATA {
+            feed(&mut host, &raw(Kind::Data as u8, stream, &[0; MAX_DATA]));
+            assert_eq!(host.next_event(), Ok(None));
+        }
+        feed(&mut host, &raw(Kind::End as u8, stream, &[]));
+        assert_eq!(host.next_event(), Ok(None));
+        let sent = host.pending_output().len();
+        host.consume_output(sent);
+    }
+}
+
+#[test]
 fn data_on_ended_or_absent_half_is_fault() {
     let (mut host, _) = established();
     let stream = host.open_stream(Direction::Send).unwrap();

@@ -57,9 +57,12 @@ pub enum Fault {
     /// More data than the window of the stream allows.
     #[error("{len} bytes on stream {stream}, which has {window} bytes of window left")]
     WindowExceeded { stream: StreamId, len: u32, window: u32 },
-    /// Credit that raises the window above [`crate::WINDOW`].
-    #[error("{credit} bytes of credit on stream {stream} overflow its window")]
+    /// Credit of zero bytes, or credit that raises the window above [`crate::WINDOW`].
+    #[error("{credit} bytes of credit on stream {stream} are none, or overflow its window")]
     CreditOverflow { stream: StreamId, credit: u32 },
+    /// More frames on closed streams than can have been on their way when these were closed.
+    #[error("the peer floods streams that are closed")]
+    StaleFrames,
     /// The peer causes answers and does not read them.
     #[error("the peer left {len} bytes of output unread")]
     UnreadBacklog {

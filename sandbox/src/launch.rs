@@ -27,6 +27,7 @@ use tokio::time::Instant;
 
 use crate::copy;
 use crate::credential_delivery::DeliveredCredentials;
+use crate::deadline::DeadlineGuard;
 use crate::dial_requests::DialRequests;
 use crate::error::Error;
 use crate::session::{Deadline, Reply, Session};
@@ -49,15 +50,13 @@ pub(crate) struct LiveGuest {
     pub policy: Option<Arc<Policy>>,
     /// Present if the sandbox may be forked.
     pub origin: Option<Box<Origin>>,
-    deadline_timer: Option<JoinHandle<()>>,
+    /// Ends the guest at its deadline.
+    _deadline: Option<DeadlineGuard>,
 }
 
 impl Drop for LiveGuest {
     fn drop(&mut self) {
         self.session.channel.close();
-        if let Some(timer) = self.deadline_timer.take() {
-            timer.abort();
-        }
     }
 }
 
@@ -168,7 +167,7 @@ impl Launched {
         Launched::new(launched, SelectedTier::microvm(), spec, vm, started)
     }
 
-    /// Takes over a launched guest and starts the timer of its deadline.
+    /// Takes over a launched guest and watches its deadline.
     fn new(
         launched: chitin_tiers::LaunchedInstance,
         selected: SelectedTier,
@@ -179,17 +178,11 @@ impl Launched {
         let deadline = |limit: Duration| Deadline { at: started + limit, limit };
         let deadline = spec.timeout.map(deadline);
         let session = Arc::new(Session::new(launched, vm.memory_bytes(), deadline));
-        let deadline_timer = deadline.map(|deadline| {
-            let channel = session.channel.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep_until(deadline.at).await;
-                channel.close();
-            })
-        });
+        let guard = deadline.map(|deadline| session.channel.close_at(deadline.at.into_std()));
         let origin = || Box::new(Origin { spec: spec.clone(), vm: vm.clone(), started });
         let origin = spec.forkable.then(origin);
         let policy = spec.policy.clone();
-        let guest = LiveGuest { session, selected, policy, origin, deadline_timer };
+        let guest = LiveGuest { session, selected, policy, origin, _deadline: guard };
         Launched { guest, restored: vm.restore }
     }
 

@@ -30,6 +30,7 @@
 //! The modules build on each other in this order:
 //!
 //! ```text
+//!   deadline                                  time limits outside of the runtime
 //!   channel                                   bytes, messages, streams
 //!   session                                   a running sandbox as its processes see it
 //!   process  copy  forward                    commands, files, ports
@@ -48,6 +49,7 @@ mod channel;
 mod cleanup;
 mod copy;
 mod credential_delivery;
+mod deadline;
 mod dial_requests;
 pub mod doctor;
 mod error;
@@ -92,7 +94,7 @@ pub use forward::Forward;
 pub use harden::harden_process;
 pub use phases::Phases;
 pub use pool::{MAX_POOL, Pool};
-pub use process::{Command, ECHO, Output, Process};
+pub use process::{Command, ECHO, OUTPUT_LIMIT, Output, Process};
 pub use sandbox::Sandbox;
 pub use template::build::WarmUpSpec;
 pub use template::{Distrust, Manifest, TemplateError, TemplateList, Templates};

@@ -18,6 +18,10 @@ use crate::session::Session;
 /// of the sandbox itself.
 pub const ECHO: &str = "/usr/lib/chitin/echo";
 
+/// Bytes of each of standard output and standard error that [`Command::output`] collects if no
+/// other limit is set. The workload decides how much it prints, and the embedding program pays.
+pub const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
+
 /// User and group of every workload: `agent` of the root image.
 const AGENT_UID: u32 = 1000;
 
@@ -41,6 +45,7 @@ pub struct Command {
     env: Vec<(OsString, OsString)>,
     cwd: OsString,
     piped_stdin: bool,
+    output_limit: usize,
 }
 
 impl Command {
@@ -51,7 +56,14 @@ impl Command {
             .chain(extra)
             .map(|(name, value)| (name.into(), value.into()))
             .collect();
-        Command { session, argv: vec![program], env, cwd: HOME.into(), piped_stdin: false }
+        Command {
+            session,
+            argv: vec![program],
+            env,
+            cwd: HOME.into(),
+            piped_stdin: false,
+            output_limit: OUTPUT_LIMIT,
+        }
     }
 
     /// Adds one argument.
@@ -122,21 +134,43 @@ impl Command {
         Ok(Process { stdin, stdout, stderr, id, end, session: self.session, span })
     }
 
-    /// Runs the command to its end and collects its output, without bound.
+    /// Sets the number of bytes of each of standard output and standard error that
+    /// [`output`](Command::output) collects, [`OUTPUT_LIMIT`] if not set.
+    pub fn output_limit(mut self, bytes: usize) -> Command {
+        self.output_limit = bytes;
+        self
+    }
+
+    /// Runs the command to its end and collects its output.
+    ///
+    /// Output beyond the [limit](Command::output_limit) is read and discarded, so that the command
+    /// does not block on it, and [`Output::truncated`] is set. A command that writes without end
+    /// runs until the time limit of its sandbox.
     ///
     /// # Errors
     /// As for [`spawn`](Command::spawn) and [`Process::wait`].
     pub async fn output(self) -> Result<Output, Error> {
+        let limit = self.output_limit;
         let mut process = self.spawn()?;
         drop(process.stdin.take());
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        if let (Some(mut out), Some(mut err)) = (process.stdout.take(), process.stderr.take()) {
-            // A broken stream means a broken channel, and `wait` reports the reason.
-            let _ = tokio::join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr));
-        }
+        let ((stdout, cut_stdout), (stderr, cut_stderr)) = tokio::join!(
+            collect_output(process.stdout.take(), limit),
+            collect_output(process.stderr.take(), limit)
+        );
         let (exit, usage) = process.wait().await?;
-        Ok(Output { exit, usage, stdout, stderr })
+        Ok(Output { exit, usage, stdout, stderr, truncated: cut_stdout || cut_stderr })
     }
+}
+
+/// Reads a stream to its end. Returns the first `limit` bytes, and true if there were more.
+async fn collect_output(stream: Option<StreamReader>, limit: usize) -> (Vec<u8>, bool) {
+    let mut bytes = Vec::new();
+    let Some(mut stream) = stream else { return (bytes, false) };
+    // A broken stream means a broken channel, and `wait` reports the reason.
+    let limit = u64::try_from(limit).unwrap_or(u64::MAX);
+    let _ = (&mut stream).take(limit).read_to_end(&mut bytes).await;
+    let discarded = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+    (bytes, discarded.unwrap_or(0) > 0)
 }
 
 /// The result of a command that has ended.
@@ -150,6 +184,8 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// The output to standard error.
     pub stderr: Vec<u8>,
+    /// True if there was more output than was collected: see [`Command::output_limit`].
+    pub truncated: bool,
 }
 
 /// A command that runs or has ended.

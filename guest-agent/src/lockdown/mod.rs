@@ -22,6 +22,8 @@ use seccomp::default_deny::Filter;
 pub struct Lockdown {
     /// The agent's own capabilities: all of them in a microVM.
     permitted: CapabilitySet,
+    /// The filter of every child whose policy has no filter that includes it.
+    child_filter: Filter,
     /// The restrictions that a policy adds, and the message that requested them.
     confinement: Option<(Confine, Confinement)>,
 }
@@ -47,7 +49,9 @@ impl Lockdown {
         }
         rustix::thread::set_no_new_privs(true).context("set", "no_new_privs")?;
         base::install_filters().context("install", "the system call filter")?;
-        Ok(Lockdown { permitted, confinement: None })
+        let child_filter =
+            base::assemble_child_filter().context("assemble", "the filter of children")?;
+        Ok(Lockdown { permitted, child_filter, confinement: None })
     }
 
     /// Returns whether [`confine`](Self::confine) has succeeded.
@@ -77,13 +81,12 @@ impl Lockdown {
     /// Applies the policy's restrictions to the child. Nothing but the exec may follow, because
     /// they may deny anything else.
     pub fn confine_child(&self) -> Result<(), Errno> {
-        let Some((_, Confinement { files, system_calls })) = &self.confinement else {
-            return Ok(());
-        };
-        if let Some(files) = files {
+        let confinement = self.confinement.as_ref().map(|(_, confinement)| confinement);
+        if let Some(files) = confinement.and_then(|confinement| confinement.files.as_ref()) {
             files.restrict_self()?;
         }
-        system_calls.as_ref().map_or(Ok(()), Filter::install)
+        let filter = confinement.and_then(|confinement| confinement.system_calls.as_ref());
+        filter.unwrap_or(&self.child_filter).install()
     }
 
     /// Makes the child an unprivileged process of this user: see [`privileges::switch_user`].

@@ -221,3 +221,152 @@ async fn dial_without_egress_closes_the_channel() {
     let reason = close_reason_of(script).await;
     assert_eq!(reason, CloseReason::Fault(Fault::Unexpected(Unexpected::EgressNotEnabled)));
 }
+
+/// Whole frames as they are on the wire, with a stream that the host has closed.
+fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).unwrap();
+    let mut header = (u32::from(kind) | len << 8).to_le_bytes().to_vec();
+    header.extend(stream.to_le_bytes());
+    header.extend(payload);
+    header
+}
+
+/// Each kind of frame that a guest can repeat without end, for the streams 2 (closed) and 4 (open,
+/// its data unread).
+fn floods() -> Vec<(&'static str, Vec<u8>)> {
+    let message = |message: &ToHost| {
+        let mut connection = Connection::<Guest>::new();
+        let hello = connection.pending_output().len();
+        connection.consume_output(hello);
+        connection.send_message(message).unwrap();
+        connection.pending_output().to_vec()
+    };
+    vec![
+        ("reset", frame(6, 2, &[])),
+        ("end", frame(5, 2, &[])),
+        ("credit", frame(4, 2, &[1, 0, 0, 0])),
+        ("data", frame(3, 2, &[0])),
+        ("long data", frame(3, 2, &[0; 65_536])),
+        ("data on an open stream", frame(3, 4, &[0])),
+        ("hello", frame(1, 0, b"CHTN\x01\0\0\0")),
+        ("unknown", frame(99, 0, &[])),
+        ("denied", message(&ToHost::Denied { host: "example.com".into() })),
+        ("dial", message(&ToHost::Dial { host: "example.com".into(), port: 1, stream: 3 })),
+        ("ready", message(&ToHost::Ready { started_ns: 0, ready_ns: 1 })),
+        ("exited", message(&ToHost::Exited { process: 1, exit: Exit::Code(0), usage: usage() })),
+        ("done", message(&ToHost::Done { request: 1, result: Ok(()) })),
+    ]
+}
+
+/// A channel whose guest, once told to, repeats a frame as fast as it can. The host has closed
+/// stream 2, reads stream 4, and takes connection requests without answering them.
+async fn open_flooded(flood: Vec<u8>) -> (Channel, StreamReader, std::sync::mpsc::Sender<()>) {
+    let (ours, mut theirs) = StdStream::pair().unwrap();
+    let (go, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut connection = Connection::<Guest>::new();
+        connection.send_message(&ToHost::Ready { started_ns: 0, ready_ns: 1 }).unwrap();
+        theirs.write_all(connection.pending_output()).unwrap();
+        if wait.recv().is_ok() {
+            let flood = flood.repeat((256 * 1024 / flood.len()).max(1));
+            while theirs.write_all(&flood).is_ok() {}
+        }
+    });
+    let channel = Channel::new(ours);
+    channel.wait_until_ready().await.unwrap();
+    drop(channel.open_reader().unwrap());
+    let reader = channel.open_reader().unwrap();
+    let mut requests = channel.dial_requests();
+    tokio::spawn(async move { while requests.recv().await.is_some() {} });
+    (channel, reader, go)
+}
+
+#[test]
+fn deadline_holds_under_each_flood() {
+    for (name, flood) in floods() {
+        for workers in [0, 2] {
+            let runtime = match workers {
+                0 => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+                _ => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+            };
+            let (late, ended) = runtime.unwrap().block_on(async {
+                let (channel, mut reader, go) = open_flooded(flood.clone()).await;
+                let drain = tokio::spawn(async move {
+                    tokio::io::copy(&mut reader, &mut tokio::io::sink()).await
+                });
+                let limit = std::time::Instant::now() + Duration::from_millis(300);
+                let _guard = channel.close_at(limit);
+                go.send(()).unwrap();
+                // A timer of the runtime has its turn as well.
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let late = limit.elapsed();
+                channel.wait_until_closed().await;
+                let _ = drain.await;
+                (late, limit.elapsed())
+            });
+            assert!(late < Duration::from_secs(1), "{name}: a timer was {late:?} late");
+            assert!(ended < Duration::from_secs(1), "{name}: the end was {ended:?} late");
+        }
+    }
+}
+
+#[test]
+fn deadline_holds_while_runtime_is_blocked() {
+    let (ours, mut theirs) = StdStream::pair().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (guest_end, blocked) = runtime.block_on(async {
+        let channel = Channel::new(ours);
+        tokio::task::yield_now().await;
+        let start = std::time::Instant::now();
+        let _guard = channel.close_at(start + Duration::from_millis(50));
+        let guest = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            theirs.read_to_end(&mut bytes).unwrap();
+            start.elapsed()
+        });
+        std::thread::sleep(Duration::from_millis(1500));
+        (guest.join().unwrap(), start.elapsed())
+    });
+    assert!(guest_end < Duration::from_secs(1) && guest_end < blocked, "{guest_end:?}");
+}
+
+/// Counts answers of an honest guest in a period: each waits for the one before.
+async fn count_exchanges(channel: &Channel, period: Duration) -> u32 {
+    let end = std::time::Instant::now() + period;
+    let mut count = 0;
+    while std::time::Instant::now() < end {
+        let request = channel.next_id();
+        let message = ToGuest::Freeze { request };
+        channel.send_request(request, &message).unwrap().await.unwrap().unwrap();
+        count += 1;
+    }
+    count
+}
+
+#[test]
+fn flood_leaves_other_sandboxes_their_rate() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (ours, theirs) = StdStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut agent = Agent { socket: theirs, connection: Connection::new() };
+            agent.send(&ToHost::Ready { started_ns: 0, ready_ns: 1 });
+            while let Some(message) = agent.next_message(&mut Vec::new()) {
+                let ToGuest::Freeze { request } = message else { panic!("{message:?}") };
+                agent.send(&ToHost::Done { request, result: Ok(()) });
+            }
+        });
+        let honest = Channel::new(ours);
+        honest.wait_until_ready().await.unwrap();
+        let denied = floods().into_iter().find(|(name, _)| *name == "denied").unwrap().1;
+        let (_flooded, _reader, go) = open_flooded(denied).await;
+        let period = Duration::from_millis(400);
+        count_exchanges(&honest, period).await;
+        let alone = count_exchanges(&honest, period).await;
+        go.send(()).unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let beside = count_exchanges(&honest, period).await;
+        println!("exchanges: {alone} alone, {beside} beside a flood");
+        assert!(beside * 10 >= alone * 8, "{alone} alone, {beside} beside a flood");
+    });
+}

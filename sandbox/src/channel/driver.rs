@@ -2,28 +2,34 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::frame_rate::FrameRate;
 use super::state::{CloseReason, Shared};
 
 /// Moves bytes until the channel ends, and returns the reason.
-pub(super) async fn drive_channel(shared: &Shared, socket: UnixStream) -> CloseReason {
-    move_bytes(shared, socket).await.unwrap_or_else(|error| CloseReason::Io(error.kind()))
+pub(super) async fn drive_channel(shared: &Shared) -> CloseReason {
+    move_bytes(shared).await.unwrap_or_else(|error| CloseReason::Io(error.kind()))
 }
 
-async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReason> {
+async fn move_bytes(shared: &Shared) -> io::Result<CloseReason> {
+    let socket = &*shared.socket;
     socket.set_nonblocking(true)?;
-    let incoming = register_socket(socket, Interest::READABLE)?;
+    let incoming = register_socket(shared.socket.clone(), Interest::READABLE)?;
     // Registered only while the socket is full: otherwise the task would be woken each time that
     // the other side has read.
     let mut outgoing = None;
     // A peer that has stopped reading may have reported why: its last bytes are read before the
     // channel is given up.
     let mut peer_reads = true;
+    let mut rate = FrameRate::new(Instant::now());
+    let mut paused_until = None;
     loop {
-        peer_reads = peer_reads && write_output(shared, incoming.get_ref()).is_ok();
+        peer_reads = peer_reads && write_output(shared, socket).is_ok();
         let blocked = match shared.lock() {
             state if state.closed => return Ok(CloseReason::Local),
             state => peer_reads && !state.connection.pending_output().is_empty(),
@@ -31,7 +37,7 @@ async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReas
         if !blocked {
             outgoing = None;
         } else if outgoing.is_none() {
-            outgoing = Some(register_socket(incoming.get_ref().try_clone()?, Interest::WRITABLE)?);
+            outgoing = Some(register_socket(Arc::new(socket.try_clone()?), Interest::WRITABLE)?);
         }
         let writable = async {
             match &outgoing {
@@ -39,15 +45,31 @@ async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReas
                 None => std::future::pending().await,
             }
         };
+        let pause = async {
+            match paused_until {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            ready = incoming.readable() => {
+            ready = incoming.readable(), if paused_until.is_none() => {
                 let mut ready = ready?;
-                match read_input(shared, incoming.get_ref()) {
-                    Ok(true) => {}
-                    Ok(false) => ready.clear_ready(),
+                let more = match read_input(shared, socket) {
+                    Ok(more) => more,
                     Err(reason) => return Ok(reason),
+                };
+                let received = shared.lock().connection.frames_received();
+                let now = Instant::now();
+                paused_until = rate.charge(received, now).map(|wait| (now + wait).into());
+                if more {
+                    // A peer that fills the socket as fast as it is read would keep this task from
+                    // ever returning to the runtime: timers and other sandboxes have their turn.
+                    tokio::task::yield_now().await;
+                } else {
+                    ready.clear_ready();
                 }
             }
+            () = pause => paused_until = None,
             ready = writable => ready?,
             () = shared.driver.notified() => {}
         }
@@ -58,7 +80,10 @@ async fn move_bytes(shared: &Shared, socket: UnixStream) -> io::Result<CloseReas
     deprecated,
     reason = "the successor is unsafe, as a descriptor may change, which this type's cannot"
 )]
-fn register_socket(socket: UnixStream, interest: Interest) -> io::Result<AsyncFd<UnixStream>> {
+fn register_socket(
+    socket: Arc<UnixStream>,
+    interest: Interest,
+) -> io::Result<AsyncFd<Arc<UnixStream>>> {
     AsyncFd::with_interest(socket, interest)
 }
 

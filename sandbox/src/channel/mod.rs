@@ -5,15 +5,18 @@
 //! readers and writers wake it when they have queued something.
 
 mod driver;
+mod frame_rate;
 mod state;
 mod streams;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
 use chitin_protocol::{Direction, Failure, Start, StreamId, ToGuest, TooLarge};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::deadline::{self, DeadlineGuard, Expire};
 use driver::drive_channel;
 pub(crate) use state::{CloseReason, GuestDial, Timestamps};
 use state::{ProcessEnd, Shared, Stream};
@@ -32,10 +35,10 @@ pub(crate) struct Channel {
 impl Channel {
     /// Takes over a connected socket and starts to drive it. Must be called within a tokio runtime.
     pub fn new(socket: UnixStream) -> Channel {
-        let shared = Arc::new(Shared::new());
+        let shared = Arc::new(Shared::new(socket));
         let channel = Channel { shared: shared.clone() };
         tokio::spawn(async move {
-            let reason = drive_channel(&shared, socket).await;
+            let reason = drive_channel(&shared).await;
             shared.close(reason);
         });
         channel
@@ -65,6 +68,13 @@ impl Channel {
     /// Closes the channel from this side. Everything that waits on it fails.
     pub fn close(&self) {
         self.shared.close(CloseReason::Local);
+    }
+
+    /// Closes the channel at this time, whatever the async runtime does meanwhile, unless the guard
+    /// is dropped first.
+    pub fn close_at(&self, at: Instant) -> DeadlineGuard {
+        let shared: Arc<dyn Expire> = self.shared.clone();
+        deadline::watch(at, &shared)
     }
 
     pub fn timestamps(&self) -> Timestamps {

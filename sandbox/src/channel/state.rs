@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
 use chitin_protocol::{
@@ -11,6 +13,8 @@ use chitin_protocol::{
 use chitin_spec::MAX_HOST;
 use chitin_tiers::clock::monotonic_ns;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::deadline::Expire;
 
 /// The reason why a channel no longer works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +59,7 @@ pub(crate) enum GuestDial {
 #[derive(Debug)]
 pub(super) struct Shared {
     state: Mutex<State>,
+    pub socket: Arc<UnixStream>,
     /// Wakes the driver: there is output to write, or the channel was closed.
     pub driver: Notify,
     pub status: watch::Sender<Status>,
@@ -101,8 +106,9 @@ impl Stream {
 }
 
 impl Shared {
-    pub fn new() -> Shared {
+    pub fn new(socket: UnixStream) -> Shared {
         Shared {
+            socket: Arc::new(socket),
             state: Mutex::new(State {
                 connection: Connection::new(),
                 streams: HashMap::new(),
@@ -139,6 +145,14 @@ impl Shared {
         drop(state);
         self.status.send_modify(|status| status.closed = Some(reason));
         self.driver.notify_one();
+    }
+}
+
+impl Expire for Shared {
+    fn expire(&self) {
+        // First, because it takes no lock: a guest that keeps the lock busy is cut off by it.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.close(CloseReason::Local);
     }
 }
 

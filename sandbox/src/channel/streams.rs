@@ -3,10 +3,11 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use chitin_protocol::StreamId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop::poll_proceed;
 
 use super::state::Shared;
 
@@ -34,6 +35,8 @@ impl AsyncRead for StreamReader {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // A guest that sends as fast as it is read must not keep the reading task from returning.
+        let budget = ready!(poll_proceed(cx));
         let mut state = self.shared.lock();
         let state = &mut *state;
         let Some(stream) = state.streams.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
@@ -47,6 +50,7 @@ impl AsyncRead for StreamReader {
                 Poll::Pending
             };
         }
+        budget.made_progress();
         let mut taken = 0;
         while buf.remaining() > 0 && !stream.inbox.is_empty() {
             let (front, _) = stream.inbox.as_slices();
@@ -108,6 +112,7 @@ impl AsyncWrite for StreamWriter {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        let budget = ready!(poll_proceed(cx));
         let mut state = self.shared.lock();
         let state = &mut *state;
         if state.closed || !state.connection.is_sending(self.id) {
@@ -120,6 +125,7 @@ impl AsyncWrite for StreamWriter {
             }
             return Poll::Pending;
         }
+        budget.made_progress();
         self.shared.driver.notify_one();
         Poll::Ready(Ok(count))
     }

@@ -1,4 +1,5 @@
-//! The filters of every sandbox. The agent installs them for itself, and its children inherit them.
+//! The filters of every sandbox. The agent installs them for itself, and its children inherit them;
+//! one more is for its children only.
 
 use std::collections::BTreeMap;
 
@@ -7,6 +8,8 @@ use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
 };
+
+use super::default_deny::Filter;
 
 /// Marks system calls of the x32 ABI (`__X32_SYSCALL_BIT` of the kernel's uapi).
 const X32: i64 = 0x4000_0000;
@@ -32,10 +35,7 @@ const CLONE_NEWTIME: u32 = 0x80;
 /// System calls that fail with ENOSYS, as on a kernel built without them. The microVM's kernel is;
 /// those of other tiers are not, and the workload should see no difference. Calls that need
 /// capabilities are not repeated here.
-const ABSENT: [i64; 10] = [
-    // Its flags are in memory, where a filter cannot read them. Every C library falls back to
-    // clone.
-    libc::SYS_clone3,
+const ABSENT: [i64; 9] = [
     // Opens sockets and files without passing this filter.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
@@ -98,6 +98,15 @@ fn build_filters() -> Result<[BpfProgram; 3], BackendError> {
         compile_denials(sockets.into_iter().collect(), libc::EAFNOSUPPORT)?,
         compile_denials(absent.collect(), libc::ENOSYS)?,
     ])
+}
+
+/// Assembles the filter that only children get: clone3 fails with ENOSYS. Its flags are in memory,
+/// where a filter cannot read them, and every C library falls back to clone. The agent itself starts
+/// processes with it, in a cgroup.
+pub fn assemble_child_filter() -> Result<Filter, Errno> {
+    let calls = [libc::SYS_clone3, libc::SYS_clone3 | X32].map(|call| (call, vec![]));
+    let program = compile_denials(calls.into_iter().collect(), libc::ENOSYS);
+    Ok(Filter::from_program(&program.map_err(|_| Errno::INVAL)?))
 }
 
 /// Makes a rule for calls whose first argument has this flag.

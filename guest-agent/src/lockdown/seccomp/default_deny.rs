@@ -8,6 +8,7 @@
 //! accident.
 
 use rustix::io::Errno;
+use seccompiler::{BpfProgram, sock_filter};
 
 use super::allowlist::{ALLOWED, LAST};
 use crate::syscall::check_result;
@@ -124,6 +125,13 @@ impl Filter {
         ];
         assemble_search(&ranges, &mut code);
         Filter(code)
+    }
+
+    /// Takes over a filter that seccompiler has compiled.
+    pub fn from_program(program: &BpfProgram) -> Filter {
+        let convert =
+            |&sock_filter { code, jt, jf, k }: &sock_filter| Instruction { code, jt, jf, k };
+        Filter(program.iter().map(convert).collect())
     }
 
     /// Installs the filter for this thread and its descendants. Needs `no_new_privs`.
