@@ -227,8 +227,16 @@ impl FromStr for SourceRule {
     fn from_str(text: &str) -> Result<SourceRule, String> {
         let source: SecretSource =
             text.parse().map_err(|error: ParseSecretError| error.to_string())?;
-        if let SecretSource::File(path) = &source {
-            NormalPath::from_str(&path.to_string_lossy())?;
+        match &source {
+            SecretSource::File(path) => {
+                NormalPath::from_str(&path.to_string_lossy())?;
+            }
+            SecretSource::Env(name) if name.contains('@') => {
+                return Err(format!(
+                    "`{name}` cannot name an environment variable: hosts are in the key `hosts`"
+                ));
+            }
+            _ => {}
         }
         Ok(SourceRule(source))
     }

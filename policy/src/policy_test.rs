@@ -314,6 +314,7 @@ fn invalid_credential_sources_are_refused() {
     refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a%2e%2e/b?x'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'env:'"), (3, 11), "unknown source");
+    refused(&secret("'env:A@api.test'"), (3, 11), "in the key `hosts`");
     // A text that may be a pasted value is not repeated.
     let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
     assert!(!error.contains("4711"), "{error}");

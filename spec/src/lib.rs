@@ -11,6 +11,7 @@ mod endpoint;
 mod limits;
 mod schema;
 mod secret;
+mod secret_hosts;
 mod tier;
 mod vault;
 
@@ -20,5 +21,6 @@ pub use end::EndCause;
 pub use endpoint::{Endpoint, EndpointError, MAX_HOST, ParseEndpointError, is_numeric};
 pub use limits::{EgressLimits, Limits, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};
+pub use secret_hosts::{ParseHostsError, SecretHostError};
 pub use tier::{Boundary, ParseTierError, ParseTierSelectionError, TierKind, TierSelection};
 pub use vault::{ParseVaultSourceError, SecretId, VaultConfig, VaultLogin, VaultSource};
