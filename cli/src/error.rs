@@ -28,6 +28,9 @@ pub enum CliError {
     /// `--env =VALUE`.
     #[error("--env {argument}: the name of the variable is empty")]
     EmptyVariable { argument: String },
+    /// `--env NAME=VALUE` with a name that has white space, control characters or other alphabets.
+    #[error("--env: `{name}` cannot be the name of a variable: use printable ASCII without spaces")]
+    VariableName { name: String },
     /// `--env NAME` of a variable that this process does not have.
     #[error("--env {name}: {name} is not set on this host: give a value, {name}=VALUE")]
     UnsetVariable { name: String },

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use chitin_spec::{
-    DeliveryKind, Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, ParseSecretError,
+    DeliveryKind, Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, Mebibytes, ParseSecretError,
     SecretSource, TierKind, VaultSource, check_name, string_type,
 };
 use schemars::JsonSchema;
@@ -123,14 +123,15 @@ pub struct Network {
 pub struct Resources {
     /// Virtual CPUs.
     pub vcpus: Option<Bounded<1, MAX_VCPUS>>,
-    /// Memory in MiB, including files that the workload writes.
-    pub memory_mib: Option<Bounded<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
+    /// Memory in MiB, or with a unit (`1G`), including files that the workload writes.
+    pub memory_mib: Option<Mebibytes<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
     /// Time after which the sandbox is ended: `90s`, `5m`, `1h 30m`.
     pub timeout: Option<TimeLimit>,
     /// Maximum number of processes and threads.
     pub pids: Option<Bounded<1, 4096>>,
-    /// Maximum size of written files, in MiB. They lie in memory and may take half of it.
-    pub disk_mib: Option<Bounded<1, 8192>>,
+    /// Maximum size of written files, in MiB or with a unit (`128M`). They lie in memory and may
+    /// take half of it.
+    pub disk_mib: Option<Mebibytes<1, 8192>>,
 }
 
 /// A credential.

@@ -78,6 +78,7 @@ pub use chitin_protocol::{Exit, Failure, Fault, ReachedLimits, StartError, Usage
 pub use chitin_spec::{
     Boundary, Delivery, EgressLimits, EndCause, Endpoint, ParseEndpointError, ProxyScope, SecretId,
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
+    parse_bytes, parse_mib,
 };
 pub use chitin_text::{error_chain, printable};
 pub use chitin_tiers::{

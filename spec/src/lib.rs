@@ -12,6 +12,7 @@ mod limits;
 mod schema;
 mod secret;
 mod secret_hosts;
+mod size;
 mod tier;
 mod vault;
 
@@ -22,5 +23,6 @@ pub use endpoint::{Endpoint, EndpointError, MAX_HOST, ParseEndpointError, is_num
 pub use limits::{EgressLimits, Limits, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};
 pub use secret_hosts::{ParseHostsError, SecretHostError};
+pub use size::{Mebibytes, ParseSizeError, parse_bytes, parse_mib};
 pub use tier::{Boundary, ParseTierError, ParseTierSelectionError, TierKind, TierSelection};
 pub use vault::{ParseVaultSourceError, SecretId, VaultConfig, VaultLogin, VaultSource};

@@ -64,7 +64,7 @@ pub struct Args {
     #[arg(long, value_name = "K=V")]
     pub env: Vec<OsString>,
 
-    /// Directory that the command starts in
+    /// Directory that the command starts in; a relative path is below /work, as everywhere else
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     pub workdir: OsString,
 
@@ -125,13 +125,13 @@ pub struct Args {
     pub publish: Vec<PortPair>,
 
     /// Copy a file or directory in before the start. DST is its new path; DST/ is the directory to
-    /// copy it into
+    /// copy it into; SRC/. is the contents of a directory. A relative DST is below /work
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_in)]
     pub copy_in: Vec<CopySpec>,
 
     /// Copy a file or directory out after the end. DST is its new path; DST/ is the directory to
-    /// copy it into
+    /// copy it into; SRC/. is the contents of a directory. A relative SRC is below /work
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_out)]
     pub copy_out: Vec<CopySpec>,

@@ -56,6 +56,7 @@ fn memory_option_sets_memory_limit(tier: TierUnderTest) {
             .outcome()
     };
     assert_eq!(taken("512", 300).assert_success(), "300");
+    assert_eq!(taken("512M", 300).assert_success(), "300");
     assert_ne!(taken("128", 300).code, 0);
 }
 
