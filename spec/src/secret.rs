@@ -39,9 +39,9 @@ pub struct SecretSpec {
 /// A text that is not a [`SecretSpec`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSecretError {
-    /// There is no `=`.
-    #[error("`{0:.80}` is not NAME=SOURCE")]
-    NoSource(String),
+    /// There is no `=`. The text may be a pasted value: the error does not repeat it.
+    #[error("there is no `=`: write NAME=SOURCE")]
+    NoSource,
     /// The name is not a valid name of an environment variable.
     #[error(
         "`{0:.80}` cannot name an environment variable: \
@@ -60,8 +60,7 @@ impl FromStr for SecretSpec {
     type Err = ParseSecretError;
 
     fn from_str(text: &str) -> Result<Self, ParseSecretError> {
-        let (name, source) =
-            text.split_once('=').ok_or_else(|| ParseSecretError::NoSource(text.into()))?;
+        let (name, source) = text.split_once('=').ok_or(ParseSecretError::NoSource)?;
         check_name(name)?;
         // First of all the scheme: without one, the text may be a pasted value, which no error
         // repeats.

@@ -30,23 +30,9 @@ const MIB: u32 = 20;
 /// # Errors
 /// Not a whole number with a unit, or more than 64 bits.
 pub fn parse_bytes(text: &str) -> Result<u64, ParseSizeError> {
-    parse_size(text, 0)
-}
-
-/// Parses a number of MiB; a plain number has the unit MiB.
-///
-/// # Errors
-/// As for [`parse_bytes`], or not a multiple of a MiB.
-pub fn parse_mib(text: &str) -> Result<u64, ParseSizeError> {
-    let bytes = parse_size(text, MIB)?;
-    if bytes.trailing_zeros() < MIB { Err(ParseSizeError::Fraction) } else { Ok(bytes >> MIB) }
-}
-
-/// Parses a size; a plain number is shifted by `plain`.
-fn parse_size(text: &str, plain: u32) -> Result<u64, ParseSizeError> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let shift = match &text[digits.len()..] {
-        "" => plain,
+        "" => 0,
         unit => parse_unit(unit).ok_or(ParseSizeError::Invalid)?,
     };
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -54,6 +40,18 @@ fn parse_size(text: &str, plain: u32) -> Result<u64, ParseSizeError> {
     }
     let number = u64::from_str(digits).map_err(|_| ParseSizeError::TooLarge)?;
     number.checked_mul(1 << shift).ok_or(ParseSizeError::TooLarge)
+}
+
+/// Parses a number of MiB; a plain number has the unit MiB.
+///
+/// # Errors
+/// As for [`parse_bytes`], or not a multiple of a MiB.
+pub fn parse_mib(text: &str) -> Result<u64, ParseSizeError> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return parse_bytes(text);
+    }
+    let bytes = parse_bytes(text)?;
+    if bytes.trailing_zeros() < MIB { Err(ParseSizeError::Fraction) } else { Ok(bytes >> MIB) }
 }
 
 fn parse_unit(unit: &str) -> Option<u32> {

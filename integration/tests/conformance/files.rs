@@ -297,7 +297,7 @@ fn missing_copy_path_is_reported(tier: TierUnderTest) {
     };
     out("/work/none", &missing, "true").assert_refused("/work/none");
     out("/work/f", &dir.path().join("no/such/dir"), "touch f").assert_refused("no/such");
-    tier.run_with("--copy-in nocolon -- true").outcome().assert_refused("SRC:DST");
+    tier.run_with("--copy-in nocolon -- true").outcome().assert_usage_error("SRC:DST");
 }
 
 fn copied_out_file_is_replaced_atomically(tier: TierUnderTest) {
