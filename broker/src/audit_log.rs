@@ -64,6 +64,9 @@ pub(crate) struct ConnectionRecord<'a> {
     /// HTTP requests sent to the endpoint, if TLS was intercepted.
     #[serde(skip_serializing_if = "is_zero")]
     pub requests: u64,
+    /// Messages of the endpoint in which a value was scrubbed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub scrubbed: u64,
     /// Names of the credentials sent to the endpoint.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub credentials: Vec<String>,
@@ -126,6 +129,7 @@ impl ConnectionRecord<'_> {
             received: 0,
             duration_ms: 0,
             requests: 0,
+            scrubbed: 0,
             credentials: Vec::new(),
             omitted: 0,
         }
@@ -247,6 +251,7 @@ impl AuditLog {
             received = record.received,
             duration_ms = record.duration_ms,
             credentials = ?record.credentials,
+            scrubbed = record.scrubbed,
             "egress"
         );
     }

@@ -27,6 +27,12 @@ impl TokenBucket {
         available
     }
 
+    /// Returns true if there is no token.
+    pub fn is_empty(&mut self) -> bool {
+        self.refill(Instant::now());
+        self.tokens < 1.0
+    }
+
     /// Takes tokens, whether available or not. Returns the time until the debt is paid.
     #[expect(clippy::cast_precision_loss, reason = "limits need no exact byte count")]
     pub fn take_with_debt(&mut self, count: u64) -> Duration {

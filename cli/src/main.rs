@@ -12,15 +12,14 @@ mod policy_args;
 mod report;
 mod run;
 mod template;
-mod usage;
 mod weaker_tier;
 
-use std::ffi::OsString;
 use std::process::exit;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
 
-use crate::error::CliError;
+use crate::error::{CHITIN_FAILED, CliError};
 use crate::logging::LogArgs;
 
 /// Run untrusted agent code in sandboxes with a hardware boundary.
@@ -76,9 +75,7 @@ fn main() {
         error.print();
         exit(error.exit_code().into());
     }
-    let args: Vec<OsString> = std::env::args_os().collect();
-    let cli = Cli::try_parse_from(&args)
-        .unwrap_or_else(|error| exit(usage::report_usage(error, &Cli::command(), &args).into()));
+    let cli = Cli::try_parse().unwrap_or_else(|error| exit(report_usage(&error).into()));
     // `exit` instead of a return: the thread that reads standard input may be blocked for ever.
     exit(match execute(cli) {
         Ok(code) => code.into(),
@@ -87,6 +84,18 @@ fn main() {
             error.exit_code().into()
         }
     });
+}
+
+/// Prints help, version or a usage error, and returns the exit code.
+fn report_usage(error: &clap::Error) -> u8 {
+    let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if is_help || !error.use_stderr() {
+        // A closed pipe is no reason to complain.
+        let _ = error.print();
+    } else {
+        eprintln!("chitin: {}", error::usage_line(error));
+    }
+    if error.use_stderr() { CHITIN_FAILED } else { 0 }
 }
 
 fn execute(cli: Cli) -> Result<u8, CliError> {

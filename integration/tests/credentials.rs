@@ -331,7 +331,7 @@ fn untrusted_endpoint_receives_no_credential() {
     let script = format!(
         "import os, urllib.request
 try:
-    headers = {{'X': os.environ['API_KEY']}}
+    headers = {{'Authorization': os.environ['API_KEY']}}
     urllib.request.urlopen(urllib.request.Request('https://localhost:{}/', headers=headers))
 except OSError as e:
     print('no')",
@@ -361,11 +361,6 @@ fn undeliverable_credential_is_rejected_before_boot() {
     };
     refused("short", "--secret K=env:KEY@api.example.com", "less than 8 bytes");
     refused("two\nlines and more", "--secret K=env:KEY@api.example.com", "HTTP header");
-    for (args, words) in [
-        ("--secret K=env:KEY --secret-query K", "--secret K=SRC@HOST"),
-        ("--secret K=env:KEY@api.example.com --secret-env K", "--secret-env K"),
-    ] {
-        let run = chitin(&format!("run {args} -- true")).env("KEY", CANARY);
-        run.outcome().assert_usage_error(words);
-    }
+    refused(CANARY, "--secret K=env:KEY --secret-query K", "--secret K=SRC@HOST");
+    refused(CANARY, "--secret K=env:KEY@api.example.com --secret-env K", "--secret-env K");
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use chitin_spec::{Delivery, SecretSource, TierKind};
+use chitin_spec::{Delivery, ProxyScope, SecretSource, TierKind};
 use chitin_text::printable;
 
 use super::file::Access;
@@ -154,16 +154,9 @@ fn write_credentials(policy: &Policy, out: &mut String) -> std::fmt::Result {
             Delivery::Env => "an environment variable that its child processes see".to_owned(),
             Delivery::Endpoint => "access keys that AWS SDKs fetch when they need them".to_owned(),
             Delivery::Proxy(scope) => {
-                let parts = match (scope.query, scope.body) {
-                    (false, false) => "headers",
-                    (true, false) => "headers and the query",
-                    (false, true) => "headers and the body",
-                    (true, true) => "headers, the query and the body",
-                };
-                let hosts = join_names(&scope.hosts, ToString::to_string);
                 format!(
-                    "a placeholder in the variable NAME that this host replaces in {parts} of \
-                     requests to {hosts}"
+                    "a placeholder in the variable NAME that this host replaces in {}",
+                    explain_scope(scope)
                 )
             }
         };
@@ -183,6 +176,23 @@ fn write_credentials(policy: &Policy, out: &mut String) -> std::fmt::Result {
         )?;
     }
     Ok(())
+}
+
+/// Returns the requests in which a placeholder is replaced.
+fn explain_scope(scope: &ProxyScope) -> String {
+    let mut parts = vec!["headers that carry keys".to_owned()];
+    parts.extend(scope.headers.iter().map(|name| format!("the header {name}")));
+    parts.extend(scope.query.then(|| "the query".to_owned()));
+    parts.extend(scope.body.then(|| "the body".to_owned()));
+    let (parts, hosts) =
+        (join_names(&parts, String::clone), join_names(&scope.hosts, ToString::to_string));
+    let methods = match scope.methods.as_slice() {
+        [] => String::new(),
+        methods => format!("{} ", join_names(methods, ToString::to_string)),
+    };
+    let prefix =
+        scope.path_prefix.as_ref().map_or(String::new(), |it| format!(", at or below {it}"));
+    format!("{parts} of {methods}requests to {hosts}{prefix}")
 }
 
 fn write_resources(policy: &Policy, out: &mut String) -> std::fmt::Result {

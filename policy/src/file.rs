@@ -9,8 +9,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use chitin_spec::{
-    DeliveryKind, Endpoint, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, Mebibytes, ParseSecretError,
-    SecretSource, TierKind, VaultSource, check_name, string_type,
+    DeliveryKind, Endpoint, HeaderField, KEY_HEADERS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
+    ParseScopeError, ParseSecretError, PathPrefix, RequestMethod, SecretSource, TierKind,
+    VaultSource, check_name, string_type,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -123,15 +124,14 @@ pub struct Network {
 pub struct Resources {
     /// Virtual CPUs.
     pub vcpus: Option<Bounded<1, MAX_VCPUS>>,
-    /// Memory in MiB, or with a unit (`1G`), including files that the workload writes.
-    pub memory_mib: Option<Mebibytes<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
+    /// Memory in MiB, including files that the workload writes.
+    pub memory_mib: Option<Bounded<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
     /// Time after which the sandbox is ended: `90s`, `5m`, `1h 30m`.
     pub timeout: Option<TimeLimit>,
     /// Maximum number of processes and threads.
     pub pids: Option<Bounded<1, 4096>>,
-    /// Maximum size of written files, in MiB or with a unit (`128M`). They lie in memory and may
-    /// take half of it.
-    pub disk_mib: Option<Mebibytes<1, 8192>>,
+    /// Maximum size of written files, in MiB. They lie in memory and may take half of it.
+    pub disk_mib: Option<Bounded<1, 8192>>,
 }
 
 /// A credential.
@@ -147,20 +147,18 @@ pub struct SecretRule {
     /// Hosts that receive the value, `HOST:PORT` or `*.DOMAIN:PORT`, each covered by
     /// `allowed_egress`. The value does not enter the sandbox.
     pub hosts: Option<Vec<Endpoint>>,
-    /// Parts of a request in which the placeholder is replaced in addition to headers.
+    /// Parts of a request in which the placeholder is replaced in addition to the headers that
+    /// carry keys: `query`, `body` (up to 1 MiB), `header:NAME`.
+    #[schemars(length(max = MAX_ENTRIES))]
     pub replaced_in: Option<Vec<RequestPart>>,
+    /// Replaces the placeholder only in requests for this path and those below it.
+    pub path_prefix: Option<PathPrefix>,
+    /// Replaces the placeholder only in requests with these methods.
+    #[schemars(length(max = MAX_ENTRIES))]
+    pub methods: Option<Vec<RequestMethod>>,
 }
 
-/// A part of an HTTP request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum RequestPart {
-    /// The query of the URL. Servers write it to their logs.
-    Query,
-    /// The body, up to 1 MiB.
-    Body,
-}
-
+string_type!(RequestPart, "RequestPart", r"^(query|body|header:[A-Za-z0-9!#$%&'*+.^_`|~-]+)$");
 string_type!(Label, "Label", r"^[^\u0000-\u001f]{1,128}$");
 string_type!(NormalPath, "NormalPath", r"^/[^/]+(/[^/]+)*$");
 string_type!(SourceRule, "Source", r"^((env|exec):.+|file:/.+|vault://[^/#]+/[^#]+(#.+)?)$");
@@ -228,18 +226,44 @@ impl FromStr for SourceRule {
     fn from_str(text: &str) -> Result<SourceRule, String> {
         let source: SecretSource =
             text.parse().map_err(|error: ParseSecretError| error.to_string())?;
-        match &source {
-            SecretSource::File(path) => {
-                NormalPath::from_str(&path.to_string_lossy())?;
-            }
-            SecretSource::Env(name) if name.contains('@') => {
-                return Err(format!(
-                    "`{name}` cannot name an environment variable: hosts are in the key `hosts`"
-                ));
-            }
-            _ => {}
+        if let SecretSource::File(path) = &source {
+            NormalPath::from_str(&path.to_string_lossy())?;
         }
         Ok(SourceRule(source))
+    }
+}
+
+/// A part of an HTTP request in which a placeholder is replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RequestPart {
+    /// The query of the URL. Servers write it to their logs.
+    Query,
+    /// The body, up to 1 MiB.
+    Body,
+    /// A header, in addition to those that carry keys.
+    Header(HeaderField),
+}
+
+impl FromStr for RequestPart {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<RequestPart, String> {
+        match text.split_once(':') {
+            None if text == "query" => Ok(RequestPart::Query),
+            None if text == "body" => Ok(RequestPart::Body),
+            None if text == "header" || text == "headers" => Err(format!(
+                "`{text}` does not name a header: write `header:NAME` for each one in addition to \
+                 {}",
+                KEY_HEADERS.join(", ")
+            )),
+            Some(("header", name)) => name
+                .parse()
+                .map(RequestPart::Header)
+                .map_err(|error: ParseScopeError| error.to_string()),
+            _ => {
+                Err(format!("`{text}` is not a part of a request: use query, body or header:NAME"))
+            }
+        }
     }
 }
 

@@ -151,8 +151,6 @@ fn profile_supplies_absent_keys() {
     // The profile's disk limit shrinks with a smaller memory.
     let small = parse("sandbox: {profile: restricted}\nresources: {memory_mib: 64}");
     assert_eq!(small.limits.disk_mib, Some(32));
-    let units = parse("resources: {memory_mib: 1G, disk_mib: 128M}");
-    assert_eq!((units.limits.memory_mib, units.limits.disk_mib), (1024, Some(128)));
 }
 
 #[test]
@@ -219,9 +217,6 @@ fn wrong_types_are_refused() {
     refused("resources: {vcpus: 9}\n", (1, 20), "1 to 8");
     refused("resources: {vcpus: -1}\n", (1, 20), "1 to 8");
     refused("resources: {memory_mib: 99999999999999999999}\n", (1, 25), "an integer");
-    refused("resources: {memory_mib: 1.5G}\n", (1, 25), "512M or 1G");
-    refused("resources: {memory_mib: 99G}\n", (1, 25), "use 64 to 16384");
-    refused("resources: {memory_mib: '512'}\n", (1, 25), "found the string `512`");
     refused("resources: {timeout: 90}\n", (1, 22), "found the number 90");
     refused("resources: {timeout: 0s}\n", (1, 22), "zero");
     refused("resources: {timeout: soon}\n", (1, 22), "90s");
@@ -319,7 +314,6 @@ fn invalid_credential_sources_are_refused() {
     refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a%2e%2e/b?x'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'env:'"), (3, 11), "unknown source");
-    refused(&secret("'env:A@api.test'"), (3, 11), "in the key `hosts`");
     // A text that may be a pasted value is not repeated.
     let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
     assert!(!error.contains("4711"), "{error}");
@@ -506,13 +500,26 @@ fn proxied_credentials_need_permitted_hosts() {
              secrets: [{{name: A, source: 'env:A', {secret}}}]\n"
         )
     };
-    let kept = parse(&policy("hosts: ['api.example.com:443'], replaced_in: [body]"));
-    let hosts = vec!["api.example.com:443".parse().unwrap()];
-    let scope = chitin_spec::ProxyScope { hosts, query: false, body: true };
+    let kept = parse(&policy(
+        "hosts: ['api.example.com:443'], replaced_in: [body, 'header:X-Key'], \
+         path_prefix: /v1/, methods: [GET, POST]",
+    ));
+    let scope = chitin_spec::ProxyScope {
+        hosts: vec!["api.example.com:443".parse().unwrap()],
+        query: false,
+        body: true,
+        headers: vec!["x-key".parse().unwrap()],
+        path_prefix: Some("/v1/".parse().unwrap()),
+        methods: vec!["GET".parse().unwrap(), "POST".parse().unwrap()],
+    };
     assert_eq!(kept.secrets[0].delivery, chitin_spec::Delivery::Proxy(scope));
     assert!(
+        kept.explain().contains(
+            "replaces in headers that carry keys, the header x-key and the body of GET and POST \
+             requests to api.example.com:443, at or below /v1/"
+        ),
+        "{}",
         kept.explain()
-            .contains("replaces in headers and the body of requests to api.example.com:443")
     );
     let refused = |secret: &str, words: &str| {
         let error = Policy::parse(&policy(secret), "p.yaml").unwrap_err().to_string();
@@ -529,6 +536,15 @@ fn proxied_credentials_need_permitted_hosts() {
     refused("hosts: ['a.example.com:443'], delivery: memory", "remove one of the two keys");
     refused("hosts: ['a.example.com:443'], delivery: env", "remove one of the two keys");
     refused("hosts: ['a.example.com:443'], replaced_in: [path]", "path");
+    // An earlier version replaced it in every header.
+    refused("hosts: ['a.example.com:443'], replaced_in: [header]", "write `header:NAME`");
+    refused("hosts: ['a.example.com:443'], replaced_in: ['header:Host']", "describes the message");
+    refused("hosts: ['a.example.com:443'], replaced_in: ['header:a b']", "not the name");
+    refused("hosts: ['a.example.com:443'], path_prefix: v1", "begins with /");
+    refused("hosts: ['a.example.com:443'], methods: [get]", "in capital letters");
+    refused("hosts: ['a.example.com:443'], methods: []", "must not be empty");
+    refused("replaced_in: ['header:X-Key']", "needs `hosts`");
+    refused("methods: [GET]", "needs `hosts`");
     refused(
         "delivery: endpoint}, {name: B, source: 'env:B', delivery: endpoint",
         "only one secret can use `endpoint`, and A does",

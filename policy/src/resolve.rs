@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use chitin_spec::{Delivery, DeliveryKind, Endpoint, Limits, ProxyScope, SecretSpec, TierKind};
+use chitin_spec::{
+    Delivery, DeliveryKind, Endpoint, Limits, PathPrefix, ProxyScope, RequestMethod, SecretSpec,
+    TierKind,
+};
 
 use super::file::{
     Access, FileRule, MAX_ENTRIES, NormalPath, PolicyFile, RequestPart, Resources, SecretRule,
@@ -207,6 +210,15 @@ fn resolve_secret(
         return Err(("name", format!("the secret {name} is listed twice")));
     }
     let fault = |message: String| Err(("delivery", message));
+    for (key, is_set) in [
+        ("replaced_in", rule.replaced_in.is_some()),
+        ("path_prefix", rule.path_prefix.is_some()),
+        ("methods", rule.methods.is_some()),
+    ] {
+        if is_set && rule.hosts.is_none() {
+            return Err((key, format!("`{key}` needs `hosts`, which receive the value")));
+        }
+    }
     let delivery = match (rule.delivery, rule.hosts) {
         (Some(DeliveryKind::Env), _) if !profile.spec().env_secrets => {
             return fault(format!(
@@ -238,16 +250,41 @@ fn resolve_secret(
         }
         (Some(DeliveryKind::Memory) | None, None) => Delivery::Memory,
         (Some(DeliveryKind::Proxy) | None, Some(hosts)) => {
-            let parts = rule.replaced_in.unwrap_or_default();
             check_hosts(&hosts, egress).map_err(|message| ("hosts", message))?;
-            Delivery::Proxy(ProxyScope {
-                hosts,
-                query: parts.contains(&RequestPart::Query),
-                body: parts.contains(&RequestPart::Body),
-            })
+            Delivery::Proxy(resolve_scope(hosts, rule.replaced_in, rule.path_prefix, rule.methods)?)
         }
     };
     Ok(SecretSpec { name, source: rule.source.0, delivery })
+}
+
+/// Resolves the requests in which a placeholder is replaced.
+fn resolve_scope(
+    hosts: Vec<Endpoint>,
+    parts: Option<Vec<RequestPart>>,
+    path_prefix: Option<PathPrefix>,
+    methods: Option<Vec<RequestMethod>>,
+) -> Result<ProxyScope, (&'static str, String)> {
+    if methods.as_ref().is_some_and(Vec::is_empty) {
+        return Err(("methods", "`methods` must not be empty".into()));
+    }
+    let (parts, methods) = (parts.unwrap_or_default(), methods.unwrap_or_default());
+    for (key, len) in [("replaced_in", parts.len()), ("methods", methods.len())] {
+        if len > MAX_ENTRIES {
+            return Err((key, too_many(len)));
+        }
+    }
+    let headers = parts.iter().filter_map(|part| match part {
+        RequestPart::Header(name) => Some(name.clone()),
+        RequestPart::Query | RequestPart::Body => None,
+    });
+    Ok(ProxyScope {
+        hosts,
+        query: parts.contains(&RequestPart::Query),
+        body: parts.contains(&RequestPart::Body),
+        headers: headers.collect(),
+        path_prefix,
+        methods,
+    })
 }
 
 /// Checks the hosts that receive a credential: at least one, and each in `allowed_egress`.

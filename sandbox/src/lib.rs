@@ -76,9 +76,9 @@ pub use chitin_broker::{Error as CredentialError, SecretError, SecretValueError,
 pub use chitin_policy::{self as policy, Consent, Policy, PolicyError};
 pub use chitin_protocol::{Exit, Failure, Fault, ReachedLimits, StartError, Usage};
 pub use chitin_spec::{
-    Boundary, Delivery, EgressLimits, EndCause, Endpoint, ParseEndpointError, ProxyScope, SecretId,
+    Boundary, Delivery, EgressLimits, EndCause, Endpoint, HeaderField, KEY_HEADERS,
+    ParseEndpointError, ParseScopeError, PathPrefix, ProxyScope, RequestMethod, SecretId,
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
-    parse_bytes, parse_mib,
 };
 pub use chitin_text::{error_chain, printable};
 pub use chitin_tiers::{

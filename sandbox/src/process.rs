@@ -2,7 +2,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
-use std::path::Path;
 use std::sync::Arc;
 
 use chitin_protocol::{Exit, Start, Usage};
@@ -86,9 +85,9 @@ impl Command {
         self
     }
 
-    /// Sets the working directory, `/work` if not set. A relative path is below `/work`.
+    /// Sets the working directory, `/work` if not set.
     pub fn current_dir(mut self, dir: impl AsRef<OsStr>) -> Command {
-        self.cwd = Path::new(HOME).join(dir.as_ref()).into();
+        self.cwd = dir.as_ref().to_owned();
         self
     }
 

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::endpoint::Endpoint;
+use crate::proxy_scope::ProxyScope;
 
 /// The way in which the workload gets a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,15 +57,4 @@ impl DeliveryKind {
             DeliveryKind::Endpoint => "endpoint",
         }
     }
-}
-
-/// The requests in which the proxy replaces a credential's placeholder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProxyScope {
-    /// The hosts that receive the value, over TLS at these ports.
-    pub hosts: Vec<Endpoint>,
-    /// Replace it in the query of a URL as well. Servers write queries to their logs.
-    pub query: bool,
-    /// Replace it in bodies of up to 1 MiB as well.
-    pub body: bool,
 }

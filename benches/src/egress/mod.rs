@@ -152,7 +152,7 @@ fn proxied_secret(path: PathBuf, server: &Server) -> Result<SecretSpec, BenchErr
     let host = format!("localhost:{}", server.tls_port).parse().map_err(|error| {
         BenchError::io("name the server as an endpoint")(io::Error::other(error))
     })?;
-    let scope = ProxyScope { hosts: vec![host], query: false, body: false };
+    let scope = ProxyScope { hosts: vec![host], ..ProxyScope::default() };
     let source = SecretSource::File(path);
     Ok(SecretSpec { name: KEY_VARIABLE.into(), source, delivery: Delivery::Proxy(scope) })
 }

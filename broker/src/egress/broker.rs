@@ -250,6 +250,7 @@ impl Broker {
     /// blocked request.
     fn record_requests(&self, record: &mut ConnectionRecord<'_>, stats: &ProxyStats) {
         record.requests = stats.request_count();
+        record.scrubbed = stats.scrubbed_count();
         record.credentials = stats.delivered_credentials();
         let (blocked, more) = stats.blocked_requests();
         for reason in blocked {

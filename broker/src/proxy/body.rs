@@ -10,8 +10,9 @@ use http_body_util::combinators::BoxBody;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
 use super::blocked::Location;
+use super::budget::Reservation;
 use super::placeholder::PlaceholderScanner;
-use super::redaction::Scrubber;
+use super::scrubber::Scrubber;
 use super::upstream_context::UpstreamContext;
 
 /// Maximum size of a body in which placeholders are replaced. It is buffered, because its length
@@ -22,7 +23,8 @@ pub(super) const MAX_BODY: usize = 1024 * 1024;
 pub(super) type ProxyBody = BoxBody<Bytes, BoxError>;
 pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The body of a request in which placeholders are not replaced. A placeholder ends it.
+/// The body of a request in which placeholders are not replaced. A placeholder ends it, and
+/// trailers are not forwarded.
 pub(super) struct ScanningBody {
     inner: Incoming,
     scanner: PlaceholderScanner,
@@ -41,8 +43,9 @@ impl ScanningBody {
         }
         let trailers = frame.trailers_ref()?;
         trailers
-            .values()
-            .find_map(|value| placeholders.find(value.as_bytes(), 0))
+            .iter()
+            .flat_map(|(name, value)| [name.as_str().as_bytes(), value.as_bytes()])
+            .find_map(|text| placeholders.find(text, 0))
             .map(|(_, credential)| credential)
     }
 }
@@ -55,18 +58,19 @@ impl Body for ScanningBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(cx)) else {
-            return Poll::Ready(None);
-        };
-        let frame = frame?;
-        Poll::Ready(Some(match self.find_placeholder(&frame) {
-            None => Ok(frame),
-            Some(credential) => {
+        loop {
+            let Some(frame) = ready!(Pin::new(&mut self.inner).poll_frame(cx)).transpose()? else {
+                return Poll::Ready(None);
+            };
+            if let Some(credential) = self.find_placeholder(&frame) {
                 let reason = self.context.misplaced(credential, Location::Body);
                 self.context.stats.record_blocked(reason.clone());
-                Err(reason.into())
+                return Poll::Ready(Some(Err(reason.into())));
             }
-        }))
+            if frame.is_data() {
+                return Poll::Ready(Some(Ok(frame)));
+            }
+        }
     }
 
     fn is_end_stream(&self) -> bool {
@@ -78,36 +82,52 @@ impl Body for ScanningBody {
     }
 }
 
-/// The scrubbed body of a response. Its length does not change.
+/// The scrubbed body of a response. Its length does not change. Trailers are forwarded in HTTP/2
+/// only, where gRPC has its status.
 pub(super) struct ScrubbedBody {
     inner: Incoming,
     scrubber: Scrubber,
     context: Arc<UpstreamContext>,
+    _reservation: Option<Reservation>,
     trailers: Option<HeaderMap>,
     done: bool,
 }
 
 impl ScrubbedBody {
-    pub fn new(inner: Incoming, context: Arc<UpstreamContext>) -> ScrubbedBody {
-        ScrubbedBody { inner, scrubber: Scrubber::default(), context, trailers: None, done: false }
+    pub fn new(
+        inner: Incoming,
+        context: Arc<UpstreamContext>,
+        reservation: Option<Reservation>,
+    ) -> ScrubbedBody {
+        ScrubbedBody {
+            inner,
+            scrubber: Scrubber::default(),
+            context,
+            _reservation: reservation,
+            trailers: None,
+            done: false,
+        }
     }
 
     /// Returns the bytes that may be forwarded; the held ones follow at the end or with trailers.
     fn scrub_frame(&mut self, frame: Option<Frame<Bytes>>) -> Vec<u8> {
-        match frame.map(Frame::into_data) {
-            Some(Ok(bytes)) => self.scrubber.scrub(&self.context.store.patterns(), &bytes).0,
+        let bytes = match frame.map(Frame::into_data) {
+            Some(Ok(bytes)) => self.scrubber.scrub(&self.context.store.patterns(), &bytes),
             Some(Err(frame)) => {
-                let mut trailers = frame.into_trailers().unwrap_or_default();
-                self.context.scrub_headers(&mut trailers);
-                self.trailers = Some(trailers);
                 self.done = true;
+                let trailers = frame.into_trailers().ok().filter(|_| self.context.is_http2);
+                self.trailers = trailers.map(|trailers| self.context.scrub_headers(trailers));
                 self.scrubber.finish()
             }
             None => {
                 self.done = true;
                 self.scrubber.finish()
             }
+        };
+        if self.done && self.scrubber.take_found() {
+            self.context.record_hit();
         }
+        bytes
     }
 }
 
@@ -134,9 +154,11 @@ impl Body for ScrubbedBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        // Held bytes are still to be delivered.
-        self.done && self.trailers.is_none()
-            || self.scrubber.held_len() == 0 && self.inner.is_end_stream()
+        // Held bytes and trailers are still to be delivered.
+        match self.done {
+            true => self.trailers.is_none(),
+            false => self.scrubber.held_len() == 0 && self.inner.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -147,5 +169,14 @@ impl Body for ScrubbedBody {
             hint.set_upper(upper + held);
         }
         hint
+    }
+}
+
+impl Drop for ScrubbedBody {
+    fn drop(&mut self) {
+        // A body that the sandbox does not read to its end counts as well.
+        if self.scrubber.take_found() {
+            self.context.record_hit();
+        }
     }
 }

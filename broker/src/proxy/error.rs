@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::StatusCode;
 
 use super::certificate_authority::CertificateError;
-use super::store::MIN_VALUE;
+use super::store::{MAX_VALUE, MIN_VALUE};
 
 /// Time limit of a TLS handshake, on either side.
 pub(super) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -38,6 +38,13 @@ pub enum ValueError {
          delivery"
     )]
     TooShort,
+    /// The value is longer than a header may be.
+    #[error(
+        "a value of more than {} KiB is longer than servers accept in a header: use another \
+         delivery",
+        MAX_VALUE / 1024
+    )]
+    TooLong,
     /// The value has characters that are not printable ASCII.
     #[error("the value has characters that an HTTP header cannot hold: use printable ASCII")]
     NotPrintable,

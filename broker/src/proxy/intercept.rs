@@ -17,6 +17,9 @@ use super::error::{HANDSHAKE_LIMIT, ProxyError};
 const HTTP1: &[u8] = b"http/1.1";
 const HTTP2: &[u8] = b"h2";
 
+/// Bytes that TLS buffers in each direction before the other side takes them.
+const TLS_BUFFER: usize = 32 * 1024;
+
 /// Both sides of an intercepted connection, with the same protocol.
 pub(super) struct Intercepted<S, E> {
     pub sandbox: server::TlsStream<S>,
@@ -54,12 +57,14 @@ where
     config.alpn_protocols = offered_protocols(&hello);
     let name = ServerName::try_from(host.to_owned()).map_err(|_| ProxyError::OtherServerName)?;
     let connecting = TlsConnector::from(Arc::new(config)).connect(name, endpoint);
-    let endpoint = with_limit(connecting).await?.map_err(ProxyError::EndpointHandshake)?;
+    let mut endpoint = with_limit(connecting).await?.map_err(ProxyError::EndpointHandshake)?;
+    endpoint.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
     let is_http2 = endpoint.get_ref().1.alpn_protocol() == Some(HTTP2);
 
     let config = authority.server_config(host, if is_http2 { HTTP2 } else { HTTP1 })?;
     let sandbox = with_limit(start.into_stream(Arc::new(config))).await?;
-    let sandbox = sandbox.map_err(|error| ProxyError::SandboxHandshake(error.to_string()))?;
+    let mut sandbox = sandbox.map_err(|error| ProxyError::SandboxHandshake(error.to_string()))?;
+    sandbox.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
     Ok(Intercepted { sandbox, endpoint, is_http2 })
 }
 

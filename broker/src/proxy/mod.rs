@@ -10,23 +10,34 @@
 //! Everything that the sandbox sends is hostile: the SNI, the request's host and the name that the
 //! policy allowed must be the same name. A placeholder in a location where it is not replaced
 //! blocks the request before the endpoint receives it.
+//!
+//! Requests and responses are rebuilt from the parts that the proxy understands, and the rest is
+//! removed or refused: only what is understood can be scrubbed. What the scrubber forwards, and
+//! when, does not depend on a value.
 
 mod blocked;
 mod body;
+mod budget;
 mod certificate_authority;
 mod detect;
 pub(crate) mod encoding;
 mod error;
+mod exchange;
+mod framing;
 mod intercept;
 mod placeholder;
 mod redaction;
 mod relay;
-mod rewrite;
+mod replace;
+mod request;
+mod response;
+mod scrubber;
 mod selftest;
 mod stats;
 mod store;
-mod upgrade;
 mod upstream_context;
+mod websocket;
+mod websocket_relay;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -36,7 +47,6 @@ use std::sync::Arc;
 use chitin_spec::ProxyScope;
 use rustls::ClientConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Semaphore;
 
 pub use certificate_authority::CertificateError;
 pub(crate) use error::ProxyError;
@@ -44,6 +54,7 @@ pub use error::{SelfTestError, SetupError, ValueError};
 pub(crate) use stats::ProxyStats;
 
 use crate::secret_value::SecretValue;
+use budget::{ByteBudget, Reservation};
 use certificate_authority::CertificateAuthority;
 use detect::ScanningStream;
 use intercept::{Intercepted, intercept_tls};
@@ -51,16 +62,13 @@ use relay::{relay_http1, relay_http2};
 use store::CredentialStore;
 use upstream_context::UpstreamContext;
 
-/// Maximum number of buffered bodies of all connections of a sandbox: 16 MiB. Further ones wait.
-const MAX_BUFFERED_BODIES: usize = 16;
-
 /// The proxy of one sandbox.
 pub struct Proxy {
     store: Arc<CredentialStore>,
     authority: CertificateAuthority,
     /// The TLS configuration for endpoints: the CAs that the host trusts.
     trust: Arc<ClientConfig>,
-    buffered_bodies: Arc<Semaphore>,
+    budget: Arc<ByteBudget>,
 }
 
 impl fmt::Debug for Proxy {
@@ -84,7 +92,7 @@ impl Proxy {
             authority: CertificateAuthority::new(domains)?,
             store: Arc::new(store),
             trust: Arc::new(trust),
-            buffered_bodies: Arc::new(Semaphore::new(MAX_BUFFERED_BODIES)),
+            budget: Arc::default(),
         })
     }
 
@@ -151,11 +159,31 @@ impl Proxy {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         E: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let share = self.budget.reserve_connection().await;
         let Intercepted { sandbox, endpoint, is_http2 } =
             intercept_tls(&self.authority, trust, sandbox, endpoint, host).await?;
+        self.relay_decrypted(sandbox, endpoint, is_http2, (host, port), stats, share).await
+    }
+
+    /// Relays HTTP between the two sides of a connection whose TLS is intercepted.
+    async fn relay_decrypted<S, E>(
+        &self,
+        sandbox: S,
+        endpoint: E,
+        is_http2: bool,
+        (host, port): (&str, u16),
+        stats: &Arc<ProxyStats>,
+        share: Option<Reservation>,
+    ) -> Result<(), ProxyError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        E: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let context = Arc::new(UpstreamContext {
             store: self.store.clone(),
-            buffered_bodies: self.buffered_bodies.clone(),
+            budget: self.budget.clone(),
+            _share: share,
+            is_http2,
             host: host.to_owned(),
             port,
             stats: stats.clone(),

@@ -46,6 +46,8 @@ impl Proxy {
                     let name = credential.name.clone();
                     return Err(SetupError::SelfTest { name, protocol, error });
                 }
+                // The response contained the value on purpose.
+                self.store.reset_hits();
             }
         }
         Ok(())

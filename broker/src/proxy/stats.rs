@@ -17,6 +17,7 @@ pub(crate) struct ProxyStats {
 #[derive(Debug, Default)]
 struct Counters {
     requests: u64,
+    scrubbed: u64,
     delivered: BTreeSet<String>,
     blocked: Vec<BlockReason>,
     blocked_more: u64,
@@ -29,6 +30,11 @@ impl ProxyStats {
 
     pub(super) fn count_request(&self) {
         self.counters().requests += 1;
+    }
+
+    /// Counts a message of the endpoint in which a value was scrubbed.
+    pub(super) fn count_scrubbed(&self) {
+        self.counters().scrubbed += 1;
     }
 
     pub(super) fn record_delivery(&self, credential: &str) {
@@ -55,6 +61,11 @@ impl ProxyStats {
     /// Returns the number of requests that were sent to the endpoint.
     pub fn request_count(&self) -> u64 {
         self.counters().requests
+    }
+
+    /// Returns the number of the endpoint's messages in which a value was scrubbed.
+    pub fn scrubbed_count(&self) -> u64 {
+        self.counters().scrubbed
     }
 
     /// Returns the reasons of the first blocked requests, and the number of further ones.

@@ -1,26 +1,39 @@
 //! The credentials of a sandbox that the proxy delivers: placeholders, values and their scope.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use chitin_spec::ProxyScope;
+use zeroize::Zeroizing;
 
 use super::error::{SetupError, ValueError};
 use super::placeholder::{Placeholders, RANDOM_BYTES, format_placeholder};
 use super::redaction::RedactionPatterns;
 use crate::secret_value::SecretValue;
+use crate::token_bucket::TokenBucket;
 
 /// Minimum length of a value. A shorter one would match unrelated text, which would be scrubbed.
 pub(super) const MIN_VALUE: usize = 8;
+
+/// Maximum length of a value: what servers accept in one header. Three times as much of each
+/// response is held back while it is scrubbed.
+pub(super) const MAX_VALUE: usize = 8 * 1024;
+
+/// Earlier values of a credential that are scrubbed from responses. A lease that is replaced every
+/// hour has as many in 64 hours; then the oldest is forgotten.
+pub(super) const MAX_EARLIER_VALUES: usize = 64;
+
+/// Messages with a scrubbed value, a minute, after which requests are refused. Each of them tells
+/// the workload that something it sent contains a value, or that the endpoint discloses one.
+pub(super) const MAX_HITS: u32 = 60;
 
 /// A credential whose value never enters the sandbox.
 pub(super) struct Credential {
     pub name: String,
     pub hosts: Vec<chitin_protocol::Endpoint>,
-    /// The placeholder is replaced in queries, too.
-    pub query: bool,
-    /// The placeholder is replaced in bodies, too.
-    pub body: bool,
+    /// The requests in which the placeholder is replaced.
+    pub scope: ProxyScope,
     pub placeholder: String,
     values: Mutex<Values>,
 }
@@ -30,8 +43,27 @@ pub(super) struct Credential {
 struct Values {
     /// `None` after the credential was revoked.
     current: Option<Arc<SecretValue>>,
-    /// The value until the last rotation, which is scrubbed from responses as well.
-    previous: Option<Arc<SecretValue>>,
+    /// The values until each rotation, oldest first, which are scrubbed from responses as well.
+    earlier: VecDeque<Zeroizing<Vec<u8>>>,
+}
+
+impl Values {
+    /// Replaces the value, and remembers the one before.
+    fn replace(&mut self, value: Option<Arc<SecretValue>>) {
+        if let Some(before) = std::mem::replace(&mut self.current, value) {
+            let before = copy_value(&before);
+            // Vaults may return to an earlier value.
+            self.earlier.retain(|earlier| *earlier != before);
+            self.earlier.push_back(before);
+            if self.earlier.len() > MAX_EARLIER_VALUES {
+                self.earlier.pop_front();
+            }
+        }
+    }
+}
+
+fn copy_value(value: &SecretValue) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(value.to_bytes().expose().to_vec())
 }
 
 impl Credential {
@@ -55,6 +87,7 @@ pub(super) struct CredentialStore {
     pub credentials: Vec<Credential>,
     pub placeholders: Placeholders,
     patterns: RwLock<RedactionPatterns>,
+    hits: Mutex<TokenBucket>,
 }
 
 impl CredentialStore {
@@ -63,8 +96,7 @@ impl CredentialStore {
         secrets: Vec<(String, ProxyScope, SecretValue)>,
         mut fill_random: impl FnMut(&mut [u8]) -> io::Result<()>,
     ) -> Result<CredentialStore, SetupError> {
-        let (mut credentials, mut placeholders, mut patterns) =
-            (Vec::new(), Placeholders::default(), RedactionPatterns::default());
+        let (mut credentials, mut placeholders) = (Vec::new(), Placeholders::default());
         for (name, scope, value) in secrets {
             if let Err(error) = check_value(&value) {
                 return Err(SetupError::Value { name, error });
@@ -75,13 +107,13 @@ impl CredentialStore {
             }
             let placeholder = format_placeholder(random);
             placeholders.insert(placeholder.clone(), credentials.len());
-            patterns.add_value(value.to_bytes().expose());
-            let values = Mutex::new(Values { current: Some(Arc::new(value)), previous: None });
-            let hosts = scope.hosts.iter().map(Into::into).collect();
-            let ProxyScope { query, body, .. } = scope;
-            credentials.push(Credential { name, hosts, query, body, placeholder, values });
+            let values = Values { current: Some(Arc::new(value)), earlier: VecDeque::new() };
+            let (values, hosts) =
+                (Mutex::new(values), scope.hosts.iter().map(Into::into).collect());
+            credentials.push(Credential { name, hosts, scope, placeholder, values });
         }
-        Ok(CredentialStore { credentials, placeholders, patterns: RwLock::new(patterns) })
+        let patterns = RwLock::new(make_patterns(&credentials));
+        Ok(CredentialStore { credentials, placeholders, patterns, hits: full_hit_bucket() })
     }
 
     /// Returns the patterns that responses are scrubbed of.
@@ -105,19 +137,25 @@ impl CredentialStore {
         // The lock is held throughout: a new value is scrubbed from responses before it is sent.
         let mut patterns = self.patterns.write().unwrap_or_else(PoisonError::into_inner);
         for credential in self.credentials.iter().filter(|credential| credential.name == name) {
-            let mut values = credential.values();
-            if let Some(previous) = values.current.take() {
-                values.previous = Some(previous);
-            }
-            values.current = value.clone();
+            credential.values().replace(value.clone());
         }
-        *patterns = RedactionPatterns::default();
-        for credential in &self.credentials {
-            let values = credential.values();
-            for value in [&values.current, &values.previous].into_iter().flatten() {
-                patterns.add_value(value.to_bytes().expose());
-            }
-        }
+        *patterns = make_patterns(&self.credentials);
+    }
+
+    /// Counts a message in which a value was scrubbed.
+    pub fn record_hit(&self) {
+        self.hits.lock().unwrap_or_else(PoisonError::into_inner).try_take();
+    }
+
+    /// Returns true if so many messages contained a value that requests are refused for a while.
+    pub fn hit_limit_reached(&self) -> bool {
+        self.hits.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Forgets the hits of a self-test.
+    pub fn reset_hits(&self) {
+        let full = full_hit_bucket().into_inner().unwrap_or_else(PoisonError::into_inner);
+        *self.hits.lock().unwrap_or_else(PoisonError::into_inner) = full;
     }
 
     /// Returns true if any credential is for this host and port.
@@ -132,11 +170,30 @@ impl CredentialStore {
     }
 }
 
+/// Returns the patterns of all values, the earlier ones included.
+fn make_patterns(credentials: &[Credential]) -> RedactionPatterns {
+    let mut all = Vec::new();
+    for credential in credentials {
+        let values = credential.values();
+        all.extend(values.current.as_deref().map(copy_value));
+        all.extend(values.earlier.iter().cloned());
+    }
+    RedactionPatterns::new(&all)
+}
+
+fn full_hit_bucket() -> Mutex<TokenBucket> {
+    let capacity = f64::from(MAX_HITS);
+    Mutex::new(TokenBucket::new(capacity / 60.0, capacity))
+}
+
 /// Checks that a value can be sent in a header and recognized in a response.
 fn check_value(value: &SecretValue) -> Result<(), ValueError> {
     let bytes = value.to_bytes();
     if bytes.expose().len() < MIN_VALUE {
         return Err(ValueError::TooShort);
+    }
+    if bytes.expose().len() > MAX_VALUE {
+        return Err(ValueError::TooLong);
     }
     if !bytes.expose().iter().all(|byte| (0x20..0x7f).contains(byte)) {
         return Err(ValueError::NotPrintable);

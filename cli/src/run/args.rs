@@ -5,9 +5,9 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use chitin::{SecretSpec, TierKind};
+use chitin::{HeaderField, SecretSpec, TierKind};
 
-use super::values::{CopySpec, PortPair, WORKDIR, parse_bytes};
+use super::values::{CopySpec, PortPair, WORKDIR, parse_bytes, parse_header};
 use crate::machine_args::MachineArgs;
 use crate::policy_args::PolicyArgs;
 
@@ -19,7 +19,7 @@ const FILES: &str = "Files";
 /// Arguments of `chitin run`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Exit code: that of the command; 2 if an option is invalid; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
+Exit code: that of the command; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
 the command is not executable; 127 if it was not found; 128+n if signal n ended it. If a limit of \
 the sandbox is the cause, a line on standard error names it, and `cause` in the report does.
 
@@ -64,14 +64,14 @@ pub struct Args {
     #[arg(long, value_name = "K=V")]
     pub env: Vec<OsString>,
 
-    /// Directory that the command starts in; a relative path is below /work, as everywhere else
+    /// Directory that the command starts in
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     pub workdir: OsString,
 
     /// Deliver a credential from env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD: the
     /// command reads it from the file that $NAME_FILE names. With @HOST it never enters the
-    /// sandbox: $NAME holds a placeholder, which is replaced in the headers of HTTPS requests to
-    /// these hosts
+    /// sandbox: $NAME holds a placeholder, which is replaced in HTTPS requests to these hosts, in
+    /// headers that carry keys (Authorization, X-API-Key, …)
     #[arg(long, help_heading = CREDENTIALS, value_name = "NAME=SRC[@HOST,…]")]
     pub secret: Vec<SecretSpec>,
 
@@ -84,6 +84,11 @@ pub struct Args {
     /// secret, which is read again before it expires
     #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
     pub secret_endpoint: Option<String>,
+
+    /// Replace the placeholder of NAME in this header too. Choose one that the host does not store
+    /// or show to others
+    #[arg(long, help_heading = CREDENTIALS, value_name = "NAME=HEADER", value_parser = parse_header)]
+    pub secret_header: Vec<(String, HeaderField)>,
 
     /// Replace the placeholder of NAME in the query of URLs too; servers write URLs to their logs
     #[arg(long, help_heading = CREDENTIALS, value_name = "NAME")]
@@ -125,13 +130,13 @@ pub struct Args {
     pub publish: Vec<PortPair>,
 
     /// Copy a file or directory in before the start. DST is its new path; DST/ is the directory to
-    /// copy it into; SRC/. is the contents of a directory. A relative DST is below /work
+    /// copy it into
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_in)]
     pub copy_in: Vec<CopySpec>,
 
     /// Copy a file or directory out after the end. DST is its new path; DST/ is the directory to
-    /// copy it into; SRC/. is the contents of a directory. A relative SRC is below /work
+    /// copy it into
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_out)]
     pub copy_out: Vec<CopySpec>,

@@ -1,6 +1,6 @@
 //! The secrets of `chitin run`: `--secret`, and the options that change how one is delivered.
 
-use chitin::{Delivery, SecretSpec};
+use chitin::{Delivery, ProxyScope, SecretSpec};
 
 use super::args::Args;
 use crate::error::CliError;
@@ -26,15 +26,28 @@ pub fn collect_secrets(args: &Args) -> Result<Vec<SecretSpec>, CliError> {
         [("--secret-query", &args.secret_query), ("--secret-body", &args.secret_body)]
     {
         for name in names {
-            let secret = secrets.iter_mut().find(|secret| secret.name == *name);
-            let Some(Delivery::Proxy(scope)) = secret.map(|secret| &mut secret.delivery) else {
-                return Err(CliError::UnknownPlaceholder { option, name: name.clone() });
-            };
+            let scope = find_scope(&mut secrets, option, name)?;
             scope.query |= option == "--secret-query";
             scope.body |= option == "--secret-body";
         }
     }
+    for (name, header) in &args.secret_header {
+        find_scope(&mut secrets, "--secret-header", name)?.headers.push(header.clone());
+    }
     Ok(secrets)
+}
+
+/// Returns the scope of a secret whose placeholder is replaced.
+fn find_scope<'s>(
+    secrets: &'s mut [SecretSpec],
+    option: &'static str,
+    name: &str,
+) -> Result<&'s mut ProxyScope, CliError> {
+    let secret = secrets.iter_mut().find(|secret| secret.name == name);
+    match secret.map(|secret| &mut secret.delivery) {
+        Some(Delivery::Proxy(scope)) => Ok(scope),
+        _ => Err(CliError::UnknownPlaceholder { option, name: name.into() }),
+    }
 }
 
 fn find_secret<'s>(
@@ -81,6 +94,9 @@ mod tests {
         let proxied = delivery(&["--secret", "K=env:K@a.test", "--secret-body", "K"]);
         let Delivery::Proxy(scope) = proxied else { panic!("{proxied:?}") };
         assert!(scope.body && !scope.query);
+        let proxied = delivery(&["--secret", "K=env:K@a.test", "--secret-header", "K=X-My-Key"]);
+        let Delivery::Proxy(scope) = proxied else { panic!("{proxied:?}") };
+        assert!(scope.replaces_in_header("x-my-key") && !scope.replaces_in_header("x-other"));
     }
 
     #[test]
@@ -89,8 +105,10 @@ mod tests {
             let error = collect(&[option, "K"]).unwrap_err();
             assert!(matches!(error, CliError::UnknownSecret { .. }), "{error}");
         }
-        for option in ["--secret-query", "--secret-body"] {
-            let error = collect(&["--secret", "K=env:K", option, "K"]).unwrap_err();
+        for (option, value) in
+            [("--secret-query", "K"), ("--secret-body", "K"), ("--secret-header", "K=X-Key")]
+        {
+            let error = collect(&["--secret", "K=env:K", option, value]).unwrap_err();
             assert!(matches!(error, CliError::UnknownPlaceholder { .. }), "{error}");
         }
     }

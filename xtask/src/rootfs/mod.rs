@@ -29,8 +29,6 @@ use recipe::Recipe;
 
 mod apt;
 mod base;
-#[cfg(test)]
-mod document_test;
 mod image;
 mod lock;
 mod recipe;

@@ -30,7 +30,8 @@ pub fn endpoint(text: &str) -> Endpoint {
 }
 
 pub fn scope(hosts: &[&str], query: bool, body: bool) -> ProxyScope {
-    ProxyScope { hosts: hosts.iter().map(|host| endpoint(host)).collect(), query, body }
+    let hosts = hosts.iter().map(|host| endpoint(host)).collect();
+    ProxyScope { hosts, query, body, ..ProxyScope::default() }
 }
 
 pub fn proxy(values: Vec<(&str, ProxyScope, &str)>) -> Result<Proxy, SetupError> {
@@ -110,10 +111,16 @@ pub async fn serve_endpoint(
     }
 }
 
+/// Echoes text frames of less than 126 bytes whose mask is zero.
 pub async fn echo_stream(mut stream: TokioIo<hyper::upgrade::Upgraded>) {
-    let mut buffer = [0; 1024];
-    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
-        stream.write_all(&buffer[..count]).await.unwrap();
+    let mut buffer = [0; 128];
+    while stream.read_exact(&mut buffer[..6]).await.is_ok() {
+        assert_eq!(buffer[2..6], [0; 4]);
+        let length = buffer[1] & 0x7f;
+        let payload = &mut buffer[2..2 + usize::from(length)];
+        stream.read_exact(payload).await.unwrap();
+        buffer[1] = length;
+        stream.write_all(&buffer[..2 + usize::from(length)]).await.unwrap();
         stream.flush().await.unwrap();
     }
 }
