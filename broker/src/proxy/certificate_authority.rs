@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
-    GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints,
+    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
 use rustls::ServerConfig;
 use rustls::crypto::ring::sign::any_ecdsa_type;
@@ -16,6 +16,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::server::ResolvesServerCert;
 use rustls::sign::CertifiedKey;
 
+use super::name_constraints::{NAME_CONSTRAINTS, encode_name_constraints};
 use crate::tls;
 
 /// Validity of certificates. Clients accept at most 398 days; a sandbox may run for long.
@@ -56,7 +57,7 @@ pub enum CertificateError {
 }
 
 impl CertificateAuthority {
-    /// Creates a CA that is constrained to these domains and their subdomains (RFC 5280, 4.2.1.10).
+    /// Creates a CA that is constrained to these domains and their subdomains.
     pub fn new(
         domains: impl IntoIterator<Item = String>,
     ) -> Result<CertificateAuthority, CertificateError> {
@@ -64,9 +65,10 @@ impl CertificateAuthority {
         let mut params = certificate_params(&[], "Chitin sandbox")?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let permitted_subtrees = domains.into_iter().map(GeneralSubtree::DnsName).collect();
-        params.name_constraints =
-            Some(NameConstraints { permitted_subtrees, excluded_subtrees: Vec::new() });
+        let constraints = encode_name_constraints(domains);
+        let mut extension = CustomExtension::from_oid_content(NAME_CONSTRAINTS, constraints);
+        extension.set_criticality(true);
+        params.custom_extensions.push(extension);
         let certificate = params.self_signed(&key)?;
         let (pem, der) = (certificate.pem(), certificate.der().clone());
         Ok(CertificateAuthority {
@@ -151,3 +153,7 @@ impl ResolvesServerCert for FixedCertificate {
         Some(self.0.clone())
     }
 }
+
+#[cfg(test)]
+#[path = "certificate_authority_test.rs"]
+mod tests;

@@ -25,6 +25,7 @@ mod error;
 mod exchange;
 mod framing;
 mod intercept;
+mod name_constraints;
 mod placeholder;
 mod redaction;
 mod relay;
