@@ -12,6 +12,7 @@ import ssl
 import struct
 import sys
 
+MODULES = ("usr/lib/python3.11", "usr/lib/python3/dist-packages")
 LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib")
 
 
@@ -68,10 +69,10 @@ def install_trust_roots(tree):
 
 
 def compile_bytecode(tree):
-    """Compiles the standard library, unchecked: the image cannot change, so Python need not compare
-    times."""
+    """Compiles the standard library and Debian's modules, unchecked: the image cannot change, so
+    Python need not compare times."""
     count = 0
-    for path in list_files(tree, "usr/lib/python3.11"):
+    for path in [path for below in MODULES for path in list_files(tree, below)]:
         if path.endswith(".py"):
             py_compile.compile(
                 os.path.join(tree, path),

@@ -34,7 +34,7 @@ impl Common {
 #[derive(clap::Args)]
 pub struct GuestArgs {
     /// Memory of each sandbox in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = chitin::parse_mib)]
     pub memory: u64,
 
     /// Do not jail the monitor: a guest that takes over its monitor then has the files, the network

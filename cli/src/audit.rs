@@ -37,8 +37,8 @@ pub struct Args {
     #[arg(long, value_name = "T", default_value = "ironclaw")]
     tier: TierSelection,
 
-    /// Memory of each sandbox in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    /// Memory of each sandbox, in MiB or with a unit
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = chitin::parse_mib)]
     memory: u64,
 
     /// Write every attack as JSON

@@ -7,6 +7,9 @@ use chitin::{EndCause, error_chain, printable};
 /// The exit code if Chitin itself failed. The workload may never have run.
 pub const CHITIN_FAILED: u8 = 125;
 
+/// The exit code of an invalid command line, as of most programs.
+pub const INVALID_USAGE: u8 = 2;
+
 /// The exit code if the time limit was reached.
 const TIMED_OUT: u8 = 124;
 
@@ -28,6 +31,9 @@ pub enum CliError {
     /// `--env =VALUE`.
     #[error("--env {argument}: the name of the variable is empty")]
     EmptyVariable { argument: String },
+    /// `--env NAME=VALUE` with a name that has white space, control characters or other alphabets.
+    #[error("--env: `{name}` cannot be the name of a variable: use printable ASCII without spaces")]
+    VariableName { name: String },
     /// `--env NAME` of a variable that this process does not have.
     #[error("--env {name}: {name} is not set on this host: give a value, {name}=VALUE")]
     UnsetVariable { name: String },
@@ -70,7 +76,10 @@ impl CliError {
             {
                 KILLED
             }
-            _ => CHITIN_FAILED,
+            CliError::Sandbox(_) | CliError::Io { .. } | CliError::LogFilter { .. } => {
+                CHITIN_FAILED
+            }
+            _ => INVALID_USAGE,
         }
     }
 
@@ -93,14 +102,4 @@ impl CliError {
             }
         }
     }
-}
-
-/// Returns a usage error of clap as one line.
-pub fn usage_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    // The first paragraph is the error; usage and a pointer to the help follow.
-    let words: Vec<&str> =
-        text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    let line = words.join(" ");
-    format!("{}; see `chitin --help` and `chitin run --help`", line.trim_start_matches("error: "))
 }

@@ -1,6 +1,6 @@
 //! Options about the size of a sandbox and the jail of its monitor.
 
-use chitin::Builder;
+use chitin::{Builder, parse_mib};
 
 use crate::jail_args::JailArgs;
 
@@ -11,9 +11,9 @@ pub struct MachineArgs {
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
 
-    /// Memory in MiB, 64 to 16384; files that the workload writes count too [default: that of the
-    /// policy, or 256]
-    #[arg(long, value_name = "MIB")]
+    /// Memory in MiB or with a unit, 64M to 16G; files that the workload writes count too [default:
+    /// that of the policy, or 256]
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     memory: Option<u64>,
 
     /// Share no page of memory with other sandboxes: copy the kernel, the root image and the memory

@@ -12,14 +12,15 @@ mod policy_args;
 mod report;
 mod run;
 mod template;
+mod usage;
 mod weaker_tier;
 
+use std::ffi::OsString;
 use std::process::exit;
 
-use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::error::{CHITIN_FAILED, CliError};
+use crate::error::CliError;
 use crate::logging::LogArgs;
 
 /// Run untrusted agent code in sandboxes with a hardware boundary.
@@ -75,7 +76,9 @@ fn main() {
         error.print();
         exit(error.exit_code().into());
     }
-    let cli = Cli::try_parse().unwrap_or_else(|error| exit(report_usage(&error).into()));
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let cli = Cli::try_parse_from(&args)
+        .unwrap_or_else(|error| exit(usage::report_usage(error, &Cli::command(), &args).into()));
     // `exit` instead of a return: the thread that reads standard input may be blocked for ever.
     exit(match execute(cli) {
         Ok(code) => code.into(),
@@ -84,18 +87,6 @@ fn main() {
             error.exit_code().into()
         }
     });
-}
-
-/// Prints help, version or a usage error, and returns the exit code.
-fn report_usage(error: &clap::Error) -> u8 {
-    let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
-    if is_help || !error.use_stderr() {
-        // A closed pipe is no reason to complain.
-        let _ = error.print();
-    } else {
-        eprintln!("chitin: {}", error::usage_line(error));
-    }
-    if error.use_stderr() { CHITIN_FAILED } else { 0 }
 }
 
 fn execute(cli: Cli) -> Result<u8, CliError> {

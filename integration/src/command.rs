@@ -39,7 +39,18 @@ impl Outcome {
     /// Asserts that Chitin refused, with exit code 125 and one line that contains `words`.
     #[track_caller]
     pub fn assert_refused(&self, words: &str) {
-        assert_eq!(self.code, 125, "{self:?}");
+        self.assert_error(125, words);
+    }
+
+    /// Asserts that the command line was invalid: exit code 2, and one line that contains `words`.
+    #[track_caller]
+    pub fn assert_usage_error(&self, words: &str) {
+        self.assert_error(2, words);
+    }
+
+    #[track_caller]
+    fn assert_error(&self, code: i32, words: &str) {
+        assert_eq!(self.code, code, "{self:?}");
         assert!(self.stderr.contains(words), "no `{words}` in: {}", self.stderr);
         let lines = self.stderr.trim_end().lines().count();
         assert_eq!(lines, 1, "more than one line: {}", self.stderr);

@@ -9,9 +9,11 @@ use chitin_integration::{chitin, link_artifacts, run, workspace_dir, write_file}
 
 #[test]
 fn unknown_option_is_rejected() {
-    chitin("run --nosuch -- true").outcome().assert_refused("--nosuch");
-    chitin("nosuch").outcome().assert_refused("nosuch");
-    chitin("run").outcome().assert_refused("<CMD>");
+    chitin("run --nosuch -- true").outcome().assert_usage_error("--nosuch");
+    chitin("run --memroy 1G -- true").outcome().assert_usage_error("'--memory'");
+    chitin("ru -- true").outcome().assert_usage_error("'run'");
+    chitin("nosuch").outcome().assert_usage_error("nosuch");
+    chitin("run").outcome().assert_usage_error("<CMD>");
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use chitin_spec::{
     DeliveryKind, Endpoint, HeaderField, KEY_HEADERS, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB,
-    ParseScopeError, ParseSecretError, PathPrefix, RequestMethod, SecretSource, TierKind,
-    VaultSource, check_name, string_type,
+    Mebibytes, ParseScopeError, ParseSecretError, PathPrefix, RequestMethod, SecretSource,
+    TierKind, VaultSource, check_name, string_type,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -124,14 +124,15 @@ pub struct Network {
 pub struct Resources {
     /// Virtual CPUs.
     pub vcpus: Option<Bounded<1, MAX_VCPUS>>,
-    /// Memory in MiB, including files that the workload writes.
-    pub memory_mib: Option<Bounded<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
+    /// Memory in MiB, or with a unit (`1G`), including files that the workload writes.
+    pub memory_mib: Option<Mebibytes<MIN_MEMORY_MIB, MAX_MEMORY_MIB>>,
     /// Time after which the sandbox is ended: `90s`, `5m`, `1h 30m`.
     pub timeout: Option<TimeLimit>,
     /// Maximum number of processes and threads.
     pub pids: Option<Bounded<1, 4096>>,
-    /// Maximum size of written files, in MiB. They lie in memory and may take half of it.
-    pub disk_mib: Option<Bounded<1, 8192>>,
+    /// Maximum size of written files, in MiB or with a unit (`128M`). They lie in memory and may
+    /// take half of it.
+    pub disk_mib: Option<Mebibytes<1, 8192>>,
 }
 
 /// A credential.
@@ -226,8 +227,16 @@ impl FromStr for SourceRule {
     fn from_str(text: &str) -> Result<SourceRule, String> {
         let source: SecretSource =
             text.parse().map_err(|error: ParseSecretError| error.to_string())?;
-        if let SecretSource::File(path) = &source {
-            NormalPath::from_str(&path.to_string_lossy())?;
+        match &source {
+            SecretSource::File(path) => {
+                NormalPath::from_str(&path.to_string_lossy())?;
+            }
+            SecretSource::Env(name) if name.contains('@') => {
+                return Err(format!(
+                    "`{name}` cannot name an environment variable: hosts are in the key `hosts`"
+                ));
+            }
+            _ => {}
         }
         Ok(SourceRule(source))
     }

@@ -151,6 +151,8 @@ fn profile_supplies_absent_keys() {
     // The profile's disk limit shrinks with a smaller memory.
     let small = parse("sandbox: {profile: restricted}\nresources: {memory_mib: 64}");
     assert_eq!(small.limits.disk_mib, Some(32));
+    let units = parse("resources: {memory_mib: 1G, disk_mib: 128M}");
+    assert_eq!((units.limits.memory_mib, units.limits.disk_mib), (1024, Some(128)));
 }
 
 #[test]
@@ -217,6 +219,9 @@ fn wrong_types_are_refused() {
     refused("resources: {vcpus: 9}\n", (1, 20), "1 to 8");
     refused("resources: {vcpus: -1}\n", (1, 20), "1 to 8");
     refused("resources: {memory_mib: 99999999999999999999}\n", (1, 25), "an integer");
+    refused("resources: {memory_mib: 1.5G}\n", (1, 25), "512M or 1G");
+    refused("resources: {memory_mib: 99G}\n", (1, 25), "use 64 to 16384");
+    refused("resources: {memory_mib: '512'}\n", (1, 25), "found the string `512`");
     refused("resources: {timeout: 90}\n", (1, 22), "found the number 90");
     refused("resources: {timeout: 0s}\n", (1, 22), "zero");
     refused("resources: {timeout: soon}\n", (1, 22), "90s");
@@ -314,6 +319,7 @@ fn invalid_credential_sources_are_refused() {
     refused(&secret("'vault://mount/a#'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'vault://mount/a%2e%2e/b?x'"), (3, 11), "vault://MOUNT/PATH");
     refused(&secret("'env:'"), (3, 11), "unknown source");
+    refused(&secret("'env:A@api.test'"), (3, 11), "in the key `hosts`");
     // A text that may be a pasted value is not repeated.
     let error = Policy::parse(&secret("sk-live-4711"), "p.yaml").unwrap_err().to_string();
     assert!(!error.contains("4711"), "{error}");

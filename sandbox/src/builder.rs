@@ -291,6 +291,7 @@ impl Builder {
 
     /// Applies the policy and checks that the settings agree.
     pub(crate) fn validate(mut self) -> Result<SandboxSpec, Error> {
+        self.check_secret_names()?;
         match self.policy.clone() {
             Some(policy) => self.apply_policy(&policy)?,
             None => self.allow_proxied_hosts(),
@@ -316,6 +317,16 @@ impl Builder {
             template: self.template,
             forkable: self.forkable,
         })
+    }
+
+    /// Checks that no credential would replace another one of its name.
+    fn check_secret_names(&self) -> Result<(), Error> {
+        for (index, secret) in self.secrets.iter().enumerate() {
+            if self.secrets[..index].iter().any(|earlier| earlier.name == secret.name) {
+                return Err(Error::DuplicateCredential { name: secret.name.clone() });
+            }
+        }
+        Ok(())
     }
 
     /// Adds the hosts of proxied credentials to the allowed endpoints: naming a credential's hosts

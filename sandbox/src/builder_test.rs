@@ -75,3 +75,12 @@ fn private_memory_needs_a_microvm() {
     let refused = builder().tier(TierKind::Nanoclaw).validate();
     assert!(matches!(refused, Err(Error::PrivateMemory)));
 }
+
+#[test]
+fn credentials_have_distinct_names() {
+    let source = |name: &str| SecretSource::Env(name.into());
+    let builder = || Builder::new().secret("A", source("X")).secret("B", source("X"));
+    assert!(builder().validate().is_ok());
+    let error = builder().secret("A", source("Y")).validate().unwrap_err();
+    assert!(matches!(error, Error::DuplicateCredential { ref name } if name == "A"), "{error}");
+}

@@ -78,6 +78,12 @@ pub enum Error {
         /// The requested name.
         name: String,
     },
+    /// Two credentials have the same name.
+    #[error("secret {name}: it is given twice: give each credential a name of its own")]
+    DuplicateCredential {
+        /// The name.
+        name: String,
+    },
     /// The endpoint of a credential was allowed as a destination as well.
     #[error(
         "secret {name}: localhost:{port} is its endpoint in the sandbox: remove it from the \
@@ -305,6 +311,7 @@ impl Error {
             Error::WarmUp { .. } => EndCause::Exit,
             Error::Spec(_)
             | Error::UnknownCredential { .. }
+            | Error::DuplicateCredential { .. }
             | Error::EndpointConflict { .. }
             | Error::SecretInTemplate { .. }
             | Error::Egress(_)

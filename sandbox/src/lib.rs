@@ -79,6 +79,7 @@ pub use chitin_spec::{
     Boundary, Delivery, EgressLimits, EndCause, Endpoint, HeaderField, KEY_HEADERS,
     ParseEndpointError, ParseScopeError, PathPrefix, ProxyScope, RequestMethod, SecretId,
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
+    parse_bytes, parse_mib,
 };
 pub use chitin_text::{error_chain, printable};
 pub use chitin_tiers::{

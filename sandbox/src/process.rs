@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use chitin_protocol::{Exit, Start, Usage};
@@ -85,9 +86,9 @@ impl Command {
         self
     }
 
-    /// Sets the working directory, `/work` if not set.
+    /// Sets the working directory, `/work` if not set. A relative path is below `/work`.
     pub fn current_dir(mut self, dir: impl AsRef<OsStr>) -> Command {
-        self.cwd = dir.as_ref().to_owned();
+        self.cwd = Path::new(HOME).join(dir.as_ref()).into();
         self
     }
 

@@ -10,7 +10,7 @@ use crate::string_type;
 pub const MAX_HOST: usize = 253;
 
 /// Characters of an invalid endpoint that an error repeats.
-const MAX_SHOWN: usize = 80;
+pub(crate) const MAX_SHOWN: usize = 80;
 
 /// A host name, or every name below a domain, and a TCP port.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -12,6 +12,8 @@ mod limits;
 mod proxy_scope;
 mod schema;
 mod secret;
+mod secret_hosts;
+mod size;
 mod tier;
 mod vault;
 
@@ -24,5 +26,7 @@ pub use proxy_scope::{
     HeaderField, KEY_HEADERS, ParseScopeError, PathPrefix, ProxyScope, RequestMethod,
 };
 pub use secret::{ParseSecretError, SecretSource, SecretSpec, check_name};
+pub use secret_hosts::{ParseHostsError, SecretHostError};
+pub use size::{Mebibytes, ParseSizeError, parse_bytes, parse_mib};
 pub use tier::{Boundary, ParseTierError, ParseTierSelectionError, TierKind, TierSelection};
 pub use vault::{ParseVaultSourceError, SecretId, VaultConfig, VaultLogin, VaultSource};

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::delivery::Delivery;
-use crate::endpoint::Endpoint;
 use crate::proxy_scope::ProxyScope;
+use crate::secret_hosts::{ParseHostsError, split_hosts};
 use crate::vault::VaultSource;
 
 /// Longest name. The agent has the same limit.
@@ -40,9 +40,9 @@ pub struct SecretSpec {
 /// A text that is not a [`SecretSpec`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSecretError {
-    /// There is no `=`.
-    #[error("`{0:.80}` is not NAME=SOURCE")]
-    NoSource(String),
+    /// There is no `=`. The text may be a pasted value: the error does not repeat it.
+    #[error("there is no `=`: write NAME=SOURCE")]
+    NoSource,
     /// The name is not a valid name of an environment variable.
     #[error(
         "`{0:.80}` cannot name an environment variable: \
@@ -52,22 +52,34 @@ pub enum ParseSecretError {
     /// The source has an unknown scheme.
     #[error("unknown source `{0}`: use env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD")]
     Source(String),
+    /// The text after `@` is not a list of hosts.
+    #[error(transparent)]
+    Hosts(#[from] ParseHostsError),
 }
 
 impl FromStr for SecretSpec {
     type Err = ParseSecretError;
 
     fn from_str(text: &str) -> Result<Self, ParseSecretError> {
-        let (name, source) =
-            text.split_once('=').ok_or_else(|| ParseSecretError::NoSource(text.into()))?;
+        let (name, source) = text.split_once('=').ok_or(ParseSecretError::NoSource)?;
         check_name(name)?;
-        let (source, delivery) = match split_hosts(source) {
-            Some((source, hosts)) => {
-                (source, Delivery::Proxy(ProxyScope { hosts, ..ProxyScope::default() }))
-            }
-            None => (source, Delivery::Memory),
+        // First of all the scheme: without one, the text may be a pasted value, which no error
+        // repeats.
+        check_scheme(source)?;
+        let (source, hosts) = split_hosts(source)?;
+        let delivery = match hosts {
+            Some(hosts) => Delivery::Proxy(ProxyScope { hosts, ..ProxyScope::default() }),
+            None => Delivery::Memory,
         };
         Ok(SecretSpec { name: name.into(), source: source.parse()?, delivery })
+    }
+}
+
+fn check_scheme(source: &str) -> Result<(), ParseSecretError> {
+    match source.split_once(':') {
+        Some(("env" | "file" | "exec" | "vault", _)) => Ok(()),
+        Some((kind, _)) => Err(ParseSecretError::Source(format!("{kind}:…"))),
+        None => Err(ParseSecretError::Source("…".into())),
     }
 }
 
@@ -102,18 +114,6 @@ impl FromStr for SecretSource {
             None => Err(ParseSecretError::Source("…".into())),
         }
     }
-}
-
-/// Splits off the hosts after the last `@` if every one of them is `HOST` or `HOST:PORT` (default
-/// 443). A name with neither a dot nor a port is not a host, so that `exec:ssh me@box cat key`
-/// remains a command.
-fn split_hosts(text: &str) -> Option<(&str, Vec<Endpoint>)> {
-    let (source, hosts) = text.rsplit_once('@')?;
-    let hosts = hosts.split(',').map(|host| match host.contains(':') {
-        true => host.parse().ok(),
-        false => host.contains('.').then(|| format!("{host}:443").parse().ok())?,
-    });
-    Some((source, hosts.collect::<Option<Vec<_>>>()?))
 }
 
 /// Checks that a text can name an environment variable, and therefore a credential.
@@ -159,15 +159,6 @@ mod tests {
             ["api.example.com:443", "*.example.org:8443"].map(|host| host.parse().unwrap()).into();
         assert_eq!(spec.delivery, Delivery::Proxy(ProxyScope { hosts, ..ProxyScope::default() }));
         assert_eq!(spec.source, SecretSource::Exec("ssh me@box cat key".into()));
-        for own in [
-            "A=exec:ssh me@box",
-            "A=file:/a@b/c.d",
-            "A=exec:mail x@y.z w",
-            "A=env:A@",
-            "A=env:A@1.2.3.4",
-        ] {
-            assert_eq!(own.parse::<SecretSpec>().unwrap().delivery, Delivery::Memory, "{own}");
-        }
         let long = "A".repeat(65_536);
         for name in [&long, "A\0B", "Ä", "A B", "A\n"] {
             let error = format!("{name}=env:A").parse::<SecretSpec>().unwrap_err().to_string();
@@ -177,21 +168,14 @@ mod tests {
             );
         }
         assert!(long.parse::<SecretSpec>().unwrap_err().to_string().len() < 250);
-        // With an invalid port or name, the text after `@` is a part of the source.
-        for hosts in [
-            "api.example.com:0",
-            "api.example.com:70000",
-            "1.2.3.4:443",
-            "a\0.test",
-            &format!("{long}.test"),
-        ] {
-            assert_eq!(
-                format!("A=env:K@{hosts}").parse::<SecretSpec>().unwrap().delivery,
-                Delivery::Memory
-            );
+        for weaker in ["A=env:A@", "A=env:A@1.2.3.4", "A=exec:echo v@bad"] {
+            let error = weaker.parse::<SecretSpec>().unwrap_err();
+            assert!(matches!(error, ParseSecretError::Hosts(_)), "{weaker}: {error}");
         }
         // A text that may be a pasted value is not repeated.
         let error = "A=sk-live-12345".parse::<SecretSpec>().unwrap_err().to_string();
+        assert!(!error.contains("12345"), "{error}");
+        let error = "A=pa@ss@12345".parse::<SecretSpec>().unwrap_err().to_string();
         assert!(!error.contains("12345"), "{error}");
         let error = "A=sk:12345".parse::<SecretSpec>().unwrap_err().to_string();
         assert!(!error.contains("12345"), "{error}");

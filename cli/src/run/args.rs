@@ -19,7 +19,7 @@ const FILES: &str = "Files";
 /// Arguments of `chitin run`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Exit code: that of the command; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
+Exit code: that of the command; 2 if an option is invalid; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
 the command is not executable; 127 if it was not found; 128+n if signal n ended it. If a limit of \
 the sandbox is the cause, a line on standard error names it, and `cause` in the report does.
 
@@ -64,7 +64,7 @@ pub struct Args {
     #[arg(long, value_name = "K=V")]
     pub env: Vec<OsString>,
 
-    /// Directory that the command starts in
+    /// Directory that the command starts in; a relative path is below /work, as everywhere else
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     pub workdir: OsString,
 
@@ -130,13 +130,13 @@ pub struct Args {
     pub publish: Vec<PortPair>,
 
     /// Copy a file or directory in before the start. DST is its new path; DST/ is the directory to
-    /// copy it into
+    /// copy it into; SRC/. is the contents of a directory. A relative DST is below /work
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_in)]
     pub copy_in: Vec<CopySpec>,
 
     /// Copy a file or directory out after the end. DST is its new path; DST/ is the directory to
-    /// copy it into
+    /// copy it into; SRC/. is the contents of a directory. A relative SRC is below /work
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_out)]
     pub copy_out: Vec<CopySpec>,

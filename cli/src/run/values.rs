@@ -13,8 +13,9 @@ use crate::error::CliError;
 /// The directory that relative paths in the sandbox start from, as for the workload itself.
 pub const WORKDIR: &str = "/work";
 
-/// `SRC:DST`, both paths resolved: the name of the source is added to a target that ends in a
-/// slash.
+/// `SRC:DST`, both paths resolved. The name of the source is added to a target that ends in a
+/// slash, unless the source ends in `.` or `..`: that means the contents of the directory, as for
+/// `cp -r` and `docker cp`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopySpec {
     pub source: PathBuf,
@@ -38,13 +39,14 @@ impl CopySpec {
     }
 }
 
-fn resolve(source: &str, target: &str) -> Option<(PathBuf, PathBuf)> {
-    if source.is_empty() || target.is_empty() {
+fn resolve(text: &str, target: &str) -> Option<(PathBuf, PathBuf)> {
+    if text.is_empty() || target.is_empty() {
         return None;
     }
-    let source = PathBuf::from(source);
+    let source = PathBuf::from(text);
     let mut path = PathBuf::from(target);
-    if target.ends_with('/') {
+    let means_contents = matches!(text.rsplit('/').next(), Some("." | ".."));
+    if target.ends_with('/') && !means_contents {
         path.push(source.file_name()?);
     }
     Some((source, path))
@@ -77,18 +79,10 @@ impl FromStr for PortPair {
     }
 }
 
-/// Parses a positive number of bytes; the units `k`, `M` and `G` are powers of 1024.
+/// Parses a positive number of bytes, with a unit as sizes have it.
 pub fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 10),
-        Some((at, 'M')) => (&text[..at], 20),
-        Some((at, 'G')) => (&text[..at], 30),
-        _ => (text, 0),
-    };
-    let number = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
-    number
-        .and_then(NonZeroU64::new)
-        .ok_or_else(|| "not a positive number of bytes such as 4096, 500k, 10M or 1G".into())
+    let bytes = chitin::parse_bytes(text).map_err(|error| error.to_string())?;
+    NonZeroU64::new(bytes).ok_or_else(|| "the number must be positive".into())
 }
 
 /// Parses the values of `--env`: `NAME=VALUE`, or a name whose value this process has.
@@ -103,13 +97,26 @@ fn parse_variable(text: &OsString) -> Result<(OsString, OsString), CliError> {
         Some(0) => Err(CliError::EmptyVariable { argument: argument() }),
         Some(equals) => {
             let part = |bytes: &[u8]| OsString::from_vec(bytes.into());
+            check_variable_name(&bytes[..equals])?;
             Ok((part(&bytes[..equals]), part(&bytes[equals + 1..])))
         }
-        None => match std::env::var_os(text) {
-            Some(value) => Ok((text.clone(), value)),
-            None => Err(CliError::UnsetVariable { name: argument() }),
-        },
+        None => {
+            check_variable_name(bytes)?;
+            match std::env::var_os(text) {
+                Some(value) => Ok((text.clone(), value)),
+                None => Err(CliError::UnsetVariable { name: argument() }),
+            }
+        }
     }
+}
+
+/// Refuses names that a shell could not have set: they are mistakes in quoting, and programs that
+/// read the environment line by line would see other variables.
+fn check_variable_name(name: &[u8]) -> Result<(), CliError> {
+    if name.iter().all(u8::is_ascii_graphic) {
+        return Ok(());
+    }
+    Err(CliError::VariableName { name: String::from_utf8_lossy(name).into_owned() })
 }
 
 #[cfg(test)]
@@ -128,9 +135,23 @@ mod tests {
         assert_eq!(copy_in("a.py:b.py"), copy("a.py", "/work/b.py"));
         assert_eq!(copy_out("out:reports/"), copy("/work/out", "reports/out"));
         assert_eq!(copy_out("/tmp/x:y"), copy("/tmp/x", "y"));
-        for bad in ["", "a", "a:", ":b", "..:/work/"] {
+        for bad in ["", "a", "a:", ":b", "/:/work/"] {
             assert!(copy_in(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn dot_means_the_contents_of_a_directory() {
+        let target = |text: &str| CopySpec::parse_copy_in(text).map(|copy| copy.target);
+        for text in [".:/work/", "..:/work/", "data/.:/work/", "data/..:/work/", "./.:/work"] {
+            assert_eq!(target(text), Ok("/work/".into()), "{text}");
+        }
+        for text in ["data:/work/", "data/:/work/", "./data:/work/"] {
+            assert_eq!(target(text), Ok("/work/data".into()), "{text}");
+        }
+        assert_eq!(target(".hidden:/work/"), Ok("/work/.hidden".into()));
+        let out = CopySpec::parse_copy_out("/work/.:out/").unwrap();
+        assert_eq!((out.source, out.target), ("/work/.".into(), "out/".into()));
     }
 
     #[test]
@@ -139,8 +160,7 @@ mod tests {
         for (text, number) in [("1", 1), ("500k", 500 << 10), ("10M", 10 << 20), ("3G", 3 << 30)] {
             assert_eq!(bytes(text), Ok(number));
         }
-        for bad in ["", "0", "0M", "-1", "1.5G", "G", "1T", "10 M", "18446744073709551615k", "1ä"]
-        {
+        for bad in ["", "0", "0M", "-1", "1.5G", "18446744073709551615k"] {
             assert!(bytes(bad).is_err(), "{bad}");
         }
     }
@@ -160,6 +180,12 @@ mod tests {
         let given = ["A=1", "B=", "C=x=y"].map(OsString::from);
         let pairs = [("A", "1"), ("B", ""), ("C", "x=y")].map(|(k, v)| (k.into(), v.into()));
         assert_eq!(parse_env(&given).unwrap(), pairs);
+        let given = ["npm_config_a-b=1", "BASH_FUNC_f%%=x\ny"].map(OsString::from);
+        assert!(parse_env(&given).is_ok());
+        for bad in ["A\nB=1", "A B=1", "A\tB", "\u{1b}[2J=1", "Ä=1"] {
+            let error = parse_env(&[bad.into()]).unwrap_err();
+            assert!(matches!(error, CliError::VariableName { .. }), "{bad:?}: {error}");
+        }
         let error = parse_env(&["=1".into()]).unwrap_err();
         assert!(matches!(error, CliError::EmptyVariable { .. }), "{error}");
         let error = parse_env(&["CHITIN_NO_SUCH".into()]).unwrap_err();

@@ -136,20 +136,22 @@ fn policy_can_request_endpoint_delivery(tier: TierUnderTest) {
 }
 
 fn invalid_aws_keys_prevent_start(tier: TierUnderTest) {
-    let refused = |options: &str, words: &str| {
+    let run = |options: &str| {
         let outcome =
             tier.run_with(&format!("{options} -- true")).env("KEYS_HERE", CANARY).outcome();
         assert!(!outcome.stderr.contains(CANARY), "{outcome:?}");
-        outcome.assert_refused(words);
+        outcome
     };
+    let refused = |options: &str, words: &str| run(options).assert_refused(words);
+    let misused = |options: &str, words: &str| run(options).assert_usage_error(words);
     refused("--secret AWS=env:KEYS_HERE --secret-endpoint AWS", "JSON object");
     refused("--secret AWS=file:/nonexistent --secret-endpoint AWS", "/nonexistent");
-    refused("--secret-endpoint AWS", "--secret AWS=SRC");
-    refused(
+    misused("--secret-endpoint AWS", "--secret AWS=SRC");
+    misused(
         "--secret AWS=env:KEYS_HERE --secret-env AWS --secret-endpoint AWS",
         "--secret-endpoint AWS: another option",
     );
-    refused(
+    misused(
         "--secret AWS=env:KEYS_HERE@api.example.com --secret-endpoint AWS",
         "--secret-endpoint AWS: another option",
     );

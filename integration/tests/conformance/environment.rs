@@ -75,6 +75,12 @@ for word in sys.argv[1:]: sys.stdout.buffer.write(os.fsencode(word) + b'\\0')";
 fn workdir_option_sets_working_directory(tier: TierUnderTest) {
     assert_eq!(tier.run("pwd").outcome().assert_success(), "/work");
     assert_eq!(tier.run_with("--workdir /tmp -- pwd").outcome().assert_success(), "/tmp");
+    // A relative path is below /work, as that of a copy is.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("d")).unwrap();
+    let copy = format!("{}:d", dir.path().join("d").display());
+    let run = tier.run_with("--workdir d --copy-in").args([&copy, "--", "pwd"]);
+    assert_eq!(run.outcome().assert_success(), "/work/d");
     let nowhere = tier.run_with("--workdir /nowhere -- pwd").outcome();
     assert_eq!(nowhere.code, 125);
     assert!(nowhere.stderr.contains("/nowhere"), "{nowhere:?}");

@@ -14,6 +14,7 @@ use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 on_every_tier!(
     tree_round_trip_keeps_modes_and_links,
     copy_in_outside_scratch_needs_microvm,
+    dot_copies_contents_of_directory,
     thousand_files_round_trip,
     large_file_round_trips,
     sparse_file_round_trips,
@@ -64,6 +65,22 @@ fn tree_round_trip_keeps_modes_and_links(tier: TierUnderTest) {
     assert_eq!(fs::metadata(back.join("sub/run.sh")).unwrap().mode() & 0o777, 0o750);
     assert_eq!(fs::read_to_string(back.join("sub/new")).unwrap(), "new\n");
     assert!(back.join("sub/empty").is_dir());
+}
+
+fn dot_copies_contents_of_directory(tier: TierUnderTest) {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("sub")).unwrap();
+    fs::write(dir.path().join("sub/f"), "f").unwrap();
+    let out = dir.path().join("out");
+    let mut chitin = tier.run_with("--copy-in .:/work/ --copy-out /work/sub/.:out/").args([
+        "--",
+        "sh",
+        "-c",
+        "cat sub/f && echo g > sub/g && stat -c %U .",
+    ]);
+    chitin.command().current_dir(dir.path());
+    assert_eq!(chitin.outcome().assert_success(), "fagent");
+    assert_eq!(fs::read_to_string(out.join("g")).unwrap(), "g\n");
 }
 
 fn copy_in_outside_scratch_needs_microvm(tier: TierUnderTest) {
@@ -280,7 +297,7 @@ fn missing_copy_path_is_reported(tier: TierUnderTest) {
     };
     out("/work/none", &missing, "true").assert_refused("/work/none");
     out("/work/f", &dir.path().join("no/such/dir"), "touch f").assert_refused("no/such");
-    tier.run_with("--copy-in nocolon -- true").outcome().assert_refused("SRC:DST");
+    tier.run_with("--copy-in nocolon -- true").outcome().assert_usage_error("SRC:DST");
 }
 
 fn copied_out_file_is_replaced_atomically(tier: TierUnderTest) {

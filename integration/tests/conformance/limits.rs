@@ -56,6 +56,7 @@ fn memory_option_sets_memory_limit(tier: TierUnderTest) {
             .outcome()
     };
     assert_eq!(taken("512", 300).assert_success(), "300");
+    assert_eq!(taken("512M", 300).assert_success(), "300");
     assert_ne!(taken("128", 300).code, 0);
 }
 
@@ -144,5 +145,6 @@ fn out_of_range_sizes_are_rejected(tier: TierUnderTest) {
     tier.run_with("--memory 99999999999999 -- true").outcome().assert_refused("64 to 16384 MiB");
     tier.run_with("--cpus 0 -- true").outcome().assert_refused("1 to 8");
     tier.run_with("--cpus 999 -- true").outcome().assert_refused("1 to 8");
-    tier.run_with("--timeout 5 -- true").outcome().assert_refused("--timeout");
+    tier.run_with("--memory 1.5G -- true").outcome().assert_usage_error("1G");
+    tier.run_with("--timeout 5 -- true").outcome().assert_usage_error("--timeout");
 }

@@ -298,7 +298,7 @@ fn options_exceeding_policy_are_rejected(tier: TierUnderTest) {
     }
     policy.rewrite("resources: {vcpus: 99}\n");
     let (outcome, report) = policy.run().outcome_with_json("--report", &["--", "true"]);
-    outcome.assert_refused("vcpus");
+    outcome.assert_refused("use 1 to 8");
     assert_eq!(report["cause"], "policy", "{report}");
 }
 

@@ -97,7 +97,7 @@ fn secret_is_in_environment_only_on_request(tier: TierUnderTest) {
     assert_eq!(outcome.assert_success(), format!("{CANARY}\nunset"));
     tier.run_with("--secret-env API_TOKEN -- true")
         .outcome()
-        .assert_refused("--secret API_TOKEN=SRC");
+        .assert_usage_error("--secret API_TOKEN=SRC");
 }
 
 fn secret_is_not_in_report(tier: TierUnderTest) {
@@ -164,8 +164,15 @@ fn failing_secret_source_prevents_start(tier: TierUnderTest) {
         .args(["--", "true"])
         .outcome()
         .assert_refused("`exit 4`");
-    tier.run_with("--secret T=vault -- true").outcome().assert_refused("env:VAR");
-    tier.run_with("--secret 1T=env:HOME -- true").outcome().assert_refused("`1T`");
+    tier.run_with("--secret T=vault -- true").outcome().assert_usage_error("env:VAR");
+    // A host that is not one never turns into a delivery in memory.
+    for host in ["10.0.0.1", "https://h", "h:99999", "", "*.com", "bad"] {
+        let secret = format!("--secret T=env:HOME@{host} -- true");
+        tier.run_with(&secret).outcome().assert_usage_error(&format!("`@{host}`: "));
+    }
+    let twice = tier.run_with("--secret T=env:HOME --secret T=env:PATH -- true").outcome();
+    twice.assert_refused("secret T: ");
+    tier.run_with("--secret 1T=env:HOME -- true").outcome().assert_usage_error("`1T`");
 }
 
 /// Reads the audit log, and asserts that it does not contain the value.

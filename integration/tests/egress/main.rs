@@ -286,7 +286,7 @@ fn invalid_endpoint_is_rejected_in_one_line() {
         .outcome()
         .assert_refused("/nonexistent/x");
     for ports in ["0:80", "80:0", "70000:80", "80", "a:b"] {
-        chitin("run -p").arg(ports).args(["--", "true"]).outcome().assert_refused("HOST:GUEST");
+        chitin("run -p").arg(ports).args(["--", "true"]).outcome().assert_usage_error("HOST:GUEST");
     }
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();

@@ -7,7 +7,10 @@ mod msrs;
 pub mod vcpu_state;
 pub mod vm_state;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -86,6 +89,21 @@ impl Vm {
         let has_tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         fd.set_tss_address(layout::KVM_TSS).during("set TSS address")?;
         Ok(Self { fd, cpuid, has_tsc_deadline, slots: 0 })
+    }
+
+    /// Takes the performance counters from the guest. Call it before a vCPU is created.
+    ///
+    /// The counters that AMD's processors have always had are in no leaf of CPUID, so that hiding
+    /// features leaves them in place: they count the cache misses and branches of the host's
+    /// processor. Returns false if KVM refuses: before Linux 5.18 it cannot disable them, and one
+    /// that was loaded without counters (`enable_pmu=0`) needs no more.
+    pub fn disable_counters(&self) -> bool {
+        let capability = kvm_enable_cap {
+            cap: KVM_CAP_PMU_CAPABILITY,
+            args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        self.fd.enable_cap(&capability).is_ok()
     }
 
     /// Adds interrupt controllers: PIC, I/O APIC, local APICs. There is no timer chip, because

@@ -71,7 +71,8 @@ impl Filters {
     pub fn build_program(self, role: ThreadRole) -> Result<BpfProgram, BackendError> {
         let mut calls = BTreeMap::new();
         for rule in rules::syscall_rules(role).filter(|rule| self.is_in_scope(rule.scope)) {
-            calls.insert(rule.number, compile_check(rule.check)?);
+            let alternatives: &mut Vec<_> = calls.entry(rule.number).or_default();
+            alternatives.extend(compile_check(rule.check)?);
         }
         let requests = rules::ioctl_rules(role)
             .iter()
@@ -115,18 +116,29 @@ fn compile_check(check: ArgCheck) -> Result<Vec<SeccompRule>, BackendError> {
         ArgCheck::OneOf(index, values) => {
             values.iter().map(|value| compile_condition(index, SeccompCmpOp::Eq, *value)).collect()
         }
+        ArgCheck::Both(first, second) => {
+            let compare = |(index, value)| compare_argument(index, SeccompCmpOp::Eq, value);
+            Ok(vec![SeccompRule::new(vec![compare(first)?, compare(second)?])?])
+        }
     }
 }
 
-/// Translates one comparison of the lower half of an argument.
+/// Translates one comparison of an argument into a rule.
 fn compile_condition(
     index: u8,
     operation: SeccompCmpOp,
     value: u32,
 ) -> Result<SeccompRule, BackendError> {
-    let lower_half = SeccompCmpArgLen::Dword;
-    let condition = SeccompCondition::new(index, lower_half, operation, value.into())?;
-    SeccompRule::new(vec![condition])
+    SeccompRule::new(vec![compare_argument(index, operation, value)?])
+}
+
+/// Translates one comparison of the lower half of an argument.
+fn compare_argument(
+    index: u8,
+    operation: SeccompCmpOp,
+    value: u32,
+) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, operation, value.into())
 }
 
 /// Prepares this process, which has one thread, for filters.

@@ -7,7 +7,7 @@
 use kvm_bindings as kvm;
 use libc::c_long;
 
-use self::ArgCheck::{Any, BitsClear, OneOf};
+use self::ArgCheck::{Any, BitsClear, Both, OneOf};
 use self::Scope::{All, Console, Prepared, Restored, Snapshotted};
 
 /// The role of a thread in a monitor, which decides what it may call.
@@ -46,6 +46,8 @@ pub enum ArgCheck {
     BitsClear(u8, u32),
     /// Requires that the argument at this index (from 0) is one of these values.
     OneOf(u8, &'static [u32]),
+    /// Requires these values of two arguments, each with its index (from 0).
+    Both((u8, u32), (u8, u32)),
 }
 
 /// An allowed system call.
@@ -90,9 +92,19 @@ const fn ioctl(request: u32, name: &'static str, scope: Scope, reason: &'static 
     IoctlRule { request, name, scope, reason }
 }
 
-/// Refuses executable memory: what a guest may write into this process stays data.
-const NO_EXEC: ArgCheck = BitsClear(2, PROT_EXEC);
-const PROT_EXEC: u32 = 4;
+/// Memory of this process alone, at an address that the kernel chooses. It is never executable:
+/// what a guest may write into this process stays data.
+const PRIVATE_MEMORY: ArgCheck =
+    Both((2, READ_WRITE), (3, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned()));
+
+/// Shared pages of a descriptor, at an address that the kernel chooses.
+const SHARED_PAGES: ArgCheck = Both((2, READ_WRITE), (3, libc::MAP_SHARED.cast_unsigned()));
+
+const READ_WRITE: u32 = (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
+
+/// Waits and wake-ups between the threads of this process, by value or by bit set. The C library
+/// joins a thread with a wait that is not private, because the kernel wakes it.
+const FUTEX_WAITS: ArgCheck = OneOf(1, &[0, 128, 129, 137, 265]);
 
 /// Calls of the C library's allocator, which every thread uses with one shared arena.
 ///
@@ -102,7 +114,7 @@ const MEMORY: [SyscallRule; 3] = [
     syscall(
         libc::SYS_mmap,
         "mmap",
-        NO_EXEC,
+        PRIVATE_MEMORY,
         All,
         "allocations of 128 KiB and more, or of any size if the heap cannot grow",
     ),
@@ -117,7 +129,7 @@ const MEMORY: [SyscallRule; 3] = [
 
 /// Calls that any thread makes to synchronize with others, and when it ends.
 const THREADS: [SyscallRule; 7] = [
-    syscall(libc::SYS_futex, "futex", Any, All, "locks and channels between threads"),
+    syscall(libc::SYS_futex, "futex", FUTEX_WAITS, All, "locks and channels between threads"),
     syscall(
         libc::SYS_sched_yield,
         "sched_yield",
@@ -150,7 +162,7 @@ const THREADS: [SyscallRule; 7] = [
     syscall(
         libc::SYS_madvise,
         "madvise",
-        Any,
+        OneOf(2, &[libc::MADV_DONTNEED.cast_unsigned()]),
         All,
         "the C library returns the stack of a thread that ends to the kernel",
     ),
@@ -183,7 +195,7 @@ const VCPU: [SyscallRule; 4] = [
 ];
 
 /// Calls of the VMM thread only.
-const VMM: [SyscallRule; 23] = [
+const VMM: [SyscallRule; 24] = [
     syscall(libc::SYS_epoll_wait, "epoll_wait", Any, All, "the event loop"),
     syscall(libc::SYS_epoll_ctl, "epoll_ctl", Any, All, "a device is activated or reset"),
     syscall(libc::SYS_read, "read", Any, All, "the channel; the key of a template"),
@@ -255,7 +267,14 @@ const VMM: [SyscallRule; 23] = [
         All,
         "a wait continues after the process was stopped for a while",
     ),
-    syscall(libc::SYS_mremap, "mremap", Any, All, "a large buffer grows: the kernel log, a state"),
+    syscall(
+        libc::SYS_mremap,
+        "mremap",
+        OneOf(3, &[libc::MREMAP_MAYMOVE.cast_unsigned()]),
+        All,
+        "a large buffer grows: the kernel log, a state",
+    ),
+    syscall(libc::SYS_mmap, "mmap", SHARED_PAGES, Snapshotted, "the shared page of a spare vCPU"),
     syscall(libc::SYS_exit_group, "exit_group", Any, All, "the process ends"),
     syscall(libc::SYS_ppoll, "ppoll", Any, Console, "the last line of the console"),
     syscall(
@@ -378,7 +397,8 @@ const DEBUG: &[SyscallRule] = if cfg!(debug_assertions) {
     &[]
 };
 
-/// Returns the system calls of a thread except ioctl, each once.
+/// Returns the system calls of a thread except ioctl. A call with several conditions is allowed if
+/// one of them holds.
 pub fn syscall_rules(role: ThreadRole) -> impl Iterator<Item = &'static SyscallRule> {
     let own: &[SyscallRule] = match role {
         ThreadRole::Vcpu => &VCPU,

@@ -37,11 +37,13 @@ impl VmInit {
     /// Creates a VM without vCPUs and devices, and RAM that holds nothing.
     pub fn new(spec: VmSpec, kvm: Kvm, image: MmapRegion<()>) -> Result<Self, MonitorError> {
         let ram = Arc::new(memory::create_ram(&layout::ram_ranges(spec.memory_bytes()))?);
+        let vm = Vm::new(&kvm)?;
+        vm.disable_counters();
         Ok(Self {
             vcpus: Vec::new(),
             devices: Devices::new()?,
             channel: ChannelSlot::default(),
-            vm: Vm::new(&kvm)?,
+            vm,
             kvm,
             memory: MappedMemory { ram, image },
             image_address: layout::image_address(spec.memory_bytes()),

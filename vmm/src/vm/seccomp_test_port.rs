@@ -30,9 +30,10 @@ impl BusDevice for SeccompTestPort {
 /// Makes a system call that no thread may make, or a fault of the monitor itself.
 pub(super) fn make_forbidden_call(letter: u8) {
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let read_write = libc::PROT_READ | libc::PROT_WRITE;
     let read_exec = libc::PROT_READ | libc::PROT_EXEC;
     // SAFETY: no pointer but to static strings and null is passed, and no memory in use is
-    // remapped: the page of `mmap` is new, and `mprotect` gets an empty range. Without a filter
+    // remapped: the page of `mmap` is new, and `mprotect` and `madvise` get an empty range. Without a filter
     // `execve` of a directory fails. Nothing is ever mapped at address 1: reading it ends the
     // process.
     unsafe {
@@ -41,6 +42,17 @@ pub(super) fn make_forbidden_call(letter: u8) {
             b'O' => drop(libc::open(c"/".as_ptr(), libc::O_RDONLY)),
             b'E' => drop(libc::execve(c"/".as_ptr(), ptr::null(), ptr::null())),
             b'X' => drop(libc::mmap(ptr::null_mut(), 4096, read_exec, anonymous, -1, 0)),
+            // A mapping that grows, one without access, and advice that shows pages to others.
+            b'G' => drop(libc::mmap(
+                ptr::null_mut(),
+                4096,
+                read_write,
+                anonymous | libc::MAP_GROWSDOWN,
+                -1,
+                0,
+            )),
+            b'N' => drop(libc::mmap(ptr::null_mut(), 4096, libc::PROT_NONE, anonymous, -1, 0)),
+            b'A' => drop(libc::madvise(ptr::null_mut(), 0, libc::MADV_MERGEABLE)),
             b'P' => drop(libc::mprotect(ptr::null_mut(), 0, libc::PROT_EXEC)),
             // KVM_CREATE_VM, and pushing characters back into a terminal.
             b'K' => drop(libc::ioctl(0, 0xae01, 0)),

@@ -7,8 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use chitin_vmm::Event;
 use chitin_vmm::jail::{BASE_UID, Jail, JailSupport, JailUser, Protection};
+use chitin_vmm::{EndReason, Event};
 use rustix::process::Pid;
 use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 
@@ -265,6 +265,19 @@ fn private_memory_maps_no_file() {
     let private = mapped_files(&Monitor::start_with(|spec| spec.private_memory = true, |_| {}));
     assert!(!private.iter().any(|path| path.starts_with("tmp")), "{private:?}");
     assert!(!has(&private, "/image") && !has(&private, "/kernel"), "{private:?}");
+}
+
+#[test]
+fn guest_has_no_performance_counters() {
+    // xor ecx, ecx; rdpmc; then sleep. Without a counter 0 that is a fault, and a guest without
+    // interrupt handlers resets.
+    let code = [&b"\x31\xc9\x0f\x33"[..], &crate::monitor::SLEEP].concat();
+    let mut monitor = Monitor::launch(&code, |_| {}, |_| {});
+    let entered = monitor.receive_event();
+    assert!(matches!(entered, Event::Entered { .. }), "{entered:?}");
+    assert!(monitor.has_event_within(std::time::Duration::from_secs(5)), "the guest goes on");
+    let ended = monitor.receive_event();
+    assert!(matches!(ended, Event::Ended { reason: EndReason::Reset, .. }), "{ended:?}");
 }
 
 #[test]

@@ -159,11 +159,15 @@ fn try_programs(tree: &Path) -> Result<()> {
         python3 -c 'import ssl, json, sqlite3, ctypes, lzma, bz2, zoneinfo, hashlib
 assert len(ssl.create_default_context().get_ca_certs()) == 0
 zoneinfo.ZoneInfo(\"Europe/Zurich\")'
-        tools='sh bash ls cat find grep sed awk sha256sum env xargs tar gzip diff which'
+        tools='sh bash ls cat find grep sed awk sha256sum env xargs tar gzip xz
+            unzip diff patch which curl git jq less ps top ssh pip'
         for tool in $tools; do command -v $tool; done
         find /etc -name passwd | xargs grep -q ^agent:
         printf x | sha256sum | grep -q ^2d711642
-        test \"$(id -un 1000)\" = agent";
+        test \"$(id -un 1000)\" = agent
+        curl --version | grep -q https && test \"$(echo [1] | jq .[0])\" = 1
+        unzip -v && xz --version && patch --version && less --version
+        python3 -c 'import ensurepip, pip; ensurepip.version()'";
     let mut probe = new_command("unshare", ["--map-root-user", "true"]);
     if !probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
         print_note("rootfs: user namespaces are not allowed: the tree's programs are not tested");

@@ -29,6 +29,8 @@ use recipe::Recipe;
 
 mod apt;
 mod base;
+#[cfg(test)]
+mod document_test;
 mod image;
 mod lock;
 mod recipe;

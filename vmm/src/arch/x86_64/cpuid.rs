@@ -3,32 +3,23 @@
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-const LEAF_1_ECX_VMX: u32 = 1 << 5;
-const LEAF_1_ECX_PDCM: u32 = 1 << 15;
+use super::features::{hide_bits, is_visible};
+
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
-const LEAF_7_EBX_SGX: u32 = 1 << 2;
-const LEAF_7_ECX_SGX_LC: u32 = 1 << 30;
-/// `KVM_FEATURE_ASYNC_PF` of the leaf of KVM's features, and the features that extend it
-/// (`Documentation/virt/kvm/x86/cpuid.rst` of Linux).
-const LEAF_4000_0001_EAX_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
-const LEAF_8000_0001_ECX_SVM: u32 = 1 << 2;
-const LEAF_8000_0001_ECX_PERFCTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 
 /// Fits the CPUID that KVM supports to vCPU `index` of `vcpus`.
 ///
 /// `has_tsc_deadline` is set if KVM emulates the TSC deadline timer, which it does not list by
 /// itself; a guest with it needs neither calibration nor any other timer.
 ///
-/// Removed are: nested virtualization and SGX, which are large and have been attacked; performance
-/// counters, which measure the host's other work; and asynchronous page faults, which would
-/// interrupt every copy of a template before it does anything else, while a sandbox has little else
-/// to do until a page arrives. Mitigations and their feature bits stay.
+/// Leaves and features that a sandbox has no use for are hidden: see [`features`](super::features).
 pub fn fit_to_vcpu(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
-    cpuid.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
+    cpuid.retain(is_visible);
     for entry in cpuid.as_mut_slice() {
+        hide_bits(entry);
         fit_entry(entry, index, vcpus, has_tsc_deadline);
     }
     for entry in topology(0xb, index, vcpus) {
@@ -51,16 +42,6 @@ fn fit_entry(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8, has_tsc_deadlin
             let sharing = if level >= 3 { count.next_power_of_two() - 1 } else { 0 };
             entry.eax = entry.eax & 0x3fff | sharing << 14 | (count.next_power_of_two() - 1) << 26;
         }
-        0x7 if entry.index == 0 => {
-            entry.ebx &= !LEAF_7_EBX_SGX;
-            entry.ecx &= !LEAF_7_ECX_SGX_LC;
-        }
-        // Performance counters, SGX, SVM, AMD's performance counters.
-        0xa | 0x12 | 0x8000_000a | 0x8000_0022 => {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
-        }
-        0x4000_0001 => entry.eax &= !LEAF_4000_0001_EAX_ASYNC_PF,
-        0x8000_0001 => entry.ecx &= !(LEAF_8000_0001_ECX_SVM | LEAF_8000_0001_ECX_PERFCTR),
         // AMD: cores, and the bits of the APIC id that number them.
         0x8000_0008 => {
             entry.ecx = entry.ecx & !0xf0ff | count.next_power_of_two().ilog2() << 12 | (count - 1)
@@ -80,7 +61,7 @@ fn fit_entry(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8, has_tsc_deadlin
 /// Fits leaf 1: APIC id, number of processors, features.
 fn fit_features(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, has_tsc_deadline: bool) {
     entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | count.next_power_of_two() << 16;
-    entry.ecx &= !(LEAF_1_ECX_VMX | LEAF_1_ECX_PDCM | LEAF_1_ECX_TSC_DEADLINE);
+    entry.ecx &= !LEAF_1_ECX_TSC_DEADLINE;
     entry.ecx |= LEAF_1_ECX_HYPERVISOR;
     if has_tsc_deadline {
         entry.ecx |= LEAF_1_ECX_TSC_DEADLINE;
@@ -138,10 +119,11 @@ mod tests {
     #[test]
     fn unneeded_features_are_removed() {
         let cpuid = fit_to_vcpu(&supported(), 0, 1, false);
-        assert_eq!(leaf(&cpuid, 1).ecx & (LEAF_1_ECX_VMX | LEAF_1_ECX_TSC_DEADLINE), 0);
-        assert_eq!(leaf(&cpuid, 0x8000_0001).ecx & LEAF_8000_0001_ECX_SVM, 0);
-        assert_eq!(leaf(&cpuid, 0xa).eax, 0);
-        assert_eq!(leaf(&cpuid, 0x4000_0001).eax & LEAF_4000_0001_EAX_ASYNC_PF, 0);
+        let vmx = 1 << 5;
+        assert_eq!(leaf(&cpuid, 1).ecx & (vmx | LEAF_1_ECX_TSC_DEADLINE), 0);
+        assert!(cpuid.as_slice().iter().all(|entry| entry.function != 0xa));
+        // Asynchronous page faults.
+        assert_eq!(leaf(&cpuid, 0x4000_0001).eax & (1 << 4 | 1 << 10 | 1 << 14), 0);
         assert_ne!(leaf(&cpuid, 1).ecx & LEAF_1_ECX_HYPERVISOR, 0);
     }
 }

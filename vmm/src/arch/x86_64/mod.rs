@@ -8,6 +8,7 @@
 pub mod boot;
 pub mod cmdline;
 pub mod cpuid;
+mod features;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
