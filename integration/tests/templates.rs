@@ -54,6 +54,35 @@ fn template_copies_resume_and_share_nothing() {
 }
 
 #[test]
+fn generator_in_process_memory_is_reseeded() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/vdso_random.py");
+    let source = fs::read_to_string(program).unwrap();
+    let warm_up = format!(
+        "cat > /work/random.py <<'END'\n{source}END\npython3 /work/random.py >/tmp/log 2>&1 &\n\
+         sleep 1; test -s /tmp/draws"
+    );
+    chitin_with_templates(dir.path(), "template build t --memory 128 --warm-up")
+        .arg(warm_up)
+        .outcome()
+        .assert_success();
+    let draw = || {
+        let run = "run --template t -- sh -c";
+        let outcome = chitin_with_templates(dir.path(), run)
+            .arg("sleep 1; head -c -33 /tmp/draws; cat /tmp/log >&2")
+            .outcome();
+        outcome.assert_success().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (one, other) = (draw(), draw());
+    let common = one.iter().zip(&other).take_while(|(one, other)| one == other).count();
+    let (one, other): (HashSet<_>, HashSet<_>) =
+        (one[common..].iter().collect(), other[common..].iter().collect());
+    // Drawn before the template was saved, and after it was copied.
+    assert!(common > 0 && !one.is_empty() && !other.is_empty(), "{common} {one:?} {other:?}");
+    assert!(one.is_disjoint(&other), "{one:?} {other:?}");
+}
+
+#[test]
 fn secret_is_in_template_copy_not_in_template() {
     let dir = tempfile::tempdir().unwrap();
     chitin_with_templates(dir.path(), "template build t --memory 128").outcome().assert_success();
