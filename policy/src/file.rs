@@ -65,6 +65,9 @@ pub struct Hardening {
     /// Makes everything read-only except the scratch directories. `false` is refused: no tier has a
     /// writable root.
     pub readonly_root_filesystem: Option<Always>,
+    /// Gives the sandbox copies of the kernel, of the root image and of a template's memory, instead
+    /// of pages that it shares with other sandboxes (default `false`). Needs a microVM.
+    pub private_memory: Option<bool>,
     /// A Vault secret whose fields become credentials with the names of the fields:
     /// `vault://MOUNT/PATH`, or `vault://MOUNT/PATH#FIELD` for a single field.
     pub credential_source: Option<VaultSource>,

@@ -198,6 +198,8 @@ pub struct Policy {
     pub secrets: Vec<SecretSpec>,
     /// Vault secret whose fields are credentials with the names of the fields.
     pub credential_source: Option<VaultSource>,
+    /// The sandbox shares no page of memory with another.
+    pub private_memory: bool,
 }
 
 impl Policy {

@@ -556,3 +556,17 @@ fn proxied_credentials_need_permitted_hosts() {
         "only one secret can use `endpoint`, and A does",
     );
 }
+
+#[test]
+fn private_memory_is_refused_on_container_tiers() {
+    let policy = parse("hardening: {private_memory: true}\nfallback: [nanoclaw]\n");
+    assert!(policy.private_memory);
+    policy.check_tier(TierKind::Ironclaw).unwrap();
+    for tier in [TierKind::Nanoclaw, TierKind::Nemoclaw] {
+        let refused = policy.check_tier(tier).unwrap_err();
+        assert!(matches!(refused, PolicyError::Refused { field: "hardening.private_memory", .. }));
+    }
+    let policy = parse("hardening: {private_memory: false}\n");
+    assert!(!policy.private_memory);
+    policy.check_tier(TierKind::Nemoclaw).unwrap();
+}

@@ -62,6 +62,11 @@ pub fn resolve_policy(
         syscalls,
         limits,
         secrets,
+        private_memory: file
+            .hardening
+            .as_ref()
+            .and_then(|hardening| hardening.private_memory)
+            .unwrap_or_default(),
         credential_source: file.hardening.and_then(|hardening| hardening.credential_source),
     })
 }

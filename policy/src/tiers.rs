@@ -16,6 +16,8 @@ pub enum Field {
     Capabilities,
     /// `hardening.readonly_root_filesystem`
     ReadonlyRoot,
+    /// `hardening.private_memory`
+    PrivateMemory,
     /// `hardening.credential_source`
     CredentialSource,
     /// `sandbox.filesystem`
@@ -49,10 +51,11 @@ pub enum Verdict {
 
 impl Field {
     /// All fields, in the order of the file.
-    pub const ALL: [Field; 13] = [
+    pub const ALL: [Field; 14] = [
         Field::Image,
         Field::Capabilities,
         Field::ReadonlyRoot,
+        Field::PrivateMemory,
         Field::CredentialSource,
         Field::Filesystem,
         Field::Egress,
@@ -71,6 +74,7 @@ impl Field {
             Field::Image => "image",
             Field::Capabilities => "hardening.strip_agent_capabilities",
             Field::ReadonlyRoot => "hardening.readonly_root_filesystem",
+            Field::PrivateMemory => "hardening.private_memory",
             Field::CredentialSource => "hardening.credential_source",
             Field::Filesystem => "sandbox.filesystem",
             Field::Egress => "sandbox.network.allowed_egress",
@@ -90,6 +94,14 @@ impl Policy {
     pub fn verdict(&self, field: Field, tier: TierKind) -> Verdict {
         match tier {
             TierKind::Ironclaw => Verdict::Enforced(self.microvm_mechanism(field)),
+            TierKind::Nanoclaw | TierKind::Nemoclaw
+                if field == Field::PrivateMemory && self.private_memory =>
+            {
+                Verdict::Refused(
+                    "the containers of a host share the pages of their files: choose the tier \
+                     ironclaw",
+                )
+            }
             TierKind::Nanoclaw | TierKind::Nemoclaw => {
                 Verdict::Enforced(self.container_mechanism(field))
             }
@@ -99,6 +111,10 @@ impl Policy {
     fn microvm_mechanism(&self, field: Field) -> &'static str {
         match field {
             Field::Image => "the guest's root, read-only",
+            Field::PrivateMemory if self.private_memory => {
+                "kernel, root image and template are copied for this microVM"
+            }
+            Field::PrivateMemory => "not requested",
             Field::Filesystem if self.files_confined => {
                 "copies, and the guest kernel's Landlock for every other file"
             }
@@ -124,6 +140,7 @@ impl Policy {
     fn container_mechanism(&self, field: Field) -> &'static str {
         match field {
             Field::Image => "the root archive next to the image, read-only",
+            Field::PrivateMemory => "not requested",
             Field::Filesystem if self.files_confined => {
                 "copies, read-only ones in a directory that the image does not have, and the \
                  kernel's Landlock for every other file: without Landlock, as under gVisor, the \

@@ -361,6 +361,7 @@ impl Builder {
         self.vcpus = Some(u32::try_from(vcpus).unwrap_or(u32::MAX));
         self.memory_mib = Some(policy.tighten("memory_mib", self.memory_mib, limits.memory_mib)?);
         self.timeout = policy.tighten_timeout(self.timeout)?;
+        self.private_memory |= policy.private_memory;
         self.secrets.clone_from(&policy.secrets);
         self.credentials.source.clone_from(&policy.credential_source);
         if let Some(image) = &policy.image {

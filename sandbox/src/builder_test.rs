@@ -72,6 +72,8 @@ fn private_memory_needs_a_microvm() {
     let spec = spec.unwrap();
     assert_eq!(spec.tiers, [TierKind::Ironclaw]);
     assert!(spec.vm.private_memory);
+    let of_policy = Builder::new().policy(policy("hardening: {private_memory: true}\n"));
+    assert!(of_policy.validate().unwrap().vm.private_memory);
     let refused = builder().tier(TierKind::Nanoclaw).validate();
     assert!(matches!(refused, Err(Error::PrivateMemory)));
 }
