@@ -7,12 +7,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::build::Profile;
-use crate::process::{self, capture_output, describe_start_failure, new_command};
+use crate::mutation::{MutatedTree, build_quietly};
+use crate::process::{describe_start_failure, new_command};
 use crate::{microvm, workspace};
 
 /// The directory of the mutations, from the workspace root.
@@ -66,28 +67,13 @@ fn attack_mutations(name: &str, filter: Option<&str>) -> Result<ExitCode> {
         .filter(|path| name == "all" || path.file_stem().is_some_and(|stem| stem == name))
         .collect();
     ensure!(!chosen.is_empty(), "{MUTATIONS} has no mutation `{name}`");
-    let scratch = workspace::target_dir().join("mutations");
-    let tree = scratch.join("tree");
-    copy_tree(&tree)?;
+    let tree = MutatedTree::create()?;
     let mut missed = Vec::new();
     for path in &chosen {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        apply_mutation(&tree, path, &[])?;
-        // The test is of one check, not of the optimizer: without LTO the build takes a third of
-        // the time.
-        let target = scratch.join("target");
-        build_quietly(
-            tree.clone(),
-            &["--release", "--package", "chitin-vmm"],
-            &[
-                ("CARGO_TARGET_DIR", &target.to_string_lossy()),
-                ("CARGO_PROFILE_RELEASE_LTO", "off"),
-                ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
-            ],
-        )?;
+        let target = tree.build_with(path, "release", &["--package", "chitin-vmm"])?;
         println!("\nmutation: {name}");
         let code = run_attacks(&target.join("release/chitin-vmm"), filter)?;
-        apply_mutation(&tree, path, &["--reverse"])?;
         match code {
             code if code == ExitCode::from(ATTACK_FAILED) => println!("mutation {name}: noticed"),
             ExitCode::SUCCESS => missed.push(name),
@@ -99,46 +85,10 @@ fn attack_mutations(name: &str, filter: Option<&str>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Copies the files of the workspace. An unchanged file keeps its time, so that it is not built
-/// again.
-fn copy_tree(to: &Path) -> Result<()> {
-    let root = workspace::root_dir();
-    let listed = capture_output(
-        new_command("git", ["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
-            .current_dir(&root),
-    )?;
-    for name in listed.split('\0').filter(|name| !name.is_empty()) {
-        let (source, target) = (root.join(name), to.join(name));
-        // git lists a removed file as well.
-        let Ok(content) = fs::read(&source) else { continue };
-        if fs::read(&target).is_ok_and(|there| there == content) {
-            continue;
-        }
-        let dir = target.parent().unwrap_or(to);
-        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-        fs::write(&target, content).with_context(|| format!("write {}", target.display()))?;
-    }
-    Ok(())
-}
-
-fn apply_mutation(tree: &Path, path: &Path, options: &[&str]) -> Result<()> {
-    let file = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
-    let mut patch = Command::new("patch");
-    patch
-        .args(["--strip=1", "--no-backup-if-mismatch", "--fuzz=0", "--silent", "--force"])
-        .args(options);
-    capture_output(patch.current_dir(tree).stdin(Stdio::from(file)))?;
-    Ok(())
-}
-
-fn build_quietly(dir: PathBuf, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
-    let mut build = new_command("cargo", ["build", "--quiet"]);
-    process::run_command(build.args(args).envs(env.iter().copied()).current_dir(dir))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mutation::apply_patch;
 
     #[test]
     fn each_mutation_has_a_title_and_fits_the_monitor() {
@@ -147,7 +97,7 @@ mod tests {
         for path in all {
             let text = fs::read_to_string(&path).unwrap();
             assert!(text.starts_with("Removes: "), "{} has no title", path.display());
-            apply_mutation(&workspace::root_dir(), &path, &["--dry-run"]).unwrap();
+            apply_patch(&workspace::root_dir(), &path, &["--dry-run"]).unwrap();
         }
     }
 }

@@ -3,6 +3,7 @@
 //! One module for each command. To add one, write a module with `pub struct Args` (clap) and
 //! `pub fn run(args) -> Result<ExitCode>`, and add a line to [`Task`] and to [`main`].
 
+mod audit;
 mod bench;
 mod build;
 mod cache;
@@ -15,6 +16,7 @@ mod fuzz;
 mod hostile;
 mod kernel;
 mod microvm;
+mod mutation;
 mod nested;
 mod openbao;
 mod parts;
@@ -63,6 +65,11 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Attack the monitor from bare guests, and print the result of each attack
     Hostile(hostile::Args),
+    /// Check that `chitin audit` notices the absence of each protection
+    Audit(audit::Args),
+    /// The runtime of a mutation of the audit
+    #[command(hide = true)]
+    AuditRuntime(audit::runtime::Args),
     /// Run every check and every test, or selected end-to-end tests
     Test(test::Args),
 }
@@ -80,6 +87,8 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Hostile(args) => hostile::run(&args),
+        Task::Audit(args) => audit::run(&args),
+        Task::AuditRuntime(args) => audit::runtime::run(&args),
         Task::Test(args) => test::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -183,6 +183,7 @@ impl Surroundings {
             "memory_mib": builder.clone().validate()?.vm.memory_mib,
         });
         let neighbour = start_neighbour(builder, &canary).await?;
+        context["tasks"] = json!(neighbour.max_tasks());
         context["boundary"] = json!(neighbour.selected_tier().boundary());
         let context = context.to_string();
         serve_as_neighbour(&neighbour, &context).await?;

@@ -422,7 +422,7 @@ def memory():
 
 
 def tasks():
-    children, error, most = [], "", 1 << 15
+    children, error, most = [], "", CONTEXT["tasks"] * 4
     announce("fork without end")
     try:
         while len(children) < most:
