@@ -12,6 +12,7 @@ use chitin::{
 use serde::Serialize;
 
 use crate::error::{CHITIN_FAILED, CliError};
+use crate::output::{notice, output};
 use crate::report::write_json;
 use crate::weaker_tier::warn_if_weaker;
 
@@ -109,7 +110,7 @@ impl TierAudit {
 /// Attacks the selected tiers and prints what held.
 pub async fn run_audit(args: &Args, is_verbose: bool) -> Result<u8, CliError> {
     if args.document {
-        print!("{}", audit::render_document());
+        output!("{}", audit::render_document().trim_end());
         return Ok(0);
     }
     let mut tiers = Vec::new();
@@ -117,18 +118,18 @@ pub async fn run_audit(args: &Args, is_verbose: bool) -> Result<u8, CliError> {
         tiers.push(attack_tier(args, kind, is_verbose).await?);
     }
     if args.tier == TierSelection::All {
-        println!();
+        output!("");
         // A closed standard output is no reason to complain.
         let _ = write_table(&tiers, &mut io::stdout());
     }
     for tier in &tiers {
         if let Some(reason) = &tier.failed {
             let reason = printable(reason);
-            eprintln!("chitin: {}: the audit could not be finished: {reason}", tier.tier);
+            notice!("chitin: {}: the audit could not be finished: {reason}", tier.tier);
         }
         if let Some(unavailable) = &tier.unavailable {
             let reason = printable(&unavailable.to_string());
-            eprintln!("chitin: {} was not attacked: {reason}", tier.tier);
+            notice!("chitin: {} was not attacked: {reason}", tier.tier);
         }
     }
     let code = choose_exit_code(&tiers);
@@ -156,7 +157,7 @@ async fn attack_tier(args: &Args, kind: TierKind, is_verbose: bool) -> Result<Ti
     if is_one_of_many {
         tier.unavailable = probe_tier(kind, &Artifacts::locate()).await.unavailable;
         if let Some(unavailable) = &tier.unavailable {
-            println!("{kind:<9} unavailable: {}", printable(&unavailable.to_string()));
+            output!("{kind:<9} unavailable: {}", printable(&unavailable.to_string()));
             return Ok(tier);
         }
     }
@@ -183,10 +184,10 @@ fn print_tier(selected: &SelectedTier, is_one_of_many: bool) {
     let Capabilities { implementation, version, .. } = &selected.capabilities;
     let program = printable(&format!("{implementation} {version}"));
     match is_one_of_many {
-        true => println!("{:<9} {program}", selected.tier),
+        true => output!("{:<9} {program}", selected.tier),
         false => {
             let heading = selected.name().to_uppercase();
-            println!("{:<20} {heading:<13} EVIDENCE ({program})", "PROPERTY");
+            output!("{:<20} {heading:<13} EVIDENCE ({program})", "PROPERTY");
         }
     }
 }
@@ -207,7 +208,7 @@ fn print_finding(finding: &Finding, tier: Option<TierKind>, is_verbose: bool) {
         _ => finding.evidence.clone(),
     };
     let tier = tier.map(|tier| format!("{tier:<9} ")).unwrap_or_default();
-    println!(
+    output!(
         "{tier}{:<20} {:<13} {}",
         finding.property,
         verdict_word(finding.verdict),
@@ -217,7 +218,7 @@ fn print_finding(finding: &Finding, tier: Option<TierKind>, is_verbose: bool) {
         for attack in &finding.attacks {
             let outcome = if attack.succeeded { "SUCCEEDED" } else { "failed" };
             let line = format!("{}: {outcome}: {}", attack.tried, attack.seen);
-            println!("  {}", printable(&line));
+            output!("  {}", printable(&line));
         }
     }
 }

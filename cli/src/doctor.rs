@@ -5,6 +5,7 @@ use chitin::host::{Grade, HostFinding, check_host, render_document};
 use chitin::{Artifacts, TierKind, printable};
 
 use crate::error::CliError;
+use crate::output::output;
 
 /// Arguments of `chitin doctor`.
 #[derive(clap::Args)]
@@ -34,7 +35,7 @@ pub struct Args {
 /// Examines the host and prints the result.
 pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
     if args.document {
-        print!("{}", render_document());
+        output!("{}", render_document().trim_end());
         return Ok(0);
     }
     if args.host {
@@ -44,7 +45,7 @@ pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
     if args.json {
         let json = serde_json::to_string_pretty(&diagnosis)
             .map_err(|error| CliError::io("encode the diagnosis")(error.into()))?;
-        println!("{json}");
+        output!("{json}");
     } else {
         print_text(&diagnosis);
     }
@@ -53,22 +54,22 @@ pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
 
 fn print_text(diagnosis: &Diagnosis) {
     for check in &diagnosis.checks {
-        println!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
+        output!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
     }
     for TierAvailability { tier, capabilities, unavailable } in &diagnosis.tiers {
         match (capabilities, unavailable) {
             (Some(found), _) => {
-                println!("{tier}: available ({} {})", found.implementation, found.version);
+                output!("{tier}: available ({} {})", found.implementation, found.version);
                 for other in &found.short_of {
-                    println!("  {other}");
+                    output!("  {other}");
                 }
             }
             // The checks above give the reasons.
             (None, _) if *tier == TierKind::Ironclaw => {
-                println!("{tier}: not available on this host, for the reasons marked NO");
+                output!("{tier}: not available on this host, for the reasons marked NO");
             }
             (None, Some(unavailable)) => {
-                println!("{tier}: not available on this host: {unavailable}");
+                output!("{tier}: not available on this host: {unavailable}");
             }
             (None, None) => {}
         }
@@ -80,7 +81,7 @@ fn print_host(args: &Args) -> Result<u8, CliError> {
     if args.json {
         let json = serde_json::to_string_pretty(&findings)
             .map_err(|error| CliError::io("encode the findings")(error.into()))?;
-        println!("{json}");
+        output!("{json}");
     } else {
         print_findings(&findings);
     }
@@ -91,15 +92,15 @@ fn print_host(args: &Args) -> Result<u8, CliError> {
 fn print_findings(findings: &[HostFinding]) {
     for finding in findings {
         let HostFinding { name, grade, source, found, reason, remedy } = finding;
-        println!("{grade:<8} {name}: {}", printable(found));
+        output!("{grade:<8} {name}: {}", printable(found));
         if let Some(remedy) = remedy {
-            println!("         {source}");
-            println!("         {reason}");
-            println!("         remedy: {remedy}");
+            output!("         {source}");
+            output!("         {reason}");
+            output!("         remedy: {remedy}");
         }
     }
     let count = |grade| findings.iter().filter(|finding| finding.grade == grade).count();
     let [ok, unknown] = [Grade::Ok, Grade::Unknown].map(count);
     let [warnings, bad] = [Grade::Warning, Grade::Bad].map(count);
-    println!("{ok} ok, {warnings} warnings, {bad} bad, {unknown} unknown");
+    output!("{ok} ok, {warnings} warnings, {bad} bad, {unknown} unknown");
 }

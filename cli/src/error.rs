@@ -4,6 +4,8 @@ use std::io;
 
 use chitin::{EndCause, error_chain, printable};
 
+use crate::output::notice;
+
 /// The exit code if Chitin itself failed. The workload may never have run.
 pub const CHITIN_FAILED: u8 = 125;
 
@@ -91,14 +93,14 @@ impl CliError {
     /// Prints the error to standard error, and the last messages of the guest kernel if there are
     /// any.
     pub fn print(&self) {
-        eprintln!("chitin: {}", self.line());
+        notice!("chitin: {}", self.line());
         if let CliError::Sandbox(error) = self
             && let Some(log) = error.guest_log()
         {
             let lines: Vec<&str> = log.lines().collect();
-            eprintln!("chitin: last messages of the guest kernel:");
+            notice!("chitin: last messages of the guest kernel:");
             for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
-                eprintln!("  | {}", printable(line));
+                notice!("  | {}", printable(line));
             }
         }
     }

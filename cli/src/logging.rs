@@ -94,6 +94,8 @@ where
 {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer)
+        // Its report of a failed write would panic where standard error is closed.
+        .log_internal_errors(false)
         // A line at the end of each span holds its duration.
         .with_span_events(FmtSpan::CLOSE);
     let lines = match format {

@@ -7,6 +7,7 @@ mod error;
 mod jail_args;
 mod logging;
 mod machine_args;
+mod output;
 mod policy;
 mod policy_args;
 mod report;
@@ -80,7 +81,8 @@ fn main() {
     let cli = Cli::try_parse_from(&args)
         .unwrap_or_else(|error| exit(usage::report_usage(error, &Cli::command(), &args).into()));
     // `exit` instead of a return: the thread that reads standard input may be blocked for ever.
-    exit(match execute(cli) {
+    let done = execute(cli).and_then(|code| output::finish().map(|()| code));
+    exit(match done {
         Ok(code) => code.into(),
         Err(error) => {
             error.print();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use chitin::{Policy, printable};
 
 use crate::error::CliError;
+use crate::output::output;
 
 /// Commands about policies.
 #[derive(clap::Subcommand)]
@@ -32,10 +33,10 @@ pub fn execute(command: Command) -> Result<u8, CliError> {
         Command::Check { file } => {
             // Text of a third party must not steer the terminal.
             for line in Policy::load(file).map_err(chitin::Error::from)?.explain().lines() {
-                println!("{}", printable(line));
+                output!("{}", printable(line));
             }
         }
-        Command::Schema => print!("{}", Policy::schema()),
+        Command::Schema => output!("{}", Policy::schema().trim_end()),
     }
     Ok(0)
 }

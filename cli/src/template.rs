@@ -6,6 +6,7 @@ use chitin::{Manifest, Sandbox, Templates, WarmUpSpec, error_chain, printable};
 
 use crate::error::CliError;
 use crate::machine_args::MachineArgs;
+use crate::output::{notice, output};
 use crate::policy_args::PolicyArgs;
 
 /// Commands about templates.
@@ -73,20 +74,24 @@ pub async fn execute(command: Command) -> Result<u8, CliError> {
         Command::Build(args) => build_template(args, templates).await?,
         Command::Ls => {
             let list = templates.list().map_err(chitin::Error::from)?;
-            println!(
+            output!(
                 "{:<24} {:>4} {:>8} {:>8}  {:<12} WARM-UP",
-                "NAME", "CPUS", "MEMORY", "SAVED", "AGE"
+                "NAME",
+                "CPUS",
+                "MEMORY",
+                "SAVED",
+                "AGE"
             );
             list.templates.iter().for_each(print_line);
             for (name, error) in &list.rejected {
-                eprintln!("chitin: {}: {}", printable(name), error_chain(error));
+                notice!("chitin: {}: {}", printable(name), error_chain(error));
             }
         }
         Command::Inspect(NameArg { name }) => {
             let manifest = templates.inspect(&name).map_err(chitin::Error::from)?;
             let json = serde_json::to_string_pretty(&manifest)
                 .map_err(|error| CliError::io("encode the template")(error.into()))?;
-            println!("{json}");
+            output!("{json}");
         }
         Command::Rm(NameArg { name }) => templates.remove(&name).map_err(chitin::Error::from)?,
     }
@@ -100,7 +105,7 @@ async fn build_template(args: BuildArgs, templates: Templates) -> Result<(), Cli
     let first_command = first.unwrap_or_default();
     let warm_up = WarmUpSpec { script: args.warm_up, first_command };
     let manifest = builder.build_template(&args.name.name, &warm_up).await?;
-    println!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
+    output!("{}: {} MiB of memory saved", manifest.name, manifest.memory_bytes >> 20);
     Ok(())
 }
 
@@ -110,7 +115,7 @@ fn print_line(manifest: &Manifest) {
     // Two units are precise enough: 3h 5m.
     let age = humantime::format_duration(Duration::from_secs(age.as_secs())).to_string();
     let age = age.split(' ').take(2).collect::<Vec<_>>().join(" ");
-    println!(
+    output!(
         "{:<24} {:>4} {:>5}MiB {:>5}MiB  {:<12} {}",
         manifest.name,
         manifest.vcpus,

@@ -7,6 +7,7 @@ use clap::Command;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::error::INVALID_USAGE;
+use crate::output::{self, notice};
 
 /// The option whose value may be a pasted credential.
 const SECRET: &str = "--secret ";
@@ -15,11 +16,14 @@ const SECRET: &str = "--secret ";
 pub fn report_usage(mut error: clap::Error, command: &Command, args: &[OsString]) -> u8 {
     let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
     if is_help || !error.use_stderr() {
-        // A closed pipe is no reason to complain.
-        let _ = error.print();
+        output::record_failure(error.print());
+        if let Err(error) = output::finish() {
+            error.print();
+            return error.exit_code();
+        }
     } else {
         hide_secret(&mut error);
-        eprintln!("chitin: {}", usage_line(&error, &find_subcommand(command, args)));
+        notice!("chitin: {}", usage_line(&error, &find_subcommand(command, args)));
     }
     if error.use_stderr() { INVALID_USAGE } else { 0 }
 }

@@ -2,10 +2,12 @@
 
 use chitin::{SelectedTier, printable};
 
+use crate::output::notice;
+
 /// Prints a notice if a sandbox is weaker than what was asked for.
 pub fn warn_if_weaker(selected: &SelectedTier) {
     if selected.is_weaker_than_requested() {
         let notice = format!("running as {}: {}", selected.name(), selected.explain());
-        eprintln!("chitin: {}", printable(&notice));
+        notice!("chitin: {}", printable(&notice));
     }
 }

@@ -24,20 +24,30 @@ pub fn error_chain(error: &dyn Error) -> String {
     printable(&line)
 }
 
-/// Escapes control characters except the tab.
+/// Escapes control characters except the tab, and characters that are invisible or change the order
+/// of others.
 ///
 /// Text from a guest, or text that holds a path, may contain escape sequences that a terminal would
-/// obey.
+/// obey, or direction marks that make it look like another text.
 pub fn printable(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() && c != '\t' {
+        if c.is_control() && c != '\t' || is_invisible(c) {
             safe.extend(c.escape_default());
         } else {
             safe.push(c);
         }
     }
     safe
+}
+
+/// Returns true for format characters (Unicode category Cf) and line separators: direction marks,
+/// embeddings, overrides and isolates (UAX #9), joiners, and tags.
+fn is_invisible(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{fff9}'..='\u{fffb}'
+        | '\u{e0001}'..='\u{e007f}')
 }
 
 #[cfg(test)]
@@ -56,6 +66,17 @@ mod tests {
     #[test]
     fn control_characters_are_escaped() {
         assert_eq!(printable("a\u{1b}[2Jb\u{9b}c\td"), "a\\u{1b}[2Jb\\u{9b}c\td");
+    }
+
+    #[test]
+    fn invisible_characters_are_escaped() {
+        for c in
+            ['\u{202e}', '\u{2066}', '\u{200f}', '\u{61c}', '\u{200b}', '\u{feff}', '\u{e0041}']
+        {
+            let escaped = printable(&format!("a{c}b"));
+            assert!(escaped.is_ascii() && escaped.starts_with("a\\u{"), "{escaped}");
+        }
+        assert_eq!(printable("Grüße, 世界"), "Grüße, 世界");
     }
 
     #[test]

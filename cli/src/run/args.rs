@@ -68,6 +68,13 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = WORKDIR)]
     pub workdir: OsString,
 
+    /// Give the command an empty standard input, as `ssh -n` does
+    ///
+    /// Otherwise standard input is read ahead of the command, also if it never reads: in a loop
+    /// such as `while read line; do chitin run … ; done`, the run takes the lines of the loop.
+    #[arg(short = 'n', long)]
+    pub no_stdin: bool,
+
     /// Deliver a credential from env:VAR, file:PATH, exec:CMD or vault://MOUNT/PATH#FIELD: the
     /// command reads it from the file that $NAME_FILE names. With @HOST it never enters the
     /// sandbox: $NAME holds a placeholder, which is replaced in HTTPS requests to these hosts, in

@@ -27,6 +27,7 @@ use self::stdio::{Deadline, attend_process};
 use self::values::{CopySpec, PortPair, parse_env};
 use crate::error::{CHITIN_FAILED, CliError};
 use crate::jail_args::warn_if_root;
+use crate::output::notice;
 use crate::report::{Isolation, JailReport, PolicyRecord, Report, write_json};
 use crate::weaker_tier::warn_if_weaker;
 
@@ -74,7 +75,7 @@ fn print_cause(progress: &Progress, outcome: &Result<u8, CliError>) {
     let reached = progress.ended.as_ref().map(|(_, usage)| usage.reached).unwrap_or_default();
     let cause = find_cause(progress.ended.as_ref(), outcome);
     for line in explain_end(cause, reached, limits) {
-        eprintln!("chitin: {line}");
+        notice!("chitin: {line}");
     }
 }
 
@@ -146,7 +147,7 @@ async fn run_sandbox(
     drop(forwards);
     let (stopped, warnings) = sandbox.stop_with_warnings().await;
     for warning in warnings {
-        eprintln!("chitin: credentials: {warning}");
+        notice!("chitin: credentials: {warning}");
     }
     let code = outcome?;
     stopped?;
@@ -218,7 +219,10 @@ async fn use_sandbox(
     for (name, value) in env {
         command = command.env(name, value);
     }
-    let process = command.piped_stdin().spawn()?;
+    if !args.no_stdin {
+        command = command.piped_stdin();
+    }
+    let process = command.spawn()?;
     let attended = attend_process(process, signals, progress.deadline).await?;
     let Some((exit, usage)) = attended else { return Ok(SIGNALED + signals.last) };
     let code = to_exit_code(&exit, &args.command[0]);
@@ -258,7 +262,7 @@ fn to_exit_code(exit: &Exit, program: &OsString) -> u8 {
         Exit::Code(code) => *code,
         Exit::Signal(number) => SIGNALED.saturating_add(*number),
         Exit::NotStarted { error, failure } => {
-            eprintln!("chitin: start {} in the sandbox: {failure}", program.display());
+            notice!("chitin: start {} in the sandbox: {failure}", program.display());
             match error {
                 StartError::NotFound => 127,
                 StartError::NotExecutable => 126,

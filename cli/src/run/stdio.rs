@@ -16,6 +16,9 @@ use crate::error::CliError;
 /// The time that a workload has to end after a signal, and its last output to be delivered.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The time between two looks at whether the terminal is ours: short for a person.
+const FOREGROUND_POLL: Duration = Duration::from_millis(200);
+
 /// Bytes of one read: the capacity of a pipe.
 const BUFFER_SIZE: usize = 64 * 1024;
 
@@ -126,10 +129,23 @@ async fn wait_for_end(
 
 /// Copies our standard input to the workload until either end closes.
 async fn forward_stdin(mut stdin: StreamWriter) {
+    wait_for_foreground().await;
     let mut ours = BufReader::with_capacity(BUFFER_SIZE, tokio::io::stdin());
     // An error is an end too: ours has no more input, or the workload reads no more.
     let _ = tokio::io::copy_buf(&mut ours, &mut stdin).await;
     let _ = stdin.shutdown().await;
+}
+
+/// Waits until this process may read its terminal. A process in the background that reads is
+/// stopped by the kernel (SIGTTIN), and the sandbox with it.
+async fn wait_for_foreground() {
+    let stdin = io::stdin();
+    while rustix::termios::isatty(&stdin)
+        && rustix::termios::tcgetpgrp(&stdin)
+            .is_ok_and(|foreground| foreground != rustix::process::getpgrp())
+    {
+        tokio::time::sleep(FOREGROUND_POLL).await;
+    }
 }
 
 /// Returns a standard stream as a file.

@@ -1,5 +1,7 @@
 //! The end of a run: exit codes, signals, time limits, and no process left behind.
 
+use std::ffi::OsStr;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use chitin::TierKind;
@@ -14,6 +16,8 @@ on_every_tier!(
     workload_receives_signal_before_shutdown,
     termination_signals_end_run,
     workload_ignoring_signals_is_killed,
+    ignored_signals_stay_ignored,
+    reader_of_notices_may_be_gone,
     no_process_survives_killed_cli,
     run_killed_during_start_leaves_nothing,
     timeout_ends_endless_workload,
@@ -77,6 +81,33 @@ fn workload_ignoring_signals_is_killed(tier: TierUnderTest) {
     running.send_signal(Signal::INT);
     assert_eq!(running.wait(), 130);
     running.assert_no_process_left();
+}
+
+fn ignored_signals_stay_ignored(tier: TierUnderTest) {
+    // As nohup, and the background of a shell without job control.
+    let ignore = ["sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh"].map(OsStr::new);
+    let workload = "echo up; read line; echo \"$line\"; exit 7";
+    let mut running = tier.run_sh(workload).run_through(&ignore).spawn();
+    assert_eq!(running.read_line(), "up");
+    for signal in [Signal::HUP, Signal::INT] {
+        running.send_signal(signal);
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let mut stdin = running.child.stdin.take().unwrap();
+    stdin.write_all(b"still here\n").unwrap();
+    assert_eq!(running.read_line(), "still here");
+    assert_eq!(running.wait(), 7);
+}
+
+fn reader_of_notices_may_be_gone(tier: TierUnderTest) {
+    let script = "exec \"$@\" 2>&1 | head -n 1";
+    let closing = ["bash", "-o", "pipefail", "-c", script, "bash"].map(OsStr::new);
+    let started = Instant::now();
+    let mut run = tier.chitin("run --timeout 2s").args(["--", "sh", "-c", "echo ready; sleep 60"]);
+    run = run.run_through(&closing);
+    let outcome = run.outcome();
+    assert_eq!((outcome.code, outcome.stdout_text()), (124, "ready\n"), "{outcome:?}");
+    assert!(started.elapsed() < Duration::from_secs(60));
 }
 
 fn no_process_survives_killed_cli(tier: TierUnderTest) {

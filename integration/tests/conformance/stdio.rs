@@ -20,7 +20,15 @@ on_every_tier!(
     slow_reader_loses_no_output,
     background_process_does_not_delay_exit,
     standard_streams_are_not_terminals,
+    loop_that_reads_runs_once_for_each_line,
 );
+
+fn loop_that_reads_runs_once_for_each_line(tier: TierUnderTest) {
+    let script = "printf '1\\n2\\n' | while read line; do \"$@\" $line; done";
+    let loop_of_runs = ["sh", "-c", script, "sh"].map(OsStr::new);
+    let run = tier.chitin("run --no-stdin -- echo").run_through(&loop_of_runs);
+    assert_eq!(run.outcome().assert_success(), "1\n2\n");
+}
 
 fn sixteen_mebibytes_of_stdin_arrive_intact(tier: TierUnderTest) {
     let data = pseudo_random_bytes(16 << 20);
