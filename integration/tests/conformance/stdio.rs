@@ -1,5 +1,6 @@
 //! Standard input, output and error.
 
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::thread;
 
