@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::process::{capture_output, new_command};
 
-/// The address of metadata services of clouds. Here it belongs to an interface without a cable.
+/// The address of metadata services of clouds. Here it belongs to an interface whose other end is beside it.
 const METADATA: &str = "169.254.169.254";
 
 /// The namespace and its server. Dropping it removes both.
@@ -30,9 +30,10 @@ impl IsolatedNetwork {
         let mut network = Self { name, stop: None, server: None };
         for words in [
             &["link", "set", "lo", "up"][..],
-            &["link", "add", "chitin0", "type", "dummy"],
+            &["link", "add", "chitin0", "type", "veth", "peer", "name", "chitin1"],
             &["addr", "add", &format!("{METADATA}/32"), "dev", "chitin0"],
             &["link", "set", "chitin0", "up"],
+            &["link", "set", "chitin1", "up"],
         ] {
             let all = ["-n", &network.name].into_iter().chain(words.iter().copied());
             capture_output(&mut new_command("ip", all))?;
