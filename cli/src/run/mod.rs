@@ -42,6 +42,7 @@ struct Progress {
     limits: Option<NamedLimits>,
     phases: Phases,
     jail: Option<Jail>,
+    private_memory: bool,
     deadline: Option<Deadline>,
 }
 
@@ -51,6 +52,8 @@ pub async fn run_command(args: Args) -> Result<u8, CliError> {
     let loaded = args.policy.load().map_err(chitin::Error::from);
     let policy = loaded.as_ref().ok().and_then(Option::as_ref);
     let record = policy.map(PolicyRecord::new);
+    progress.private_memory =
+        args.machine.private_memory || policy.is_some_and(|policy| policy.private_memory);
     let wanted = args.tier.or(policy.map(|policy| policy.runtime)).unwrap_or(TierKind::Ironclaw);
     let outcome = match loaded {
         Ok(policy) => run_sandbox(&args, policy, &mut progress).await,
@@ -100,7 +103,7 @@ fn new_report(
         usage,
         error: outcome.as_ref().err().map(CliError::line),
         jail: JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail },
-        private_memory: args.machine.private_memory,
+        private_memory: progress.private_memory,
         phases: progress.phases,
     }
 }
