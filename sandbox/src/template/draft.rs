@@ -168,6 +168,14 @@ impl TemplateDraft {
                 rename(RenameFlags::EXCHANGE).map_err(file_error("replace", &parent.join(name)))?;
                 parent.remove_dir(draft_name, &FILES)?;
             }
+            // The file system knows plain renames only, which replace no directory with files.
+            Err(Errno::INVAL) => {
+                check_replaceable(parent, name)?;
+                if parent.has_dir(name) {
+                    parent.remove_dir(name, &FILES)?;
+                }
+                rename(RenameFlags::empty()).map_err(file_error("rename", self.dir.path()))?;
+            }
             Err(errno) => return Err(file_error("rename", self.dir.path())(errno)),
         }
         self.published = true;

@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, RenameFlags, renameat_with, unlinkat};
+use rustix::fs::{AtFlags, Mode, linkat, unlinkat};
 use zeroize::Zeroizing;
 
 use super::TemplateError;
@@ -63,10 +63,11 @@ fn create_key(dir: &TrustedDir) -> Result<(), TemplateError> {
     let draft = format!(".{KEY_FILE}.{suffix}");
     let mut file = dir.create_file(&draft, Mode::RUSR | Mode::WUSR)?;
     let written = file.write_all(key).and_then(|()| file.sync_all());
-    let rename = || renameat_with(dir.fd(), &draft, dir.fd(), KEY_FILE, RenameFlags::NOREPLACE);
-    let created = written.and_then(|()| Ok(rename()?));
+    // A link fails if the name exists, on every file system.
+    let link = || linkat(dir.fd(), &draft, dir.fd(), KEY_FILE, AtFlags::empty());
+    let created = written.and_then(|()| Ok(link()?));
+    let _ = unlinkat(dir.fd(), &draft, AtFlags::empty());
     created.or_else(|error| {
-        let _ = unlinkat(dir.fd(), &draft, AtFlags::empty());
         if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(failed()(error)) }
     })
 }
