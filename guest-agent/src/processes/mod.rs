@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use chitin_protocol::{
     Direction, Exit, Fault, Start, StartError, StreamId, ToHost, Unexpected, Usage,
 };
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 
@@ -109,11 +109,12 @@ impl Processes {
         if self.table.len() >= MAX_PROCESSES {
             return Err(refuse("start more than 64 processes at a time")(Errno::AGAIN));
         }
-        let (stdout, stdout_child) = open_pipe()?;
-        let (stderr, stderr_child) = open_pipe()?;
+        let owner = (start.uid, start.gid);
+        let (stdout, stdout_child) = open_pipe(owner)?;
+        let (stderr, stderr_child) = open_pipe(owner)?;
         let stdin_child = match start.stdin {
             Some(stream) => {
-                let (child, stdin) = open_pipe()?;
+                let (child, stdin) = open_pipe(owner)?;
                 transport.pump_to_pipe(stream, stdin).map_err(refuse("watch a pipe"))?;
                 child
             }
@@ -191,6 +192,27 @@ fn refuse(operation: &'static str) -> impl Fn(Errno) -> LaunchError {
     move |errno| (StartError::Other, make_failure(operation, b"", errno))
 }
 
-fn open_pipe() -> Result<(OwnedFd, OwnedFd), LaunchError> {
-    rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(refuse("create a pipe"))
+/// Opens a pipe that belongs to this user and group, so that the workload can open it again as
+/// `/dev/stdin`, `/dev/stdout` or `/dev/stderr`.
+fn open_pipe((uid, gid): (u32, u32)) -> Result<(OwnedFd, OwnedFd), LaunchError> {
+    let open = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
+    let pipe = open().map_err(refuse("create a pipe"))?;
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    match rustix::fs::fchown(&pipe.0, Some(user), Some(group)) {
+        Ok(()) => Ok(pipe),
+        // gVisor cannot change the owner of a pipe: it is the user who creates it.
+        Err(Errno::PERM) => run_as_user(user, open).map_err(refuse("create a pipe")),
+        Err(errno) => Err(refuse("change the owner of a pipe")(errno)),
+    }
+}
+
+/// Runs `operation` with this effective user. Real and saved user stay the agent's, so that no
+/// process of that user may signal or inspect the agent meanwhile.
+fn run_as_user<T>(user: Uid, operation: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    let agent = rustix::process::getuid();
+    // For this thread alone: the C library's functions would change all of them.
+    rustix::thread::set_thread_res_uid(agent, user, agent)?;
+    let result = operation();
+    rustix::thread::set_thread_res_uid(agent, agent, agent)?;
+    result
 }

@@ -22,6 +22,7 @@ on_every_tier!(
     background_process_does_not_delay_exit,
     standard_streams_are_not_terminals,
     loop_that_reads_runs_once_for_each_line,
+    standard_streams_can_be_opened_by_path,
 );
 
 fn loop_that_reads_runs_once_for_each_line(tier: TierUnderTest) {
@@ -140,4 +141,13 @@ fn standard_streams_are_not_terminals(tier: TierUnderTest) {
             .assert_success(),
         "none"
     );
+}
+
+fn standard_streams_can_be_opened_by_path(tier: TierUnderTest) {
+    let outcome = tier.run_sh("echo hi > /dev/stderr; echo ho > /dev/stdout").outcome();
+    assert_eq!((outcome.assert_success(), outcome.stderr.as_str()), ("ho", "hi\n"));
+    let outcome = tier.run("python3 /dev/stdin").stdin("print(1)\n").outcome();
+    assert_eq!(outcome.assert_success(), "1");
+    let outcome = tier.run_sh("tee /dev/stderr").stdin("both").outcome();
+    assert_eq!((outcome.assert_success(), outcome.stderr.as_str()), ("both", "both"));
 }
