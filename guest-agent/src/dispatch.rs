@@ -120,6 +120,10 @@ impl Agent {
             }
             (None, _) => {}
         }
+        if confine.files.is_some() {
+            // Rules for files apply to the file systems that are mounted when they are made.
+            self.secrets.prepare_directory()?;
+        }
         self.lockdown.confine(confine)
     }
 

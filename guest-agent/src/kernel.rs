@@ -2,15 +2,15 @@
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Setter};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::error::{Context, SystemError};
+use crate::loopback;
 
-/// Sets the host name and raises the loopback interface.
+/// Sets the host name, and raises the loopback interface with its two addresses.
 pub fn set_up_network() -> Result<(), SystemError> {
     rustix::system::sethostname(b"chitin").context("set", "the host name")?;
-    raise_loopback().context("raise", "the loopback interface")
+    loopback::raise_interface().context("raise", "the loopback interface")?;
+    loopback::add_second_address().context("add an address to", "the loopback interface")
 }
 
 /// Sets parameters of a microVM's kernel.
@@ -35,27 +35,5 @@ fn clear_parameter(path: &'static str) -> Result<(), SystemError> {
     {
         Ok(_) | Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(errno).context("write", path),
-    }
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "the flags are 16 bits wide")]
-const INTERFACE_UP: libc::c_short = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-
-/// `linux/sockios.h`. The type of this constant differs between C libraries.
-const SIOCSIFFLAGS: Opcode = 0x8914;
-
-/// Raises the loopback interface, the only one of a sandbox.
-pub fn raise_loopback() -> Result<(), Errno> {
-    let flags = SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
-    // SAFETY: all-zero is a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l'.cast_signed();
-    request.ifr_name[1] = b'o'.cast_signed();
-    request.ifr_ifru.ifru_flags = INTERFACE_UP;
-    // SAFETY: SIOCSIFFLAGS reads one `ifreq` and writes no memory of this process.
-    unsafe {
-        let set_flags = Setter::<SIOCSIFFLAGS, libc::ifreq>::new(request);
-        rustix::ioctl::ioctl(&socket, set_flags)
     }
 }

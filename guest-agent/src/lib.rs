@@ -13,7 +13,8 @@
 //!
 //! ```text
 //!   mode, setup      arguments; everything until the event loop starts
-//!   root_fs, kernel  file systems, kernel parameters and network of a microVM
+//!   root_fs, kernel  file systems and kernel parameters of a microVM
+//!   loopback         the loopback interface
 //!   lockdown/        privileges, limits, seccomp and Landlock, under which the workload runs
 //!   cgroup/          limits of the workload as a whole
 //!   event_loop       one thread, one epoll, one turn after the other
@@ -43,6 +44,7 @@ mod io;
 mod kernel;
 mod limit_watch;
 mod lockdown;
+mod loopback;
 mod mode;
 mod processes;
 mod root_fs;

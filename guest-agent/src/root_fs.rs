@@ -5,6 +5,7 @@
 //!   ├ work  tmp  var/tmp  dev/shm     the same overlay, bound here        writable
 //!   ├ dev        in the tmpfs: nodes null zero full random urandom tty, links fd stdin … ptmx
 //!   │ └ pts      devpts
+//!   ├ run/credentials  tmpfs, from the first credential in memory on
 //!   ├ proc       proc
 //!   └ sys        sysfs, read-only
 //!     └ fs/cgroup  cgroup2, read-only
@@ -160,7 +161,7 @@ fn make_directories() -> Result<Vec<&'static str>, SystemError> {
             writable.push(path);
         }
     }
-    for path in ["/proc", "/sys"] {
+    for path in ["/proc", "/sys", "/run/credentials"] {
         make_directory(path, 0o755)?;
     }
     Ok(writable)

@@ -23,7 +23,7 @@ use crate::processes::Processes;
 use crate::root_fs::{self, AgentView};
 use crate::secrets::Secrets;
 use crate::signals::SignalFd;
-use crate::{kernel, log_line};
+use crate::{kernel, log_line, loopback};
 
 impl Agent {
     /// Sets up the sandbox and reports that it is ready. `started_ns` is the time at which this
@@ -48,6 +48,8 @@ impl Agent {
             kernel::set_up_network()?;
             cgroups.v2 = create_workload_cgroup(mode, &view)?;
             (root, scratch_disk) = (Some(view.root), Some(view.scratch));
+        } else if rustix::process::getpid().is_init() {
+            loopback::configure_in_container();
         }
         if mode.own_kernel {
             cgroups.pids_v1 = create_pids_cgroup();
@@ -66,7 +68,7 @@ impl Agent {
             signals,
             identity: Identity::new(next_socket),
             processes: Processes::default(),
-            secrets: Secrets::default(),
+            secrets: Secrets::new(mode.build_root),
             copies,
             egress: Egress::default(),
             lockdown,

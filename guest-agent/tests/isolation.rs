@@ -5,7 +5,7 @@
 mod support;
 
 use chitin_protocol::{Delivery, Exit, MAX_SECRET};
-use support::Agent;
+use support::{Agent, spawn_sandbox};
 
 fn status_of(agent: &mut Agent, argv: &[&str]) -> String {
     let running = agent.run_command(argv);
@@ -147,63 +147,59 @@ print(f())
 
 #[test]
 fn memory_credential_is_not_in_the_environment() {
-    let mut agent = Agent::spawn_ready();
+    let Some(mut agent) = spawn_sandbox() else { return };
     let value = b"s3cret\0with any bytes\xff\n";
     agent.deliver_secret("API_TOKEN", value, Delivery::Memory).unwrap();
     let running = agent.run_shell("cat \"$API_TOKEN_FILE\"");
     assert_eq!(agent.wait_for_exit(running), Exit::Code(0));
     assert_eq!(agent.output.remove(&running.stdout).unwrap(), value);
 
-    // Each process reads from the beginning, by path or by descriptor.
+    // A child that inherits no descriptor reads it, and none can change it.
     let probe = "
-import os, errno
+import os, errno, subprocess
 path = os.environ['API_TOKEN_FILE']
-fd = int(path.rsplit('/', 1)[1])
 def refused(f, *a):
     try: f(*a)
     except OSError as e: return errno.errorcode[e.errno]
     return 'allowed'
-print(fd, len(os.read(fd, 100)), len(open(path, 'rb').read()))
-print(refused(os.write, fd, b'x'), refused(os.ftruncate, fd, 0), refused(os.fchmod, fd, 0o777) )
+print(path, len(subprocess.run('cat $API_TOKEN_FILE', shell=True, capture_output=True).stdout))
+print(refused(os.open, path, os.O_RDWR), refused(os.truncate, path, 0),
+      refused(os.chmod, path, 0o777), refused(os.unlink, path), refused(os.rename, path, path + '2'),
+      refused(open, os.path.dirname(path) + '/x', 'w'))
 print(sorted(os.environ), b's3cret' in open('/proc/self/environ', 'rb').read())
-print(sorted(map(int, os.listdir('/proc/%d/fd' % os.getpid())))[3:4])
+print(*[line.split()[2:4] for line in open('/proc/mounts') if 'credentials' in line])
 ";
     for _ in 0..2 {
         let text = status_of(&mut agent, &["python3", "-c", probe]);
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[0], format!("512 {0} {0}", value.len()));
-        assert!(lines[1].starts_with("EBADF EINVAL"), "{}", lines[1]);
-        if support::is_root() {
-            assert_eq!(lines[1], "EBADF EINVAL EPERM");
-        }
+        assert_eq!(lines[0], format!("/run/credentials/API_TOKEN {}", value.len()));
+        assert_eq!(lines[1], "EACCES EACCES EPERM EACCES EACCES EACCES");
         assert!(
             lines[2].contains("'API_TOKEN_FILE'") && lines[2].ends_with("False"),
             "{}",
             lines[2]
         );
+        assert!(lines[3].starts_with("['tmpfs', 'rw,nosuid,nodev,noexec,"), "{}", lines[3]);
+        assert_eq!(lines.len(), 4);
     }
-    if support::needs_root("a memfd of another owner") {
-        let running = agent.run_shell("echo x > \"$API_TOKEN_FILE\"");
-        assert_ne!(agent.wait_for_exit(running), Exit::Code(0));
-        // A workload of any user can read it.
-        let mut start = agent.plain_start(&["sh", "-c", "cat \"$API_TOKEN_FILE\" | wc -c"]);
-        (start.uid, start.gid) = (4242, 4242);
-        let running = agent.start_process(start);
-        assert_eq!(agent.wait_for_output(running).trim(), value.len().to_string());
-    }
+    // A workload of any user can read it.
+    let mut start = agent.plain_start(&["sh", "-c", "cat \"$API_TOKEN_FILE\" | wc -c"]);
+    (start.uid, start.gid) = (4242, 4242);
+    let running = agent.start_process(start);
+    assert_eq!(agent.wait_for_output(running).trim(), value.len().to_string());
 }
 
 #[test]
 fn credential_enters_environment_on_request_only() {
-    let mut agent = Agent::spawn_ready();
+    let Some(mut agent) = spawn_sandbox() else { return };
     agent.deliver_secret("TOKEN", b"s3cret", Delivery::Env).unwrap();
     agent.deliver_secret("OTHER", b"hidden", Delivery::Memory).unwrap();
     let running = agent.run_shell("tr '\\0' '\\n' </proc/self/environ; ls /proc/$$/fd");
     let text = agent.wait_for_output(running);
     assert_eq!(
         text,
-        "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\nOTHER_FILE=/proc/self/fd/512\n\
-         0\n1\n2\n512\n"
+        "PATH=/usr/local/bin:/usr/bin:/bin\nTOKEN=s3cret\n\
+         OTHER_FILE=/run/credentials/OTHER\n0\n1\n2\n"
     );
     // A later credential replaces it, even with another delivery, and a variable that the host sets
     // does not hide it.
@@ -217,13 +213,19 @@ fn credential_enters_environment_on_request_only() {
 }
 
 #[test]
-fn inherited_credential_is_rotated_and_revoked() {
-    let mut agent = Agent::spawn_ready();
+fn open_credential_is_rotated_and_revoked() {
+    let Some(mut agent) = spawn_sandbox() else { return };
     agent.deliver_secret("A", b"the first", Delivery::Memory).unwrap();
     agent.deliver_secret("B", b"1", Delivery::Env).unwrap();
-    // Reads the credential again for each line of input, by the descriptor that it has inherited.
-    let script = "while read -r line; do cat $A_FILE; echo \"|$B\"; done";
-    let running = agent.run_shell(script);
+    // Reads the credential again for each line of input, by path and by an open descriptor.
+    let script = "import os, sys
+opened = open(os.environ['A_FILE'])
+for line in sys.stdin:
+    opened.seek(0)
+    by_path = open(os.environ['A_FILE']).read()
+    print(by_path if by_path == opened.read() else 'they differ', os.environ['B'], sep='|', flush=True)
+";
+    let running = agent.run_command(&["python3", "-c", script]);
     let next = |agent: &mut Agent| {
         let stdin = running.stdin.unwrap();
         assert_eq!(agent.connection.send_data(stdin, b"\n"), 1);
@@ -249,7 +251,7 @@ fn inherited_credential_is_rotated_and_revoked() {
 
 #[test]
 fn credential_names_and_sizes_are_validated() {
-    let mut agent = Agent::spawn_ready();
+    let Some(mut agent) = spawn_sandbox() else { return };
     for name in ["", "1A", "A=B", "A-B", &"A".repeat(129)] {
         let failure = agent.deliver_secret(name, b"x", Delivery::Memory).unwrap_err();
         assert!(!failure.to_string().contains('\n'), "{failure}");
@@ -261,14 +263,42 @@ fn credential_names_and_sizes_are_validated() {
         agent.deliver_secret(&format!("N{number}"), b"x", Delivery::Memory).unwrap();
     }
     assert!(agent.deliver_secret("ONE_MORE", b"x", Delivery::Memory).is_err());
-    let running = agent.run_shell("wc -c <$BIG_FILE; set -- /proc/$$/fd/5??; echo $#");
+    let running = agent.run_shell("wc -c <$BIG_FILE; ls /run/credentials | wc -l");
     assert_eq!(agent.wait_for_output(running), "65536\n64\n");
+}
+
+#[test]
+fn standard_streams_can_be_opened_by_path() {
+    let Some(mut agent) = spawn_sandbox() else { return };
+    let script = "cat /dev/stdin; echo out > /dev/stdout; echo err > /dev/stderr; \
+                  stat -Lc %u:%g:%a /dev/stdin /dev/stdout /dev/stderr";
+    let running = agent.run_shell(script);
+    let stdin = running.stdin.unwrap();
+    assert_eq!(agent.connection.send_data(stdin, b"in\n"), 3);
+    agent.connection.end_stream(stdin);
+    let owned = "1000:1000:600\n".repeat(3);
+    assert_eq!(agent.wait_for_output(running), format!("in\nout\n{owned}"));
+    agent.wait_until(|agent| agent.ended.contains(&running.stderr));
+    assert_eq!(agent.take_text(running.stderr), "err\n");
+}
+
+#[test]
+fn names_resolve_with_address_configuration() {
+    let Some(mut agent) = spawn_sandbox() else { return };
+    let probe = "
+import socket
+found = socket.getaddrinfo('localhost', 1, socket.AF_INET, socket.SOCK_STREAM, 0,
+                           socket.AI_ADDRCONFIG)
+print(found[0][4], [name for _, name in socket.if_nameindex()])
+";
+    let text = status_of(&mut agent, &["python3", "-c", probe]);
+    assert_eq!(text, "('127.0.0.1', 1) ['lo']\n");
 }
 
 #[test]
 fn agent_proc_files_hold_no_credential() {
     let mut agent = Agent::spawn_ready();
-    agent.deliver_secret("TOKEN", b"canary-4711", Delivery::Memory).unwrap();
+    agent.deliver_secret("TOKEN", b"canary-4711", Delivery::Env).unwrap();
     let pid = agent.child.id();
     for file in ["environ", "cmdline", "maps"] {
         // An unreadable file passes as well: the agent is not dumpable.

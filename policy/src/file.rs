@@ -24,7 +24,7 @@ const MAX_PATH: usize = 4096;
 /// Longest label. A report prints it on one line.
 const MAX_LABEL: usize = 128;
 
-/// Maximum entries of a list, so that their cost (a Landlock rule, a memfd, an address each) stays
+/// Maximum entries of a list, so that their cost (a Landlock rule, a file, an address each) stays
 /// small.
 pub const MAX_ENTRIES: usize = 64;
 

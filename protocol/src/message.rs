@@ -14,7 +14,7 @@ use crate::{ProcessId, RequestId, StreamId};
 
 /// The maximum size of a secret in bytes.
 ///
-/// Its message then fits a control frame, and its memfd fits one 64 KiB pipe.
+/// Its message then fits a control frame, and the files of all secrets of a sandbox fit 4 MiB.
 pub const MAX_SECRET: usize = 64 * 1024;
 
 /// The minimum entropy of a [`Reseed`] in bytes: the key size of the kernel's random generator.
@@ -369,7 +369,7 @@ pub struct Secret {
 /// The form in which a workload receives a credential that enters the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Delivery {
-    /// An inherited memfd that the workload cannot write. `NAME_FILE=/proc/self/fd/N` names it.
+    /// A file in memory that the workload cannot change. `NAME_FILE` is its path.
     Memory,
     /// The environment variable `NAME`.
     Env,

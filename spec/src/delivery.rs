@@ -8,7 +8,7 @@ use crate::proxy_scope::ProxyScope;
 /// The way in which the workload gets a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Delivery {
-    /// A sealed file in memory (memfd) that the workload inherits and `NAME_FILE` names.
+    /// A file in memory that the workload cannot change. `NAME_FILE` is its path.
     Memory,
     /// The environment variable `NAME`. Every process that the workload starts can read it.
     Env,

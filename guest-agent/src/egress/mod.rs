@@ -21,7 +21,7 @@ use crate::error::make_failure;
 use crate::io::poll::{Poll, Token};
 use crate::io::socket_pump::SocketPump;
 use crate::io::transport::Transport;
-use crate::{kernel, log_line};
+use crate::{log_line, loopback};
 use dns::message::Lookup;
 use dns::server::DnsServer;
 use listeners::{DialRequest, Listeners};
@@ -70,7 +70,7 @@ impl Egress {
         }
         // A container's runtime has done this, and may deny it to the agent: then the next steps
         // work anyway, or report their own failure.
-        let _ = kernel::raise_loopback();
+        let _ = loopback::raise_interface();
         self.names.allow(endpoints);
         let dns = DnsServer::open(poll)?;
         let listeners = Listeners::open(poll, self.names.ports())?;

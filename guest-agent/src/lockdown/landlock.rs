@@ -35,7 +35,7 @@ const KNOWN: [u64; 5] = [(1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) 
 
 /// Paths that every program needs: programs, libraries and their settings; the kernel's own file
 /// systems, whose files have separate rules; and the scratch directories. Missing ones are skipped.
-const SYSTEM: [(&str, u64); 15] = [
+const SYSTEM: [(&str, u64); 16] = [
     ("/usr", READ),
     ("/bin", READ),
     ("/sbin", READ),
@@ -45,6 +45,8 @@ const SYSTEM: [(&str, u64); 15] = [
     ("/etc", READ),
     ("/opt", READ),
     ("/sys", READ),
+    // Credentials in memory.
+    ("/run/credentials", READ_FILE),
     // A process sets its own name, or its OOM score, there.
     ("/proc", USE),
     ("/dev", USE),

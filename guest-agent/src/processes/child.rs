@@ -7,10 +7,9 @@
 //! A failed step is reported through a pipe, which a successful exec closes.
 
 use std::ffi::{CStr, CString, c_char};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
-use rustix::fs::{Mode, OFlags};
-use rustix::io::{Errno, FdFlags};
+use rustix::io::Errno;
 
 use crate::cgroup::pids_v1;
 use crate::descriptors::{close_on_exec, replace_standard_fd};
@@ -24,7 +23,6 @@ use crate::syscall::check_result;
 pub enum ChildStep {
     Session = 1,
     Streams,
-    Credentials,
     Limits,
     User,
     Directory,
@@ -36,10 +34,9 @@ pub enum ChildStep {
 }
 
 impl ChildStep {
-    const ALL: [ChildStep; 9] = [
+    const ALL: [ChildStep; 8] = [
         ChildStep::Session,
         ChildStep::Streams,
-        ChildStep::Credentials,
         ChildStep::Limits,
         ChildStep::User,
         ChildStep::Directory,
@@ -59,8 +56,6 @@ pub struct ExecArgs<'a> {
     pub streams: [BorrowedFd<'a>; 3],
     /// The pipe to which a failed step is written.
     pub status: BorrowedFd<'a>,
-    /// Pairs of a path that opens a memfd again and the memfd's number, ascending.
-    pub memfds: Vec<(CString, i32)>,
     pub uid: u32,
     pub gid: u32,
     pub directory: CString,
@@ -98,7 +93,7 @@ impl ExecArgs<'_> {
         for (number, stream) in (0..).zip(self.streams) {
             replace_standard_fd(stream, number).map_err(failed_at(ChildStep::Streams))?;
         }
-        self.pass_memfds().map_err(failed_at(ChildStep::Credentials))?;
+        close_on_exec(3, i32::MAX).map_err(failed_at(ChildStep::Streams))?;
         // The OOM killer prefers the workload to the agent, which no cgroup protects in some
         // containers. This is set while the process has the right to, so that the workload cannot
         // lower it again.
@@ -110,24 +105,6 @@ impl ExecArgs<'_> {
             .map_err(failed_at(ChildStep::Directory))?;
         signals::reset_for_exec();
         self.lockdown.confine_child().map_err(failed_at(ChildStep::Confinement))
-    }
-
-    /// Opens each memfd again at the number it has, for reading and with a separate file position.
-    /// The exec closes every other descriptor above 2.
-    fn pass_memfds(&self) -> Result<(), Errno> {
-        let mut first = 3;
-        for (path, number) in &self.memfds {
-            close_on_exec(first, number - 1)?;
-            first = number + 1;
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let reopened = rustix::fs::open(path.as_c_str(), flags, Mode::empty())?;
-            // SAFETY: the number is that of a memfd of the agent, which is open in the child as
-            // well. The child uses it nowhere else, and `ManuallyDrop` keeps it open.
-            let mut memfd = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(*number) });
-            rustix::io::dup2(&reopened, &mut memfd)?;
-            rustix::io::fcntl_setfd(&*memfd, FdFlags::empty())?;
-        }
-        close_on_exec(first, i32::MAX)
     }
 
     /// Tries one program path after the other, as execvp(3) does. Returns only on failure.

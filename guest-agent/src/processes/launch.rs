@@ -2,7 +2,7 @@
 //! before the fork: see [`child`](super::child) for the rest.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr;
 
 use chitin_protocol::{Failure, Start, StartError};
@@ -46,7 +46,6 @@ impl Child {
         let (class, operation, object): (_, _, &[u8]) = match ChildStep::decode(step)? {
             ChildStep::Session => (StartError::Other, "create a session", b""),
             ChildStep::Streams => (StartError::Other, "connect standard streams", b""),
-            ChildStep::Credentials => (StartError::Other, "deliver credentials", b""),
             ChildStep::Limits => (StartError::Other, "set resource limits", b""),
             ChildStep::User => (StartError::Other, "switch to user", user.as_bytes()),
             ChildStep::Directory => (StartError::Other, "change the directory to", &self.directory),
@@ -108,13 +107,11 @@ pub fn launch_process(
         .collect::<Result<Vec<_>, _>>()?;
     let environment = build_environment(&start.env, secrets)?;
     let programs = list_program_paths(program, &start.env)?;
-    let memfds = list_memfds(secrets)?;
     let (status, status_child) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .map_err(|errno| refuse("create a pipe", b"", errno))?;
     let args = ExecArgs {
         streams: [streams.stdin.as_fd(), streams.stdout.as_fd(), streams.stderr.as_fd()],
         status: status_child.as_fd(),
-        memfds,
         uid: start.uid,
         gid: start.gid,
         directory: to_c_string("change the directory to", &start.cwd)?,
@@ -172,18 +169,6 @@ fn build_environment(
         entry.push(0);
     }
     Ok(environment)
-}
-
-/// Lists the memfds of credentials as [`ExecArgs::memfds`] has them.
-fn list_memfds(secrets: &Secrets) -> Result<Vec<(CString, i32)>, LaunchError> {
-    let mut memfds = Vec::new();
-    for memfd in secrets.memfds() {
-        let number = memfd.as_raw_fd();
-        let path = to_c_string("deliver", format!("/proc/self/fd/{number}").as_bytes())?;
-        memfds.push((path, number));
-    }
-    memfds.sort_by_key(|(_, number)| *number);
-    Ok(memfds)
 }
 
 /// Lists the paths at which the program may be: its name if that has a slash, otherwise one in each

@@ -1,19 +1,16 @@
 //! Credentials that the host has delivered. They are kept until the host revokes them or the
 //! sandbox ends.
 
-mod memfd;
-
-use std::os::fd::{AsRawFd, OwnedFd};
+mod file;
 
 use chitin_protocol::{Delivery, Failure, MAX_SECRET, Secret};
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use crate::error::make_failure;
-use memfd::SecretMemfd;
+use file::{CredentialDirectory, SecretFile};
 
-/// The most credentials. Each costs a descriptor in every process and up to 64 KiB: together at
-/// most 4 MiB.
+/// The most credentials. Each has up to 64 KiB: together at most 4 MiB.
 const MAX_SECRETS: usize = 64;
 
 /// The protocol's limit of a name, in bytes.
@@ -21,7 +18,7 @@ const MAX_NAME_LEN: usize = 128;
 
 /// A credential in the form in which it is delivered.
 enum Delivered {
-    Memory(SecretMemfd),
+    Memory(SecretFile),
     /// The entry `NAME=value` of the environment.
     Env(Zeroizing<Vec<u8>>),
 }
@@ -29,6 +26,7 @@ enum Delivered {
 /// All credentials of the sandbox.
 #[derive(Default)]
 pub struct Secrets {
+    directory: CredentialDirectory,
     /// Pairs of a name and its credential.
     delivered: Vec<(String, Delivered)>,
     /// Set with the first credential, and never cleared.
@@ -36,6 +34,18 @@ pub struct Secrets {
 }
 
 impl Secrets {
+    /// Returns no credentials. With `mount_first`, the agent mounts the file system for those that
+    /// are delivered in memory; otherwise the container's runtime has mounted it.
+    pub fn new(mount_first: bool) -> Secrets {
+        Secrets { directory: CredentialDirectory::new(mount_first), ..Secrets::default() }
+    }
+
+    /// Mounts the file system for credentials in memory, if that is the agent's task and has not
+    /// been done.
+    pub fn prepare_directory(&mut self) -> Result<(), Failure> {
+        self.directory.open().map(drop)
+    }
+
     /// Adds a credential, or replaces the one with the same name.
     pub fn insert(&mut self, secret: &Secret) -> Result<(), Failure> {
         let name = &secret.name;
@@ -58,13 +68,20 @@ impl Secrets {
                 let operation = "put a value with a NUL into the environment:";
                 return Err(failed(operation, Errno::INVAL));
             }
-            (Delivery::Env, _) => Delivered::Env(make_env_entry(name, value)),
-            // Processes have inherited this memfd.
-            (Delivery::Memory, Some(Delivered::Memory(memfd))) => {
-                return memfd.set(value).map_err(|errno| failed("store credential", errno));
+            (Delivery::Env, former) => {
+                if let Some(Delivered::Memory(_)) = former {
+                    file::remove_file(self.directory.open()?, name)
+                        .map_err(|errno| failed("remove the file of credential", errno))?;
+                }
+                Delivered::Env(make_env_entry(name, value))
+            }
+            // Processes may have opened this file.
+            (Delivery::Memory, Some(Delivered::Memory(file))) => {
+                return file.set(value).map_err(|errno| failed("store credential", errno));
             }
             (Delivery::Memory, _) => Delivered::Memory(
-                SecretMemfd::new(value).map_err(|errno| failed("store credential", errno))?,
+                SecretFile::create(self.directory.open()?, name, value)
+                    .map_err(|errno| failed("store credential", errno))?,
             ),
         };
         match former {
@@ -77,13 +94,12 @@ impl Secrets {
     /// Revokes the credential with this name, if there is one.
     pub fn revoke(&mut self, name: &str) -> Result<(), Failure> {
         for (_, delivered) in self.delivered.iter_mut().filter(|(other, _)| other == name) {
-            if let Delivered::Memory(memfd) = delivered {
-                memfd
-                    .clear()
+            if let Delivered::Memory(file) = delivered {
+                file.clear()
                     .map_err(|errno| make_failure("clear credential", name.as_bytes(), errno))?;
             }
         }
-        // A memfd that processes have inherited stays, for a later value.
+        // A file that processes may have opened stays, empty, for a later value.
         self.delivered.retain(|(other, delivered)| {
             other != name || matches!(delivered, Delivered::Memory(_))
         });
@@ -99,7 +115,7 @@ impl Secrets {
     /// Iterates over the credentials that are not revoked.
     fn active(&self) -> impl Iterator<Item = (&str, &Delivered)> {
         let is_active = |delivered: &Delivered| match delivered {
-            Delivered::Memory(memfd) => memfd.is_set(),
+            Delivered::Memory(file) => file.is_set(),
             Delivered::Env(_) => true,
         };
         self.delivered
@@ -108,21 +124,12 @@ impl Secrets {
             .map(|(name, delivered)| (name.as_str(), delivered))
     }
 
-    /// Iterates over the memfds, which children inherit at the same numbers.
-    pub fn memfds(&self) -> impl Iterator<Item = &OwnedFd> {
-        self.active().filter_map(|(_, delivered)| match delivered {
-            Delivered::Memory(memfd) => Some(memfd.fd()),
-            Delivered::Env(_) => None,
-        })
-    }
-
     /// Iterates over copies of the workload's environment entries `NAME=value`, which are zeroed
     /// when they are dropped.
     pub fn environment(&self) -> impl Iterator<Item = Zeroizing<Vec<u8>>> {
         self.active().map(|(name, delivered)| match delivered {
-            Delivered::Memory(memfd) => {
-                let number = memfd.fd().as_raw_fd();
-                Zeroizing::new(format!("{name}_FILE=/proc/self/fd/{number}").into_bytes())
+            Delivered::Memory(_) => {
+                Zeroizing::new(format!("{name}_FILE={}/{name}", file::DIRECTORY).into_bytes())
             }
             Delivered::Env(entry) => {
                 let mut copy = Zeroizing::new(Vec::with_capacity(entry.len() + 1));

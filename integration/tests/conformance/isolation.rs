@@ -7,6 +7,7 @@ on_every_tier!(
     workload_runs_as_unprivileged_user,
     only_loopback_network_exists,
     loopback_works_including_low_ports,
+    host_name_and_loopback_names_resolve,
     agent_channel_is_inaccessible_to_workload,
     agent_is_inaccessible_to_workload,
     workload_cannot_gain_privileges,
@@ -59,6 +60,18 @@ for port in 8080, 80:
     assert_eq!(tier.run_python(program).outcome().assert_success(), "heard\nheard");
 }
 
+fn host_name_and_loopback_names_resolve(tier: TierUnderTest) {
+    let program = "import socket
+print(socket.gethostbyname(socket.gethostname()))
+for name in socket.gethostname(), 'localhost':
+    found = socket.getaddrinfo(name, 80, socket.AF_INET, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+    print(found[0][4])";
+    assert_eq!(
+        tier.run_python(program).outcome().assert_success(),
+        "127.0.0.1\n('127.0.0.1', 80)\n('127.0.0.1', 80)"
+    );
+}
+
 fn agent_channel_is_inaccessible_to_workload(tier: TierUnderTest) {
     let program = "import os, socket
 try: socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
@@ -77,10 +90,14 @@ tried('killed', os.kill, 1, 9)
 tried('memory', open, '/proc/1/mem', 'r+b')
 try: fds = os.listdir('/proc/1/fd')
 except OSError: fds = []
+# gVisor lists them. These can be opened by their paths as well; the pipes are this process's own.
+# The channel is a socket, which cannot be opened.
+shared = ['/dev/null'] + [os.readlink('/proc/self/fd/%d' % fd) for fd in (0, 1, 2)]
+readable = shared + ['/work', '/tmp', '/dev/shm', '/workload/pids.current', '/workload/pids.max']
 for fd in ['/proc/1/fd/' + fd for fd in fds]:
-    # gVisor lists them. /dev/null is shared; the channel is a socket, which cannot be opened.
-    if os.readlink(fd) != '/dev/null':
+    if os.readlink(fd) not in readable:
         tried(fd, os.open, fd, os.O_RDONLY | os.O_NONBLOCK)
+    if os.readlink(fd) not in shared:
         tried(fd, os.open, fd, os.O_WRONLY | os.O_NONBLOCK)
 # The workload may signal no process, or the idle one that would become its next process.
 try: os.kill(-1, 9)

@@ -17,6 +17,7 @@ use chitin_integration::{TierUnderTest, canary, read_json_lines, sandbox_builder
 
 on_every_tier!(
     secret_is_readable_at_path_in_its_variable,
+    secret_path_is_open_to_child_processes,
     secret_is_only_in_its_memory_file,
     secret_is_read_only_and_invisible_on_host,
     secret_is_in_environment_only_on_request,
@@ -46,6 +47,28 @@ fn secret_is_readable_at_path_in_its_variable(tier: TierUnderTest) {
     }
 }
 
+fn secret_path_is_open_to_child_processes(tier: TierUnderTest) {
+    // Python closes all other descriptors in a child.
+    let script = "
+import os, subprocess
+subprocess.run('cat $T_FILE', shell=True, check=True)
+path = os.environ['T_FILE']
+print('', path, [line.split()[2] for line in open('/proc/mounts')
+                 if line.split()[1] == os.path.dirname(path)])
+for change in (lambda: open(path, 'w'), lambda: os.chmod(path, 0o777), lambda: os.unlink(path),
+               lambda: open(path + 'x', 'w')):
+    try: change(); print('changed')
+    except OSError: pass
+";
+    let outcome = tier
+        .run_with("--secret T=env:TOKEN -- python3 -uc")
+        .arg(script)
+        .env("TOKEN", CANARY)
+        .outcome();
+    let expected = format!("{CANARY} /run/credentials/T ['tmpfs']");
+    assert_eq!(outcome.assert_success(), expected);
+}
+
 fn secret_is_only_in_its_memory_file(tier: TierUnderTest) {
     // The pattern does not match itself, because it is on the searched command lines too.
     let script = "p='canary-8d1f[0]2c97b'; \
@@ -65,7 +88,7 @@ fn secret_is_only_in_its_memory_file(tier: TierUnderTest) {
     };
     assert_eq!((lines, environment), ("0", "0"));
     // The pattern matches in the secret's file.
-    assert!(file.starts_with("/proc/self/fd/") && file.ends_with(":1"), "{file}");
+    assert_eq!(file, "/run/credentials/API_TOKEN:1");
 }
 
 fn secret_is_read_only_and_invisible_on_host(tier: TierUnderTest) {

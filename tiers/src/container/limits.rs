@@ -26,6 +26,12 @@ impl Limits {
 /// Tasks of the agent: itself and its concurrent copy jobs.
 const AGENT_TASKS: u32 = 8;
 
+/// The directory of credentials in memory, on a tmpfs to which only the agent can write.
+pub(crate) const CREDENTIALS: &str = "/run/credentials";
+
+/// The size of all credentials in memory: 64 of at most 64 KiB.
+pub(crate) const CREDENTIAL_BYTES: u64 = 4 << 20;
+
 /// A writable directory of the workload, on a tmpfs.
 pub(crate) struct Scratch {
     pub path: &'static str,

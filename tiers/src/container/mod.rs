@@ -8,7 +8,9 @@ mod root_archive;
 
 use std::time::Duration;
 
-pub(crate) use limits::{Limits, read_only_mount_bytes, scratch_mounts};
+pub(crate) use limits::{
+    CREDENTIAL_BYTES, CREDENTIALS, Limits, read_only_mount_bytes, scratch_mounts,
+};
 pub(crate) use log::Log;
 pub(crate) use owner::Owner;
 pub(crate) use root_archive::RootArchive;
@@ -24,10 +26,20 @@ pub(crate) const AGENT: [&str; 2] = ["/init", "--stdio"];
 pub(crate) const HOST_NAME: &str = "chitin";
 
 /// Capabilities of the agent, which drops them before the workload starts: to change the user and
-/// empty the bounding set, to end the user's processes, to copy files in and out, and to pass on
-/// CAP_NET_BIND_SERVICE.
-pub(crate) const CAPABILITIES: [&str; 8] =
-    ["SETUID", "SETGID", "SETPCAP", "KILL", "CHOWN", "FOWNER", "DAC_OVERRIDE", "NET_BIND_SERVICE"];
+/// empty the bounding set, to end the user's processes, to copy files in and out, to pass on
+/// CAP_NET_BIND_SERVICE, and to add an address to the loopback interface of the container's network
+/// namespace. The agent itself gives up the last one before it reads a message of the host.
+pub(crate) const CAPABILITIES: [&str; 9] = [
+    "SETUID",
+    "SETGID",
+    "SETPCAP",
+    "KILL",
+    "CHOWN",
+    "FOWNER",
+    "DAC_OVERRIDE",
+    "NET_BIND_SERVICE",
+    "NET_ADMIN",
+];
 
 /// Time within which the agent must answer. It takes less than a second; a loaded, emulated machine
 /// takes longer.

@@ -39,8 +39,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::monotonic_ns;
 use crate::container::{
-    AGENT, CAPABILITIES, HOST_NAME, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT,
-    random_name, read_only_mount_bytes, scratch_mounts,
+    AGENT, CAPABILITIES, CREDENTIAL_BYTES, CREDENTIALS, HOST_NAME, Limits, Log, Owner, RootArchive,
+    START_LIMIT, STOP_LIMIT, random_name, read_only_mount_bytes, scratch_mounts,
 };
 use crate::error::{ContainerError, Rejections};
 use crate::{
@@ -222,6 +222,7 @@ impl DockerTier {
         option("network", host.network_mode.into_iter().collect());
         option("dns", host.dns.unwrap_or_default());
         option("dns-search", host.dns_search.unwrap_or_default());
+        option("add-host", host.extra_hosts.unwrap_or_default());
         option("ipc", host.ipc_mode.into_iter().collect());
         option("cap-drop", host.cap_drop.unwrap_or_default());
         option("cap-add", host.cap_add.unwrap_or_default());
@@ -343,6 +344,9 @@ impl Daemon {
                 (scratch.path.into(), options(scratch.mode, scratch.owner, scratch.bytes))
             })
             .into();
+        let size = CREDENTIAL_BYTES;
+        let credentials = format!("rw,nosuid,nodev,noexec,mode=0755,size={size}");
+        tmpfs.insert(CREDENTIALS.into(), credentials);
         for mount_point in mount_points {
             // A policy is UTF-8, so that nothing is lost.
             let path = mount_point.to_string_lossy().into_owned();
@@ -356,6 +360,8 @@ impl Daemon {
             // well.
             dns: Some(vec!["127.0.0.53".into()]),
             dns_search: Some(vec![".".into()]),
+            // The daemon replaces the image's hosts as well.
+            extra_hosts: Some(vec![format!("{HOST_NAME}:127.0.0.1")]),
             ipc_mode: Some("private".into()),
             readonly_rootfs: Some(true),
             cap_drop: Some(vec!["ALL".into()]),

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use super::engine::Engine;
 use super::tree::Tree;
 use crate::container::{
-    CAPABILITIES, HOST_NAME, Limits, Owner, random_name, read_only_mount_bytes, scratch_mounts,
+    CAPABILITIES, CREDENTIAL_BYTES, CREDENTIALS, HOST_NAME, Limits, Owner, random_name,
+    read_only_mount_bytes, scratch_mounts,
 };
 
 const BUNDLES: &str = "/run/chitin/bundles";
@@ -182,6 +183,11 @@ fn runtime_config(
     for scratch in scratch_mounts(limits) {
         mounts.push(tmpfs(scratch.path.as_ref(), scratch.mode, scratch.owner, scratch.bytes));
     }
+    let mut credentials = tmpfs(CREDENTIALS.as_ref(), "0755", 0, CREDENTIAL_BYTES);
+    if let Some(options) = credentials["options"].as_array_mut() {
+        options.push("noexec".into());
+    }
+    mounts.push(credentials);
     for mount_point in tree.iter().flat_map(|tree| &tree.mount_points) {
         let count = tree.map_or(0, |tree| tree.mount_points.len());
         mounts.push(tmpfs(mount_point, "0755", 0, read_only_mount_bytes(limits, count)));
