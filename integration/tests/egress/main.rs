@@ -15,6 +15,7 @@ use chitin_integration::{
 };
 use rustix::net::sockopt;
 
+mod image;
 mod library;
 
 on_every_tier!(
