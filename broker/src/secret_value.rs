@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 
 use chitin_protocol::{MAX_SECRET, SecretBytes};
+use chitin_text::explain_memory_lock;
 use memmap2::{Advice, MmapMut};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -28,7 +29,7 @@ pub enum SecretValueError {
     #[error("allocate memory")]
     Allocate(#[source] io::Error),
     /// The kernel refuses to lock the memory.
-    #[error("lock memory against swapping (raise the limit of `ulimit -l`)")]
+    #[error("lock memory against swapping{}", explain_memory_lock())]
     Lock(#[source] io::Error),
     /// The kernel refuses to leave the memory out of core dumps.
     #[error("leave memory out of core dumps")]

@@ -108,6 +108,24 @@ fn jail_is_shown_in_report_and_doctor() {
     assert!(chitin("doctor").outcome().assert_success().contains("ok jail "));
 }
 
+#[test]
+fn limits_of_the_shell_are_named_and_not_the_jail() {
+    let limited = |limit: &str| {
+        let script = format!("ulimit {limit} && exec \"$0\" \"$@\"");
+        let words = ["bash", "-c", &script].map(OsStr::new);
+        chitin("run -- echo hello").run_through(&words).outcome()
+    };
+    for (limit, must_fail) in [("-n 32", false), ("-n 14", true)] {
+        let outcome = limited(limit);
+        if must_fail || outcome.code != 0 {
+            outcome.assert_refused("raise it with `ulimit -n`");
+        }
+        for innocent in ["AppArmor", "--no-jail"] {
+            assert!(!outcome.stderr.contains(innocent), "{outcome:?}");
+        }
+    }
+}
+
 /// Returns the pages of files that a monitor maps, apart from program and libraries.
 fn mapped_files(monitor: &Path) -> String {
     let maps = fs::read_to_string(monitor.join("maps")).unwrap();

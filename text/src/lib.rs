@@ -4,13 +4,18 @@
 //! them.
 #![forbid(unsafe_code)]
 
+mod limits;
+
 use std::error::Error;
+
+pub use limits::{explain_limit, explain_memory_lock, explain_refused_process};
 
 /// Returns an error and its causes as one line that a terminal can show.
 ///
 /// A cause that the line already contains is left out: some libraries repeat their source in their
-/// own text. Control characters are escaped, see [`printable`].
-pub fn error_chain(error: &dyn Error) -> String {
+/// own text. A limit of this process that explains the error is named. Control characters are
+/// escaped, see [`printable`].
+pub fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -20,6 +25,10 @@ pub fn error_chain(error: &dyn Error) -> String {
             line.push_str(&text);
         }
         source = cause.source();
+    }
+    if let Some(limit) = explain_limit(error) {
+        line.push_str(": ");
+        line.push_str(&limit);
     }
     printable(&line)
 }
@@ -77,6 +86,13 @@ mod tests {
             assert!(escaped.is_ascii() && escaped.starts_with("a\\u{"), "{escaped}");
         }
         assert_eq!(printable("Grüße, 世界"), "Grüße, 世界");
+    }
+
+    #[test]
+    fn chain_names_the_limit_behind_it() {
+        let source = io::Error::from_raw_os_error(24);
+        let line = error_chain(&Failed { operation: "open a", source });
+        assert!(line.starts_with("open a: ") && line.contains("`ulimit -n`"), "{line}");
     }
 
     #[test]

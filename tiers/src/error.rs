@@ -21,7 +21,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A program could not be started.
-    #[error("start {}", path.display())]
+    #[error("start {}{}", path.display(), explain_spawn(source))]
     Spawn {
         /// The program.
         path: PathBuf,
@@ -70,6 +70,14 @@ pub enum Error {
         /// The object and its location.
         leftover: String,
     },
+}
+
+/// Names the limit behind a process that could not be created.
+fn explain_spawn(source: &io::Error) -> String {
+    match source.kind() {
+        io::ErrorKind::WouldBlock => format!(": {}", chitin_text::explain_refused_process()),
+        _ => String::new(),
+    }
 }
 
 /// The cause of a failed start of a container.

@@ -18,7 +18,9 @@ use rustix::thread::{
 };
 
 use super::speculation::restrict_speculation;
-use super::{Jail, JailError, JailUser, failed, forbid_dumps, keep_capabilities, set_limit};
+use super::{
+    Jail, JailError, JailUser, failed, forbid_dumps, keep_capabilities, lower_limit, set_limit,
+};
 use crate::seccomp;
 use crate::spec::VmSpec;
 
@@ -153,7 +155,7 @@ fn enter_empty_root() -> Result<(), Errno> {
 
 /// Sets limits that apply from here on. The number of threads is limited once they have started.
 fn set_limits(access: ChildAccess) -> io::Result<()> {
-    set_limit(Resource::Nofile, MAX_FILES)?;
+    lower_limit(Resource::Nofile, MAX_FILES)?;
     // The monitor locks no memory, has no message queues and runs at the default priority.
     set_limit(Resource::Memlock, 0)?;
     set_limit(Resource::Msgqueue, 0)?;

@@ -126,6 +126,13 @@ fn explain_refusal(errno: Errno) -> JailError {
         Errno::INVAL => {
             "the kernel was built without one of user, pid, net, ipc and uts namespaces"
         }
+        Errno::AGAIN => {
+            let remedy = chitin_text::explain_refused_process();
+            return JailError::Process { remedy, source: errno.into() };
+        }
+        Errno::NOMEM | Errno::MFILE | Errno::NFILE => {
+            return JailError::Step { step: "create a process", source: errno.into() };
+        }
         _ => "the host refuses",
     };
     JailError::Namespaces { remedy, source: errno.into() }

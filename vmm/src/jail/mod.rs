@@ -31,7 +31,9 @@ mod supervisor;
 
 use std::io;
 
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use serde::{Deserialize, Serialize};
 
@@ -87,17 +89,33 @@ pub enum JailError {
         remedy: &'static str,
         source: io::Error,
     },
-    /// A step failed that succeeds on every supported Linux, unless the host forbids it.
+    /// The host has no room for another process.
+    #[error("jail: create a process: {remedy}")]
+    Process {
+        /// The limit, if it is known, and the remedy.
+        remedy: String,
+        source: io::Error,
+    },
+    /// The host forbids a step that succeeds on every supported Linux.
     #[error(
         "jail: {step}: if this host restricts user namespaces, allow them for `chitin-vmm` \
          (AppArmor: a profile with `userns,`); `--no-jail` runs without a jail"
     )]
+    Forbidden { step: &'static str, source: io::Error },
+    /// A step failed for a reason that has nothing to do with permissions.
+    #[error("jail: {step}")]
     Step { step: &'static str, source: io::Error },
 }
 
 /// Names the step that failed.
 fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
-    move |source| JailError::Step { step, source: source.into() }
+    move |source| {
+        let source: io::Error = source.into();
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => JailError::Forbidden { step, source },
+            _ => JailError::Step { step, source },
+        }
+    }
 }
 
 /// Keeps guest memory, which holds the guest's secrets, out of core dumps and away from other
@@ -113,6 +131,12 @@ pub fn forbid_dumps() -> io::Result<()> {
 /// Sets both the soft and the hard limit.
 fn set_limit(resource: Resource, value: u64) -> io::Result<()> {
     Ok(setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?)
+}
+
+/// Lowers both limits to at most this value. Only root may raise a hard limit that is lower.
+fn lower_limit(resource: Resource, value: u64) -> io::Result<()> {
+    let maximum = getrlimit(resource).maximum.unwrap_or(u64::MAX);
+    set_limit(resource, value.min(maximum))
 }
 
 /// Drops all capabilities of the calling thread except these.

@@ -306,6 +306,22 @@ fn missing_namespaces_are_reported_with_remedy() {
 }
 
 #[test]
+fn limits_of_the_caller_are_named_and_not_the_jail() {
+    // Enough descriptors for a jail, but fewer than a monitor may have.
+    for (files, usable) in [("32", true), ("16", true), ("10", false), ("7", false)] {
+        let script = format!("ulimit -n {files} && exec \"$0\" --jail");
+        let output = Command::new("bash").args(["-c", &script, MONITOR]).output().unwrap();
+        let support: JailSupport =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        assert_eq!(support.usable, usable, "{files}: {support:?}");
+        let reason = support.reason.unwrap_or_default();
+        let named = format!("the limit of open files is {files}: raise it with `ulimit -n`");
+        assert_eq!(reason.contains(&named), !usable, "{reason}");
+        assert!(!reason.contains("AppArmor") && !reason.contains("--no-jail"), "{reason}");
+    }
+}
+
+#[test]
 fn jail_support_is_found_by_setting_one_up() {
     let output = Command::new(MONITOR).arg("--jail").output().unwrap();
     let support: JailSupport = serde_json::from_slice(&output.stdout).unwrap();
