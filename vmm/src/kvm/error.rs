@@ -1,5 +1,6 @@
 //! The errors of KVM.
 
+use std::io;
 use std::path::Path;
 
 use super::API_VERSION;
@@ -20,9 +21,15 @@ pub enum KvmError {
          $USER`, then log in again)"
     )]
     Permission,
+    /// A control group of devices forbids `/dev/kvm`, as that of a container does.
+    #[error(
+        "open /dev/kvm: this container or control group forbids the device: allow it (Docker: \
+         `--device /dev/kvm`)"
+    )]
+    Forbidden,
     /// `/dev/kvm` cannot be opened for another reason.
     #[error("open /dev/kvm")]
-    Open(#[source] kvm_ioctls::Error),
+    Open(#[source] io::Error),
     /// `/dev/kvm` is not KVM, or a version of it that this monitor does not know.
     #[error("/dev/kvm has version {version} of the KVM API, this monitor needs {API_VERSION}")]
     Version { version: i32 },
@@ -31,7 +38,7 @@ pub enum KvmError {
     Lacks(&'static str),
     /// A request has failed.
     #[error("KVM: {operation}")]
-    Call { operation: &'static str, source: kvm_ioctls::Error },
+    Call { operation: &'static str, source: io::Error },
     /// KVM has set fewer registers than it was given.
     #[error("KVM set {done} of {requested} model-specific registers")]
     Msrs { done: usize, requested: usize },
@@ -44,8 +51,9 @@ impl KvmError {
             libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new("/dev/kvm").exists() => {
                 Self::Missing
             }
-            libc::EACCES | libc::EPERM => Self::Permission,
-            _ => Self::Open(error),
+            libc::EACCES => Self::Permission,
+            libc::EPERM => Self::Forbidden,
+            _ => Self::Open(error.into()),
         }
     }
 }
@@ -58,6 +66,6 @@ pub(super) trait During<T> {
 
 impl<T> During<T> for Result<T, kvm_ioctls::Error> {
     fn during(self, operation: &'static str) -> Result<T, KvmError> {
-        self.map_err(|source| KvmError::Call { operation, source })
+        self.map_err(|error| KvmError::Call { operation, source: error.into() })
     }
 }

@@ -102,7 +102,7 @@ impl MonitorError {
 fn kvm_code(error: &KvmError) -> FailureCode {
     match error {
         KvmError::Missing => FailureCode::KvmMissing,
-        KvmError::Permission => FailureCode::KvmPermission,
+        KvmError::Permission | KvmError::Forbidden => FailureCode::KvmPermission,
         KvmError::Open(_) | KvmError::Version { .. } | KvmError::Lacks(_) => {
             FailureCode::KvmUnusable
         }
