@@ -1,7 +1,7 @@
 //! The capabilities of this host, determined by trying them out.
 
 use chitin_spec::TierKind;
-use chitin_tiers::microvm::check_host;
+use chitin_tiers::microvm::{check_host, judge_checks};
 use chitin_tiers::{Artifacts, Capabilities, Unavailable, tier_of};
 use chitin_vmm::jail::Jail;
 use serde::{Deserialize, Serialize};
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use chitin_tiers::microvm::Check;
 
 use crate::cleanup;
+use crate::kvm_verdict::remember_verdict;
 
 /// The findings about this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,23 +36,42 @@ pub struct TierAvailability {
     pub unavailable: Option<Unavailable>,
 }
 
+impl TierAvailability {
+    fn new(tier: TierKind, probed: Result<Capabilities, Unavailable>) -> TierAvailability {
+        let (capabilities, unavailable) = match probed {
+            Ok(capabilities) => (Some(capabilities), None),
+            Err(unavailable) => (None, Some(unavailable)),
+        };
+        TierAvailability { tier, capabilities, unavailable }
+    }
+}
+
 /// Determines by trying whether a tier is available on this host.
 pub async fn probe_tier(tier: TierKind, artifacts: &Artifacts) -> TierAvailability {
     let probed = tier_of(tier, artifacts, cleanup::tracker()).probe().await;
-    let (capabilities, unavailable) = match probed {
-        Ok(capabilities) => (Some(capabilities), None),
-        Err(unavailable) => (None, Some(unavailable)),
-    };
-    TierAvailability { tier, capabilities, unavailable }
+    TierAvailability::new(tier, probed)
 }
 
-/// Checks everything that a microVM needs, and probes every tier. Ends within some ten seconds,
-/// whatever the host does.
+/// Checks everything that a microVM needs, and probes every tier, side by side. Takes a second or
+/// two, and some ten seconds if something of the host hangs.
 pub async fn diagnose_host(artifacts: &Artifacts) -> Diagnosis {
-    let (checks, jail) = check_host(artifacts).await;
-    let mut tiers = Vec::new();
-    for tier in TierKind::ALL {
-        tiers.push(probe_tier(tier, artifacts).await);
-    }
+    // Side by side: each takes its time when something of the host hangs.
+    let ((checks, jail), nanoclaw, nemoclaw) = tokio::join!(
+        check_host(artifacts),
+        probe_tier(TierKind::Nanoclaw, artifacts),
+        probe_tier(TierKind::Nemoclaw, artifacts),
+    );
+    let ironclaw = TierAvailability::new(TierKind::Ironclaw, judge_checks(&checks));
+    remember_finding(artifacts, &checks);
+    let tiers = vec![ironclaw, nanoclaw, nemoclaw];
     Diagnosis { ironclaw: checks.iter().all(|check| check.ok), checks, jail, tiers }
+}
+
+/// Lets later starts know what the probe of KVM has found, and forget an earlier verdict.
+fn remember_finding(artifacts: &Artifacts, checks: &[Check]) {
+    if let Some(kvm) = checks.iter().find(|check| check.name == "KVM")
+        && kvm.ok
+    {
+        remember_verdict(artifacts, None);
+    }
 }

@@ -19,8 +19,9 @@ use chitin_broker::egress::Broker;
 use chitin_broker::vault::LeaseRenewer;
 use chitin_policy::Policy;
 use chitin_protocol::{Secret, ToGuest};
+use chitin_spec::TierKind;
 use chitin_tiers::microvm::{self, MicrovmTier, Monitor};
-use chitin_tiers::{GuestFiles, LaunchSpec, SelectedTier, Tier};
+use chitin_tiers::{Artifacts, GuestFiles, LaunchSpec, SelectedTier, Tier};
 use chitin_vmm::VmSpec;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -30,6 +31,7 @@ use crate::credential_delivery::DeliveredCredentials;
 use crate::deadline::DeadlineGuard;
 use crate::dial_requests::DialRequests;
 use crate::error::Error;
+use crate::kvm_verdict::watch_slow_start;
 use crate::session::{Deadline, Reply, Session};
 use crate::spec::SandboxSpec;
 use crate::trust_store::install_ca;
@@ -187,9 +189,16 @@ impl Launched {
     }
 
     /// Waits for the agent. A restored guest is reseeded.
-    pub async fn wait_for_agent(self) -> Result<AgentReady, Error> {
+    pub async fn wait_for_agent(self, artifacts: &Artifacts) -> Result<AgentReady, Error> {
         let Launched { guest, restored } = self;
-        guest.session.wait_for_agent().await?;
+        if guest.selected.tier == TierKind::Ironclaw {
+            tokio::select! {
+                answered = guest.session.wait_for_agent() => answered?,
+                error = watch_slow_start(artifacts) => return Err(error),
+            }
+        } else {
+            guest.session.wait_for_agent().await?;
+        }
         tracing::debug!("the agent has answered");
         if restored {
             // Not sent earlier: the message carries the time, so the guest must be listening.
@@ -242,12 +251,12 @@ impl Launched {
         fetched: &FetchedCredentials,
     ) -> Result<(AgentReady, Deliveries), Error> {
         let (ready, mut deliveries) = if self.restored {
-            let ready = self.wait_for_agent().await?;
+            let ready = self.wait_for_agent(&spec.artifacts).await?;
             let deliveries = Deliveries::send(&ready.guest.session, spec, fetched)?;
             (ready, deliveries)
         } else {
             let deliveries = Deliveries::send(&self.guest.session, spec, fetched)?;
-            (self.wait_for_agent().await?, deliveries)
+            (self.wait_for_agent(&spec.artifacts).await?, deliveries)
         };
         for reply in deliveries.replies.drain(..) {
             ready.session().wait_for_reply(reply).await?;

@@ -57,6 +57,7 @@ mod fork;
 mod forward;
 mod harden;
 pub mod host;
+mod kvm_verdict;
 mod launch;
 mod phases;
 mod pool;

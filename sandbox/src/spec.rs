@@ -16,6 +16,7 @@ use chitin_vmm::{HostError, VmSpec};
 
 use crate::cleanup;
 use crate::error::Error;
+use crate::kvm_verdict::recall_verdict;
 use crate::template::restore::{bind_to_root_image, check_policy};
 use crate::template::{OpenTemplate, TemplateError, Templates};
 
@@ -66,6 +67,9 @@ impl SandboxSpec {
     pub fn microvm_launch_spec(&self) -> Result<LaunchSpec, Error> {
         let (mut vm, mut files, mut has_policy_files) = (self.vm.clone(), None, false);
         self.artifacts.check()?;
+        if let Some(error) = recall_verdict(&self.artifacts) {
+            return Err(error);
+        }
         self.egress.validate()?;
         if let Some(name) = &self.template {
             // Manifest and files are those that were verified together.

@@ -40,7 +40,8 @@ pub(crate) async fn build_template(
     let draft = spec.locate_templates()?.create_draft(name)?;
 
     vm.template = true;
-    let guest = Launched::spawn(&spec, &vm, None, started)?.wait_for_agent().await?;
+    let guest = Launched::spawn(&spec, &vm, None, started)?;
+    let guest = guest.wait_for_agent(&spec.artifacts).await?;
     guest.copy_policy_files().await?;
     guest.confine().await?;
     if let Some(script) = &warm_up.script {
@@ -56,7 +57,7 @@ pub(crate) async fn build_template(
     // The pages that a copy uses are found by its mappings, which private memory does not have.
     (vm.template, vm.record, vm.private_memory) = (false, true, false);
     let copy = Launched::spawn(&spec, &vm, Some(&draft.open_files()?), Instant::now())?;
-    let copy = copy.wait_for_agent().await?;
+    let copy = copy.wait_for_agent(&spec.artifacts).await?;
     copy.confine().await?;
     run_first_command(copy.session(), &warm_up.first_command).await?;
     copy.session().record_used_pages(&draft.create_new_state()?, &draft.open_key()?).await?;

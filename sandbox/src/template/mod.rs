@@ -37,3 +37,4 @@ pub(crate) use key::KEY_BYTES;
 pub use manifest::Manifest;
 pub(crate) use store::{OpenTemplate, unix_seconds};
 pub use store::{TemplateList, Templates};
+pub(crate) use trusted_dir::TrustedDir;

@@ -49,7 +49,7 @@ pub enum Distrust {
 
 /// An open directory that belongs to this user or to root, and that no other user can change.
 #[derive(Debug)]
-pub(super) struct TrustedDir {
+pub(crate) struct TrustedDir {
     dir: OwnedFd,
     path: PathBuf,
 }

@@ -44,14 +44,15 @@ pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
             format!("not at {}: {remedy}", path.display())
         },
     };
-    let mut checks = vec![
+    // Side by side: a KVM that hangs does not delay the rest.
+    let (kvm, (jail_check, jail)) = tokio::join!(check_kvm(artifacts), check_jail(artifacts));
+    let checks = vec![
         check_file("monitor", &artifacts.monitor, "build it with `cargo xtask build`"),
         check_file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
         check_file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
-        check_kvm(artifacts).await,
+        kvm,
+        jail_check,
     ];
-    let (check, jail) = check_jail(artifacts).await;
-    checks.push(check);
     (checks, jail)
 }
 
@@ -85,6 +86,13 @@ async fn check_jail(artifacts: &Artifacts) -> (Check, Option<Jail>) {
         Err(reason) => (false, format!("the check could not run: {reason}"), None),
     };
     (Check { name: "jail".into(), ok, detail }, jail)
+}
+
+/// Runs a small guest, and returns the reason if KVM cannot run microVMs. A probe that cannot be
+/// run finds nothing.
+pub async fn find_kvm_fault(artifacts: &Artifacts) -> Option<String> {
+    let probe = query_monitor::<Probe>(artifacts, "--probe").await.ok()?;
+    if probe.usable { None } else { Some(probe.reason.unwrap_or_default()) }
 }
 
 /// Runs a small guest.

@@ -5,7 +5,7 @@ mod monitor;
 
 use chitin_spec::TierKind;
 
-pub use host_checks::{Check, check_host};
+pub use host_checks::{Check, check_host, find_kvm_fault};
 pub use monitor::{Monitor, MonitorEnd, Reported, launch_monitor, prepare_monitor};
 
 use crate::{
@@ -23,6 +23,21 @@ pub fn capabilities() -> Capabilities {
     Capabilities { implementation: "chitin-vmm".into(), version, short_of: Vec::new() }
 }
 
+/// Returns whether the tier is available, from the checks of the host.
+///
+/// # Errors
+/// The reasons of all checks that failed.
+pub fn judge_checks(checks: &[Check]) -> Result<Capabilities, Unavailable> {
+    let failed: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
+    if failed.is_empty() {
+        return Ok(capabilities());
+    }
+    let reasons: Vec<_> =
+        failed.iter().map(|check| format!("{}: {}", check.name, check.detail)).collect();
+    let remedy = "see `chitin doctor`".into();
+    Err(Unavailable { reason: reasons.join("; "), remedy })
+}
+
 impl Tier for MicrovmTier {
     fn kind(&self) -> TierKind {
         TierKind::Ironclaw
@@ -31,14 +46,7 @@ impl Tier for MicrovmTier {
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
         Box::pin(async {
             let (checks, _) = check_host(&self.0).await;
-            let failed: Vec<_> = checks.iter().filter(|check| !check.ok).collect();
-            if failed.is_empty() {
-                return Ok(capabilities());
-            }
-            let reasons: Vec<_> =
-                failed.iter().map(|check| format!("{}: {}", check.name, check.detail)).collect();
-            let remedy = "see `chitin doctor`".into();
-            Err(Unavailable { reason: reasons.join("; "), remedy })
+            judge_checks(&checks)
         })
     }
 
