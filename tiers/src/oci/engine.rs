@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::process::Command;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
@@ -37,6 +38,9 @@ const ENGINES: [(&str, Option<&str>); 5] = [
 /// Time limit of a trial. A container answers within a tenth of it; gVisor hangs on a KVM that
 /// cannot run guests.
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time that a trial has left when a weaker platform of the same program has answered.
+const GRACE: Duration = Duration::from_secs(1);
 
 const VERSION_LIMIT: Duration = Duration::from_secs(5);
 
@@ -232,7 +236,12 @@ pub(crate) async fn find_working_engine(
         return Ok(engine);
     }
     let mut short_of: Vec<String> = Vec::new();
-    let mut trials = Trials { name: "", version: Ok(String::new()), running: VecDeque::new() };
+    let mut trials = Trials {
+        name: "",
+        version: Ok(String::new()),
+        running: VecDeque::new(),
+        works: watch::Sender::new(false),
+    };
     for (index, (name, platform)) in ENGINES.into_iter().enumerate() {
         let engine = Engine::new(name, platform);
         let Some(program) = find_program(name) else {
@@ -278,6 +287,8 @@ struct Trials {
     name: &'static str,
     version: Result<String, String>,
     running: VecDeque<JoinHandle<Result<String, String>>>,
+    /// True once a platform of this program has run a container.
+    works: watch::Sender<bool>,
 }
 
 impl Trials {
@@ -291,6 +302,7 @@ impl Trials {
         if self.name != engine.name {
             self.name = engine.name;
             self.running.clear();
+            self.works = watch::Sender::new(false);
             self.version = query_version(engine).await;
             let Ok(version) = &self.version else { return self.version.clone() };
             let platforms = ENGINES.into_iter().filter(|(name, _)| *name == engine.name);
@@ -298,15 +310,41 @@ impl Trials {
                 .map(|(_, platform)| {
                     let (engine, root) = (Engine { platform, ..engine.clone() }, root.to_owned());
                     let (version, cleanup) = (version.clone(), cleanup.clone());
+                    let works = self.works.clone();
                     tokio::spawn(async move {
-                        run_trial(&engine, &root, &cleanup).await.map(|()| version)
+                        let outcome = run_trial(&engine, &root, &cleanup).await;
+                        works.send_if_modified(|works| {
+                            outcome.is_ok() && !std::mem::replace(works, true)
+                        });
+                        outcome.map(|()| version)
                     })
                 })
                 .collect();
         }
         match self.running.pop_front() {
-            Some(trial) => trial.await.unwrap_or_else(|error| Err(error.to_string())),
+            Some(trial) => self.await_trial(trial).await,
             None => self.version.clone(),
+        }
+    }
+
+    /// Waits for a trial. One that hangs is given up soon after another platform of the same
+    /// program has worked, which isolates as well.
+    async fn await_trial(
+        &self,
+        mut trial: JoinHandle<Result<String, String>>,
+    ) -> Result<String, String> {
+        let mut works = self.works.subscribe();
+        let other_works = async {
+            // The sender lives as long as the trials.
+            let _ = works.wait_for(|works| *works).await;
+            tokio::time::sleep(GRACE).await;
+        };
+        tokio::select! {
+            outcome = &mut trial => outcome.unwrap_or_else(|error| Err(error.to_string())),
+            () = other_works => {
+                trial.abort();
+                Err("no answer of the agent, while another platform answered".into())
+            }
         }
     }
 }
@@ -368,4 +406,32 @@ async fn run_trial(engine: &Engine, root: &Path, cleanup: &TaskTracker) -> Resul
     drop(stream);
     container.stop().await.map_err(|error| error.to_string())?;
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn trials() -> Trials {
+        let works = watch::Sender::new(false);
+        Trials { name: "", version: Ok(String::new()), running: VecDeque::new(), works }
+    }
+
+    #[tokio::test]
+    async fn hanging_trial_ends_once_another_platform_works() {
+        let trials = trials();
+        let hanging = tokio::spawn(std::future::pending());
+        trials.works.send_replace(true);
+        let started = Instant::now();
+        assert!(trials.await_trial(hanging).await.is_err());
+        assert!(started.elapsed() >= GRACE);
+        // The stronger one is not given up while it may still answer.
+        let slow = tokio::spawn(async {
+            tokio::time::sleep(GRACE / 4).await;
+            Ok("1".to_owned())
+        });
+        assert_eq!(trials.await_trial(slow).await, Ok("1".into()));
+    }
 }
