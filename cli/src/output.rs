@@ -7,6 +7,8 @@ use std::fmt;
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 
+use chitin::printable;
+
 use crate::error::CliError;
 
 /// The first failure to write to standard output.
@@ -27,7 +29,12 @@ pub(crate) use {notice, output};
 /// Prints one line on standard error. A failure is ignored: there is nowhere to report it.
 pub fn print_notice(line: fmt::Arguments<'_>) {
     // One write for the whole line, so that lines of several processes do not mix.
-    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+    let _ = io::stderr().write_all(format_notice(line).as_bytes());
+}
+
+/// Escapes a notice, whose reasons may come from a guest, and ends it.
+fn format_notice(line: fmt::Arguments<'_>) -> String {
+    printable(&line.to_string()) + "\n"
 }
 
 /// Prints one line on standard output. [`finish`] reports the first failure.
@@ -54,5 +61,17 @@ pub fn finish() -> Result<(), CliError> {
 pub fn record_failure(written: io::Result<()>) {
     if let Err(error) = written {
         FAILURE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notice_is_one_escaped_line() {
+        let failure = "a\nb\u{1b}[2J\u{202e}";
+        let line = format_notice(format_args!("chitin: {failure}"));
+        assert_eq!(line, "chitin: a\\nb\\u{1b}[2J\\u{202e}\n");
     }
 }

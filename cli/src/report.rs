@@ -6,6 +6,7 @@ use chitin::{EndCause, Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, U
 use serde::Serialize;
 
 use crate::error::CliError;
+use crate::run::CopyRecord;
 
 /// The content of `--report`.
 #[derive(Debug, Serialize)]
@@ -34,6 +35,8 @@ pub struct Report {
     pub jail: JailReport,
     /// The sandbox shared no page with another (`--private-memory`).
     pub private_memory: bool,
+    /// The copies that were tried, and what was left out of them.
+    pub copies: Vec<CopyRecord>,
     /// The phases of the run, in nanoseconds since the start of the monitor.
     pub phases: Phases,
 }

@@ -34,6 +34,7 @@ pub struct Builder {
     jail: bool,
     private_memory: bool,
     timeout: Option<Duration>,
+    copy_grace: Duration,
     secrets: Vec<SecretSpec>,
     templates: Option<Templates>,
     template: Option<String>,
@@ -58,6 +59,7 @@ impl Builder {
             jail: true,
             private_memory: false,
             timeout: None,
+            copy_grace: Duration::ZERO,
             secrets: Vec::new(),
             templates: None,
             template: None,
@@ -117,6 +119,16 @@ impl Builder {
     /// Ends the sandbox this long after its start, whatever it does.
     pub fn timeout(mut self, timeout: Duration) -> Builder {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// Keeps a sandbox that has started for this long after its time limit, so that the results of
+    /// an unfinished command can be copied out; none if not set.
+    ///
+    /// [`Process::wait`](crate::Process::wait) kills its command at the limit and returns
+    /// [`Error::Timeout`], and no command starts afterwards. A hostile guest can use this time too.
+    pub fn copy_grace(mut self, grace: Duration) -> Builder {
+        self.copy_grace = grace;
         self
     }
 
@@ -247,9 +259,9 @@ impl Builder {
     pub async fn start(self) -> Result<Sandbox, Error> {
         let started = Instant::now();
         let spec = self.validate()?;
-        let (tier, selected) = spec.select_tier().await?;
+        let (tier, selected) = spec.limit_time(started, spec.select_tier()).await?;
         let launch_spec = spec.launch_spec(selected.tier)?;
-        let fetched = spec.fetch_credentials().await?;
+        let fetched = spec.limit_time(started, spec.fetch_credentials()).await?;
         let provisioned =
             launch::launch_on_tier(tier.as_ref(), selected, &spec, &launch_spec, fetched, started);
         Ok(Sandbox::from(provisioned.await?))
@@ -309,6 +321,7 @@ impl Builder {
             vm,
             tiers,
             timeout: self.timeout,
+            copy_grace: self.copy_grace,
             secrets: self.secrets,
             credentials: self.credentials,
             egress: self.egress,

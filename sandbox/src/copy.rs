@@ -50,6 +50,17 @@ pub(crate) async fn copy_in(
     }
 }
 
+/// Checks that a file or directory could be copied out to `target`, before a sandbox is started.
+///
+/// # Errors
+/// [`Error::CopyTarget`]: the parent directory is missing or read-only, or the existing entry is
+/// neither a file nor a directory.
+pub fn check_copy_target(target: impl AsRef<Path>) -> Result<(), Error> {
+    let target = target.as_ref();
+    chitin_tree::check_target(target)
+        .map_err(|source| Error::CopyTarget { target: target.to_owned(), source })
+}
+
 #[tracing::instrument(level = "debug", skip_all, fields(?source, ?target))]
 pub(crate) async fn copy_out(
     session: &Session,
@@ -78,8 +89,7 @@ pub(crate) async fn copy_out(
         (Ok(summary), Ok(())) if summary.refused > 0 => Err(Error::LinksRefused {
             from: source.to_owned(),
             to: target.to_owned(),
-            count: summary.refused,
-            examples: summary.refused_examples,
+            summary: Box::new(summary),
         }),
         (Ok(summary), Ok(())) => Ok(summary),
     }

@@ -191,20 +191,26 @@ pub enum Error {
         /// The cause.
         source: chitin_tree::Error,
     },
+    /// The target of a copy to the host cannot be created or replaced.
+    #[error("copy out to {}", target.display())]
+    CopyTarget {
+        /// The target path.
+        target: PathBuf,
+        /// The cause.
+        source: chitin_tree::Error,
+    },
     /// The copied tree contains links that lead out of it. Everything else has been copied.
     #[error(
-        "copy out {} to {}: {count} links lead out of the copied tree and were omitted: {}",
-        from.display(), to.display(), examples.join(", ")
+        "copy out {} to {}: {} links lead out of the copied tree and were omitted: {}",
+        from.display(), to.display(), summary.refused, summary.refused_examples.join(", ")
     )]
     LinksRefused {
         /// The source path, in the sandbox.
         from: PathBuf,
         /// The target path, on the host.
         to: PathBuf,
-        /// The number of such links.
-        count: u64,
-        /// The first few.
-        examples: Vec<String>,
+        /// The counts of the copy; `refused` is the number of such links.
+        summary: Box<chitin_tree::Summary>,
     },
     /// The agent could not do what was requested.
     #[error("in the sandbox")]
@@ -320,6 +326,7 @@ impl Error {
             | Error::NotForkable
             | Error::ForkCount { .. }
             | Error::PoolSize { .. }
+            | Error::CopyTarget { .. }
             | Error::CommandTooLong { .. }
             | Error::TooManyStreams => EndCause::Request,
             Error::Host(_)

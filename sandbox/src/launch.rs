@@ -11,7 +11,6 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
 
 use chitin_broker::AuditLog;
 use chitin_broker::credentials::{CredentialValue, FetchedCredentials};
@@ -53,7 +52,20 @@ pub(crate) struct LiveGuest {
     /// Present if the sandbox may be forked.
     pub origin: Option<Box<Origin>>,
     /// Ends the guest at its deadline.
-    _deadline: Option<DeadlineGuard>,
+    deadline_guard: Option<DeadlineGuard>,
+}
+
+impl LiveGuest {
+    /// Moves the end of the guest from its deadline to the end of the time for copies, from which a
+    /// guest that does not even start has no use.
+    fn add_copy_grace(&mut self) {
+        if let Some(Deadline { at, copy_grace, .. }) = self.session.deadline
+            && !copy_grace.is_zero()
+        {
+            let at = at.into_std() + copy_grace;
+            self.deadline_guard = Some(self.session.channel.close_at(at));
+        }
+    }
 }
 
 impl Drop for LiveGuest {
@@ -106,13 +118,7 @@ pub(crate) async fn launch_on_tier(
     started: Instant,
 ) -> Result<Provisioned, Error> {
     let launching = async { tier.launch(launch_spec).await.map_err(Error::from) };
-    let launched = match spec.timeout {
-        Some(limit) => tokio::time::timeout_at(started + limit, launching)
-            .await
-            .unwrap_or(Err(Error::Timeout { limit })),
-        None => launching.await,
-    };
-    match launched {
+    match spec.limit_time(started, launching).await {
         Ok(launched) => {
             let launched = Launched::new(launched, selected, spec, &launch_spec.vm, started);
             launched.provision(spec, launch_spec.has_policy_files, fetched).await
@@ -177,14 +183,15 @@ impl Launched {
         vm: &VmSpec,
         started: Instant,
     ) -> Launched {
-        let deadline = |limit: Duration| Deadline { at: started + limit, limit };
-        let deadline = spec.timeout.map(deadline);
+        let copy_grace = spec.copy_grace;
+        let deadline = spec.deadline(started);
+        let deadline = deadline.map(|(at, limit)| Deadline { at, limit, copy_grace });
         let session = Arc::new(Session::new(launched, vm.memory_bytes(), deadline));
         let guard = deadline.map(|deadline| session.channel.close_at(deadline.at.into_std()));
         let origin = || Box::new(Origin { spec: spec.clone(), vm: vm.clone(), started });
         let origin = spec.forkable.then(origin);
         let policy = spec.policy.clone();
-        let guest = LiveGuest { session, selected, policy, origin, _deadline: guard };
+        let guest = LiveGuest { session, selected, policy, origin, deadline_guard: guard };
         Launched { guest, restored: vm.restore }
     }
 
@@ -221,7 +228,8 @@ impl Launched {
         let lease_renewer = fetched.lease_renewer.take();
         let session = self.guest.session.clone();
         match self.provision_guest(spec, has_policy_files, &fetched).await {
-            Ok((AgentReady { guest }, deliveries)) => {
+            Ok((AgentReady { mut guest }, deliveries)) => {
+                guest.add_copy_grace();
                 let credentials = Arc::new(deliveries.credentials);
                 // Changes that happened meanwhile are queued.
                 let rotations = fetched

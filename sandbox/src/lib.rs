@@ -91,6 +91,7 @@ pub use chitin_tree::{Error as TreeError, Summary};
 pub use chitin_vmm::jail::{Jail, JailUser, Protection, Speculation};
 pub use chitin_vmm::{FailureCode, HostError, SpecError};
 pub use cleanup::wait_for_cleanup;
+pub use copy::check_copy_target;
 pub use error::{CopyDirection, Error, ProbeError, RotationError};
 pub use fork::MAX_FORKS;
 pub use forward::Forward;

@@ -121,7 +121,7 @@ impl Pool {
     pub async fn start(&self) -> Result<Sandbox, Error> {
         let started = Instant::now();
         let spec = &self.shared.spec;
-        let fetched = spec.fetch_credentials().await?;
+        let fetched = spec.limit_time(started, spec.fetch_credentials()).await?;
         let provisioned = match self.shared.take_oldest() {
             Some(PreparedMonitor { mut monitor, launch_spec }) => {
                 let stream = match monitor.enter_guest() {

@@ -4,16 +4,17 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chitin_protocol::{Exit, Start, Usage};
 use chitin_spec::EndCause;
 use tokio::io::AsyncReadExt;
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::RecvError};
 use tracing::{Span, field};
 
 use crate::channel::{StreamReader, StreamWriter};
 use crate::error::Error;
-use crate::session::Session;
+use crate::session::{Deadline, Session};
 
 /// A small static program of every root image that prints its arguments, for tests and benchmarks
 /// of the sandbox itself.
@@ -22,6 +23,13 @@ pub const ECHO: &str = "/usr/lib/chitin/echo";
 /// Bytes of each of standard output and standard error that [`Command::output`] collects if no
 /// other limit is set. The workload decides how much it prints, and the embedding program pays.
 pub const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
+
+/// Time for a command that was killed at its time limit to be gone, so that it changes no file
+/// while its results are copied out.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
+
+/// SIGKILL.
+const KILL: u8 = 9;
 
 /// User and group of every workload: `agent` of the root image.
 const AGENT_UID: u32 = 1000;
@@ -103,8 +111,12 @@ impl Command {
     /// [`Exit::NotStarted`].
     ///
     /// # Errors
-    /// Command and environment are too long for one message, or too many streams are open.
+    /// Command and environment are too long for one message, too many streams are open, or the time
+    /// limit was reached.
     pub fn spawn(self) -> Result<Process, Error> {
+        if let Some(deadline) = self.session.deadline.filter(Deadline::is_past) {
+            return Err(deadline.to_error());
+        }
         let channel = &self.session.channel;
         let open_reader = || channel.open_reader().ok_or(Error::TooManyStreams);
         let stdin = match self.piped_stdin {
@@ -132,7 +144,8 @@ impl Command {
             .start_process(start)
             .map_err(|error| Error::CommandTooLong { len: error.len })?;
         let (stdout, stderr) = (Some(stdout), Some(stderr));
-        Ok(Process { stdin, stdout, stderr, id, end, session: self.session, span })
+        let session = self.session;
+        Ok(Process { stdin, stdout, stderr, id, end, timed_out: false, session, span })
     }
 
     /// Sets the number of bytes of each of standard output and standard error that
@@ -200,6 +213,8 @@ pub struct Process {
     pub stderr: Option<StreamReader>,
     id: u32,
     end: oneshot::Receiver<(Exit, Usage)>,
+    /// The time limit was reached and the command was killed.
+    timed_out: bool,
     session: Arc<Session>,
     /// Names the program and its exit status, and lasts until the process is dropped.
     span: Span,
@@ -220,7 +235,7 @@ impl Process {
     /// The sandbox ended first: its time limit was reached, the guest died, or the agent broke the
     /// protocol.
     pub async fn wait(&mut self) -> Result<(Exit, Usage), Error> {
-        match (&mut self.end).await {
+        match self.wait_for_end().await? {
             Ok((exit, mut usage)) => {
                 self.span.record("exit", field::debug(&exit));
                 let observed = self.session.instance.lock().await.reached_limits();
@@ -229,6 +244,24 @@ impl Process {
             }
             Err(_) => Err(self.session.explain_close().await),
         }
+    }
+
+    /// Waits for the end, at most until the time limit if the sandbox outlives that: the command is
+    /// killed then.
+    async fn wait_for_end(&mut self) -> Result<Result<(Exit, Usage), RecvError>, Error> {
+        let grants_grace = |deadline: &Deadline| !deadline.copy_grace.is_zero();
+        let Some(deadline) = self.session.deadline.filter(grants_grace) else {
+            return Ok((&mut self.end).await);
+        };
+        if !self.timed_out {
+            if let Ok(end) = tokio::time::timeout_at(deadline.at, &mut self.end).await {
+                return Ok(end);
+            }
+            self.timed_out = true;
+            self.signal(KILL);
+            let _ = tokio::time::timeout(KILL_LIMIT, &mut self.end).await;
+        }
+        Err(deadline.to_error())
     }
 
     /// Sends a signal (a Linux number) to the command and its descendants, unless it has ended.

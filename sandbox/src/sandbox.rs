@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use chitin_broker::vault::LeaseRenewer;
 use chitin_policy::Access;
@@ -63,7 +64,8 @@ impl Sandbox {
     /// Existing files are replaced, and directories are merged.
     ///
     /// # Errors
-    /// A failed operation, with the path and the side. Devices, sockets and pipes are refused.
+    /// A failed operation, with the path and the side. Devices, sockets and FIFOs in a tree are left
+    /// out, which the summary names; as `source` they are refused.
     pub async fn copy_in(
         &self,
         source: impl AsRef<Path>,
@@ -76,7 +78,8 @@ impl Sandbox {
     ///
     /// # Errors
     /// A failed operation, with the path and the side. Links that lead out of the copied tree are
-    /// omitted, and reported as [`Error::LinksRefused`] once the rest has been copied.
+    /// omitted, and reported as [`Error::LinksRefused`] once the rest has been copied. Devices,
+    /// sockets and FIFOs in a tree are left out, which the summary names.
     pub async fn copy_out(
         &self,
         source: impl AsRef<Path>,
@@ -89,14 +92,17 @@ impl Sandbox {
     /// the workload has succeeded. Files that the workload deleted stay on the host.
     ///
     /// # Errors
-    /// As for [`copy_out`](Sandbox::copy_out).
+    /// As for [`copy_out`](Sandbox::copy_out): the first of them, after the other files have been
+    /// copied.
     pub async fn copy_back(&self) -> Result<(), Error> {
+        let mut result = Ok(());
         for file in self.guest.policy.iter().flat_map(|policy| &policy.files) {
             if file.access == Access::ReadWrite {
-                self.copy_out(&file.path, &file.source).await?;
+                let copied = self.copy_out(&file.path, &file.source).await;
+                result = result.and(copied.map(|_| ()));
             }
         }
-        Ok(())
+        result
     }
 
     /// Revokes a credential of the running sandbox permanently.
@@ -154,6 +160,13 @@ impl Sandbox {
     /// Returns the memory of the sandbox in MiB.
     pub fn memory_mib(&self) -> u64 {
         self.guest.session.memory_bytes >> 20
+    }
+
+    /// Returns the moment at which the time limit is reached, and the limit: the shorter of the
+    /// [builder's](Builder::timeout) and the policy's.
+    pub fn time_limit(&self) -> Option<(Instant, Duration)> {
+        let deadline = self.guest.session.deadline;
+        deadline.map(|deadline| (deadline.at.into_std(), deadline.limit))
     }
 
     /// Returns the maximum number of processes and threads. A sandbox with little memory allows

@@ -32,6 +32,19 @@ pub(crate) type Reply = oneshot::Receiver<Result<(), Failure>>;
 pub(crate) struct Deadline {
     pub at: Instant,
     pub limit: Duration,
+    /// The time after it in which files can still be copied out.
+    pub copy_grace: Duration,
+}
+
+impl Deadline {
+    /// Returns true if the limit is reached.
+    pub fn is_past(&self) -> bool {
+        self.at <= Instant::now()
+    }
+
+    pub fn to_error(self) -> Error {
+        Error::Timeout { limit: self.limit }
+    }
 }
 
 /// A running sandbox as its processes see it.
@@ -175,10 +188,10 @@ impl Session {
         {
             return Error::Guest(failure);
         }
-        if let Some(Deadline { at, limit }) = self.deadline
-            && at <= Instant::now()
+        if let Some(deadline) = self.deadline
+            && deadline.is_past()
         {
-            return Error::Timeout { limit };
+            return deadline.to_error();
         }
         match reason {
             CloseReason::Local => Error::Stopped,

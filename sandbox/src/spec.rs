@@ -13,6 +13,7 @@ use chitin_tiers::{
     Artifacts, GuestFiles, LaunchSpec, ReadOnlyPath, SelectedTier, Tier, select_tier, tier_of,
 };
 use chitin_vmm::{HostError, VmSpec};
+use tokio::time::Instant;
 
 use crate::cleanup;
 use crate::error::Error;
@@ -32,6 +33,8 @@ pub(crate) struct SandboxSpec {
     /// The acceptable tiers, the preferred first.
     pub tiers: Vec<TierKind>,
     pub timeout: Option<Duration>,
+    /// The time after `timeout` in which files can still be copied out.
+    pub copy_grace: Duration,
     pub secrets: Vec<SecretSpec>,
     pub credentials: Box<CredentialSpec>,
     pub egress: Box<EgressSpec>,
@@ -43,6 +46,29 @@ pub(crate) struct SandboxSpec {
 }
 
 impl SandboxSpec {
+    /// Returns the moment at which the time limit is reached, and the limit. One that is too far
+    /// away for the clock is none.
+    pub fn deadline(&self, started: Instant) -> Option<(Instant, Duration)> {
+        let limit = self.timeout?;
+        // The time for copies must be representable as well.
+        let end = started.checked_add(limit)?.checked_add(self.copy_grace)?;
+        Some((end - self.copy_grace, limit))
+    }
+
+    /// Awaits a step of the start, at most until the time limit.
+    pub async fn limit_time<T>(
+        &self,
+        started: Instant,
+        step: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        match self.deadline(started) {
+            Some((at, limit)) => {
+                tokio::time::timeout_at(at, step).await.unwrap_or(Err(Error::Timeout { limit }))
+            }
+            None => step.await,
+        }
+    }
+
     /// Selects the first acceptable tier that is available on this host.
     pub async fn select_tier(&self) -> Result<(Box<dyn Tier>, SelectedTier), Error> {
         if self.tiers == [TierKind::Ironclaw] {

@@ -180,6 +180,9 @@ pub enum Limit {
 /// A violation of the format by the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
+    /// A reason for an entry that is left out which the format does not define.
+    #[error("unknown kind {0} of an entry that is left out")]
+    UnknownLeftOut(u8),
     /// A kind byte that the format does not define.
     #[error("unknown record kind {0}")]
     UnknownRecord(u8),

@@ -15,7 +15,8 @@
 //!
 //! Dropped: setuid, setgid and sticky bits (a copy must not grant rights, and user ids have another
 //! meaning on the other side), owners, extended attributes and ACLs (including file capabilities),
-//! hard links (each name becomes a separate file). Devices, sockets and FIFOs are refused.
+//! hard links (each name becomes a separate file). Devices, sockets, FIFOs and files of the kernel
+//! are left out and named; as the root of a tree they are an error.
 //!
 //! # The format
 //!
@@ -29,6 +30,7 @@
 //! | 4 | data | offset `u64`, length `u32`, bytes |
 //! | 5 | end of file | size `u64` |
 //! | 6 | end of directory | |
+//! | 7 | left out | name length `u8`, kind `u8`, name |
 //!
 //! The first record is the root, the only one without a name. The entries of a directory are
 //! between its record and its end, sorted by the bytes of their names, each name once. The data of
@@ -44,17 +46,20 @@ mod current_path;
 mod destination;
 mod error;
 mod file_data;
+mod left_out;
 mod link_target;
 mod location;
 mod receive;
 mod record;
 mod record_writer;
 mod send;
+mod target;
 
 pub use error::{Error, FileKind, FormatError, Limit, Refusal};
 pub use location::create_dirs;
 pub use receive::receive;
 pub use send::send;
+pub use target::{check_target, read_umask};
 
 /// The maximum depth of directories. Each level is an open file descriptor on both sides, of a
 /// usual limit of 1024.
@@ -67,8 +72,7 @@ pub const MAX_PATH: usize = 4096;
 /// The maximum length of a symbolic link's target in bytes: `PATH_MAX` without the final NUL.
 pub const MAX_TARGET: usize = 4095;
 
-/// The maximum number of refused links in [`Summary::refused_examples`]. [`Summary::refused`]
-/// counts all of them.
+/// The maximum number of entries that a [`Summary`] names, of each kind. It counts all of them.
 pub const MAX_EXAMPLES: usize = 16;
 
 /// The way the path of a tree's root is resolved. Within the tree, no link is ever followed.
@@ -130,18 +134,22 @@ pub struct ReceiveOptions {
     pub max_bytes: u64,
     /// The maximum number of entries, including the root. Each becomes an inode.
     pub max_entries: u64,
+    /// The permission bits that created files and directories never get.
+    pub umask: u16,
     /// The user and group id that own the created files. `None` means those of this process.
     pub owner: Option<(u32, u32)>,
 }
 
 impl ReceiveOptions {
-    /// Returns the options for a tree from a sandbox into a user's files.
+    /// Returns the options for a tree from a sandbox into a user's files. The umask of this process
+    /// applies, as to any file that it creates.
     pub fn host(max_bytes: u64, max_entries: u64) -> ReceiveOptions {
         ReceiveOptions {
             lookup: Lookup::FollowLinks,
             links: LinkPolicy::RefuseEscaping,
             max_bytes,
             max_entries,
+            umask: read_umask(),
             owner: None,
         }
     }
@@ -154,6 +162,7 @@ impl ReceiveOptions {
             links: LinkPolicy::Keep,
             max_bytes,
             max_entries: MAX_ENTRIES,
+            umask: 0,
             owner: Some(owner),
         }
     }
@@ -175,4 +184,8 @@ pub struct Summary {
     /// The path and target of the first [`MAX_EXAMPLES`] refused links, escaped for display on one
     /// line.
     pub refused_examples: Vec<String>,
+    /// The number of devices, sockets, FIFOs and files of the kernel that are left out.
+    pub left_out: u64,
+    /// The path and kind of the first [`MAX_EXAMPLES`] of them, escaped for display on one line.
+    pub left_out_examples: Vec<String>,
 }

@@ -12,6 +12,7 @@ use crate::destination::{
 };
 use crate::error::EscapedPath;
 use crate::file_data::{SizeLimit, receive_file_data};
+use crate::left_out::LeftOut;
 use crate::link_target::may_escape;
 use crate::location::{Location, OPEN_DIRECTORY, TRAVERSE_DIRECTORY};
 use crate::record::{Attributes, Record, RecordReader};
@@ -95,20 +96,35 @@ impl Receiver<'_> {
         match record {
             Record::Directory { name, attributes } => {
                 self.begin_entry(&name)?;
-                self.receive_directory(root, attributes)
+                self.receive_directory(root, self.mask_mode(attributes))
             }
             Record::File { name, attributes } => {
                 self.begin_entry(&name)?;
-                self.receive_file(root, attributes)
+                self.receive_file(root, self.mask_mode(attributes))
             }
             Record::Symlink { name, target } => {
                 self.begin_entry(&name)?;
                 self.receive_symlink(root, &target)
             }
+            Record::LeftOut { name, kind } => self.note_left_out(&name, kind),
             Record::Data { .. } | Record::EndOfFile { .. } | Record::EndOfDirectory => {
                 Err(self.current.format_error(FormatError::MisplacedRecord(record.kind())))
             }
         }
+    }
+
+    fn mask_mode(&self, attributes: Attributes) -> Attributes {
+        Attributes { mode: attributes.mode & !self.options.umask, ..attributes }
+    }
+
+    /// Counts an entry that the sender leaves out. The root cannot be one.
+    fn note_left_out(&mut self, name: &[u8], kind: LeftOut) -> Result<(), Error> {
+        self.begin_entry(name)?;
+        if self.directories.is_empty() {
+            return Err(self.current.format_error(FormatError::InvalidName));
+        }
+        self.summary.add_left_out(&self.current.to_path_buf(), kind);
+        Ok(())
     }
 
     /// Counts an entry, checks its name and its order, and makes it the current entry.

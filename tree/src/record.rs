@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 
 use crate::current_path::CurrentPath;
+use crate::left_out::LeftOut;
 use crate::{Error, FormatError, Limit, MAX_TARGET};
 
 /// The length of a data record without its data.
@@ -18,6 +19,7 @@ const SYMLINK: u8 = 3;
 const DATA: u8 = 4;
 const END_OF_FILE: u8 = 5;
 const END_OF_DIRECTORY: u8 = 6;
+const LEFT_OUT: u8 = 7;
 
 /// The attributes of a file or directory that a copy preserves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +55,11 @@ pub(crate) enum Record {
         size: u64,
     },
     EndOfDirectory,
+    /// An entry that exists and is not sent.
+    LeftOut {
+        name: Vec<u8>,
+        kind: LeftOut,
+    },
 }
 
 impl Record {
@@ -83,6 +90,11 @@ impl Record {
             }
             Record::EndOfFile { size } => out.extend_from_slice(&size.to_le_bytes()),
             Record::EndOfDirectory => {}
+            Record::LeftOut { name, kind } => {
+                out.push(name_len(name)?);
+                out.push(kind.code());
+                out.extend_from_slice(name);
+            }
         }
         Ok(())
     }
@@ -96,6 +108,7 @@ impl Record {
             Record::Data { .. } => DATA,
             Record::EndOfFile { .. } => END_OF_FILE,
             Record::EndOfDirectory => END_OF_DIRECTORY,
+            Record::LeftOut { .. } => LEFT_OUT,
         }
     }
 }
@@ -172,6 +185,12 @@ impl<'a> RecordReader<'a> {
             },
             END_OF_FILE => Record::EndOfFile { size: u64::from_le_bytes(self.read_array()?) },
             END_OF_DIRECTORY => Record::EndOfDirectory,
+            LEFT_OUT => {
+                let [name_len, code] = self.read_array()?;
+                let kind = LeftOut::from_code(code)
+                    .ok_or(ReadError::Format(FormatError::UnknownLeftOut(code)))?;
+                Record::LeftOut { name: self.read_bytes(name_len.into())?, kind }
+            }
             _ => return Err(ReadError::Format(FormatError::UnknownRecord(kind))),
         })
     }

@@ -14,6 +14,7 @@ fn records_round_trip() {
         Record::Data { offset: u64::MAX, len: u32::MAX },
         Record::EndOfFile { size: 1 << 40 },
         Record::EndOfDirectory,
+        Record::LeftOut { name: b"n".to_vec(), kind: LeftOut::Device },
     ] {
         let mut bytes = Vec::new();
         record.encode(&mut bytes).unwrap();
@@ -49,7 +50,8 @@ fn invalid_record_is_format_error() {
     };
     for (bytes, error) in [
         (vec![0], FormatError::UnknownRecord(0)),
-        (vec![7], FormatError::UnknownRecord(7)),
+        (vec![8], FormatError::UnknownRecord(8)),
+        (vec![7, 1, 0], FormatError::UnknownLeftOut(0)),
         (entry(0o1000, 0), FormatError::InvalidAttributes),
         (entry(0o4755, 0), FormatError::InvalidAttributes),
         (entry(0o755, 1_000_000_000), FormatError::InvalidAttributes),

@@ -9,6 +9,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::current_path::CurrentPath;
+use crate::left_out::LeftOut;
 use crate::location::{Location, file_kind};
 use crate::record::{Attributes, Record};
 use crate::record_writer::RecordWriter;
@@ -16,7 +17,8 @@ use crate::{Error, FileKind, Limit, Lookup, Refusal, SendOptions, Summary};
 
 /// Writes the file or tree at `path` to `writer`, and flushes it.
 ///
-/// Each entry is checked on the descriptor it is read from. An entry that vanishes before it is
+/// Each entry is checked on the descriptor it is read from. Devices, sockets, FIFOs and files of the
+/// kernel below the root are left out, and named to the receiver. An entry that vanishes before it is
 /// reached is omitted. A file that grows is sent up to the size it had, and one that shrinks up to
 /// its new end. Entries are sent in the order of their names' bytes, so that the same tree always
 /// gives the same bytes.
@@ -147,9 +149,26 @@ impl Sender<'_> {
             FileKind::File | FileKind::Directory => self.send_opened(entry, kind),
             // Not even opened: opening alone can rewind a tape or start a watchdog.
             FileKind::Fifo | FileKind::Socket | FileKind::Device | FileKind::Unknown => {
-                Err(self.current.refusal(Refusal::UnsupportedKind(kind)))
+                self.leave_out(entry, LeftOut::of_kind(kind), Refusal::UnsupportedKind(kind))
             }
         }
+    }
+
+    /// Names an entry to the receiver instead of sending it. The root is an error: nothing would be
+    /// left of the tree.
+    fn leave_out(
+        &mut self,
+        entry: &Entry<'_>,
+        kind: Option<LeftOut>,
+        refusal: Refusal,
+    ) -> Result<Option<OpenDirectory>, Error> {
+        let Some(kind) = kind.filter(|_| entry.dev.is_some()) else {
+            return Err(self.current.refusal(refusal));
+        };
+        let record = Record::LeftOut { name: entry.sent_name.into(), kind };
+        self.output.write_record(&record, &self.current)?;
+        self.summary.add_left_out(&self.current.to_path_buf(), kind);
+        Ok(None)
     }
 
     fn send_symlink(&mut self, entry: &Entry<'_>) -> Result<(), Error> {
@@ -176,7 +195,8 @@ impl Sender<'_> {
             .map_err(self.current.filesystem_error(OPEN))?;
         let stat = fstat(&fd).map_err(self.current.filesystem_error("examine"))?;
         if entry.dev != Some(stat.st_dev) && is_kernel_filesystem(&fd) {
-            return Err(self.current.refusal(Refusal::KernelFilesystem));
+            let kind = Some(LeftOut::KernelFile);
+            return self.leave_out(entry, kind, Refusal::KernelFilesystem);
         }
         let (name, attributes) = (entry.sent_name.into(), read_attributes(&stat));
         match file_kind(stat.st_mode) {
@@ -193,7 +213,9 @@ impl Sender<'_> {
                 self.summary.directories += 1;
                 Ok(Some(OpenDirectory { fd, dev: stat.st_dev, listing }))
             }
-            other => Err(self.current.refusal(Refusal::UnsupportedKind(other))),
+            other => {
+                self.leave_out(entry, LeftOut::of_kind(other), Refusal::UnsupportedKind(other))
+            }
         }
     }
 

@@ -14,8 +14,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use chitin_tree::{
-    Error, FileKind, Limit, LinkPolicy, Lookup, ReceiveOptions, Refusal, SendOptions, create_dirs,
-    receive, send,
+    Error, FileKind, Limit, LinkPolicy, Lookup, ReceiveOptions, Refusal, SendOptions, check_target,
+    create_dirs, receive, send,
 };
 use common::{agent, describe_tree, host, names, sent};
 use tempfile::tempdir;
@@ -361,45 +361,91 @@ fn receiver_as_root_sets_owner() {
 }
 
 #[test]
-fn special_files_are_refused() {
+fn special_file_as_root_is_refused() {
     let dir = tempdir().unwrap();
     let refused = |path: &Path, options: &SendOptions| match send(path, std::io::sink(), options) {
-        Err(Error::Refused { path, refusal }) => (path, refusal),
+        Err(Error::Refused { path: refused, refusal }) => {
+            assert_eq!(refused, path);
+            refusal
+        }
         other => panic!("{other:?}"),
     };
-    let path = dir.path().canonicalize().unwrap();
-    let socket = path.join("x.sock");
+    let socket = dir.path().canonicalize().unwrap().join("x.sock");
     let _socket = UnixListener::bind(&socket).unwrap();
     for options in [SendOptions::host(), SendOptions::agent()] {
-        assert_eq!(
-            refused(&socket, &options),
-            (socket.clone(), Refusal::UnsupportedKind(FileKind::Socket))
-        );
-        assert_eq!(
-            refused(&path, &options),
-            (socket.clone(), Refusal::UnsupportedKind(FileKind::Socket))
-        );
-        assert_eq!(
-            refused(Path::new("/dev/null"), &options).1,
-            Refusal::UnsupportedKind(FileKind::Device)
-        );
-        assert_eq!(
-            refused(Path::new("/proc/self/net"), &SendOptions::host()).1,
-            Refusal::KernelFilesystem
-        );
-        assert_eq!(refused(Path::new("/proc/cpuinfo"), &options).1, Refusal::KernelFilesystem);
-        assert_eq!(refused(Path::new("/sys/kernel"), &options).1, Refusal::KernelFilesystem);
+        let kind = |kind| Refusal::UnsupportedKind(kind);
+        assert_eq!(refused(&socket, &options), kind(FileKind::Socket));
+        assert_eq!(refused(Path::new("/dev/null"), &options), kind(FileKind::Device));
+        for path in ["/proc/cpuinfo", "/sys/kernel"] {
+            assert_eq!(refused(Path::new(path), &options), Refusal::KernelFilesystem);
+        }
     }
-    fs::remove_file(&socket).unwrap();
-    let made = rustix::fs::mknodat(
-        rustix::fs::CWD,
-        path.join("fifo"),
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::RUSR,
-        0,
+    assert_eq!(
+        refused(Path::new("/proc/self/net"), &SendOptions::host()),
+        Refusal::KernelFilesystem
     );
-    made.unwrap();
-    assert_eq!(refused(&path, &SendOptions::agent()).1, Refusal::UnsupportedKind(FileKind::Fifo));
+}
+
+#[test]
+fn special_files_in_tree_are_left_out_and_named() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::create_dir_all(from.join("sub")).unwrap();
+    fs::write(from.join("a"), "first").unwrap();
+    fs::write(from.join("sub/z"), "last").unwrap();
+    let _socket = UnixListener::bind(from.join("b.sock")).unwrap();
+    let mode = rustix::fs::Mode::RUSR;
+    let fifo = from.join("sub/fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let summary = copy(&from, &to, &host()).unwrap();
+    assert_eq!((summary.files, summary.directories, summary.left_out), (2, 2, 2));
+    let name = |name: &str, kind: &str| format!("{} ({kind})", to.join(name).display());
+    assert_eq!(summary.left_out_examples, [name("b.sock", "socket"), name("sub/fifo", "FIFO")]);
+    assert_eq!(names(&to), ["a", "sub"]);
+    assert_eq!(fs::read(to.join("sub/z")).unwrap(), b"last");
+    // The sender knows them as well.
+    let sent = send(&from, std::io::sink(), &SendOptions::host()).unwrap();
+    assert_eq!(sent.left_out, 2);
+}
+
+#[test]
+fn host_applies_the_umask_to_new_entries() {
+    let dir = tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("f"), "").unwrap();
+    set_mode(&from.join("f"), 0o777);
+    set_mode(&from, 0o777);
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    copy(&from, &to, &ReceiveOptions { umask: 0o027, ..host() }).unwrap();
+    assert_eq!((mode(&to), mode(&to.join("f"))), (0o750, 0o750));
+    // The host takes that of its process.
+    let probe = dir.path().join("probe");
+    fs::create_dir(&probe).unwrap();
+    let umask = ReceiveOptions::host(0, 0).umask;
+    assert_eq!(u32::from(0o777 & !umask), mode(&probe));
+}
+
+#[test]
+fn target_is_checked_before_a_copy() {
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::write(path("file"), "").unwrap();
+    for good in ["new", "file", ".", "new/"] {
+        check_target(path(good)).unwrap();
+    }
+    let missing = check_target(path("no/such")).unwrap_err();
+    assert_eq!(missing.errno(), rustix::io::Errno::NOENT.raw_os_error(), "{missing}");
+    let below_file = check_target(path("file/x")).unwrap_err();
+    assert_eq!(below_file.errno(), rustix::io::Errno::NOTDIR.raw_os_error(), "{below_file}");
+    symlink("nowhere", path("dangling")).unwrap();
+    assert!(check_target(path("dangling")).is_err());
+    let _socket = UnixListener::bind(path("socket")).unwrap();
+    for bad in [path("socket"), "/dev/null".into()] {
+        let error = check_target(&bad).unwrap_err();
+        let mismatch = |refusal| matches!(refusal, Refusal::KindMismatch { .. });
+        assert!(matches!(error, Error::Refused { refusal, .. } if mismatch(refusal)), "{error}");
+    }
 }
 
 #[test]

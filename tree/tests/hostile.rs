@@ -46,6 +46,35 @@ fn unsafe_name_is_format_error() {
 }
 
 #[test]
+fn invalid_left_out_entry_is_format_error() {
+    let root = || Tree::new().directory("");
+    assert_eq!(malformed(&Tree::new().bytes([7, 0, 1])), FormatError::InvalidName);
+    assert_eq!(malformed(&root().bytes([7, 0, 1])), FormatError::InvalidName);
+    assert_eq!(malformed(&root().bytes([7, 1, 1]).bytes("/")), FormatError::InvalidName);
+    for code in [0, 5, 255] {
+        let tree = root().bytes([7, 1, code]).bytes("a");
+        assert_eq!(malformed(&tree), FormatError::UnknownLeftOut(code));
+    }
+    let unsorted = root().file("b", "").bytes([7, 1, 1]).bytes("a");
+    assert_eq!(malformed(&unsorted), FormatError::UnsortedName);
+}
+
+#[test]
+fn left_out_entries_are_limited() {
+    let dir = tempdir().unwrap();
+    let mut tree = Tree::new().directory("");
+    for number in 0..100 {
+        tree = tree.bytes([7, 3, 2]).bytes(format!("{number:03}"));
+    }
+    let tree = tree.bytes([6]);
+    let summary = received(&tree, &dir.path().join("to")).unwrap();
+    assert_eq!((summary.left_out, summary.left_out_examples.len()), (100, MAX_EXAMPLES));
+    let options = chitin_tree::ReceiveOptions { max_entries: 50, ..host() };
+    let error = receive(tree.0.as_slice(), dir.path().join("to"), &options).unwrap_err();
+    assert!(matches!(error, Error::Limit { limit: Limit::Entries(50), .. }), "{error}");
+}
+
+#[test]
 fn duplicate_or_unsorted_name_is_format_error() {
     for (first, second) in [("a", "a"), ("b", "a"), ("aa", "a"), ("\u{e9}", "z")] {
         assert_eq!(
@@ -74,10 +103,11 @@ fn misplaced_record_is_format_error() {
         (Tree::new().open_file("").file("", ""), 2),
         (Tree::new().open_file("").directory("d"), 1),
         (Tree::new().open_file("").symlink("l", "x"), 3),
+        (Tree::new().open_file("").bytes([7, 1, 1]).bytes("p"), 7),
     ] {
         assert_eq!(malformed(&tree), FormatError::MisplacedRecord(kind));
     }
-    for kind in [0, 7, 255] {
+    for kind in [0, 8, 255] {
         assert_eq!(malformed(&Tree::new().bytes([kind])), FormatError::UnknownRecord(kind));
         assert_eq!(
             malformed(&Tree::new().open_file("").bytes([kind])),

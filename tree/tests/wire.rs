@@ -62,3 +62,18 @@ fn tree_format_matches_snapshot() {
     chitin_tree::receive(bytes.as_slice(), &to, &host()).unwrap();
     assert_eq!(describe_tree(&root), describe_tree(&to));
 }
+
+#[test]
+fn left_out_entry_matches_snapshot() {
+    let dir = tempdir().unwrap();
+    let root = dir.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let mode = rustix::fs::Mode::RUSR;
+    let fifo = root.join("p");
+    rustix::fs::mknodat(rustix::fs::CWD, fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    set_mode_and_time(&root, 0o755);
+    let bytes = sent(&root);
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let wire = ["0100ed01", "00f1536500000000", "15cd5b07", "07", "01", "01", "70", "06"];
+    assert_eq!(hex, wire.concat());
+}

@@ -81,7 +81,15 @@ impl<W: Write + AsFd> LineWriter<W> {
 impl<W: Write + AsFd> Write for LineWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for byte in bytes {
-            self.line.push(*byte);
+            // A terminal would obey other bytes, and a guest chooses them. Kernels log in ASCII. Their
+            // carriage returns are dropped: in a line, one lets the rest replace its beginning.
+            if *byte == b'\r' {
+                continue;
+            }
+            self.line.push(match *byte {
+                b'\n' | b'\t' | b' '..=b'~' => *byte,
+                _ => b'?',
+            });
             if *byte == b'\n' || self.line.len() >= LINE_BYTES {
                 self.write_line()?;
             }
@@ -108,6 +116,15 @@ mod tests {
         LineWriter::new(writer).write_all(b"one\ntw").unwrap();
         let mut bytes = [0; 8];
         assert_eq!(reader.read(&mut bytes).unwrap(), 4);
+    }
+
+    #[test]
+    fn control_bytes_of_a_guest_are_replaced() {
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        LineWriter::new(writer).write_all(b"a\x1b]0;x\x07\tb\x9b\xe2\x80\xae\r\n").unwrap();
+        let mut bytes = [0; 32];
+        let len = reader.read(&mut bytes).unwrap();
+        assert_eq!(&bytes[..len], b"a?]0;x?\tb????\n");
     }
 
     #[test]

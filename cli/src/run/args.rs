@@ -56,7 +56,8 @@ pub struct Args {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// End the sandbox after this time, boot included: 90s, 5m, 1h
+    /// End the sandbox after this time, boot included: 90s, 5m, 1h. With --copy-out, the command is
+    /// killed then, and the copies get up to 10s more
     #[arg(long, value_name = "DUR", value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
 
@@ -142,8 +143,9 @@ pub struct Args {
         value_parser = CopySpec::parse_copy_in)]
     pub copy_in: Vec<CopySpec>,
 
-    /// Copy a file or directory out after the end. DST is its new path; DST/ is the directory to
-    /// copy it into; SRC/. is the contents of a directory. A relative SRC is below /work
+    /// Copy a file or directory out after the end, also after a failure or the time limit. DST is
+    /// its new path; DST/ is the directory to copy it into; SRC/. is the contents of a directory. A
+    /// relative SRC is below /work. FIFOs, sockets and devices in it are left out and named
     #[arg(long, help_heading = FILES, value_name = "SRC:DST",
         value_parser = CopySpec::parse_copy_out)]
     pub copy_out: Vec<CopySpec>,

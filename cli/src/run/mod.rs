@@ -2,6 +2,7 @@
 //! any other command.
 
 mod args;
+mod copies;
 mod end;
 mod secrets;
 mod signals;
@@ -11,7 +12,7 @@ mod values;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
-use std::time::Instant;
+use std::time::Duration;
 
 use chitin::{
     Builder, EgressLimits, Exit, Forward, Jail, Phases, Policy, Sandbox, SecretSpec, SelectedTier,
@@ -20,11 +21,13 @@ use chitin::{
 use tokio::net::TcpListener;
 
 pub use self::args::Args;
+pub use self::copies::CopyRecord;
+use self::copies::{check_sources, check_targets, copy_in, copy_out, keep_first_error};
 use self::end::{NamedLimits, explain_end, find_cause};
 use self::secrets::collect_secrets;
 use self::signals::Signals;
-use self::stdio::{Deadline, attend_process};
-use self::values::{CopySpec, PortPair, parse_env};
+use self::stdio::{Attended, Deadline, attend_process};
+use self::values::{PortPair, parse_env};
 use crate::error::{CHITIN_FAILED, CliError};
 use crate::jail_args::warn_if_root;
 use crate::output::notice;
@@ -33,6 +36,9 @@ use crate::weaker_tier::warn_if_weaker;
 
 /// The exit code of a shell for a command that signal 0 ended; the number of the signal is added.
 const SIGNALED: u8 = 128;
+
+/// The time after the time limit in which results can be copied out.
+const COPY_GRACE: Duration = Duration::from_secs(10);
 
 /// The state of a run, which the report describes even if the run fails.
 #[derive(Default)]
@@ -44,6 +50,7 @@ struct Progress {
     jail: Option<Jail>,
     private_memory: bool,
     deadline: Option<Deadline>,
+    copies: Vec<CopyRecord>,
 }
 
 /// Runs the command, writes the report, and returns the exit code.
@@ -104,6 +111,7 @@ fn new_report(
         error: outcome.as_ref().err().map(CliError::line),
         jail: JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail },
         private_memory: progress.private_memory,
+        copies: progress.copies,
         phases: progress.phases,
     }
 }
@@ -118,13 +126,11 @@ async fn run_sandbox(
     let secrets = collect_secrets(args)?;
     // Files and ports are checked before anything is booted for them.
     check_sources(&args.copy_in)?;
+    check_targets(&args.copy_out)?;
     let listeners = bind_ports(&args.publish).await?;
     let mut signals = Signals::listen()?;
 
     let builder = new_builder(args, policy, secrets);
-    progress.deadline = args
-        .timeout
-        .and_then(|timeout| Instant::now().checked_add(timeout).map(|at| (at, timeout)));
     let started = tokio::select! {
         started = builder.start() => Ok(started?),
         number = signals.next() => Err(number),
@@ -142,6 +148,7 @@ async fn run_sandbox(
     warn_if_weaker(selected);
     warn_if_root(sandbox.jail().as_ref());
     progress.selected = Some(selected.clone());
+    progress.deadline = sandbox.time_limit();
     progress.limits = Some(NamedLimits::of(&sandbox, args.template.is_some()));
     let forwards: Vec<Forward> =
         listeners.into_iter().map(|(listener, port)| sandbox.forward(listener, port)).collect();
@@ -155,14 +162,6 @@ async fn run_sandbox(
     let code = outcome?;
     stopped?;
     Ok(code)
-}
-
-fn check_sources(copies: &[CopySpec]) -> Result<(), CliError> {
-    for CopySpec { source, .. } in copies {
-        std::fs::symlink_metadata(source)
-            .map_err(CliError::io(format!("copy in {}", source.display())))?;
-    }
-    Ok(())
 }
 
 async fn bind_ports(publish: &[PortPair]) -> Result<Vec<(TcpListener, u16)>, CliError> {
@@ -186,6 +185,9 @@ fn new_builder(args: &Args, policy: Option<Policy>, secrets: Vec<SecretSpec>) ->
     }
     if let Some(timeout) = args.timeout {
         builder = builder.timeout(timeout);
+    }
+    if !args.copy_out.is_empty() {
+        builder = builder.copy_grace(COPY_GRACE);
     }
     if let Some(template) = &args.template {
         builder = builder.template(template);
@@ -213,7 +215,8 @@ async fn use_sandbox(
     progress: &mut Progress,
 ) -> Result<u8, CliError> {
     tokio::select! {
-        copied = copy_in(sandbox, &args.copy_in) => copied?,
+        copied = copy_in(sandbox, &args.copy_in, &mut progress.copies) => copied?,
+        () = wait_for_limit(progress.deadline) => return Err(time_error(progress.deadline)),
         number = signals.next() => return Ok(SIGNALED + number),
     }
 
@@ -225,38 +228,67 @@ async fn use_sandbox(
     if !args.no_stdin {
         command = command.piped_stdin();
     }
-    let process = command.spawn()?;
-    let attended = attend_process(process, signals, progress.deadline).await?;
-    let Some((exit, usage)) = attended else { return Ok(SIGNALED + signals.last) };
-    let code = to_exit_code(&exit, &args.command[0]);
-    progress.ended = Some((exit, usage));
-
+    let attended = attend_process(command.spawn()?, signals, progress.deadline).await;
+    let (outcome, undelivered) = match attended {
+        Ok(Attended::Interrupted) => return Ok(SIGNALED + signals.last),
+        Ok(Attended::Ended { exit, usage, undelivered }) => {
+            let code = to_exit_code(&exit, &args.command[0]);
+            progress.ended = Some((exit, usage));
+            (Ok(code), undelivered)
+        }
+        Err(error @ CliError::Sandbox(chitin::Error::Timeout { .. })) => (Err(error), Ok(())),
+        Err(error) => return Err(error),
+    };
     tokio::select! {
-        copied = copy_out(sandbox, &args.copy_out, code) => copied.map(|()| code),
+        copied = copy_results(sandbox, args, &outcome, &mut progress.copies) => {
+            finish_run(outcome, keep_first_error(undelivered, copied))
+        }
         number = signals.next() => Ok(SIGNALED + number),
     }
 }
 
-async fn copy_in(sandbox: &Sandbox, copies: &[CopySpec]) -> Result<(), CliError> {
-    for copy in copies {
-        sandbox.copy_in(&copy.source, &copy.target).await?;
-    }
-    Ok(())
+/// Copies out, also after a failure or the time limit. The files of a policy are copied back only
+/// after a success.
+async fn copy_results(
+    sandbox: &Sandbox,
+    args: &Args,
+    outcome: &Result<u8, CliError>,
+    records: &mut Vec<CopyRecord>,
+) -> Result<(), CliError> {
+    let returned = match outcome {
+        Ok(0) => sandbox.copy_back().await.map_err(CliError::from),
+        _ => Ok(()),
+    };
+    keep_first_error(returned, copy_out(sandbox, &args.copy_out, records).await)
 }
 
-async fn copy_out(sandbox: &Sandbox, copies: &[CopySpec], code: u8) -> Result<(), CliError> {
-    if code == 0 {
-        sandbox.copy_back().await?;
-    }
-    for copy in copies {
-        match sandbox.copy_out(&copy.source, &copy.target).await {
-            Ok(_) => {}
-            // A workload that failed may not have written the file, and its exit code tells more.
-            Err(error) if code != 0 => CliError::from(error).print(),
-            Err(error) => return Err(CliError::from(error)),
+/// Returns the outcome of the workload, or the error of a run whose workload succeeded.
+fn finish_run(
+    outcome: Result<u8, CliError>,
+    results: Result<(), CliError>,
+) -> Result<u8, CliError> {
+    match (outcome, results) {
+        (Ok(0), Err(error)) => Err(error),
+        // A workload that failed may not have written the file, and its end tells more.
+        (outcome, Err(error)) => {
+            error.print();
+            outcome
         }
+        (outcome, Ok(())) => outcome,
     }
-    Ok(())
+}
+
+/// Waits until the time limit, or for ever.
+async fn wait_for_limit(deadline: Option<Deadline>) {
+    match deadline {
+        Some((at, _)) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn time_error(deadline: Option<Deadline>) -> CliError {
+    let limit = deadline.map(|(_, limit)| limit).unwrap_or_default();
+    chitin::Error::Timeout { limit }.into()
 }
 
 /// Returns the exit code of a shell for the end of a command, and prints why one did not start.

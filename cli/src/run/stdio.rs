@@ -10,11 +10,15 @@ use tokio::fs::File;
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::task::{JoinError, JoinHandle};
 
+use super::copies::keep_first_error;
 use super::signals::Signals;
 use crate::error::CliError;
 
 /// The time that a workload has to end after a signal, and its last output to be delivered.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// The time for its last output to be delivered after the time limit.
+const LATE_GRACE: Duration = Duration::from_secs(1);
 
 /// The time between two looks at whether the terminal is ours: short for a person.
 const FOREGROUND_POLL: Duration = Duration::from_millis(200);
@@ -25,15 +29,27 @@ const BUFFER_SIZE: usize = 64 * 1024;
 /// The end of the time limit, and the limit itself.
 pub type Deadline = (Instant, Duration);
 
+/// The end of a workload and of the delivery of its output.
+pub enum Attended {
+    /// A signal came first.
+    Interrupted,
+    Ended {
+        exit: Exit,
+        usage: Usage,
+        /// The first error of the delivery: a part of the output is lost.
+        undelivered: Result<(), CliError>,
+    },
+}
+
 /// Connects the standard streams until the workload has ended and all its output is delivered.
 ///
-/// Returns `None` if a signal came first. A reader of our output that stops reading makes the
-/// delivery wait for ever; the time limit covers this too.
+/// A reader of our output that stops reading makes the delivery wait for ever; the time limit
+/// covers this too.
 pub async fn attend_process(
     mut process: Process,
     signals: &mut Signals,
     deadline: Option<Deadline>,
-) -> Result<Option<(Exit, Usage)>, CliError> {
+) -> Result<Attended, CliError> {
     let stdin = process.stdin.take().map(|stdin| tokio::spawn(forward_stdin(stdin)));
     let (our_stdout, our_stderr) = (share_stream(io::stdout())?, share_stream(io::stderr())?);
     let stdout = process.stdout.take().map(|from| tokio::spawn(deliver_output(from, our_stdout)));
@@ -43,6 +59,7 @@ pub async fn attend_process(
     if let Some(stdin) = stdin {
         stdin.abort();
     }
+    let mut undelivered = Ok(());
     for (name, delivery) in [("output", stdout), ("error", stderr)] {
         let Some(delivery) = delivery else { continue };
         if matches!(ended, Ok(None)) {
@@ -51,15 +68,18 @@ pub async fn attend_process(
             continue;
         }
         let left = match &ended {
+            // The time is over already.
+            Err(CliError::Sandbox(chitin::Error::Timeout { .. })) => Some(LATE_GRACE),
             // The sandbox is gone: its last output is waited for only this long.
             Err(_) => Some(GRACE),
             Ok(_) => deadline.map(|(at, _)| at.saturating_duration_since(Instant::now())),
         };
         match finish_delivery(delivery, left, signals).await {
-            Delivered::Signal => return Ok(None),
+            Delivered::Signal => return Ok(Attended::Interrupted),
             Delivered::Done(Ok(Ok(())) | Err(_)) => {}
             Delivered::Done(Ok(Err(source))) => {
-                return Err(CliError::io(format!("write to standard {name}"))(source));
+                let error = CliError::io(format!("write to standard {name}"))(source);
+                undelivered = keep_first_error(undelivered, Err(error));
             }
             Delivered::Late => {
                 if let (Some((_, limit)), true) = (deadline, ended.is_ok()) {
@@ -68,7 +88,10 @@ pub async fn attend_process(
             }
         }
     }
-    ended
+    Ok(match ended? {
+        Some((exit, usage)) => Attended::Ended { exit, usage, undelivered },
+        None => Attended::Interrupted,
+    })
 }
 
 /// The end of a delivery.

@@ -21,13 +21,16 @@ on_every_tier!(
     unusual_file_names_round_trip,
     deep_tree_round_trips,
     empty_files_and_directories_round_trip,
-    devices_and_sockets_are_rejected,
+    devices_and_sockets_as_source_are_rejected,
+    special_files_in_trees_are_left_out_and_named,
+    other_copies_are_made_after_a_failed_one,
+    copied_out_modes_obey_the_umask,
     symlink_does_not_escape_destination,
     file_larger_than_guest_is_not_copied_out,
     missing_copy_path_is_reported,
     copied_out_file_is_replaced_atomically,
     files_of_failed_run_are_copied_out,
-    files_of_timed_out_run_are_not_copied_out,
+    files_of_timed_out_run_are_copied_out,
 );
 
 fn copy_option(option: &str, from: impl AsRef<Path>, to: impl AsRef<Path>) -> String {
@@ -211,7 +214,7 @@ fn empty_files_and_directories_round_trip(tier: TierUnderTest) {
     assert_eq!(fs::read(back.join("empty")).unwrap(), b"");
 }
 
-fn devices_and_sockets_are_rejected(tier: TierUnderTest) {
+fn devices_and_sockets_as_source_are_rejected(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, words: &str| {
         tier.run_with("")
@@ -230,14 +233,59 @@ fn devices_and_sockets_are_rejected(tier: TierUnderTest) {
     mknodat(CWD, &device, FileType::CharacterDevice, Mode::from_raw_mode(0o600), makedev(1, 3))
         .unwrap();
     refused(&device, "null");
+}
 
-    let out = dir.path().join("out");
+fn special_files_in_trees_are_left_out_and_named(tier: TierUnderTest) {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, back) = (dir.path().join("tree"), dir.path().join("back"));
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "in").unwrap();
+    let _listener = UnixListener::bind(tree.join("a.sock")).unwrap();
+    mknodat(CWD, tree.join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let report = dir.path().join("report.json");
+    let script = "ls tree; mkfifo tree/pipe; echo out > tree/z";
     let outcome = tier
         .run_with("")
-        .arg(copy_option("copy-out", "/work/d", &out))
-        .args(["--", "sh", "-c", "mkdir d; mkfifo d/fifo; echo x > d/file"])
+        .arg(copy_option("copy-in", &tree, "/work/"))
+        .arg(copy_option("copy-out", "/work/tree", &back))
+        .arg(format!("--report={}", report.display()))
+        .args(["--", "sh", "-c", script])
         .outcome();
-    outcome.assert_refused("/work/d/fifo");
+    assert_eq!(outcome.assert_success(), "file");
+    for name in ["tree/a.sock", "tree/fifo", "back/pipe"] {
+        assert!(outcome.stderr.contains(name), "{outcome:?}");
+    }
+    assert_eq!(fs::read_to_string(back.join("z")).unwrap(), "out\n");
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+    let left_out = |number: usize| report["copies"][number]["left_out"].as_u64();
+    assert_eq!((left_out(0), left_out(1)), (Some(2), Some(1)));
+}
+
+fn other_copies_are_made_after_a_failed_one(tier: TierUnderTest) {
+    let dir = tempfile::tempdir().unwrap();
+    let [missing, first, second] = ["missing", "first", "second"].map(|name| dir.path().join(name));
+    let outcome = tier
+        .run_with("")
+        .arg(copy_option("copy-out", "/work/none", &missing))
+        .arg(copy_option("copy-out", "/work/f", &first))
+        .arg(copy_option("copy-out", "/work/f", &second))
+        .args(["--", "sh", "-c", "echo done > f"])
+        .outcome();
+    outcome.assert_refused("/work/none");
+    for copied in [first, second] {
+        assert_eq!(fs::read_to_string(copied).unwrap(), "done\n");
+    }
+    assert!(!missing.exists());
+}
+
+fn copied_out_modes_obey_the_umask(tier: TierUnderTest) {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = dir.path().join("probe");
+    fs::create_dir(&probe).unwrap();
+    let allowed = fs::metadata(&probe).unwrap().mode() & 0o777;
+    let out = dir.path().join("out");
+    copy_out_f(tier, &out, "echo x > f; chmod 7777 f").assert_success();
+    assert_eq!(fs::metadata(&out).unwrap().mode() & 0o7777, allowed);
 }
 
 fn symlink_does_not_escape_destination(tier: TierUnderTest) {
@@ -322,7 +370,7 @@ fn files_of_failed_run_are_copied_out(tier: TierUnderTest) {
     assert!(outcome.stderr.contains("/work/f"), "{outcome:?}");
 }
 
-fn files_of_timed_out_run_are_not_copied_out(tier: TierUnderTest) {
+fn files_of_timed_out_run_are_copied_out(tier: TierUnderTest) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let outcome = tier
@@ -331,5 +379,5 @@ fn files_of_timed_out_run_are_not_copied_out(tier: TierUnderTest) {
         .args(["--", "sh", "-c", "echo half > f; echo up; sleep 600"])
         .outcome();
     assert_eq!((outcome.code, outcome.stdout_text()), (124, "up"));
-    assert!(!out.exists());
+    assert_eq!(fs::read_to_string(&out).unwrap(), "half\n");
 }

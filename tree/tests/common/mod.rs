@@ -8,9 +8,9 @@ use std::path::Path;
 
 use chitin_tree::{Error, ReceiveOptions, SendOptions, Summary, receive, send};
 
-/// Returns the host's options with limits that no test reaches.
+/// Returns the host's options with limits that no test reaches, and without the umask.
 pub fn host() -> ReceiveOptions {
-    ReceiveOptions::host(1 << 40, 1_000_000)
+    ReceiveOptions { umask: 0, ..ReceiveOptions::host(1 << 40, 1_000_000) }
 }
 
 /// Returns the agent's options, with this process as the owner.
