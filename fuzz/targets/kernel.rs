@@ -21,7 +21,8 @@ fuzz_target!(|data: &[u8]| {
     file.set_len(data.len() as u64 + u64::from(*pages) * 4096).expect("extend a file");
     if let Ok(kernel) = KernelImage::read_headers(&file, HIGH_START, GuestAddress(RAM_BYTES)) {
         let ram = memory::create_ram(&ram_ranges(RAM_BYTES)).expect("memory");
-        kernel.map_segments(&file, &ram, memory::FileSharing::Shared).expect("a kernel with valid headers can be mapped");
+        let mapped = kernel.map_segments(&file, &ram, memory::FileSharing::Shared);
+        mapped.expect("a kernel with valid headers can be mapped");
         assert!((HIGH_START..GuestAddress(RAM_BYTES)).contains(&kernel.entry()));
     }
 });
