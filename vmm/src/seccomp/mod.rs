@@ -41,6 +41,7 @@ pub struct Filters {
     restored: bool,
     prepared: bool,
     snapshotted: bool,
+    recorded: bool,
 }
 
 impl Filters {
@@ -51,6 +52,7 @@ impl Filters {
             restored: spec.restore,
             prepared: spec.prepared,
             snapshotted: spec.template || spec.record,
+            recorded: spec.record,
         }
     }
 
@@ -61,6 +63,7 @@ impl Filters {
             Scope::Restored => self.restored,
             Scope::Prepared => self.prepared,
             Scope::Snapshotted => self.snapshotted,
+            Scope::Recorded => self.recorded,
         }
     }
 

@@ -8,7 +8,7 @@ use kvm_bindings as kvm;
 use libc::c_long;
 
 use self::ArgCheck::{Any, BitsClear, Both, OneOf};
-use self::Scope::{All, Console, Prepared, Restored, Snapshotted};
+use self::Scope::{All, Console, Prepared, Recorded, Restored, Snapshotted};
 
 /// The role of a thread in a monitor, which decides what it may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub enum Scope {
     Prepared,
     /// A guest that is saved as a template, or recorded.
     Snapshotted,
+    /// A copy of a new template, whose pages are recorded.
+    Recorded,
 }
 
 /// A condition on one argument of a call.
@@ -96,6 +98,21 @@ const fn ioctl(request: u32, name: &'static str, scope: Scope, reason: &'static 
 /// what a guest may write into this process stays data.
 const PRIVATE_MEMORY: ArgCheck =
     Both((2, READ_WRITE), (3, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned()));
+
+/// Addresses without memory, and pages of the memory file in their place, read-only.
+const RESERVED_ADDRESSES: ArgCheck = Both(
+    (2, libc::PROT_NONE.cast_unsigned()),
+    (3, (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE).cast_unsigned()),
+);
+const FILE_PAGES: ArgCheck = Both(
+    (2, libc::PROT_READ.cast_unsigned()),
+    (3, (libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE).cast_unsigned()),
+);
+
+const HUGE_PAGES: &str = "joins pages of the memory file into huge pages";
+
+/// `MADV_COLLAPSE` of Linux 6.1; the headers of the C library are older.
+const MADV_COLLAPSE: u32 = 25;
 
 /// Shared pages of a descriptor, at an address that the kernel chooses.
 const SHARED_PAGES: ArgCheck = Both((2, READ_WRITE), (3, libc::MAP_SHARED.cast_unsigned()));
@@ -195,7 +212,7 @@ const VCPU: [SyscallRule; 4] = [
 ];
 
 /// Calls of the VMM thread only.
-const VMM: [SyscallRule; 24] = [
+const VMM: [SyscallRule; 27] = [
     syscall(libc::SYS_epoll_wait, "epoll_wait", Any, All, "the event loop"),
     syscall(libc::SYS_epoll_ctl, "epoll_ctl", Any, All, "a device is activated or reset"),
     syscall(libc::SYS_read, "read", Any, All, "the channel; the key of a template"),
@@ -275,6 +292,15 @@ const VMM: [SyscallRule; 24] = [
         "a large buffer grows: the kernel log, a state",
     ),
     syscall(libc::SYS_mmap, "mmap", SHARED_PAGES, Snapshotted, "the shared page of a spare vCPU"),
+    syscall(libc::SYS_mmap, "mmap", RESERVED_ADDRESSES, Recorded, HUGE_PAGES),
+    syscall(libc::SYS_mmap, "mmap", FILE_PAGES, Recorded, HUGE_PAGES),
+    syscall(
+        libc::SYS_madvise,
+        "madvise",
+        OneOf(2, &[libc::MADV_DONTDUMP.cast_unsigned(), MADV_COLLAPSE]),
+        Recorded,
+        HUGE_PAGES,
+    ),
     syscall(libc::SYS_exit_group, "exit_group", Any, All, "the process ends"),
     syscall(libc::SYS_ppoll, "ppoll", Any, Console, "the last line of the console"),
     syscall(

@@ -54,9 +54,12 @@ fn seccomp_data(number: u32, arch: u32, arguments: [u64; 6]) -> [u32; 16] {
 
 /// Returns every combination of filters with both roles.
 fn all_filters() -> impl Iterator<Item = (Filters, ThreadRole)> {
-    let filters = (0..1 << 4).map(|bits| {
-        let has = |bit| bits >> bit & 1 != 0;
-        Filters { console: has(0), restored: has(1), prepared: has(2), snapshotted: has(3) }
+    // A recorded guest is one of those that may be saved.
+    let bits = (0..1 << 5).filter(|bits| bits >> 3 & 0b11 != 0b10);
+    let filters = bits.map(|bits| {
+        let [console, restored, prepared, snapshotted, recorded] =
+            [0, 1, 2, 3, 4].map(|bit| bits >> bit & 1 != 0);
+        Filters { console, restored, prepared, snapshotted, recorded }
     });
     filters.flat_map(|filters| [(filters, ThreadRole::Vcpu), (filters, ThreadRole::Vmm)])
 }
@@ -152,14 +155,25 @@ fn memory_is_mapped_with_listed_flags_only() {
                 for flag in std::iter::once(0).chain((4..32).map(|bit| 1 << bit)) {
                     let flags = kind | flag;
                     let spare = role == ThreadRole::Vmm && filters.snapshotted;
-                    let expected = protection == 3 && (flags == 0x22 || spare && flags == 0x01);
+                    let expected = match (protection, flags) {
+                        (3, 0x22) => true,
+                        (3, 0x01) => spare,
+                        (0, 0x4022) => role == ThreadRole::Vmm && filters.recorded,
+                        _ => false,
+                    };
                     let found = is_allowed(mmap, [0, 4096, protection, flags, u64::MAX, 0]);
                     assert_eq!(found, expected, "{role:?} {filters:?} {protection} {flags:#x}");
                 }
             }
         }
+        let recorded = role == ThreadRole::Vmm && filters.recorded;
+        for flags in 0x4010..0x4014u64 {
+            let found = is_allowed(mmap, [0, 4096, 1, flags, 5, 0]);
+            assert_eq!(found, recorded && flags == 0x4011, "{role:?} {filters:?} {flags:#x}");
+        }
         for advice in 0..128u64 {
-            assert_eq!(is_allowed(madvise, [0, 0, advice, 0, 0, 0]), advice == 4, "{advice}");
+            let expected = advice == 4 || recorded && [16, 25].contains(&advice);
+            assert_eq!(is_allowed(madvise, [0, 0, advice, 0, 0, 0]), expected, "{advice}");
         }
         for flags in 0..8u64 {
             let expected = role == ThreadRole::Vmm && flags == 1;
@@ -249,7 +263,9 @@ fn filters_decide_in_a_bounded_number_of_steps() {
         assert!(longest <= 160, "{role:?} {filters:?}: {longest}");
         // The kernel tries the program once for each call there is when it installs a filter.
         let all: usize = (0..KNOWN).map(|number| steps(number, 0).1).sum();
-        assert!(all <= 105 * KNOWN as usize, "{role:?} {filters:?}: {all}");
+        // Only the builder of a template records.
+        let each = if filters.recorded { 110 } else { 105 };
+        assert!(all <= each * KNOWN as usize, "{role:?} {filters:?}: {all}");
     }
 }
 
@@ -296,6 +312,7 @@ fn describe_scope(scope: Scope) -> &'static str {
         Scope::Restored => "restored from a template",
         Scope::Prepared => "of a pool",
         Scope::Snapshotted => "saved as a template",
+        Scope::Recorded => "recorded for a template",
     }
 }
 
