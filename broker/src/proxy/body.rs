@@ -88,7 +88,7 @@ pub(super) struct ScrubbedBody {
     inner: Incoming,
     scrubber: Scrubber,
     context: Arc<UpstreamContext>,
-    _reservation: Option<Reservation>,
+    _reservation: Reservation,
     trailers: Option<HeaderMap>,
     done: bool,
 }
@@ -97,7 +97,7 @@ impl ScrubbedBody {
     pub fn new(
         inner: Incoming,
         context: Arc<UpstreamContext>,
-        reservation: Option<Reservation>,
+        reservation: Reservation,
     ) -> ScrubbedBody {
         ScrubbedBody {
             inner,

@@ -53,6 +53,14 @@ pub(super) struct ByteBudget {
     reserved: Arc<AtomicUsize>,
 }
 
+/// The share of one connection.
+#[derive(Debug)]
+pub(super) struct Share {
+    /// The one request that the share is for.
+    request: Arc<Semaphore>,
+    _reservation: Reservation,
+}
+
 /// Bytes of the budget, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Reservation {
@@ -79,14 +87,17 @@ impl Default for ByteBudget {
 
 impl ByteBudget {
     /// Reserves the share of one connection, when another has ended if necessary.
-    pub async fn reserve_connection(&self) -> Option<Reservation> {
+    pub async fn reserve_connection(&self) -> Option<Share> {
         let permit = self.connections.clone().acquire_owned().await.ok()?;
-        Some(self.count(permit, CONNECTION_BYTES))
+        let reservation = self.count(permit, CONNECTION_BYTES);
+        Some(Share { request: Arc::new(Semaphore::new(1)), _reservation: reservation })
     }
 
-    /// Reserves the bytes of a further request, if they are available.
-    pub fn try_reserve_request(&self) -> Option<Reservation> {
-        self.try_reserve(REQUEST_BYTES)
+    /// Reserves the bytes of a request: those of its connection's share, or others if they are
+    /// available.
+    pub fn try_reserve_request(&self, share: Option<&Share>) -> Option<Reservation> {
+        let own = share.and_then(|share| share.request.clone().try_acquire_owned().ok());
+        own.map(|permit| self.count(permit, 0)).or_else(|| self.try_reserve(REQUEST_BYTES))
     }
 
     /// Reserves a large window, if enough remains for requests.

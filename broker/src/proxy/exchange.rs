@@ -45,11 +45,9 @@ where
     if context.store.hit_limit_reached() {
         return Err(BlockReason::ScrubLimit);
     }
-    // HTTP/1 has one request at a time, which the share of its connection covers.
-    let reservation = match context.is_http2 {
-        true => Some(context.budget.try_reserve_request().ok_or(BlockReason::Busy)?),
-        false => None,
-    };
+    // It is refused and does not wait: the headers of waiting requests would take memory, too.
+    let reservation = context.budget.try_reserve_request(context.share.as_ref());
+    let reservation = reservation.ok_or(BlockReason::Busy)?;
     let is_websocket = check_upgrade(&request)?;
     let upgrade = is_websocket.then(|| hyper::upgrade::on(&mut request));
     let request = rebuild_request(context, request, is_websocket).await?;

@@ -55,7 +55,7 @@ pub use error::{SelfTestError, SetupError, ValueError};
 pub(crate) use stats::ProxyStats;
 
 use crate::secret_value::SecretValue;
-use budget::{ByteBudget, Reservation};
+use budget::{ByteBudget, Share};
 use certificate_authority::CertificateAuthority;
 use detect::ScanningStream;
 use intercept::{Intercepted, intercept_tls};
@@ -174,7 +174,7 @@ impl Proxy {
         is_http2: bool,
         (host, port): (&str, u16),
         stats: &Arc<ProxyStats>,
-        share: Option<Reservation>,
+        share: Option<Share>,
     ) -> Result<(), ProxyError>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -183,7 +183,7 @@ impl Proxy {
         let context = Arc::new(UpstreamContext {
             store: self.store.clone(),
             budget: self.budget.clone(),
-            _share: share,
+            share,
             is_http2,
             host: host.to_owned(),
             port,

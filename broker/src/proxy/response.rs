@@ -52,7 +52,7 @@ pub(super) fn rebuild_response(
     context: &Arc<UpstreamContext>,
     mut response: Response<Incoming>,
     upgrade: Option<OnUpgrade>,
-    reservation: Option<Reservation>,
+    reservation: Reservation,
 ) -> Result<Response<ProxyBody>, BlockReason> {
     let status = response.status();
     check_status(status, upgrade.is_some())?;

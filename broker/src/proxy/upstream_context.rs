@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::blocked::{BlockReason, Location};
-use super::budget::{ByteBudget, Reservation};
+use super::budget::{ByteBudget, Share};
 use super::stats::ProxyStats;
 use super::store::{Credential, CredentialStore};
 
@@ -14,7 +14,7 @@ pub(super) struct UpstreamContext {
     pub store: Arc<CredentialStore>,
     pub budget: Arc<ByteBudget>,
     /// The share of this connection, also after it was upgraded.
-    pub _share: Option<Reservation>,
+    pub share: Option<Share>,
     pub is_http2: bool,
     pub host: String,
     pub port: u16,

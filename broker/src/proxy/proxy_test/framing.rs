@@ -87,6 +87,10 @@ async fn known_framings_and_charsets_are_relayed() {
         assert!(output.ends_with("abcd") || output.contains("4\r\nabcd\r\n"), "{output}");
         assert!(blocked.is_empty(), "{blocked:?}");
     }
+    let request = GET.replace("GET", "HEAD");
+    let (output, blocked) =
+        exchange(&request, "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n").await;
+    assert!(output.contains("\r\nContent-Length: 9\r\n") && blocked.is_empty(), "{output}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -146,18 +146,22 @@ async fn unread_streams_stay_within_the_byte_budget() {
 }
 
 #[tokio::test]
-async fn idle_budget_reads_bodies_at_full_window() {
+async fn requests_and_windows_share_the_budget() {
     let proxy = one_credential();
     let large: Vec<_> = (0..100).filter_map(|_| proxy.budget.try_reserve_window()).collect();
     assert!((8..16).contains(&large.len()), "{}", large.len());
-    assert!(proxy.budget.try_reserve_request().is_some());
+    assert!(proxy.budget.try_reserve_request(None).is_some());
     drop(large);
     assert_eq!(proxy.budget.reserved(), 0);
     let mut requests = Vec::new();
-    while let Some(request) = proxy.budget.try_reserve_request() {
+    while let Some(request) = proxy.budget.try_reserve_request(None) {
         requests.push(request);
     }
     assert!(requests.len() > 256 && proxy.budget.reserved() < BUDGET);
-    // Each connection keeps its share.
-    assert!(proxy.budget.reserve_connection().await.is_some());
+    // Each connection keeps its share, and one request.
+    let share = proxy.budget.reserve_connection().await;
+    let first = proxy.budget.try_reserve_request(share.as_ref());
+    assert!(first.is_some() && proxy.budget.try_reserve_request(share.as_ref()).is_none());
+    drop(first);
+    assert!(proxy.budget.try_reserve_request(share.as_ref()).is_some());
 }
