@@ -24,6 +24,8 @@ pub(crate) mod encoding;
 mod error;
 mod exchange;
 mod framing;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz_port;
 mod intercept;
 mod name_constraints;
 mod placeholder;
