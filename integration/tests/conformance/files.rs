@@ -12,6 +12,7 @@ use chitin_integration::{Chitin, Outcome, TierUnderTest, pseudo_random_bytes, wr
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 on_every_tier!(
+    files_move_between_scratch_directories,
     tree_round_trip_keeps_modes_and_links,
     copy_in_outside_scratch_needs_microvm,
     dot_copies_contents_of_directory,
@@ -50,6 +51,26 @@ fn copy_round_trip(tier: TierUnderTest, source: &Path, back: &Path, script: &str
         .arg(copy_option("copy-in", source, "/work/"))
         .arg(copy_option("copy-out", inside, back))
         .args(["--", "sh", "-c", script])
+}
+
+fn files_move_between_scratch_directories(tier: TierUnderTest) {
+    let program = "import errno, os, shutil
+def attempt(call, *paths):
+    try: call(*paths); return 'done'
+    except OSError as e: return errno.errorcode[e.errno]
+open('/tmp/a', 'w').write('content')
+print(attempt(os.rename, '/tmp/a', '/work/a'), attempt(os.link, '/tmp/a', '/work/a'))
+shutil.move('/tmp/a', '/work/b')
+print(open('/work/b').read(), os.path.exists('/tmp/a'))
+os.system('mv /work/b /tmp/c && mv /tmp/c /var/tmp/d && mv /var/tmp/d /dev/shm/e')
+print(open('/dev/shm/e').read())
+os.mkdir('/work/d'); open('/work/d/f', 'w')
+print(attempt(os.rename, '/work/d/f', '/work/g'), attempt(os.link, '/work/g', '/work/d/h'))";
+    // Each is a mount, because everything around them is read-only.
+    assert_eq!(
+        tier.run_python(program).outcome().assert_success(),
+        "EXDEV EXDEV\ncontent False\ncontent\ndone done"
+    );
 }
 
 fn tree_round_trip_keeps_modes_and_links(tier: TierUnderTest) {
