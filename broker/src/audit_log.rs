@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 use chitin_spec::{DeliveryKind, MAX_HOST};
 use serde::Serialize;
 
+use crate::egress::RefusalNotices;
 use crate::token_bucket::TokenBucket;
 
 /// Lines per second, and the burst, that a sandbox can cause. Further lines are counted in the next
@@ -73,6 +74,9 @@ pub(crate) struct ConnectionRecord<'a> {
     /// Lines omitted before this one.
     #[serde(skip_serializing_if = "is_zero")]
     pub omitted: u64,
+    /// The remedy of a refusal, for the user who started the sandbox.
+    #[serde(skip)]
+    pub remedy: Option<&'static str>,
 }
 
 /// The line of a credential that is about to be delivered, or was revoked.
@@ -132,6 +136,7 @@ impl ConnectionRecord<'_> {
             scrubbed: 0,
             credentials: Vec::new(),
             omitted: 0,
+            remedy: None,
         }
     }
 
@@ -153,11 +158,13 @@ pub struct AuditLog {
     state: Option<Mutex<State>>,
     /// Limits the events of the process's log like the lines of the file.
     log_bucket: Mutex<TokenBucket>,
+    notices: Option<RefusalNotices>,
 }
 
 impl Default for AuditLog {
     fn default() -> Self {
-        AuditLog { state: None, log_bucket: Mutex::new(TokenBucket::new(LINE_RATE, LINE_BURST)) }
+        let log_bucket = Mutex::new(TokenBucket::new(LINE_RATE, LINE_BURST));
+        AuditLog { state: None, log_bucket, notices: None }
     }
 }
 
@@ -185,6 +192,11 @@ impl AuditLog {
         let bucket = TokenBucket::new(LINE_RATE, LINE_BURST);
         let state = State { file, bucket, omitted: 0, failed: false };
         Ok(AuditLog { state: Some(Mutex::new(state)), ..AuditLog::default() })
+    }
+
+    /// Reports refused attempts in addition to recording them.
+    pub(crate) fn with_notices(self, notices: Option<RefusalNotices>) -> AuditLog {
+        AuditLog { notices, ..self }
     }
 
     fn state(&self) -> Option<MutexGuard<'_, State>> {
@@ -221,6 +233,10 @@ impl AuditLog {
     /// Records an attempt to connect.
     pub(crate) fn record_connection(&self, mut record: ConnectionRecord<'_>) {
         self.log_connection(&record);
+        if let (Some(notices), Verdict::Refused) = (&self.notices, record.verdict) {
+            let reason = record.reason.as_deref().unwrap_or_default();
+            notices.report(record.host, record.port, reason, record.remedy);
+        }
         let Some(mut state) = self.state() else { return };
         // Connections are always recorded: their number is limited.
         if record.verdict != Verdict::Allowed && !state.bucket.try_take() {

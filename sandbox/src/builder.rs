@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chitin_broker::credentials::CredentialSpec;
-use chitin_broker::egress::EgressSpec;
+use chitin_broker::egress::{EgressSpec, RefusalObserver, RefusedEgress};
 use chitin_policy::{Consent, Policy, PolicyError};
 use chitin_spec::{
     Delivery, EgressLimits, Endpoint, SecretSource, SecretSpec, TierKind, VaultConfig, VaultSource,
@@ -234,6 +234,17 @@ impl Builder {
     /// Appends a line of JSON to this file for each connection that the workload attempts.
     pub fn audit(mut self, path: impl Into<PathBuf>) -> Builder {
         self.egress.audit = Some(path.into());
+        self
+    }
+
+    /// Calls a function for each distinct refusal of egress, at most some twenty at once and one a
+    /// minute. Inside the sandbox a refusal looks like a broken network. The function must not
+    /// block.
+    pub fn on_refused_egress(
+        mut self,
+        observe: impl Fn(RefusedEgress) + Send + Sync + 'static,
+    ) -> Builder {
+        self.egress.observer = Some(RefusalObserver::new(observe));
         self
     }
 

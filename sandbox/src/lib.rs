@@ -70,7 +70,7 @@ mod trust_store;
 
 pub use builder::Builder;
 pub use channel::{StreamReader, StreamWriter, Tunnel};
-pub use chitin_broker::egress::EgressError;
+pub use chitin_broker::egress::{EgressError, RefusedEgress};
 pub use chitin_broker::proxy::{SetupError as ProxySetupError, ValueError as ProxyValueError};
 pub use chitin_broker::vault::VaultError;
 pub use chitin_broker::{Error as CredentialError, SecretError, SecretValueError, SourceError};

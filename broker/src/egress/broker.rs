@@ -28,7 +28,7 @@ const PROXY_BUFFER: usize = 64 * 1024;
 pub struct Broker {
     pub(super) dialer: Dialer,
     pub(super) audit: Arc<AuditLog>,
-    proxy: Option<Arc<Proxy>>,
+    pub(super) proxy: Option<Arc<Proxy>>,
     /// Serves requests to its endpoint here: these are not dialled.
     pub(super) aws_server: Option<Arc<AwsCredentialServer>>,
 }
@@ -40,6 +40,40 @@ enum ConnectionError {
     Splice(#[from] SpliceError),
     #[error(transparent)]
     Proxy(#[from] ProxyError),
+}
+
+impl ConnectionError {
+    /// Returns the verdict on a connection whose address was connected before this error.
+    fn verdict(&self) -> Verdict {
+        match self {
+            ConnectionError::Splice(_) => Verdict::Allowed,
+            ConnectionError::Proxy(error) => match error {
+                // The proxy refuses what it cannot check.
+                ProxyError::NotTls | ProxyError::OtherServerName => Verdict::Refused,
+                // No byte of the sandbox has reached the endpoint.
+                ProxyError::SandboxHandshake(_)
+                | ProxyError::EndpointHandshake(_)
+                | ProxyError::HandshakeTimedOut
+                | ProxyError::Certificate(_) => Verdict::Failed,
+                ProxyError::Http(_) => Verdict::Allowed,
+            },
+        }
+    }
+}
+
+/// Sets the verdict of an intercepted connection of which every request was blocked.
+fn refuse_if_all_blocked(record: &mut ConnectionRecord<'_>, stats: &ProxyStats) {
+    if stats.request_count() == 0
+        && let Some(first) = stats.blocked_requests().0.first()
+    {
+        record.set_refusal(Verdict::Refused, first.to_string());
+    }
+}
+
+/// Sets verdict, reason and remedy.
+fn record_refusal(record: &mut ConnectionRecord<'_>, refusal: &Refusal) {
+    record.set_refusal(refusal.verdict(), refusal.to_string());
+    record.remedy = refusal.remedy();
 }
 
 impl Broker {
@@ -90,8 +124,9 @@ impl Broker {
     }
 
     fn record_denied_name(&self, host: &str) {
-        let reason = Some(Refusal::Policy.to_string());
-        self.audit.record_connection(ConnectionRecord::new(host, None, Verdict::Refused, reason));
+        let mut record = ConnectionRecord::new(host, None, Verdict::Refused, None);
+        record_refusal(&mut record, &Refusal::Policy);
+        self.audit.record_connection(record);
     }
 
     /// Serves one request for a connection, and records it.
@@ -133,7 +168,7 @@ impl Broker {
         let _permit = match self.dialer.admit_connection() {
             Ok(permit) => permit,
             Err(refusal) => {
-                record.set_refusal(refusal.verdict(), refusal.to_string());
+                record_refusal(&mut record, &refusal);
                 return Some(record);
             }
         };
@@ -174,7 +209,7 @@ impl Broker {
             Err(refusal) => {
                 // Dropping the tunnel resets it.
                 drop(tunnel);
-                record.set_refusal(refusal.verdict(), refusal.to_string());
+                record_refusal(&mut record, &refusal);
                 return record;
             }
         };
@@ -195,7 +230,13 @@ impl Broker {
             }
             None => self.splice_connection(tunnel, stream, &counts, ended).await,
         };
-        record.reason = outcome.err().map(|error| error.to_string());
+        if let Err(error) = outcome {
+            record.verdict = error.verdict();
+            record.reason = Some(error.to_string());
+        }
+        if self.proxy.as_ref().is_some_and(|proxy| proxy.intercepts(host, port)) {
+            refuse_if_all_blocked(&mut record, &stats);
+        }
         self.record_requests(&mut record, &stats);
         drop(permit);
         record.sent = counts.sent.load(Ordering::Relaxed);

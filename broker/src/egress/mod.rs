@@ -15,6 +15,7 @@ mod address;
 mod broker;
 mod dial;
 mod dial_source;
+mod notice;
 mod refusal;
 mod resolve;
 mod spec;
@@ -22,6 +23,8 @@ mod splice;
 
 pub use broker::Broker;
 pub use dial_source::{DialRequest, DialSource, Ended};
+pub(crate) use notice::RefusalNotices;
+pub use notice::{RefusalObserver, RefusedEgress};
 pub use spec::{EgressError, EgressSpec};
 pub use splice::{SpliceError, TransferCounts, TransferLimits, splice};
 

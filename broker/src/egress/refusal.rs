@@ -46,6 +46,28 @@ fn private_hint(range: AddressRange) -> &'static str {
 }
 
 impl Refusal {
+    /// Returns the remedy, for the user who started the sandbox; none if there is none, or if the
+    /// reason names it.
+    pub fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Refusal::Policy => Some("--allow HOST:PORT or the policy permits it"),
+            Refusal::AddressLiteral => Some("connect to a name that --allow lists"),
+            Refusal::ConnectionLimit => Some("--egress-connections raises the limit"),
+            Refusal::ByteLimit => Some("--egress-bytes raises the limit"),
+            Refusal::ThisHost => Some("--allow-private permits it"),
+            Refusal::Audit => Some("free space for the file of --audit"),
+            Refusal::InvalidName
+            | Refusal::DialRate
+            | Refusal::Address(_)
+            | Refusal::Resolve(_)
+            | Refusal::NoAddress
+            | Refusal::ResolveTimedOut
+            | Refusal::Connect(_)
+            | Refusal::ConnectTimedOut
+            | Refusal::SandboxEnded => None,
+        }
+    }
+
     /// Returns the verdict of the audit log: a rule refused the request, or an attempt failed.
     pub fn verdict(&self) -> Verdict {
         match self {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use chitin_protocol::MAX_ENDPOINTS;
 use chitin_spec::{DeliveryKind, EgressLimits, Endpoint, ParseEndpointError};
 
+use super::notice::{RefusalNotices, RefusalObserver};
 use crate::audit_log::AuditLog;
 
 /// The egress that a sandbox is allowed. The default allows none.
@@ -21,6 +22,8 @@ pub struct EgressSpec {
     pub limits: EgressLimits,
     /// The first requested endpoint that is invalid.
     pub invalid: Option<ParseEndpointError>,
+    /// The observer of refused attempts.
+    pub observer: Option<RefusalObserver>,
 }
 
 /// An error in the requested egress.
@@ -66,7 +69,9 @@ impl EgressSpec {
 
     /// Opens the audit log, if one was requested.
     pub fn open_audit(&self) -> Result<AuditLog, EgressError> {
-        AuditLog::open(self.audit.as_deref()).map_err(|source| self.audit_error(source))
+        let audit = AuditLog::open(self.audit.as_deref());
+        let audit = audit.map_err(|source| self.audit_error(source))?;
+        Ok(audit.with_notices(self.observer.clone().map(RefusalNotices::new)))
     }
 
     /// Writes a line for each credential before it is delivered.

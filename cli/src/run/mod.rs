@@ -10,6 +10,7 @@ mod stdio;
 mod values;
 
 use std::ffi::OsString;
+use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -197,6 +198,10 @@ fn new_builder(args: &Args, policy: Option<Policy>, secrets: Vec<SecretSpec>) ->
     if let Some(path) = &args.audit {
         builder = builder.audit(path);
     }
+    builder = builder.on_refused_egress(|refused| {
+        // Standard error may be closed or full, which must not end the run.
+        let _ = writeln!(io::stderr(), "chitin: {refused}");
+    });
     let default = EgressLimits::default();
     builder.egress_limits(EgressLimits {
         connections: args.egress_connections.map_or(default.connections, usize::from),

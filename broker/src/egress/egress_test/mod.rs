@@ -4,6 +4,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use chitin_spec::{Delivery, EgressLimits, SecretSpec};
@@ -459,4 +460,36 @@ async fn unwritable_audit_log_refuses_every_dial() {
     let EgressError::Audit { path, source } = error else { panic!("{error:?}") };
     assert_eq!(path, Path::new("/nonexistent/audit"));
     assert_eq!(source.kind(), io::ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn refused_proxied_connection_is_not_allowed() {
+    let port = start_echo_server().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (source, audit) = (dir.path().join("secret"), dir.path().join("audit"));
+    std::fs::write(&source, "canary-77a1b2c3").unwrap();
+    let secret = format!("T=file:{}@a.test:{port}", source.display()).parse().unwrap();
+    let fetched =
+        fetch_credentials(&[secret], &Default::default(), &TaskTracker::new()).await.unwrap();
+    let reported = Arc::new(Mutex::new(Vec::new()));
+    let sink = reported.clone();
+    let observer =
+        RefusalObserver::new(move |refused| sink.lock().unwrap().push(refused.to_string()));
+    let spec = EgressSpec {
+        audit: Some(audit.clone()),
+        observer: Some(observer),
+        ..spec_allowing(&[format!("a.test:{port}")])
+    };
+    let mut broker = make_broker(&spec, FixedResolver::new(&[("a.test", &[&["127.0.0.1"]])]));
+    broker.proxy = fetched.proxy;
+    let (_, lines) = run_script_with(broker, &audit, move |agent| {
+        let stream = agent.dial("a.test", port);
+        agent.send(stream, b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
+        agent.wait_for_end(stream)
+    })
+    .await;
+    let verdicts: Vec<_> = lines.iter().map(|line| line["verdict"].as_str().unwrap()).collect();
+    assert_eq!(verdicts, ["refused"], "{lines:?}");
+    let reported = reported.lock().unwrap();
+    assert!(matches!(reported.as_slice(), [line] if line.contains("TLS only")), "{reported:?}");
 }
