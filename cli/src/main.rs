@@ -10,6 +10,7 @@ mod machine_args;
 mod output;
 mod policy;
 mod policy_args;
+mod prune;
 mod report;
 mod run;
 mod template;
@@ -66,6 +67,8 @@ enum Command {
     Policy(policy::Command),
     /// Report which tiers this host can run, and the reason for each that it cannot
     Doctor(doctor::Args),
+    /// Remove what earlier runs have left behind: containers, images
+    Prune(prune::Args),
     /// Attack sandboxes from inside and report which promises held
     Audit(audit::Args),
 }
@@ -104,6 +107,7 @@ fn execute(cli: Cli) -> Result<u8, CliError> {
             Command::Template(command) => template::execute(command).await,
             Command::Policy(command) => policy::execute(command),
             Command::Doctor(args) => doctor::print_diagnosis(&args).await,
+            Command::Prune(args) => prune::prune_host(&args).await,
             Command::Audit(args) => audit::run_audit(&args, cli.log.is_verbose()).await,
         }
     });

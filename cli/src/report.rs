@@ -31,8 +31,8 @@ pub struct Report {
     pub usage: Option<Usage>,
     /// The error of Chitin, if it failed.
     pub error: Option<String>,
-    /// The jail of the monitor.
-    pub jail: JailReport,
+    /// The jail of the monitor; none on a tier without a monitor.
+    pub jail: Option<JailReport>,
     /// The sandbox shared no page with another (`--private-memory`).
     pub private_memory: bool,
     /// The copies that were tried, and what was left out of them.

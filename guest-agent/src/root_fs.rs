@@ -78,6 +78,18 @@ pub struct AgentView {
     pub scratch: OwnedFd,
 }
 
+/// Gives the working directory to the workload's user, where the container's engine has mounted it
+/// and could not: Podman knows no owner of a tmpfs.
+pub fn own_work_directory() -> Result<(), SystemError> {
+    let (path, _, owner) = WRITABLE[0];
+    let found = rustix::fs::stat(path).context("examine", path)?;
+    if found.st_uid == owner {
+        return Ok(());
+    }
+    let (user, group) = (Uid::from_raw(owner), Gid::from_raw(owner));
+    rustix::fs::chown(path, Some(user), Some(group)).context("give away", path)
+}
+
 /// Makes the sandbox's file systems and changes into them. With `kernel_log`, standard error
 /// becomes the kernel log.
 pub fn build_root(kernel_log: bool) -> Result<AgentView, SystemError> {

@@ -38,6 +38,9 @@ impl Agent {
         let connection = send_ready(&channel, started_ns);
 
         protect_agent();
+        if mode.stdio && !mode.build_root {
+            root_fs::own_work_directory()?;
+        }
         if mode.is_microvm() {
             kernel::set_parameters()?;
         }

@@ -46,9 +46,9 @@ impl TierAvailability {
     }
 }
 
-/// Determines by trying whether a tier is available on this host.
+/// Determines by running something small whether a tier is available on this host.
 pub async fn probe_tier(tier: TierKind, artifacts: &Artifacts) -> TierAvailability {
-    let probed = tier_of(tier, artifacts, cleanup::tracker()).probe().await;
+    let probed = tier_of(tier, artifacts, cleanup::tracker()).try_out().await;
     TierAvailability::new(tier, probed)
 }
 

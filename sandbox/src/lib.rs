@@ -62,6 +62,7 @@ mod launch;
 mod phases;
 mod pool;
 mod process;
+mod prune;
 mod sandbox;
 mod session;
 mod spec;
@@ -85,7 +86,7 @@ pub use chitin_spec::{
 pub use chitin_text::{error_chain, printable};
 pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, ContainerError, Error as TierError, GuestEnd,
-    PathError, RejectedTier, SelectedTier, Unavailable,
+    PathError, Pruned, RejectedTier, SelectedTier, Unavailable, take_leftovers,
 };
 pub use chitin_tree::{Error as TreeError, Summary};
 pub use chitin_vmm::jail::{Jail, JailUser, Protection, Speculation};
@@ -99,6 +100,7 @@ pub use harden::harden_process;
 pub use phases::Phases;
 pub use pool::{MAX_POOL, Pool};
 pub use process::{Command, ECHO, OUTPUT_LIMIT, Output, Process};
+pub use prune::prune_tier;
 pub use sandbox::Sandbox;
 pub use template::build::WarmUpSpec;
 pub use template::{Distrust, Manifest, TemplateError, TemplateList, Templates};

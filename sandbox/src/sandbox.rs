@@ -188,6 +188,13 @@ impl Sandbox {
         reports.and_then(|reports| reports.borrow().jail.clone())
     }
 
+    /// Waits until the service that runs the sandbox, such as a Docker daemon, no longer answers, so
+    /// that nothing sent to the sandbox arrives. Never returns on a tier without such a service.
+    pub async fn wait_until_silent(&self) {
+        let silence = self.guest.session.instance.lock().await.wait_until_silent();
+        silence.await;
+    }
+
     /// Ends the sandbox and waits until nothing of it is left and the credentials that a vault has
     /// issued for it are revoked.
     ///

@@ -86,6 +86,17 @@ pub enum ContainerError {
     /// The engine or the agent reported this message. Untrusted text.
     #[error("{0}")]
     Reported(String),
+    /// The daemon's host has fewer CPUs than the sandbox.
+    #[error("{requested} CPUs are more than the {available} of its host: lower --cpus")]
+    TooManyCpus {
+        /// CPUs of the sandbox.
+        requested: u8,
+        /// CPUs of the host.
+        available: i64,
+    },
+    /// The agent did not answer in time.
+    #[error("the agent did not answer")]
+    Silent,
     /// The start was cancelled.
     #[error("the start was cancelled")]
     Cancelled,

@@ -29,6 +29,7 @@ use std::time::Duration;
 use chitin_spec::{ReachedLimits, TierKind};
 use serde::{Deserialize, Serialize};
 
+pub use self::container::take_leftovers;
 pub use artifacts::{ArtifactKind, Artifacts};
 pub use baseline::BaselineContainer;
 pub use error::{ContainerError, Error, GuestEnd, PathError, Rejections};
@@ -46,6 +47,17 @@ pub trait Tier: Send + Sync {
     /// Finds out within seconds, by trying, whether the tier is available on this host. May be
     /// called at any time.
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>>;
+
+    /// Finds out whether a sandbox can run, by running something as small as possible in one. Takes
+    /// longer than [`probe`](Tier::probe), and leaves nothing running either.
+    fn try_out(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
+        self.probe()
+    }
+
+    /// Removes what earlier runs have left behind, and nothing that a process may still use.
+    fn prune(&self) -> Pending<'_, Result<Vec<Pruned>, Error>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Starts a sandbox.
     ///
@@ -69,6 +81,12 @@ pub trait Instance: fmt::Debug + Send {
     /// and the agent cannot.
     fn reached_limits(&mut self) -> ReachedLimits {
         ReachedLimits::default()
+    }
+
+    /// Waits until the service that runs the sandbox no longer answers, so that nothing sent to the
+    /// sandbox arrives. Never returns where no service does.
+    fn wait_until_silent(&self) -> Pending<'static, ()> {
+        Box::pin(std::future::pending())
     }
 
     /// Waits for the end of the sandbox or of the stream, and returns the cause.
@@ -104,6 +122,15 @@ pub struct Capabilities {
     /// The stronger implementations that were tried first, each with the reason against it.
     #[serde(default)]
     pub short_of: Vec<String>,
+}
+
+/// An object that an earlier run had left behind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pruned {
+    /// The object and its location.
+    pub object: String,
+    /// The reason why it could not be removed, if it could not.
+    pub error: Option<String>,
 }
 
 /// The reason why a tier is unavailable on this host.

@@ -10,14 +10,13 @@ mod stdio;
 mod values;
 
 use std::ffi::OsString;
-use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
 use chitin::{
     Builder, EgressLimits, Exit, Forward, Jail, Phases, Policy, Sandbox, SecretSpec, SelectedTier,
-    StartError, TierKind, Usage,
+    StartError, TierError, TierKind, Usage,
 };
 use tokio::net::TcpListener;
 
@@ -98,6 +97,7 @@ fn new_report(
     outcome: &Result<u8, CliError>,
 ) -> Report {
     let cause = find_cause(progress.ended.as_ref(), outcome);
+    let tier = progress.selected.as_ref().map_or(wanted, |selected| selected.tier);
     let (exit, usage) = progress.ended.unzip();
     Report {
         chitin: env!("CARGO_PKG_VERSION"),
@@ -110,7 +110,8 @@ fn new_report(
         exit,
         usage,
         error: outcome.as_ref().err().map(CliError::line),
-        jail: JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail },
+        jail: (tier == TierKind::Ironclaw)
+            .then(|| JailReport { on: args.machine.jail.is_jailed(), closed: progress.jail }),
         private_memory: progress.private_memory,
         copies: progress.copies,
         phases: progress.phases,
@@ -133,16 +134,19 @@ async fn run_sandbox(
 
     let builder = new_builder(args, policy, secrets);
     let started = tokio::select! {
-        started = builder.start() => Ok(started?),
-        number = signals.next() => Err(number),
+        started = builder.start() => started.map_err(|error| Err(error.into())),
+        number = signals.next() => Err(Ok(SIGNALED + number)),
     };
     let sandbox = match started {
         Ok(sandbox) => sandbox,
-        Err(number) => {
+        Err(outcome) => {
             // The unfinished start was dropped, which ends all that it has begun. Credentials that
             // were issued for it must be revoked before this process ends.
             chitin::wait_for_cleanup().await;
-            return Ok(SIGNALED + number);
+            for leftover in chitin::take_leftovers() {
+                CliError::from(chitin::Error::from(TierError::Leftover { leftover })).print();
+            }
+            return outcome;
         }
     };
     let selected = sandbox.selected_tier();
@@ -160,9 +164,15 @@ async fn run_sandbox(
     for warning in warnings {
         notice!("chitin: credentials: {warning}");
     }
-    let code = outcome?;
-    stopped?;
-    Ok(code)
+    match (outcome, stopped) {
+        (Ok(0), Err(error)) => Err(error.into()),
+        // Of two failures the first tells more, and the second is printed.
+        (outcome, Err(error)) => {
+            CliError::from(error).print();
+            outcome
+        }
+        (outcome, Ok(())) => outcome,
+    }
 }
 
 async fn bind_ports(publish: &[PortPair]) -> Result<Vec<(TcpListener, u16)>, CliError> {
@@ -199,8 +209,7 @@ fn new_builder(args: &Args, policy: Option<Policy>, secrets: Vec<SecretSpec>) ->
         builder = builder.audit(path);
     }
     builder = builder.on_refused_egress(|refused| {
-        // Standard error may be closed or full, which must not end the run.
-        let _ = writeln!(io::stderr(), "chitin: {refused}");
+        notice!("chitin: {refused}");
     });
     let default = EgressLimits::default();
     builder.egress_limits(EgressLimits {
@@ -233,7 +242,7 @@ async fn use_sandbox(
     if !args.no_stdin {
         command = command.piped_stdin();
     }
-    let attended = attend_process(command.spawn()?, signals, progress.deadline).await;
+    let attended = attend_process(sandbox, command.spawn()?, signals, progress.deadline).await;
     let (outcome, undelivered) = match attended {
         Ok(Attended::Interrupted) => return Ok(SIGNALED + signals.last),
         Ok(Attended::Ended { exit, usage, undelivered }) => {

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use chitin::{Exit, Process, StreamReader, StreamWriter, Usage};
+use chitin::{Exit, Process, Sandbox, StreamReader, StreamWriter, Usage};
 use tokio::fs::File;
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::task::{JoinError, JoinHandle};
@@ -46,6 +46,7 @@ pub enum Attended {
 /// A reader of our output that stops reading makes the delivery wait for ever; the time limit
 /// covers this too.
 pub async fn attend_process(
+    sandbox: &Sandbox,
     mut process: Process,
     signals: &mut Signals,
     deadline: Option<Deadline>,
@@ -55,7 +56,7 @@ pub async fn attend_process(
     let stdout = process.stdout.take().map(|from| tokio::spawn(deliver_output(from, our_stdout)));
     let stderr = process.stderr.take().map(|from| tokio::spawn(deliver_output(from, our_stderr)));
 
-    let ended = wait_for_end(&mut process, signals).await;
+    let ended = wait_for_end(sandbox, &mut process, signals).await;
     if let Some(stdin) = stdin {
         stdin.abort();
     }
@@ -133,8 +134,9 @@ async fn with_timeout<T>(limit: Option<Duration>, future: impl Future<Output = T
 }
 
 /// Waits until the workload ends. The first signal is passed on to it; a second one, or the end of
-/// the grace period, returns `None`.
+/// the grace period, returns `None`. So does a daemon that does not pass the signal on.
 async fn wait_for_end(
+    sandbox: &Sandbox,
     process: &mut Process,
     signals: &mut Signals,
 ) -> Result<Option<(Exit, Usage)>, CliError> {
@@ -146,6 +148,7 @@ async fn wait_for_end(
     tokio::select! {
         ended = process.wait() => Ok(Some(ended?)),
         () = &mut grace => Ok(None),
+        () = sandbox.wait_until_silent() => Ok(None),
         _ = signals.next() => Ok(None),
     }
 }

@@ -1,6 +1,7 @@
 //! The common part of the container tiers: the agent is PID 1, the channel is its standard input
 //! and output, and the root is the read-only one of microVMs, as an archive.
 
+mod leftovers;
 mod limits;
 mod log;
 mod owner;
@@ -8,6 +9,8 @@ mod root_archive;
 
 use std::time::Duration;
 
+pub(crate) use leftovers::report_leftover;
+pub use leftovers::take_leftovers;
 pub(crate) use limits::{
     CREDENTIAL_BYTES, CREDENTIALS, Limits, read_only_mount_bytes, scratch_mounts,
 };

@@ -51,7 +51,7 @@ use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP
 use crate::error::{ContainerError, PathError, Rejections};
 use crate::{
     Artifacts, Capabilities, Error, GuestEnd, Instance, LaunchSpec, LaunchedInstance, Pending,
-    RejectedTier, Tier, Unavailable,
+    Pruned, RejectedTier, Tier, Unavailable,
 };
 
 /// Directory of the bundles and of the state of the runtimes.
@@ -132,6 +132,13 @@ impl Tier for OciTier {
 
     fn probe(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
         Box::pin(async { self.ready().await.map(|ready| ready.engine.capabilities()) })
+    }
+
+    fn prune(&self) -> Pending<'_, Result<Vec<Pruned>, Error>> {
+        Box::pin(async {
+            bundle::remove_abandoned().await;
+            Ok(Vec::new())
+        })
     }
 
     fn launch<'a>(&'a self, spec: &'a LaunchSpec) -> Pending<'a, Result<LaunchedInstance, Error>> {
