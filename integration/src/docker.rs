@@ -36,10 +36,40 @@ impl Dockerd {
     /// The daemon cannot be started, or ends; the error contains the end of its log.
     pub fn start() -> io::Result<Dockerd> {
         let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
-        let child = spawn_daemon(dir.path())?;
+        Dockerd::start_in(dir, &[])
+    }
+
+    /// Starts a daemon with further options.
+    ///
+    /// # Errors
+    /// As [`Dockerd::start`].
+    pub fn start_with(options: &[&str]) -> io::Result<Dockerd> {
+        let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
+        Dockerd::start_in(dir, options)
+    }
+
+    fn start_in(dir: TempDir, options: &[&str]) -> io::Result<Dockerd> {
+        let child = spawn_daemon(dir.path(), options)?;
         let mut dockerd = Dockerd { child, dir, killed: false };
         dockerd.wait_until_ready()?;
         Ok(dockerd)
+    }
+
+    /// Stops the daemon's process (SIGSTOP) until [`Dockerd::resume`]: it accepts connections and
+    /// never answers.
+    ///
+    /// # Panics
+    /// The daemon has ended.
+    pub fn suspend(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::STOP).expect("stop dockerd");
+    }
+
+    /// Continues the daemon.
+    ///
+    /// # Panics
+    /// The daemon has ended.
+    pub fn resume(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::CONT).expect("continue dockerd");
     }
 
     /// Returns the value for `DOCKER_HOST`.
@@ -68,30 +98,35 @@ impl Dockerd {
     pub fn restart(&mut self) -> io::Result<()> {
         // The daemon refuses to start while this file names a process, and the PID may be reused.
         let _ = fs::remove_file(self.dir.path().join("pid"));
-        self.child = spawn_daemon(self.dir.path())?;
+        self.child = spawn_daemon(self.dir.path(), &[])?;
         self.killed = false;
         self.wait_until_ready()
     }
 
     fn wait_until_ready(&mut self) -> io::Result<()> {
-        let deadline = Instant::now() + START_LIMIT;
-        while send_get(&self.host(), "/_ping").is_err() {
-            let ended = self.child.try_wait()?;
-            if ended.is_some() || Instant::now() > deadline {
-                let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-                let last: Vec<&str> = log.lines().rev().take(5).collect();
-                let state = ended.map_or("does not answer".to_owned(), |status| status.to_string());
-                return Err(io::Error::other(format!("dockerd: {state}: {}", last.join("; "))));
-            }
-            thread::sleep(Duration::from_millis(50));
-        }
-        Ok(())
+        wait_for_daemon(&self.host(), &mut self.child, &self.dir.path().join("log"))
     }
+}
+
+/// Waits until a daemon answers. If it does not, the error contains the end of its log.
+pub(crate) fn wait_for_daemon(host: &str, child: &mut Child, log: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + START_LIMIT;
+    while send_get(host, "/_ping").is_err() {
+        let ended = child.try_wait()?;
+        if ended.is_some() || Instant::now() > deadline {
+            let log = fs::read_to_string(log).unwrap_or_default();
+            let last: Vec<&str> = log.lines().rev().take(5).collect();
+            let state = ended.map_or("does not answer".to_owned(), |status| status.to_string());
+            return Err(io::Error::other(format!("daemon: {state}: {}", last.join("; "))));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// Starts a daemon without a bridge and firewall rules, which no container here needs, so that the
 /// host's network is unchanged.
-fn spawn_daemon(dir: &Path) -> io::Result<Child> {
+fn spawn_daemon(dir: &Path, options: &[&str]) -> io::Result<Child> {
     let path = |name: &str| dir.join(name).into_os_string();
     let log = File::options().create(true).append(true).open(dir.join("log"))?;
     // The daemon ends with this process, even if this process is killed.
@@ -100,6 +135,7 @@ fn spawn_daemon(dir: &Path) -> io::Result<Child> {
         .args(["--data-root".into(), path("data"), "--exec-root".into(), path("exec")])
         .args(["--pidfile".into(), path("pid"), "--host".into()])
         .arg(format!("unix://{}", dir.join("socket").display()))
+        .args(options)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -115,7 +151,8 @@ impl Drop for Dockerd {
             // Only a daemon can clean up containers, mounts and containerd of another.
             let _ = self.restart();
         }
-        // The signal fails if the daemon has ended.
+        // The signals fail if the daemon has ended.
+        let _ = kill_process(Pid::from_child(&self.child), Signal::CONT);
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let deadline = Instant::now() + STOP_LIMIT;
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -150,6 +187,17 @@ pub fn list_containers(host: &str) -> io::Result<BTreeSet<String>> {
     let listed =
         listed.as_array().ok_or_else(|| io::Error::other(format!("not a list: {listed}")))?;
     Ok(listed.iter().filter_map(|container| Some(container["Id"].as_str()?.to_owned())).collect())
+}
+
+/// Lists the names of all images of a daemon; `<none>` for those without.
+///
+/// # Errors
+/// The daemon does not answer.
+pub fn list_images(host: &str) -> io::Result<Vec<String>> {
+    let listed: Value = serde_json::from_str(&send_get(host, "/images/json?all=1")?)?;
+    let listed = listed.as_array().cloned().unwrap_or_default();
+    let name = |image: &Value| image["RepoTags"][0].as_str().unwrap_or("<none>").to_owned();
+    Ok(listed.iter().map(name).collect())
 }
 
 /// Sends a GET request and returns the body of the response.

@@ -17,6 +17,7 @@ pub use chitin::TierKind;
 pub use command::{Chitin, Outcome, chitin, run, run_sh};
 pub use docker::Dockerd;
 pub use host_resources::HostResources;
+pub use podman::Podman;
 pub use running::Running;
 pub use tier_under_test::{Policy, TierUnderTest};
 
@@ -24,6 +25,7 @@ pub mod canary;
 mod command;
 pub mod docker;
 mod host_resources;
+mod podman;
 mod running;
 mod tier_under_test;
 

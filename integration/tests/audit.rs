@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use chitin::TierKind;
-use chitin_integration::{Chitin, Outcome, TierUnderTest, chitin, link_artifacts, write_script};
+use chitin_integration::{
+    Chitin, Dockerd, Outcome, TierUnderTest, chitin, link_artifacts, write_script,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -135,6 +137,19 @@ mod nemoclaw {
     use super::*;
 
     const TIER: TierUnderTest = TierUnderTest::new(TierKind::Nemoclaw);
+
+    #[test]
+    fn daemon_without_seccomp_filter_passes_audit() {
+        let dir = tempfile::tempdir().unwrap();
+        let profile = dir.path().join("allow-all.json");
+        fs::write(&profile, r#"{"defaultAction": "SCMP_ACT_ALLOW"}"#).unwrap();
+        let option = format!("--seccomp-profile={}", profile.display());
+        let dockerd = Dockerd::start_with(&[&option]).unwrap();
+        let audit = TIER.chitin("audit --tier nemoclaw").env("DOCKER_HOST", dockerd.host());
+        let (outcome, report) = run_audit(audit);
+        outcome.assert_success();
+        assert_container_passes(&report);
+    }
 
     #[test]
     fn container_passes_audit() {

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use chitin_integration::{TierUnderTest, unix_time};
+use chitin_integration::{TierKind, TierUnderTest, unix_time};
 
 on_every_tier!(
     environment_has_only_requested_variables,
@@ -13,6 +13,8 @@ on_every_tier!(
     signals_and_umask_have_login_defaults,
     clock_is_correct_and_entropy_available,
     hostname_is_the_same_in_every_sandbox,
+    localhost_and_host_name_are_served,
+    machine_numbers_differ_as_documented,
     python_standard_library_is_complete,
     proc_shows_processes_of_workload,
 );
@@ -130,4 +132,30 @@ fn proc_shows_processes_of_workload(tier: TierUnderTest) {
                   until tr '\\0' ' ' < /proc/$!/cmdline | grep -q '^sleep 600'; do :; done; \
                   test -d /proc/$$ && echo self";
     assert_eq!(tier.run_sh(script).outcome().assert_success(), "self");
+}
+
+fn localhost_and_host_name_are_served(tier: TierUnderTest) {
+    let program = "import asyncio, socket
+async def serve():
+    server = await asyncio.start_server(lambda *_: None, 'localhost', 8000)
+    return [s.getsockname()[0] for s in server.sockets]
+print(asyncio.run(serve()), socket.gethostbyname(socket.gethostname()))";
+    let outcome = tier.run_python(program).outcome();
+    assert_eq!(outcome.assert_success(), "['127.0.0.1'] 127.0.0.1");
+}
+
+fn machine_numbers_differ_as_documented(tier: TierUnderTest) {
+    let program = "import os
+memory = int(open('/proc/meminfo').readline().split()[1])
+uptime = float(open('/proc/uptime').read().split()[0])
+print(os.cpu_count(), memory <= 262144, uptime < 600, os.path.exists('/dev/mqueue'))";
+    let outcome = tier.run_with("--cpus 1 --memory 256 -- python3 -c").arg(program).outcome();
+    let host_cpus = std::thread::available_parallelism().expect("count CPUs");
+    let expected = match tier.kind {
+        TierKind::Ironclaw => "1 True True False".to_owned(),
+        TierKind::Nanoclaw => format!("{host_cpus} True True False"),
+        // The host of the daemon, which has been running for longer.
+        TierKind::Nemoclaw => format!("{host_cpus} False False True"),
+    };
+    assert_eq!(outcome.assert_success(), expected);
 }

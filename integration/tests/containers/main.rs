@@ -10,8 +10,11 @@ use chitin_integration::{TierUnderTest, link_artifacts, workspace_dir, write_fil
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+mod fake_daemon;
 mod nanoclaw;
 mod nemoclaw;
+mod silent_daemon;
+mod tls_daemon;
 
 /// Creates artifacts whose root has no agent.
 fn create_empty_root() -> TempDir {

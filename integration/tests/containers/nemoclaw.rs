@@ -10,6 +10,7 @@ use chitin::TierKind;
 use chitin_integration::{Chitin, Dockerd, Running, TierUnderTest, docker};
 use tempfile::TempDir;
 
+use crate::fake_daemon::{Failure, FakeDaemon, Step};
 use crate::{create_empty_root, create_impostor_root, link_artifacts_without};
 
 const TIER: TierUnderTest = TierUnderTest::new(TierKind::Nemoclaw);
@@ -195,4 +196,76 @@ fn image_is_imported_once() {
         .env("CHITIN_ARTIFACTS", dir.path())
         .outcome();
     assert_eq!(again.assert_success(), "again");
+}
+
+#[test]
+fn concurrent_cold_runs_import_one_image() {
+    let dockerd = Dockerd::start().unwrap();
+    let runs: Vec<Running> =
+        (0..20).map(|_| with_daemon(&dockerd.host(), TIER.run("true")).spawn()).collect();
+    for mut run in runs {
+        let code = run.wait();
+        assert_eq!(code, 0, "{}", run.read_stderr());
+    }
+    let images = docker::list_images(&dockerd.host()).unwrap();
+    assert!(
+        matches!(images.as_slice(), [image] if image.starts_with("chitin-root:")),
+        "{images:?}"
+    );
+}
+
+#[test]
+fn prune_removes_images_of_other_roots_only() {
+    let dockerd = Dockerd::start().unwrap();
+    let run = || with_daemon(&dockerd.host(), TIER.run("true"));
+    run().outcome().assert_success();
+    let artifacts = create_impostor_root();
+    run().env("CHITIN_ARTIFACTS", artifacts.path()).outcome().assert_refused("broke the protocol");
+    let images = || docker::list_images(&dockerd.host()).unwrap();
+    assert_eq!(images().len(), 2, "{:?}", images());
+    let prune = || with_daemon(&dockerd.host(), TIER.chitin("prune --tier nemoclaw")).outcome();
+    let text = prune().assert_success().to_owned();
+    assert!(text.starts_with("removed image chitin-root:") && text.lines().count() == 1, "{text}");
+    assert_eq!(images().len(), 1, "{:?}", images());
+    assert_eq!(prune().assert_success(), "");
+    run().outcome().assert_success();
+}
+
+#[test]
+fn doctor_has_run_a_container() {
+    let dockerd = Dockerd::start().unwrap();
+    let doctor = |host: &str| {
+        let outcome = with_daemon(host, Chitin::new("doctor")).outcome();
+        let line = outcome.stdout_text().lines().find(|line| line.starts_with("nemoclaw"));
+        line.unwrap_or_default().to_owned()
+    };
+    assert!(doctor(&dockerd.host()).contains("available (Docker"), "{}", doctor(&dockerd.host()));
+    let images = docker::list_images(&dockerd.host()).unwrap();
+    assert!(images.iter().any(|image| image.starts_with("chitin-probe:")), "{images:?}");
+    assert_no_container(&dockerd);
+    // A daemon that answers, and cannot run anything.
+    let fake = FakeDaemon::start(Step::Start, Failure::Reset);
+    let line = doctor(&fake.host());
+    assert!(line.contains("not available") && line.contains("a container was tried"), "{line}");
+}
+
+#[test]
+fn limits_do_not_depend_on_the_daemon() {
+    let dockerd = Dockerd::start_with(&["--default-ulimit", "nofile=256:256"]).unwrap();
+    let secret = with_daemon(&dockerd.host(), TIER.run_with("--secret T=env:VALUE"));
+    let read = secret.env("VALUE", "abcdefgh").args(["--", "sh", "-c", "cat $T_FILE; ulimit -n"]);
+    assert_eq!(read.outcome().assert_success(), "abcdefgh1024");
+    // On a host with more CPUs than a sandbox may have there is nothing to refuse.
+    let cpus = with_daemon(&dockerd.host(), TIER.run_with("--cpus 8 -- true")).outcome();
+    match std::thread::available_parallelism().unwrap().get() {
+        0..8 => cpus.assert_refused("lower --cpus"),
+        8.. => drop(cpus.assert_success()),
+    }
+}
+
+#[test]
+fn report_has_no_jail_without_a_monitor() {
+    let (outcome, report) = TIER.run_with("").outcome_with_json("--report", &["--", "true"]);
+    outcome.assert_success();
+    assert_eq!(report["jail"], serde_json::Value::Null);
 }

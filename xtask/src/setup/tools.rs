@@ -54,7 +54,7 @@ const fn subcommand(
 }
 
 /// Every tool.
-pub const TOOLS: [Tool; 26] = [
+pub const TOOLS: [Tool; 27] = [
     package("build-essential", &[Kernel, Emulation], "compiler, linker and make"),
     package("patch", &[Kernel, Emulation, Tests], "patches to the kernel, QEMU and the monitor"),
     package("xz-utils", &[Kernel, Emulation], "unpacks sources and kernel modules"),
@@ -82,6 +82,7 @@ pub const TOOLS: [Tool; 26] = [
     program("npm", "npm", &[Tests], "fetches programs that tests run in sandboxes"),
     program("runsc", "runsc", &[Nanoclaw], "gVisor, the runtime of the tier nanoclaw"),
     program("crun", "crun", &[Nanoclaw], "the runtime of nanoclaw where gVisor does not work"),
+    program("podman", "podman", &[Nemoclaw], "a service of Podman for the tests of nemoclaw"),
     program("dockerd", "docker.io", &[Nemoclaw], "a Docker daemon for the tests of nemoclaw"),
     subcommand(
         "cargo-nextest",

@@ -178,12 +178,27 @@ impl Suite {
         self.stream("containers", command)
     }
 
+    /// Runs the conformance tests of nemoclaw again, with a separate service of Podman.
+    fn run_podman(&self, selection: &Selection) -> Result<bool> {
+        let with_dockerd = workspace::target_dir().join("debug/with-dockerd");
+        let words = ["--podman", "cargo", "nextest", "run", "--profile", "containers"];
+        let mut command = new_command(with_dockerd, words);
+        let only = "binary(conformance) & test(/(^|::)nemoclaw::/)";
+        command.args(selection.scope.options()).args(selection.options(Some(only)));
+        // A filter may select none of them.
+        command.arg("--no-tests=pass").current_dir(workspace::root_dir());
+        self.stream("podman", command)
+    }
+
     /// Runs the end-to-end tests. Those on emulated hosts run next to those of containers, which
     /// mostly wait. On this machine they would not: each tier checks that it leaves no process.
     fn run_end_to_end(&self, selection: &Selection) -> Result<()> {
         let containers = || {
             if selection.count(Tier::Nanoclaw) + selection.count(Tier::Nemoclaw) > 0 {
                 self.stages.run("containers", || self.run_containers(selection));
+            }
+            if selection.count(Tier::Nemoclaw) > 0 {
+                self.stages.run("containers of Podman", || self.run_podman(selection));
             }
         };
         if selection.count(Tier::Ironclaw) == 0 {
