@@ -182,7 +182,6 @@ fn fail(mut stream: impl Read + Write, failure: Failure) -> io::Result<()> {
             thread::sleep(Duration::from_secs(120));
             Ok(())
         }
-        // The body would be longer.
-        Failure::Reset => stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+        Failure::Reset => stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Le"),
     }
 }

@@ -111,7 +111,7 @@ mod nemoclaw {
     }
 
     #[test]
-    fn address_that_would_be_plain_or_is_unknown_is_refused() {
+    fn plain_or_unknown_address_is_refused() {
         for (host, words) in [
             ("tcp://build.invalid:2375", "DOCKER_TLS_VERIFY"),
             ("http://192.0.2.1:2375", "plain text"),

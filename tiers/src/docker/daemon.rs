@@ -109,6 +109,15 @@ impl Daemon {
         Ok(Daemon { docker, address, archive, version, engine })
     }
 
+    /// Returns true if root in a container is another user on the daemon's host.
+    pub async fn maps_users(&self) -> bool {
+        let Ok(info) = call("describe its host", self.docker.info()).await else { return false };
+        let options = info.security_options.unwrap_or_default();
+        options.iter().any(|option| {
+            option.split(',').any(|field| matches!(field, "name=userns" | "name=rootless"))
+        })
+    }
+
     pub fn error(&self, source: ContainerError) -> Error {
         Error::Container { engine: self.engine.to_string(), source }
     }

@@ -48,6 +48,10 @@ const LABEL: &str = "chitin.sandbox";
 /// Time in which a container that tries out the daemon must answer.
 const TRIAL_LIMIT: Duration = Duration::from_secs(20);
 
+/// The note about a daemon without a user namespace.
+const UNMAPPED_USERS: &str = "a container's root is root of the daemon's host: set userns-remap, or \
+                              use a rootless daemon";
+
 /// The limits of that container.
 const TRIAL_LIMITS: Limits = Limits { vcpus: 1, memory: 64 << 20, tasks: 16, disk: None };
 
@@ -163,9 +167,14 @@ impl Tier for DockerTier {
 
     fn try_out(&self) -> Pending<'_, Result<Capabilities, Unavailable>> {
         Box::pin(async {
-            let capabilities = self.describe().await?;
+            let mut capabilities = self.describe().await?;
             match self.run_trial().await {
-                Ok(()) => Ok(capabilities),
+                Ok(()) => {
+                    if !self.daemon().await?.maps_users().await {
+                        capabilities.short_of.push(UNMAPPED_USERS.into());
+                    }
+                    Ok(capabilities)
+                }
                 Err(error) => Err(Unavailable {
                     reason: format!("a container was tried: {}", error_chain(&error)),
                     remedy: "repair the daemon, or set DOCKER_HOST to another one".into(),
