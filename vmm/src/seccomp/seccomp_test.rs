@@ -333,3 +333,28 @@ fn rules_are_documented() {
         );
     }
 }
+
+#[test]
+fn recorded_guest_may_join_pages_of_its_file() {
+    use crate::memory::page_run::{PageRun, WorkingSet};
+    use crate::memory::working_set::collapse_read_pages;
+
+    let spec = VmSpec { restore: true, record: true, ..VmSpec::new("", "image") };
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 << 20).unwrap();
+    // A refused call is reported to standard error, and ends this process.
+    prepare_process(2).unwrap();
+    let (done_tx, done_rx) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        Filters::for_spec(&spec).install_filter(ThreadRole::Vmm).unwrap();
+        let read = (0..2048).map(|page| PageRun { first: page, count: 1 }).collect();
+        let mut set = WorkingSet { read, ..WorkingSet::default() };
+        collapse_read_pages(&file, &mut set, 8 << 20);
+        done_tx.send(set.read.len()).unwrap();
+        // The end of this thread would be refused.
+        loop {
+            std::thread::park();
+        }
+    });
+    assert!(done_rx.recv().unwrap() > 0);
+}
