@@ -17,11 +17,11 @@ use crate::{Error, FileKind, Limit, Lookup, Refusal, SendOptions, Summary};
 
 /// Writes the file or tree at `path` to `writer`, and flushes it.
 ///
-/// Each entry is checked on the descriptor it is read from. Devices, sockets, FIFOs and files of the
-/// kernel below the root are left out, and named to the receiver. An entry that vanishes before it is
-/// reached is omitted. A file that grows is sent up to the size it had, and one that shrinks up to
-/// its new end. Entries are sent in the order of their names' bytes, so that the same tree always
-/// gives the same bytes.
+/// Each entry is checked on the descriptor it is read from. Devices, sockets, FIFOs and files of
+/// the kernel below the root are left out, and named to the receiver. An entry that vanishes before
+/// it is reached is omitted. A file that grows is sent up to the size it had, and one that shrinks
+/// up to its new end. Entries are sent in the order of their names' bytes, so that the same tree
+/// always gives the same bytes.
 ///
 /// # Errors
 /// Returns [`Error::Filesystem`] for an entry that cannot be read, [`Error::Refused`] for one that
