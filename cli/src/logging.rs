@@ -6,6 +6,7 @@
 
 use std::io;
 
+use chitin::printable;
 use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -59,7 +60,8 @@ impl LogArgs {
         let Some(filter) = self.parse_filter(std::env::var(FILTER_VARIABLE).ok())? else {
             return Ok(());
         };
-        let subscriber = new_subscriber(filter, self.log_format, io::stderr);
+        let format = self.log_format;
+        let subscriber = new_subscriber(filter, format, move || LogWriter(io::stderr(), format));
         // The only caller: no other subscriber is installed.
         let _ = tracing::subscriber::set_global_default(subscriber);
         Ok(())
@@ -81,6 +83,28 @@ impl LogArgs {
             _ => LevelFilter::TRACE,
         };
         Ok(Some(EnvFilter::default().add_directive(level.into())))
+    }
+}
+
+/// Escapes each line of a log for people, which names that a guest has chosen and errors of servers
+/// are in. The formatter writes an event at once, without colours.
+struct LogWriter<W>(W, LogFormat);
+
+impl<W: io::Write> io::Write for LogWriter<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        match self.1 {
+            LogFormat::Json => self.0.write_all(event)?,
+            LogFormat::Text => {
+                let text = String::from_utf8_lossy(event);
+                let line = text.strip_suffix('\n').unwrap_or(&text);
+                self.0.write_all((printable(line) + "\n").as_bytes())?;
+            }
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -129,9 +153,10 @@ mod tests {
     fn log_events(filter: EnvFilter, format: LogFormat) -> String {
         let buffer = Buffer::default();
         let writer = buffer.clone();
-        let subscriber = new_subscriber(filter, format, move || writer.clone());
+        let writer = move || LogWriter(writer.clone(), format);
+        let subscriber = new_subscriber(filter, format, writer);
         tracing::subscriber::with_default(subscriber, || {
-            tracing::info!(target: "chitin_broker", host = "a\u{1b}b", "own");
+            tracing::info!(target: "chitin_broker", host = %"a\u{1b}\u{202e}b", "own");
             tracing::trace!(target: "chitin", "detail");
             tracing::error!(target: "hyper", "foreign");
         });
@@ -147,7 +172,8 @@ mod tests {
         let filter = args(3).parse_filter(None).unwrap().unwrap();
         let text = log_events(filter, LogFormat::Text);
         assert!(text.contains("own") && text.contains("detail"), "{text}");
-        assert!(!text.contains("foreign") && !text.contains('\u{1b}'), "{text}");
+        assert!(!text.contains("foreign"), "{text}");
+        assert!(!text.contains(['\u{1b}', '\u{202e}']), "{text}");
         let filter = args(0).parse_filter(Some("hyper=trace".into())).unwrap().unwrap();
         assert_eq!(log_events(filter, LogFormat::Text), "");
     }
@@ -158,7 +184,7 @@ mod tests {
         let text = log_events(filter, LogFormat::Json);
         let line: serde_json::Value = serde_json::from_str(text.trim_end()).unwrap();
         assert_eq!(line["fields"]["message"], "own");
-        assert_eq!(line["fields"]["host"], "a\u{1b}b");
+        assert_eq!(line["fields"]["host"], "a\u{1b}\u{202e}b");
     }
 
     #[test]
