@@ -10,6 +10,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod archive;
 mod artifacts;
 mod baseline;
 pub mod clock;

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use chitin_vmm::HostError;
 
+use crate::archive::{ArchiveError, Content, read_entries};
 use crate::error::PathError;
 use crate::{Artifacts, Error, ReadOnlyPath, Unavailable};
 
@@ -78,7 +79,9 @@ impl RootArchive {
             return Ok(Vec::new());
         }
         let failed = HostError::during("read the archive of the root");
-        let entries = File::open(&self.path).and_then(list_entries).map_err(failed)?;
+        let entries = File::open(&self.path)
+            .and_then(|file| list_entries(file).map_err(io::Error::other))
+            .map_err(failed)?;
         let mut mount_points = Vec::new();
         for path in wanted {
             let mount_point = find_mount_point(&entries, path)?;
@@ -100,18 +103,17 @@ enum Entry {
 }
 
 /// Returns every path of an archive, without the leading slash.
-fn list_entries(archive: File) -> io::Result<BTreeMap<PathBuf, Entry>> {
+fn list_entries(archive: File) -> Result<BTreeMap<PathBuf, Entry>, ArchiveError> {
     let mut entries = BTreeMap::new();
-    for entry in tar::Archive::new(archive).entries_with_seek()? {
-        let entry = entry?;
-        let plain = |part: &Component| matches!(part, Component::Normal(_));
-        let path: PathBuf = entry.path()?.components().filter(plain).collect();
-        let directory = entry.header().entry_type().is_dir();
-        for above in path.ancestors().skip(1) {
+    read_entries(archive, |entry| {
+        for above in entry.path.ancestors().skip(1) {
             entries.insert(above.to_owned(), Entry::FilledDirectory);
         }
-        entries.entry(path).or_insert(if directory { Entry::EmptyDirectory } else { Entry::Other });
-    }
+        let directory = matches!(entry.content, Content::Directory);
+        let kind = if directory { Entry::EmptyDirectory } else { Entry::Other };
+        entries.entry(entry.path).or_insert(kind);
+        Ok(())
+    })?;
     Ok(entries)
 }
 
@@ -158,10 +160,12 @@ mod tests {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(tar::EntryType::Directory);
             header.set_size(0);
+            header.set_mode(0o755);
             tar.append_data(&mut header, name, io::empty()).unwrap();
         }
         let mut header = tar::Header::new_gnu();
         header.set_size(5);
+        header.set_mode(0o644);
         tar.append_data(&mut header, "./etc/passwd", "root\n".as_bytes()).unwrap();
         tar.into_inner().unwrap();
         let archive = RootArchive { path, digest: String::new() };

@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
@@ -11,7 +10,9 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use super::engine::Engine;
-use super::tree::Tree;
+use super::private_dir::open_private_dir;
+use super::root_mount::RootMount;
+use super::user_range::{USERS, UserRange};
 use crate::container::{
     CAPABILITIES, CREDENTIAL_BYTES, CREDENTIALS, HOST_NAME, Limits, Owner, random_name,
     read_only_mount_bytes, scratch_mounts,
@@ -39,7 +40,8 @@ pub(super) struct Content<'a> {
 pub(crate) struct Bundle {
     path: PathBuf,
     name: String,
-    tree: Option<Tree>,
+    root: Option<RootMount>,
+    users: Option<UserRange>,
     /// Held as long as the bundle has an owner.
     _lock: File,
 }
@@ -47,20 +49,23 @@ pub(crate) struct Bundle {
 impl Bundle {
     pub fn create(engine: &Engine, content: &Content<'_>) -> io::Result<Bundle> {
         let name = random_name().map_err(io::Error::other)?;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(BUNDLES)?;
+        open_private_dir(Path::new(BUNDLES), 0o700)?;
         // The lock comes before the name, so that no process takes the bundle for an abandoned one.
         let draft = Path::new(BUNDLES).join(format!(".{name}"));
         fs::create_dir(&draft)?;
-        let lock = File::create(draft.join("lock"))?;
+        let lock = File::create_new(draft.join("lock"))?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         let full_name = format!("{}-{name}", engine.name);
         let path = Path::new(BUNDLES).join(&full_name);
         fs::rename(&draft, &path)?;
-        let mut bundle = Bundle { path, name, tree: None, _lock: lock };
-        if !content.mount_points.is_empty() {
-            bundle.tree = Some(Tree::create(&full_name, content.root, content.mount_points)?);
-        }
-        let config = runtime_config(engine, &bundle.name, content, bundle.tree.as_ref())?;
+        let mut bundle = Bundle { path, name, root: None, users: None, _lock: lock };
+        let users = UserRange::reserve(&bundle.name)?;
+        let first_user = users.first();
+        bundle.users = Some(users);
+        let Content { root, mount_points, .. } = content;
+        let root = RootMount::create(&full_name, engine, root, first_user, mount_points)?;
+        let config = runtime_config(engine, &bundle.name, content, first_user, &root)?;
+        bundle.root = Some(root);
         let spec: Spec = serde_json::from_value(config)?;
         spec.save(bundle.path.join("config.json")).map_err(io::Error::other)?;
         Ok(bundle)
@@ -79,16 +84,21 @@ impl Bundle {
         &self.name
     }
 
+    /// Returns the container's users, which must be reserved as long as the container.
+    pub fn take_users(&mut self) -> Option<UserRange> {
+        self.users.take()
+    }
+
     /// Returns true if the container has a private root, which must last as long as the container.
     pub fn has_tree(&self) -> bool {
-        self.tree.is_some()
+        self.root.as_ref().is_some_and(|root| root.tree().is_some())
     }
 }
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        // The tree goes first: an abandoned tree is found by its bundle.
-        self.tree = None;
+        // The root goes first: an abandoned root is found by its bundle.
+        self.root = None;
         // The next start removes leftovers.
         let _ = fs::remove_dir_all(&self.path);
     }
@@ -119,31 +129,20 @@ pub(crate) async fn remove_abandoned() {
             // There may be no container of that name.
             engine.delete(name).await;
         }
-        Tree::remove(&name);
+        RootMount::remove(&name);
         let _ = fs::remove_dir_all(&path);
     }
 }
-
-/// Returns the first host user of a container.
-///
-/// The users of a container are different from the host's and from another container's: each gets
-/// one of 16,384 ranges that no distribution assigns.
-fn random_user_range() -> io::Result<u64> {
-    let mut random = [0; 2];
-    getrandom::fill(&mut random)?;
-    Ok(0x4000_0000 + u64::from(u16::from_ne_bytes(random) & 0x3fff) * USERS)
-}
-
-/// Users of one range.
-const USERS: u64 = 65_536;
 
 /// Returns the content of `config.json`.
 fn runtime_config(
     engine: &Engine,
     name: &str,
-    &Content { root, limits, argv, .. }: &Content<'_>,
-    tree: Option<&Tree>,
+    &Content { limits, argv, .. }: &Content<'_>,
+    first_user: u32,
+    root: &RootMount,
 ) -> io::Result<Value> {
+    let tree = root.tree();
     // In gVisor's kernel this capability has no power over the host. Only the agent has it, to
     // mount a cgroup.
     let sys_admin = engine.has_own_kernel().then_some("SYS_ADMIN");
@@ -192,12 +191,17 @@ fn runtime_config(
         let count = tree.map_or(0, |tree| tree.mount_points.len());
         mounts.push(tmpfs(mount_point, "0755", 0, read_only_mount_bytes(limits, count)));
     }
-    let mut namespaces = vec!["pid", "mount", "network", "ipc", "uts"];
+    let mut namespaces = vec!["pid", "mount", "network", "ipc", "uts", "user"];
     let mut memory = json!({"limit": limits.memory});
     if fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1) {
         memory["swap"] = limits.memory.into();
     }
+    // The users of a container are neither the host's nor another container's. Those of gVisor are
+    // its kernel and the process that opens files for it.
+    let range = json!([{"containerID": 0, "hostID": first_user, "size": USERS}]);
     let mut linux = json!({
+        "uidMappings": range,
+        "gidMappings": range,
         "cgroupsPath": format!("/chitin/{name}"),
         "resources": {
             "memory": memory,
@@ -207,19 +211,16 @@ fn runtime_config(
         "maskedPaths": MASKED,
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys"],
     });
-    // gVisor's kernel runs as a dedicated user, and its own filter is narrower than this one.
+    // The filter that gVisor gives its own kernel is narrower than this one.
     if !engine.has_own_kernel() {
-        namespaces.extend(["user", "cgroup"]);
-        let range = json!([{"containerID": 0, "hostID": random_user_range()?, "size": USERS}]);
-        linux["uidMappings"] = range.clone();
-        linux["gidMappings"] = range;
+        namespaces.push("cgroup");
         linux["seccomp"] = seccomp_filter();
     }
     linux["namespaces"] = namespaces.into_iter().map(|kind| json!({"type": kind})).collect();
     Ok(json!({
         "ociVersion": "1.0.2",
         "hostname": HOST_NAME,
-        "root": {"path": tree.map_or(root, Tree::path), "readonly": true},
+        "root": {"path": root.path(), "readonly": true},
         "mounts": mounts,
         "linux": linux,
         "process": {

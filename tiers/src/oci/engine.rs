@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,6 +19,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
+use super::private_dir::open_private_dir;
+use super::programs::{PATH, find_program};
 use super::{Container, RUN, run_silently};
 use chitin_vmm::HostError;
 
@@ -86,7 +89,7 @@ impl Engine {
     /// Finds an engine by name, to remove its leftovers.
     pub fn find(name: &str) -> Option<Engine> {
         let (name, _) = ENGINES.into_iter().find(|(known, _)| *known == name)?;
-        Some(Engine { program: find_program(name)?, ..Engine::new(name, None) })
+        Some(Engine { program: find_program(name).ok()?, ..Engine::new(name, None) })
     }
 
     fn new(name: &'static str, platform: Option<&'static str>) -> Engine {
@@ -213,19 +216,6 @@ pub(super) fn container_cgroups(name: &str) -> impl Iterator<Item = PathBuf> {
     cgroups.filter(|cgroup| cgroup.is_dir())
 }
 
-/// Directories of administrators' tools.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Finds a program in `$PATH` of this process or in [`PATH`].
-fn find_program(name: &str) -> Option<PathBuf> {
-    let own = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&own).chain(std::env::split_paths(PATH)).collect::<Vec<_>>();
-    dirs.into_iter()
-        .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file())
-}
-
 /// Finds the strongest engine that runs a container.
 pub(crate) async fn find_working_engine(
     root: &Path,
@@ -244,19 +234,21 @@ pub(crate) async fn find_working_engine(
     };
     for (index, (name, platform)) in ENGINES.into_iter().enumerate() {
         let engine = Engine::new(name, platform);
-        let Some(program) = find_program(name) else {
-            let reason = format!("{name} is not installed");
-            if !short_of.contains(&reason) {
-                short_of.push(reason);
+        let program = match find_program(name) {
+            Ok(program) => program,
+            Err(reason) => {
+                if !short_of.contains(&reason) {
+                    short_of.push(reason);
+                }
+                continue;
             }
-            continue;
         };
         let engine = Engine { program, ..engine };
         match trials.outcome_of(&engine, root, cleanup).await {
             Ok(version) => {
                 let found = SearchResult { programs, engine: index, version, short_of };
                 // If this fails, the next process searches again.
-                let _ = serde_json::to_vec(&found).map(|json| fs::write(RESULT_FILE, json));
+                let _ = store_result(&found);
                 return Ok(Engine { version: found.version, short_of: found.short_of, ..engine });
             }
             Err(reason) => short_of.push(format!("{} does not work: {reason}", engine.full_name())),
@@ -274,11 +266,20 @@ fn load_result(programs: &[String]) -> Option<Engine> {
     (found.programs == programs).then_some(())?;
     let engine = Engine::new(name, platform);
     Some(Engine {
-        program: find_program(name)?,
+        program: find_program(name).ok()?,
         version: found.version,
         short_of: found.short_of,
         ..engine
     })
+}
+
+/// Replaces the file, so that another process reads the old or the new result.
+fn store_result(found: &SearchResult) -> io::Result<()> {
+    open_private_dir(Path::new(RUN), 0o711)?;
+    let mut file = tempfile::NamedTempFile::new_in(RUN)?;
+    serde_json::to_writer(&mut file, found)?;
+    file.persist(RESULT_FILE)?;
+    Ok(())
 }
 
 /// The trials of one program on all its platforms, run concurrently so that platforms that hang
@@ -358,7 +359,7 @@ impl Drop for Trials {
 
 /// Returns a text that changes when the program is replaced.
 fn program_identity(name: &str) -> String {
-    let Some(path) = find_program(name) else { return String::new() };
+    let Ok(path) = find_program(name) else { return String::new() };
     let Ok(metadata) = fs::metadata(&path) else { return String::new() };
     format!("{} {} {} {}", path.display(), metadata.ino(), metadata.len(), metadata.mtime())
 }

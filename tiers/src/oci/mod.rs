@@ -13,20 +13,25 @@
 //!   /run/chitin/
 //!     bundles/ENGINE-NAME   config.json, and a lock that the owner holds; removed when the agent has
 //!                           answered
+//!     mounts/ENGINE-NAME    a read-only mount of the unpacked root, and the top of a root with
+//!                           additional mount points of a policy; removed with its bundle
+//!     users/INDEX           the lock of a range of host users
 //!     ENGINE                state of the runtime
 //!     works.json            the runtime that works on this host, found by a trial
 //!   /var/cache/chitin/
-//!     roots/DIGEST          an unpacked root
-//!     trees/ENGINE-NAME     the top of a root with additional mount points of a policy; removed
-//!                           with its bundle
+//!     images/DIGEST         an unpacked root, which only root can enter
 //! ```
 
 mod bundle;
 mod counters;
 mod engine;
 mod oom_watch;
+mod private_dir;
+mod programs;
 mod root;
+mod root_mount;
 mod tree;
+mod user_range;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -46,6 +51,7 @@ use self::bundle::{Bundle, Content};
 use self::counters::Counters;
 use self::engine::Engine;
 use self::oom_watch::OomWatch;
+use self::user_range::UserRange;
 use crate::clock::monotonic_ns;
 use crate::container::{AGENT, Limits, Log, Owner, RootArchive, START_LIMIT, STOP_LIMIT};
 use crate::error::{ContainerError, PathError, Rejections};
@@ -73,7 +79,7 @@ const KILLED: i32 = 137;
 /// Exit code of gVisor's kernel after a panic, as of every Go program.
 const PANICKED: i32 = 2;
 
-const WRITE_BUNDLE: &str = "write an OCI bundle in /run/chitin";
+const WRITE_BUNDLE: &str = "prepare an OCI bundle in /run/chitin";
 
 /// The tier of containers of an OCI runtime.
 #[derive(Debug)]
@@ -205,6 +211,7 @@ struct Container {
     child: Child,
     /// Kept until the agent has answered, or as long as the container's root is in it.
     bundle: Option<Bundle>,
+    _users: Option<UserRange>,
     answered: bool,
     log: Log,
     reader: tokio::task::JoinHandle<()>,
@@ -225,7 +232,9 @@ impl Container {
         let argv = AGENT.into_iter().chain(engine.has_own_kernel().then_some(OWN_KERNEL));
         let argv: Vec<String> = argv.map(str::to_owned).collect();
         let content = Content { root, limits, mount_points, argv: &argv };
-        let bundle = Bundle::create(engine, &content).map_err(HostError::during(WRITE_BUNDLE))?;
+        let mut bundle =
+            Bundle::create(engine, &content).map_err(HostError::during(WRITE_BUNDLE))?;
+        let users = bundle.take_users();
         let (ours, theirs) =
             UnixStream::pair().map_err(HostError::during("create a socket pair"))?;
         let stdin: OwnedFd =
@@ -263,6 +272,7 @@ impl Container {
             name,
             child,
             bundle: Some(bundle),
+            _users: users,
             answered: false,
             log,
             reader,

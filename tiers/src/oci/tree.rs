@@ -3,15 +3,10 @@
 //! The directories on the way to a mount point are created new, and every other entry of them is
 //! mounted from the image, read-only. The shared root stays unchanged.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
-
-/// Directory of the trees. It is open to all, because a runtime enters it as the container's root
-/// user.
-const TREES: &str = "/var/cache/chitin/trees";
 
 /// Directories that every container mounts over.
 const MOUNTED: [&str; 5] = ["/dev", "/proc", "/sys", "/tmp", "/work"];
@@ -27,12 +22,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub fn create(name: &str, root: &Path, mount_points: &[PathBuf]) -> io::Result<Tree> {
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(TREES)?;
-        Tree::create_at(Path::new(TREES).join(name), root, mount_points)
-    }
-
-    fn create_at(path: PathBuf, root: &Path, mount_points: &[PathBuf]) -> io::Result<Tree> {
+    pub fn create(path: PathBuf, root: &Path, mount_points: &[PathBuf]) -> io::Result<Tree> {
         let mut tree =
             Tree { path, image_mounts: Vec::new(), mount_points: mount_points.to_owned() };
         tree.create_directory(root, Path::new("/"))?;
@@ -41,11 +31,6 @@ impl Tree {
 
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Removes an abandoned tree.
-    pub fn remove(name: &OsStr) {
-        let _ = fs::remove_dir_all(Path::new(TREES).join(name));
     }
 
     /// Creates a directory that is above a mount point.
@@ -67,7 +52,7 @@ impl Tree {
             } else {
                 match kind.is_dir() {
                     true => directory(&target)?,
-                    false => drop(fs::File::create(&target)?),
+                    false => drop(fs::File::create_new(&target)?),
                 }
                 if !MOUNTED.iter().any(|mounted| inner == Path::new(mounted)) {
                     self.image_mounts.push((entry.path(), inner));
@@ -112,7 +97,7 @@ mod tests {
         symlink("usr/bin", root.join("bin")).unwrap();
         let mount_points = ["/shared", "/etc/app", "/mnt"].map(PathBuf::from);
         let path = dir.path().join("tree");
-        let tree = Tree::create_at(path.clone(), &root, &mount_points).unwrap();
+        let tree = Tree::create(path.clone(), &root, &mount_points).unwrap();
         let mut image_mounts: Vec<_> =
             tree.image_mounts.iter().map(|(_, to)| to.to_str().unwrap()).collect();
         image_mounts.sort_unstable();
