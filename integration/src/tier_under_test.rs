@@ -112,14 +112,13 @@ impl TierUnderTest {
     }
 }
 
-/// Lists bundles, runtime states, unpacked trees and cgroups of the OCI tier.
+/// Lists bundles, runtime states, roots and cgroups of the OCI tier.
 fn list_oci_traces() -> BTreeSet<String> {
     let run = Path::new("/run/chitin");
     let mut traces = BTreeSet::new();
-    for engine in ["bundles", "runsc", "crun", "runc"] {
+    for engine in ["bundles", "mounts", "runsc", "crun", "runc"] {
         traces.extend(list_paths(&run.join(engine)));
     }
-    traces.extend(list_paths(Path::new("/var/cache/chitin/trees")));
     // The single hierarchy of cgroup v2, or each of the hierarchies of v1.
     let root = Path::new("/sys/fs/cgroup").to_owned();
     let hierarchies = list_paths(&root).map(PathBuf::from).chain([root.clone()]);

@@ -48,11 +48,11 @@ fn assert_container_passes(report: &Value) {
     assert_eq!(counts, (19, 1), "{report}");
 }
 
-/// Writes a script of this name, and returns its directory and a `PATH` that starts with it.
-fn write_program(name: &str, script: &str) -> (TempDir, String) {
+/// Writes a script of this name, and returns its directory, to be searched first.
+fn write_program(name: &str, script: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     write_script(dir.path(), name, script).unwrap();
-    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let path = dir.path().to_owned();
     (dir, path)
 }
 
@@ -82,7 +82,7 @@ mod nanoclaw {
         TIER.run_case(|tier| {
             let (_dir, path) = write_program("runsc", "echo it does not work here >&2; exit 1");
             let (outcome, report) =
-                run_audit(tier.chitin("audit --tier nanoclaw").env("PATH", path));
+                run_audit(tier.chitin("audit --tier nanoclaw").env("CHITIN_RUNTIME_PATH", path));
             outcome.assert_success();
             let tier = &report["tiers"][0];
             assert_eq!(tier["wall"], "namespaces", "{report}");
@@ -118,7 +118,7 @@ mod nanoclaw {
                 write_script(dir.path(), name, &leaking).unwrap();
             }
             let run =
-                tier.chitin("audit --tier nanoclaw").env("PATH", path).env("TMPDIR", shown.path());
+                tier.chitin("audit --tier nanoclaw").env("CHITIN_RUNTIME_PATH", path).env("TMPDIR", shown.path());
             let (outcome, report) = run_audit(run);
             assert_eq!(outcome.code, 1, "{outcome:?}");
             let found = get_finding(&report, "host files");
@@ -258,7 +258,7 @@ mod nemoclaw {
             let (_dir, path) = write_program("runsc", "exit 1");
             let run =
                 tier.chitin("audit --tier all").env("CHITIN_ARTIFACTS", without_monitor.path());
-            let (outcome, report) = run_audit(run.env("PATH", path));
+            let (outcome, report) = run_audit(run.env("CHITIN_RUNTIME_PATH", path));
             assert_eq!(outcome.code, 0, "{outcome:?}");
             assert!(outcome.stderr.contains("chitin: ironclaw was not attacked: "), "{outcome:?}");
             assert!(outcome.stderr.contains("chitin: running as nanoclaw/"), "{outcome:?}");

@@ -1,6 +1,8 @@
 //! Failures of a runtime, and of images that it runs.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -24,7 +26,7 @@ impl UnpackedRoot {
         let manifest = fs::read(artifacts.path().join("root.json")).unwrap();
         let manifest: Value = serde_json::from_slice(&manifest).unwrap();
         let digest = manifest["tar_sha256"].as_str().unwrap();
-        UnpackedRoot(Path::new("/var/cache/chitin/roots").join(digest))
+        UnpackedRoot(Path::new("/var/cache/chitin/images").join(digest))
     }
 }
 
@@ -42,10 +44,9 @@ fn write_runsc(script: &str) -> TempDir {
     dir
 }
 
-/// Puts a directory with a `runsc` first in the `PATH`.
+/// Searches a directory with a `runsc` first.
 fn with_runsc(runsc: &TempDir, chitin: Chitin) -> Chitin {
-    let path = std::env::var("PATH").unwrap();
-    chitin.env("PATH", format!("{}:{path}", runsc.path().display()))
+    chitin.env("CHITIN_RUNTIME_PATH", runsc.path())
 }
 
 /// Runs a command with a `runsc` that does not work, and returns exit code and report.
@@ -184,10 +185,67 @@ fn missing_or_damaged_archive_is_reported() {
         // A truncated archive.
         fs::write(&archive, [0; 100]).unwrap();
         run().assert_refused("unpacked");
-        let left: Vec<_> = fs::read_dir("/var/cache/chitin/roots").unwrap().flatten().collect();
+        let left: Vec<_> = fs::read_dir("/var/cache/chitin/images").unwrap().flatten().collect();
         let left =
             left.iter().filter(|entry| entry.file_name().to_string_lossy().contains(".partial-"));
         assert_eq!(left.count(), 0);
+    });
+}
+
+#[test]
+fn runtime_in_inherited_path_is_not_run() {
+    TIER.run_case(|tier| {
+        let user = write_runsc(&format!("touch {}", "$(dirname $0)/ran"));
+        let path = format!("{}:{}", user.path().display(), std::env::var("PATH").unwrap());
+        tier.run("true").env("PATH", path).outcome().assert_success();
+        assert!(!user.path().join("ran").exists());
+        // A program that others can replace is refused, and the next one is run.
+        fs::set_permissions(user.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        with_runsc(&user, tier.run("true")).outcome().assert_success();
+        assert!(!user.path().join("ran").exists());
+    });
+}
+
+#[test]
+fn root_is_closed_to_other_users_and_nosuid() {
+    TIER.run_case(|tier| {
+        let broken = write_runsc("exit 1");
+        let script = "grep ' / / ' /proc/self/mountinfo; exec sleep 600";
+        let mut running = with_runsc(&broken, tier.run_sh(script)).spawn();
+        let mount = running.read_line();
+        for flag in ["ro", "nosuid", "nodev"] {
+            assert!(mount.split([' ', ',']).any(|found| found == flag), "{mount}");
+        }
+        for path in ["/var/cache/chitin/images/", "/run/chitin/bundles/", "/run/chitin/mounts/"] {
+            let list = ["--reuid", "1000", "--regid", "1000", "--clear-groups", "ls", path];
+            let listed = Command::new("setpriv").args(list).output().unwrap();
+            let stderr = String::from_utf8_lossy(&listed.stderr);
+            assert!(stderr.contains("Permission denied"), "{path}: {listed:?}");
+        }
+        running.child.kill().unwrap();
+        running.wait();
+        with_runsc(&broken, tier.run("true")).outcome().assert_success();
+    });
+}
+
+#[test]
+fn concurrent_containers_have_distinct_users() {
+    TIER.run_case(|tier| {
+        let broken = write_runsc("exit 1");
+        let script = "cat /proc/self/uid_map; read line";
+        let mut running: Vec<_> = (0..3)
+            .map(|_| {
+                let mut run = with_runsc(&broken, tier.run_sh(script));
+                run.command().stdin(std::process::Stdio::piped());
+                run.spawn()
+            })
+            .collect();
+        let maps: BTreeSet<String> = running.iter_mut().map(|run| run.read_line()).collect();
+        assert_eq!(maps.len(), 3, "{maps:?}");
+        for run in &mut running {
+            drop(run.child.stdin.take());
+            run.wait();
+        }
     });
 }
 
