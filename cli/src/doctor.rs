@@ -60,7 +60,8 @@ fn print_text(diagnosis: &Diagnosis) {
         match (capabilities, unavailable) {
             (Some(found), _) => {
                 output!("{tier}: available ({} {})", found.implementation, found.version);
-                for other in &found.short_of {
+                let others = found.short_of.iter().map(String::as_str);
+                for other in others.chain(found.list_known_faults().iter().copied()) {
                     output!("  {other}");
                 }
             }

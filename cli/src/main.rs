@@ -45,7 +45,10 @@ Environment:
                     tracing-subscriber: info, debug, chitin_broker=trace,chitin=info
   CHITIN_ARTIFACTS  directory of the guest kernel and the root image
   CHITIN_TEMPLATES  directory of the templates
-  CHITIN_VMM        path of the monitor"
+  CHITIN_VMM        path of the monitor
+  CHITIN_RUNTIME_PATH
+                    directories of runsc, crun and runc, searched before those of the system; PATH
+                    is not searched. A program that others than root can replace is not run"
 )]
 struct Cli {
     #[command(flatten)]

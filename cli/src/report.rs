@@ -1,5 +1,8 @@
 //! The JSON record of one run.
 
+use std::fs::Permissions;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use chitin::{EndCause, Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
@@ -117,12 +120,32 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CliError> {
     if path.exists() && !path.is_file() {
         return std::fs::write(path, json).map_err(failed());
     }
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    std::fs::write(&temporary, json).and_then(|()| std::fs::rename(&temporary, path)).map_err(
-        |error| {
-            let _ = std::fs::remove_file(&temporary);
-            failed()(error)
-        },
-    )
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    // A random name that is created, never opened: no link under it is followed.
+    let mut temporary = tempfile::Builder::new()
+        .prefix(".chitin-report-")
+        .permissions(Permissions::from_mode(0o666))
+        .tempfile_in(dir.unwrap_or(Path::new(".")))
+        .map_err(failed())?;
+    temporary.write_all(&json).map_err(failed())?;
+    temporary.persist(path).map_err(|error| failed()(error.error))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_under_a_temporary_name_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("report.json"), dir.path().join("victim"));
+        std::fs::write(&victim, "precious").unwrap();
+        let predicted = format!("report.json.{}.tmp", std::process::id());
+        std::os::unix::fs::symlink(&victim, dir.path().join(predicted)).unwrap();
+        write_json(&path, &serde_json::json!({"a": 1})).unwrap();
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\n  \"a\": 1\n}\n");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+    }
 }

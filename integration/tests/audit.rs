@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use chitin::TierKind;
 use chitin_integration::{
@@ -117,8 +118,10 @@ mod nanoclaw {
                 );
                 write_script(dir.path(), name, &leaking).unwrap();
             }
-            let run =
-                tier.chitin("audit --tier nanoclaw").env("CHITIN_RUNTIME_PATH", path).env("TMPDIR", shown.path());
+            let run = tier
+                .chitin("audit --tier nanoclaw")
+                .env("CHITIN_RUNTIME_PATH", path)
+                .env("TMPDIR", shown.path());
             let (outcome, report) = run_audit(run);
             assert_eq!(outcome.code, 1, "{outcome:?}");
             let found = get_finding(&report, "host files");

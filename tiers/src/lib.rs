@@ -125,6 +125,16 @@ pub struct Capabilities {
     pub short_of: Vec<String>,
 }
 
+impl Capabilities {
+    /// Returns the known faults of this version that a workload meets, and the remedy at the end.
+    pub fn list_known_faults(&self) -> &'static [&'static str] {
+        match self.implementation.starts_with("runsc/") {
+            true => oci::gvisor::list_known_faults(&self.version),
+            false => &[],
+        }
+    }
+}
+
 /// An object that an earlier run had left behind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pruned {

@@ -30,7 +30,7 @@ pub struct Args {
     /// Seconds for each target
     #[arg(long, default_value_t = SECONDS)]
     seconds: u32,
-    /// Fuzz only this target: mmio, vsock, protocol, tree, kernel, template or proxy
+    /// Fuzz only this target: archive, kernel, mmio, protocol, proxy, template, tree or vsock
     target: Option<String>,
 }
 

@@ -210,7 +210,7 @@ fn runtime_in_inherited_path_is_not_run() {
 fn root_is_closed_to_other_users_and_nosuid() {
     TIER.run_case(|tier| {
         let broken = write_runsc("exit 1");
-        let script = "grep ' / / ' /proc/self/mountinfo; exec sleep 600";
+        let script = "grep -E '^([^ ]+ ){4}/ ' /proc/self/mountinfo; exec sleep 600";
         let mut running = with_runsc(&broken, tier.run_sh(script)).spawn();
         let mount = running.read_line();
         for flag in ["ro", "nosuid", "nodev"] {

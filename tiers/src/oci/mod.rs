@@ -25,6 +25,7 @@
 mod bundle;
 mod counters;
 mod engine;
+pub(crate) mod gvisor;
 mod oom_watch;
 mod private_dir;
 mod programs;

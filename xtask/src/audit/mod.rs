@@ -169,10 +169,9 @@ impl<'a> Trial<'a> {
     /// Returns the evidence if the property was reported as broken.
     fn run_audit(&self, chitin: &Path) -> Result<Option<String>> {
         let report = self.dir.path().join("report.json");
-        let path = std::env::var("PATH").unwrap_or_default();
         let mut audit = new_command(chitin, ["audit", "--tier", "nanoclaw", "--memory", "64"]);
         audit.arg("--json").arg(&report);
-        audit.env("PATH", format!("{}:{path}", self.runtimes.display()));
+        audit.env("CHITIN_RUNTIME_PATH", &self.runtimes);
         audit.env("TMPDIR", self.dir.path().join("tmp"));
         audit.env("CHITIN_ARTIFACTS", workspace::target_dir().join("artifacts"));
         let output = audit.output().context("run chitin audit")?;

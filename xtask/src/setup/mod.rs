@@ -65,6 +65,9 @@ pub struct Args {
 /// Installs missing tools, or lists them with `--check`.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let purposes = if args.purposes.is_empty() { &Purpose::ALL[..] } else { &args.purposes };
+    if purposes.contains(&Purpose::Nanoclaw) {
+        recommend_gvisor();
+    }
     let missing = find_missing(purposes)?;
     if missing.is_empty() {
         eprintln!("All tools are installed.");
@@ -91,6 +94,22 @@ pub fn ensure_installed(purposes: &[Purpose]) -> Result<()> {
     match install_tools(&missing)? {
         Ok(()) => Ok(()),
         Err(refusal) => bail!(refusal),
+    }
+}
+
+/// The release of gVisor that Debian 12 has without its backports.
+const OLD_GVISOR: &str = "20221219";
+
+/// Prints the commands that install a newer gVisor if Debian 12's is installed, or would be.
+fn recommend_gvisor() {
+    let version = capture_output(&mut new_command("runsc", ["--version"])).unwrap_or_default();
+    if version.is_empty() || version.contains(OLD_GVISOR) {
+        eprintln!(
+            "note: Debian 12's gVisor is of 2022, and ls and stat fail in it. Debian's backports \
+             have one of 2024:\n    echo deb http://deb.debian.org/debian bookworm-backports main \
+             | sudo tee /etc/apt/sources.list.d/backports.list\n    sudo apt-get update\n    \
+             sudo apt-get install --target-release bookworm-backports runsc"
+        );
     }
 }
 
