@@ -28,8 +28,8 @@ on_every_tier!(
 fn loop_that_reads_runs_once_for_each_line(tier: TierUnderTest) {
     let script = "printf '1\\n2\\n' | while read line; do \"$@\" $line; done";
     let loop_of_runs = ["sh", "-c", script, "sh"].map(OsStr::new);
-    let run = tier.chitin("run --no-stdin -- echo").run_through(&loop_of_runs);
-    assert_eq!(run.outcome().assert_success(), "1\n2\n");
+    let run = tier.run_with("--no-stdin -- echo").run_through(&loop_of_runs);
+    assert_eq!(run.outcome().assert_success(), "1\n2");
 }
 
 fn sixteen_mebibytes_of_stdin_arrive_intact(tier: TierUnderTest) {
