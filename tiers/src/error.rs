@@ -7,6 +7,7 @@ use chitin_vmm::{FailureCode, HostError};
 
 use crate::RejectedTier;
 use crate::artifacts::ArtifactKind;
+use crate::trusted_path::UntrustedPath;
 
 /// An error of a tier. Each variant names the operation and its object; a source has the cause.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +20,21 @@ pub enum Error {
         kind: ArtifactKind,
         /// Path at which it was expected.
         path: PathBuf,
+    },
+    /// Another user could replace a file that was found relative to the running program.
+    #[error(
+        "the {kind} {} was found next to this program, but another user can replace it: {cause}; \
+         or set {} to a location that you trust",
+        path.display(),
+        kind.variable()
+    )]
+    UntrustedArtifact {
+        /// Kind of file.
+        kind: ArtifactKind,
+        /// The file.
+        path: PathBuf,
+        /// The place that another user can change, part of the message.
+        cause: UntrustedPath,
     },
     /// A program could not be started.
     #[error("start {}{}", path.display(), explain_spawn(source))]

@@ -21,6 +21,7 @@ mod launch;
 pub mod microvm;
 mod oci;
 mod select;
+mod trusted_path;
 
 use std::fmt;
 use std::os::unix::net::UnixStream;
@@ -36,6 +37,7 @@ pub use baseline::BaselineContainer;
 pub use error::{ContainerError, Error, GuestEnd, PathError, Rejections};
 pub use launch::{BOOT_LIMIT, GuestFiles, LaunchSpec, ReadOnlyPath};
 pub use select::{RejectedTier, SelectedTier, select_tier, tier_of};
+pub use trusted_path::{UntrustedPath, UntrustedReason};
 
 /// The future that the methods of a tier return.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

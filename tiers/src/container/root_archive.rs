@@ -11,8 +11,9 @@ use sha2::{Digest, Sha256};
 use chitin_vmm::HostError;
 
 use crate::archive::{ArchiveError, Content, read_entries};
+use crate::artifacts::check_artifact;
 use crate::error::PathError;
-use crate::{Artifacts, Error, ReadOnlyPath, Unavailable};
+use crate::{ArtifactKind, Artifacts, Error, ReadOnlyPath, Unavailable};
 
 /// The archive of the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,14 @@ impl RootArchive {
             return Err(missing(format!("no archive of the root at {}", path.display())));
         }
         let manifest = artifacts.root_image.with_extension("json");
+        for file in [&path, &manifest] {
+            if let Err(error @ Error::UntrustedArtifact { .. }) =
+                check_artifact(ArtifactKind::RootImage, file)
+            {
+                let reason = error.to_string();
+                return Err(Unavailable { reason, remedy: "see `chitin doctor`".into() });
+            }
+        }
         let read = std::fs::read(&manifest).map_err(|error| error.to_string());
         let digest = read.and_then(|json| {
             serde_json::from_slice::<Manifest>(&json).map_err(|error| error.to_string())

@@ -7,7 +7,7 @@ use chitin_vmm::jail::{Jail, JailSupport, JailUser, Protection};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::Artifacts;
+use crate::{ArtifactKind, Artifacts};
 
 /// Time limit of a probe. It takes microseconds on hardware and 15 ms on an emulation; a probe that
 /// hangs is a finding.
@@ -35,25 +35,25 @@ struct Probe {
 /// Checks everything that a microVM needs. Also returns the jail of a monitor on this host, or
 /// `None` if the jail cannot be set up.
 pub async fn check_host(artifacts: &Artifacts) -> (Vec<Check>, Option<Jail>) {
-    let check_file = |name: &str, path: &std::path::Path, remedy: &str| Check {
-        name: name.into(),
-        ok: path.is_file(),
-        detail: if path.is_file() {
-            path.display().to_string()
-        } else {
-            format!("not at {}: {remedy}", path.display())
-        },
-    };
+    let files = [
+        ("monitor", ArtifactKind::Monitor),
+        ("guest kernel", ArtifactKind::Kernel),
+        ("root image", ArtifactKind::RootImage),
+    ];
     // Side by side: a KVM that hangs does not delay the rest.
     let (kvm, (jail_check, jail)) = tokio::join!(check_kvm(artifacts), check_jail(artifacts));
-    let checks = vec![
-        check_file("monitor", &artifacts.monitor, "build it with `cargo xtask build`"),
-        check_file("guest kernel", &artifacts.kernel, "build it with `cargo xtask kernel`"),
-        check_file("root image", &artifacts.root_image, "build it with `cargo xtask rootfs`"),
-        kvm,
-        jail_check,
-    ];
+    let files = files.map(|(name, kind)| check_artifact_file(artifacts, name, kind));
+    let checks = files.into_iter().chain([kvm, jail_check]).collect();
     (checks, jail)
+}
+
+fn check_artifact_file(artifacts: &Artifacts, name: &str, kind: ArtifactKind) -> Check {
+    let checked = artifacts.check_file(kind);
+    let detail = match &checked {
+        Ok(()) => artifacts.path(kind).display().to_string(),
+        Err(error) => error.to_string(),
+    };
+    Check { name: name.into(), ok: checked.is_ok(), detail }
 }
 
 /// Sets up an empty jail.
@@ -112,6 +112,8 @@ async fn query_monitor<T: DeserializeOwned>(
     artifacts: &Artifacts,
     option: &str,
 ) -> Result<T, String> {
+    // A monitor that another user can replace is not run, not even to ask it something.
+    artifacts.check_file(ArtifactKind::Monitor).map_err(|error| error.to_string())?;
     let output = tokio::process::Command::new(&artifacts.monitor)
         .arg(option)
         .stdin(Stdio::null())
