@@ -1,15 +1,17 @@
 //! The audit log: one line of JSON for each attempt to connect, allowed or not, and for each
 //! delivery and revocation of a credential. It never contains transferred data or values.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use chitin_spec::{DeliveryKind, MAX_HOST};
+use chitin_text::printable_json;
+use rustix::fs::OFlags;
 use serde::Serialize;
 
 use crate::egress::RefusalNotices;
@@ -99,9 +101,45 @@ fn format_credential_record(
         credentials: [name],
         delivery: kind.name(),
     };
-    let mut line = serde_json::to_vec(&record)?;
-    line.push(b'\n');
-    Ok(line)
+    format_line(&record)
+}
+
+/// Encodes one line. Names of hosts come from a guest, and a person reads the log in a terminal.
+fn format_line(record: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut line = printable_json(&serde_json::to_string(record)?);
+    line.push('\n');
+    Ok(line.into_bytes())
+}
+
+/// Opens a file to append to, which no other user can change, or a device or pipe.
+fn open_file(path: &Path) -> io::Result<File> {
+    let user = rustix::process::geteuid().as_raw();
+    let refuse = |reason: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+    let link = std::fs::symlink_metadata(path).ok().filter(Metadata::is_symlink);
+    if let Some(owner) = link.map(|link| link.uid()).filter(|owner| ![0, user].contains(owner)) {
+        return refuse(format!("it is a link of user {owner}: choose another path"));
+    }
+    // Without `O_NONBLOCK`, a pipe that no process reads would stop the run before it starts.
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)?;
+    let metadata = file.metadata()?;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    if metadata.is_file() && ![0, user].contains(&owner) {
+        return refuse(format!(
+            "it belongs to user {owner}, who could change it: choose another path"
+        ));
+    }
+    if metadata.is_file() && mode & 0o022 != 0 {
+        return refuse(format!("its mode {mode:04o} lets other users change it: `chmod go-w` it"));
+    }
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 /// Returns the current time, UTC.
@@ -185,10 +223,11 @@ impl State {
 }
 
 impl AuditLog {
-    /// Opens a file to append to. A new file is readable only by its owner.
+    /// Opens a file to append to. A new file is readable only by its owner; an existing one must
+    /// not be writable by other users.
     pub fn open(path: Option<&Path>) -> io::Result<AuditLog> {
         let Some(path) = path else { return Ok(AuditLog::default()) };
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let file = open_file(path)?;
         let bucket = TokenBucket::new(LINE_RATE, LINE_BURST);
         let state = State { file, bucket, omitted: 0, failed: false };
         Ok(AuditLog { state: Some(Mutex::new(state)), ..AuditLog::default() })
@@ -244,8 +283,7 @@ impl AuditLog {
             return;
         }
         record.omitted = std::mem::take(&mut state.omitted);
-        let mut line = serde_json::to_vec(&record).unwrap_or_default();
-        line.push(b'\n');
+        let line = format_line(&record).unwrap_or_default();
         state.write_line(&line);
     }
 
@@ -281,6 +319,9 @@ pub(crate) fn truncate_name(host: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -301,8 +342,70 @@ mod tests {
         assert_eq!(line["host"].as_str().unwrap().chars().count(), MAX_HOST);
         assert_eq!((&line["verdict"], &line["port"]), (&"refused".into(), &443.into()));
         assert!(line.get("address").is_none());
-        use std::os::unix::fs::PermissionsExt;
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn host_name_cannot_control_a_terminal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        let audit = AuditLog::open(Some(&path)).unwrap();
+        let name = "a\u{1b}[2J\u{7f}\u{9b}2J\u{202e}b";
+        audit.record_connection(ConnectionRecord::new(name, None, Verdict::Refused, None));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.is_ascii() && !text.trim_end().contains(|c: char| c.is_control()), "{text:?}");
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["host"], name);
+    }
+
+    /// A user that owns nothing.
+    const STRANGER: u32 = 54_321;
+
+    fn refused(path: &Path) -> bool {
+        let opened = AuditLog::open(Some(path));
+        opened.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+    }
+
+    #[test]
+    fn log_that_others_can_change_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        AuditLog::open(Some(&path)).unwrap();
+        AuditLog::open(Some(&path)).unwrap();
+        for (mode, is_refused) in [(0o622, true), (0o620, true), (0o644, false)] {
+            std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            assert_eq!(refused(&path), is_refused, "{mode:o}");
+        }
+        // Only root can give a file or a link away.
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        AuditLog::open(Some(&link)).unwrap();
+        std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
+        assert!(refused(&link));
+        std::os::unix::fs::chown(&path, Some(STRANGER), None).unwrap();
+        assert!(refused(&path));
+    }
+
+    #[test]
+    fn pipe_without_reader_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit");
+        rustix::fs::mkfifoat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        )
+        .unwrap();
+        let error = AuditLog::open(Some(&path)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NXIO.raw_os_error()));
+        // With a reader it is used, and waits for one that is slow.
+        let _reader = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let audit = AuditLog::open(Some(&path)).unwrap();
+        let state = audit.state().unwrap();
+        assert!(!rustix::fs::fcntl_getfl(&state.file).unwrap().contains(OFlags::NONBLOCK));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use chitin::doctor::{Diagnosis, TierAvailability, diagnose_host};
 use chitin::host::{Grade, HostFinding, check_host, render_document};
-use chitin::{Artifacts, TierKind, printable};
+use chitin::{Artifacts, TierKind, printable, printable_json};
 
 use crate::error::CliError;
 use crate::output::output;
@@ -45,7 +45,7 @@ pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
     if args.json {
         let json = serde_json::to_string_pretty(&diagnosis)
             .map_err(|error| CliError::io("encode the diagnosis")(error.into()))?;
-        output!("{json}");
+        output!("{}", printable_json(&json));
     } else {
         print_text(&diagnosis);
     }
@@ -54,15 +54,17 @@ pub async fn print_diagnosis(args: &Args) -> Result<u8, CliError> {
 
 fn print_text(diagnosis: &Diagnosis) {
     for check in &diagnosis.checks {
-        output!("{} {:<13} {}", if check.ok { "ok" } else { "NO" }, check.name, check.detail);
+        let detail = printable(&check.detail);
+        output!("{} {:<13} {detail}", if check.ok { "ok" } else { "NO" }, check.name);
     }
     for TierAvailability { tier, capabilities, unavailable } in &diagnosis.tiers {
         match (capabilities, unavailable) {
             (Some(found), _) => {
-                output!("{tier}: available ({} {})", found.implementation, found.version);
+                let version = printable(&found.version);
+                output!("{tier}: available ({} {version})", found.implementation);
                 let others = found.short_of.iter().map(String::as_str);
                 for other in others.chain(found.list_known_faults().iter().copied()) {
-                    output!("  {other}");
+                    output!("  {}", printable(other));
                 }
             }
             // The checks above give the reasons.
@@ -70,7 +72,8 @@ fn print_text(diagnosis: &Diagnosis) {
                 output!("{tier}: not available on this host, for the reasons marked NO");
             }
             (None, Some(unavailable)) => {
-                output!("{tier}: not available on this host: {unavailable}");
+                let reason = printable(&unavailable.to_string());
+                output!("{tier}: not available on this host: {reason}");
             }
             (None, None) => {}
         }
@@ -82,7 +85,7 @@ fn print_host(args: &Args) -> Result<u8, CliError> {
     if args.json {
         let json = serde_json::to_string_pretty(&findings)
             .map_err(|error| CliError::io("encode the findings")(error.into()))?;
-        output!("{json}");
+        output!("{}", printable_json(&json));
     } else {
         print_findings(&findings);
     }

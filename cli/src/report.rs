@@ -5,7 +5,9 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use chitin::{EndCause, Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage};
+use chitin::{
+    EndCause, Exit, Jail, Phases, Policy, RejectedTier, SelectedTier, Usage, printable_json,
+};
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -114,8 +116,9 @@ impl Isolation {
 /// is.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CliError> {
     let failed = || CliError::io(format!("write {}", path.display()));
-    let mut json = serde_json::to_vec_pretty(value).map_err(|error| failed()(error.into()))?;
-    json.push(b'\n');
+    let json = serde_json::to_string_pretty(value).map_err(|error| failed()(error.into()))?;
+    // The output of guests and the messages of daemons are part of it.
+    let json = printable_json(&json) + "\n";
     // A device or a pipe, such as /dev/stdout, cannot be replaced.
     if path.exists() && !path.is_file() {
         return std::fs::write(path, json).map_err(failed());
@@ -127,7 +130,7 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), CliError> {
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(dir.unwrap_or(Path::new(".")))
         .map_err(failed())?;
-    temporary.write_all(&json).map_err(failed())?;
+    temporary.write_all(json.as_bytes()).map_err(failed())?;
     temporary.persist(path).map_err(|error| failed()(error.error))?;
     Ok(())
 }
@@ -147,5 +150,16 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\n  \"a\": 1\n}\n");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn report_escapes_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.json");
+        write_json(&path, &["\u{1b}[2J\u{9b}2J\u{202e}"]).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.is_ascii(), "{text:?}");
+        let read: Vec<String> = serde_json::from_str(&text).unwrap();
+        assert_eq!(read, ["\u{1b}[2J\u{9b}2J\u{202e}"]);
     }
 }

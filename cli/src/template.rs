@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use chitin::{Manifest, Sandbox, Templates, WarmUpSpec, error_chain, printable};
+use chitin::{Manifest, Sandbox, Templates, WarmUpSpec, error_chain, printable, printable_json};
 
 use crate::error::CliError;
 use crate::machine_args::MachineArgs;
@@ -91,7 +91,7 @@ pub async fn execute(command: Command) -> Result<u8, CliError> {
             let manifest = templates.inspect(&name).map_err(chitin::Error::from)?;
             let json = serde_json::to_string_pretty(&manifest)
                 .map_err(|error| CliError::io("encode the template")(error.into()))?;
-            output!("{json}");
+            output!("{}", printable_json(&json));
         }
         Command::Rm(NameArg { name }) => templates.remove(&name).map_err(chitin::Error::from)?,
     }

@@ -83,7 +83,7 @@ pub use chitin_spec::{
     SecretSource, SecretSpec, TierKind, TierSelection, VaultConfig, VaultLogin, VaultSource,
     parse_bytes, parse_mib,
 };
-pub use chitin_text::{error_chain, printable};
+pub use chitin_text::{error_chain, printable, printable_json};
 pub use chitin_tiers::{
     Artifacts, BaselineContainer, Capabilities, ContainerError, Error as TierError, GuestEnd,
     PathError, Pruned, RejectedTier, SelectedTier, Unavailable, take_leftovers,

@@ -4,10 +4,12 @@
 //! them.
 #![forbid(unsafe_code)]
 
+mod json;
 mod limits;
 
 use std::error::Error;
 
+pub use json::printable_json;
 pub use limits::{explain_limit, explain_memory_lock, explain_refused_process};
 
 /// Returns an error and its causes as one line that a terminal can show.
@@ -52,7 +54,7 @@ pub fn printable(text: &str) -> String {
 
 /// Returns true for format characters (Unicode category Cf) and line separators: direction marks,
 /// embeddings, overrides and isolates (UAX #9), joiners, and tags.
-fn is_invisible(c: char) -> bool {
+pub fn is_invisible(c: char) -> bool {
     matches!(c,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{feff}' | '\u{200b}'..='\u{200f}'
         | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{fff9}'..='\u{fffb}'
