@@ -122,6 +122,6 @@ fn print_line(manifest: &Manifest) {
         manifest.memory_mib,
         manifest.memory_bytes >> 20,
         age,
-        manifest.warm_up.as_deref().unwrap_or("-")
+        printable(manifest.warm_up.as_deref().unwrap_or("-"))
     );
 }

@@ -367,6 +367,16 @@ fn parser_survives_every_mutation() {
 }
 
 #[test]
+fn characters_that_change_the_layout_are_refused() {
+    for c in ["\u{202e}", "\u{2066}", "\u{200f}", "\u{61c}", "\u{2028}"] {
+        let text = format!("secrets:\n  - {{name: A, source: \"exec:true {c} x\"}}\n");
+        let refused = Policy::parse(&text, "p.yaml");
+        assert!(matches!(refused, Err(PolicyError::Invalid { .. })), "{}", c.escape_unicode());
+    }
+    parse("plugin: \"päckchen 🦀\"\n");
+}
+
+#[test]
 fn expansion_and_depth_bombs_are_refused() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..9 {

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use chitin_text::is_invisible;
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span};
 
 /// Largest policy file. A long policy takes a few KiB, and the parser's memory grows with the text.
@@ -186,9 +187,11 @@ fn refuse_properties(span: &Span, anchor: usize, tag: bool) -> Result<(), Diagno
     }
 }
 
-/// Refuses control characters: no field needs them, and a terminal or a path would obey them.
+/// Refuses control characters, invisible ones, and those that change the direction of text. A
+/// terminal or a path would obey them, and a command would look like another one to the person who
+/// is asked to consent to it.
 fn check_characters(text: &str, location: Location) -> Result<(), Diagnostic> {
-    match text.chars().find(|c| c.is_control()) {
+    match text.chars().find(|c| c.is_control() || is_invisible(*c)) {
         Some('\0') => Err(Diagnostic::new(location, "a string must not hold a NUL byte")),
         Some(c) => Err(Diagnostic::new(
             location,
