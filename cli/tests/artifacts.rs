@@ -1,4 +1,5 @@
 //! The files next to the program are used only if no other user can replace them.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
