@@ -56,6 +56,7 @@ mod syscall;
 
 use std::fmt::Display;
 
+pub use egress::dns;
 use event_loop::Agent;
 use mode::Mode;
 

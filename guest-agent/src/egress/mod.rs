@@ -10,7 +10,7 @@
 //! route and by the broker, which checks each dial again. All that a workload can do to this code
 //! is lose its own connections. Sockets are watched edge-triggered, as those of pumps are.
 
-mod dns;
+pub mod dns;
 mod listeners;
 mod names;
 

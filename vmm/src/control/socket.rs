@@ -148,8 +148,16 @@ impl ControlSocket {
     pub fn from_stdin() -> Result<Self, ControlError> {
         let stdin =
             io::stdin().as_fd().try_clone_to_owned().map_err(|_| ControlError::NotASocket)?;
-        match socket_type(&stdin) {
-            Ok(SocketType::SEQPACKET) => Ok(Self(stdin)),
+        Self::new(stdin)
+    }
+
+    /// Uses a socket.
+    ///
+    /// # Errors
+    /// [`ControlError::NotASocket`] if it is not a `SOCK_SEQPACKET` socket.
+    pub fn new(socket: OwnedFd) -> Result<Self, ControlError> {
+        match socket_type(&socket) {
+            Ok(SocketType::SEQPACKET) => Ok(Self(socket)),
             _ => Err(ControlError::NotASocket),
         }
     }

@@ -45,6 +45,7 @@ const CLASS_IN: u16 = 1;
 /// The result of looking up a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lookup {
+    /// The name has this address.
     Address(Ipv4Addr),
     /// The name does not exist in this sandbox.
     NoSuchName,

@@ -1,4 +1,4 @@
 //! The resolver of the sandbox, to which `/etc/resolv.conf` of every root image points.
 
 pub mod message;
-pub mod server;
+pub(crate) mod server;
