@@ -25,6 +25,7 @@ mod programs;
 mod progress;
 mod pypi;
 mod rootfs;
+mod sbom;
 mod setup;
 mod static_build;
 mod test;
@@ -63,6 +64,8 @@ enum Task {
     Bench(bench::Args),
     /// Fuzz the parsers that a guest or a file can reach
     Fuzz(fuzz::Args),
+    /// Write the bill of materials of what is shipped, target/sbom.cdx.json
+    Sbom(sbom::Args),
     /// Attack the monitor from bare guests, and print the result of each attack
     Hostile(hostile::Args),
     /// Check that `chitin audit` notices the absence of each protection
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Sbom(args) => sbom::run(&args),
         Task::Hostile(args) => hostile::run(&args),
         Task::Audit(args) => audit::run(&args),
         Task::AuditRuntime(args) => audit::runtime::run(&args),

@@ -17,8 +17,9 @@ use crate::{cache, workspace};
 
 mod config;
 
-const SOURCE: &str = "linux-source-6.12";
-const SOURCE_VERSION: &str = "6.12.117-1~deb12u1";
+/// The Debian package of the kernel source, and its version.
+pub const SOURCE: &str = "linux-source-6.12";
+pub const SOURCE_VERSION: &str = "6.12.117-1~deb12u1";
 /// Steps that make prints for this configuration: only the length of the progress bar.
 const STEPS: u64 = 1450;
 

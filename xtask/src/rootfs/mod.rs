@@ -24,7 +24,8 @@ use crate::cache::{self, Key};
 use crate::progress::print_note;
 use crate::{static_build, workspace};
 use apt::Apt;
-use lock::{Lock, Pin};
+use lock::Lock;
+pub use lock::Pin;
 use recipe::Recipe;
 
 mod apt;
@@ -41,7 +42,7 @@ const BUILDER: u32 = 1;
 
 /// Our programs in the image: the package, which is also the name of its binary, and the path in
 /// the image.
-const PROGRAMS: [(&str, &str); 3] = [
+pub const PROGRAMS: [(&str, &str); 3] = [
     ("chitin-agent", "init"),
     ("chitin-echo", "usr/lib/chitin/echo"),
     ("chitin-peer", "usr/lib/chitin/peer"),
@@ -115,6 +116,13 @@ fn read_digest(manifest: &Path) -> Result<String> {
     let manifest: serde_json::Value = serde_json::from_str(&manifest_text)
         .with_context(|| format!("in {}", manifest.display()))?;
     Ok(manifest["sha256"].as_str().unwrap_or("unknown").to_owned())
+}
+
+/// Returns the Debian release of the image, and its pinned packages.
+pub fn read_pins() -> Result<(String, Vec<Pin>)> {
+    let builder = Builder::open()?;
+    let pins = builder.read_lock()?.pins;
+    Ok((builder.recipe.suite, pins))
 }
 
 /// The packages of an image.
