@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use chitin_protocol::ReachedLimits;
 use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::cgroup::Cgroups;
 
@@ -29,15 +30,20 @@ pub struct LimitWatch {
     /// Has a line `oom_kill N`.
     memory: Option<OwnedFd>,
     tasks: Option<TaskFiles>,
-    scratch: Vec<OwnedFd>,
+    /// The file system that takes everything that is written, if the agent has made it.
+    scratch: Option<OwnedFd>,
+    /// Otherwise the paths of the container's. No descriptor of them is kept, because gVisor lets
+    /// every process open the descriptors of others.
+    scratch_paths: &'static [&'static str],
 }
 
 /// The source of refused tasks.
 enum TaskFiles {
     /// A file with a line `max N`.
     Events(OwnedFd),
-    /// The files `pids.current` and `pids.max` of a kernel that counts no refusals.
-    Level { current: OwnedFd, max: OwnedFd },
+    /// A directory with the files `pids.current` and `pids.max`, of a kernel that counts no
+    /// refusals. They are readable for all, and therefore not kept open.
+    Level(OwnedFd),
 }
 
 /// The counters at one moment. They only grow.
@@ -58,16 +64,12 @@ impl LimitWatch {
             }
             (None, _) => (open_first(&CONTAINER_MEMORY), open_first(&CONTAINER_TASKS)),
         };
-        let level = cgroups.pids_v1.as_ref().and_then(|cgroup| {
-            let directory = cgroup.directory();
-            let current = open_file(directory, "pids.current")?;
-            Some(TaskFiles::Level { current, max: open_file(directory, "pids.max")? })
-        });
-        let scratch = match scratch.map(OwnedFd::try_clone) {
-            Some(cloned) => cloned.into_iter().collect(),
-            None => CONTAINER_SCRATCH.iter().filter_map(|path| open_path(path)).collect(),
-        };
-        LimitWatch { memory, tasks: level.or(tasks.map(TaskFiles::Events)), scratch }
+        let level = cgroups.pids_v1.as_ref();
+        let level = level.and_then(|cgroup| cgroup.directory().try_clone_to_owned().ok());
+        let level = level.map(TaskFiles::Level);
+        let scratch_paths: &[&str] = if scratch.is_none() { &CONTAINER_SCRATCH } else { &[] };
+        let scratch = scratch.and_then(|scratch| scratch.try_clone().ok());
+        LimitWatch { memory, tasks: level.or(tasks.map(TaskFiles::Events)), scratch, scratch_paths }
     }
 
     /// Reads the counters.
@@ -75,9 +77,10 @@ impl LimitWatch {
         let oom_kills = self.memory.as_ref().map(|file| read_counter(file, "oom_kill"));
         let refused_tasks = match &self.tasks {
             Some(TaskFiles::Events(file)) => read_counter(file, "max"),
-            Some(TaskFiles::Level { current, max }) => {
+            Some(TaskFiles::Level(directory)) => {
+                let read = |name| read_number(open_file(directory.as_fd(), name)?);
                 // The process that was refused one has ended since.
-                let full = read_number(current).zip(read_number(max));
+                let full = read("pids.current").zip(read("pids.max"));
                 full.is_some_and(|(current, max)| current.saturating_add(1) >= max).into()
             }
             None => 0,
@@ -93,7 +96,11 @@ impl LimitWatch {
         ReachedLimits {
             oom_kills: since(now.oom_kills, before.oom_kills),
             refused_tasks: since(now.refused_tasks, before.refused_tasks),
-            disk_full: self.scratch.iter().any(is_full),
+            disk_full: self
+                .scratch
+                .as_ref()
+                .is_some_and(|disk| is_full(rustix::fs::fstatvfs(disk)))
+                || self.scratch_paths.iter().any(|path| is_full(rustix::fs::statvfs(*path))),
         }
     }
 }
@@ -106,14 +113,9 @@ fn open_file(directory: BorrowedFd<'_>, path: &str) -> Option<OwnedFd> {
     rustix::fs::openat(directory, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
 }
 
-fn open_path(path: &str) -> Option<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).ok()
-}
-
 /// Returns true if no block or no inode is left.
-fn is_full(file_system: &OwnedFd) -> bool {
-    rustix::fs::fstatvfs(file_system).is_ok_and(|stat| {
+fn is_full(file_system: Result<rustix::fs::StatVfs, Errno>) -> bool {
+    file_system.is_ok_and(|stat| {
         (stat.f_blocks > 0 && stat.f_bavail == 0) || (stat.f_files > 0 && stat.f_favail == 0)
     })
 }
@@ -170,7 +172,7 @@ mod tests {
         let watch = LimitWatch {
             memory: Some(open(&memory)),
             tasks: Some(TaskFiles::Events(open(&tasks))),
-            scratch: Vec::new(),
+            ..LimitWatch::default()
         };
         let before = watch.count();
         assert!(!watch.reached_since(before).any());
@@ -184,16 +186,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| {
             fs::write(dir.path().join(name), text).unwrap();
-            OwnedFd::from(fs::File::open(dir.path().join(name)).unwrap())
         };
+        let open = || Some(TaskFiles::Level(fs::File::open(dir.path()).unwrap().into()));
         for (level, refused) in [("3", 0), ("62", 0), ("63", 1), ("64", 1)] {
-            let (current, max) = (write("current", level), write("max", "64\n"));
-            let tasks = Some(TaskFiles::Level { current, max });
+            write("pids.current", level);
+            write("pids.max", "64\n");
+            let tasks = open();
             let watch = LimitWatch { tasks, ..LimitWatch::default() };
             assert_eq!(watch.reached_since(LimitCounts::default()).refused_tasks, refused);
         }
-        let tasks = TaskFiles::Level { current: write("current", "3"), max: write("max", "max") };
-        let watch = LimitWatch { tasks: Some(tasks), ..LimitWatch::default() };
+        write("pids.current", "3");
+        write("pids.max", "max");
+        let watch = LimitWatch { tasks: open(), ..LimitWatch::default() };
         assert!(!watch.reached_since(LimitCounts::default()).any());
     }
 }

@@ -277,8 +277,10 @@ fn standard_streams_can_be_opened_by_path() {
     assert_eq!(agent.connection.send_data(stdin, b"in\n"), 3);
     agent.connection.end_stream(stdin);
     let owned = "1000:1000:600\n".repeat(3);
-    assert_eq!(agent.wait_for_output(running), format!("in\nout\n{owned}"));
-    agent.wait_until(|agent| agent.ended.contains(&running.stderr));
+    assert_eq!(agent.wait_for_exit(running), Exit::Code(0));
+    let has_ended = |agent: &Agent, stream| agent.ended.contains(&stream);
+    agent.wait_until(|agent| has_ended(agent, running.stdout) && has_ended(agent, running.stderr));
+    assert_eq!(agent.take_text(running.stdout), format!("in\nout\n{owned}"));
     assert_eq!(agent.take_text(running.stderr), "err\n");
 }
 

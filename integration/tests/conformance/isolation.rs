@@ -90,14 +90,12 @@ tried('killed', os.kill, 1, 9)
 tried('memory', open, '/proc/1/mem', 'r+b')
 try: fds = os.listdir('/proc/1/fd')
 except OSError: fds = []
-# gVisor lists them. These can be opened by their paths as well; the pipes are this process's own.
-# The channel is a socket, which cannot be opened.
-shared = ['/dev/null'] + [os.readlink('/proc/self/fd/%d' % fd) for fd in (0, 1, 2)]
-readable = shared + ['/work', '/tmp', '/dev/shm', '/workload/pids.current', '/workload/pids.max']
+# gVisor lists them. /dev/null is shared, and the pipes of this process are its own; the channel is a
+# socket, which cannot be opened.
+own = ['/dev/null'] + [os.readlink('/proc/self/fd/%d' % fd) for fd in (0, 1, 2)]
 for fd in ['/proc/1/fd/' + fd for fd in fds]:
-    if os.readlink(fd) not in readable:
+    if os.readlink(fd) not in own:
         tried(fd, os.open, fd, os.O_RDONLY | os.O_NONBLOCK)
-    if os.readlink(fd) not in shared:
         tried(fd, os.open, fd, os.O_WRONLY | os.O_NONBLOCK)
 # The workload may signal no process, or the idle one that would become its next process.
 try: os.kill(-1, 9)
