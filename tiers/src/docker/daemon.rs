@@ -23,8 +23,9 @@ use crate::container::{Limits, RootArchive, random_name, report_leftover};
 use crate::error::ContainerError;
 use crate::{Artifacts, Error, Unavailable};
 
-/// Time limit of the probe. A daemon answers in milliseconds.
-const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// Time limit of the probe. A daemon answers in milliseconds; Podman, which answers one caller after
+/// the other, has taken more than five seconds with twenty.
+const PROBE_LIMIT: Duration = Duration::from_secs(15);
 
 /// Time in which a start that nobody waits for must be completed, so that it can be undone.
 const ABANDON_LIMIT: Duration = Duration::from_secs(10);
