@@ -77,11 +77,11 @@ pub const MUTATIONS: [Mutation; 21] = [
         mount(config, "bind", &host.temp_dir, "/mnt", &["rbind", "ro"]);
     }),
     edited("host-proc-mounted", "host processes", |config, _| mount_host_proc(config)),
-    edited("network-interface", "network", |config, host| share_network(config, host)),
+    edited("network-interface", "network", share_network),
     edited("metadata-service-reachable", "metadata service", |config, host| {
         share_network(config, host);
     }),
-    edited("network-shared", "other sandboxes", |config, host| share_network(config, host)),
+    edited("network-shared", "other sandboxes", share_network),
     edited("user-range-shared", "credentials", |config, _| {
         mount_host_proc(config);
         for mapping in ["uidMappings", "gidMappings"] {
