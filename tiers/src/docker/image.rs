@@ -191,7 +191,9 @@ fn pack_agent(archive: &Path) -> io::Result<Vec<u8>> {
     }
     for entry in tar::Archive::new(File::open(archive)?).entries_with_seek()? {
         let entry = entry?;
-        if entry.path()?.strip_prefix(".").is_ok_and(|path| path == Path::new("init")) {
+        let path = entry.path()?;
+        // Archives differ in whether names begin with `./`.
+        if path.strip_prefix(".").unwrap_or(&path) == Path::new("init") {
             let size = entry.size();
             if size > MAX_AGENT {
                 break;
