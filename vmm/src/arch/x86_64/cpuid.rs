@@ -14,7 +14,7 @@ const LEAF_1_EDX_HTT: u32 = 1 << 28;
 /// `has_tsc_deadline` is set if KVM emulates the TSC deadline timer, which it does not list by
 /// itself; a guest with it needs neither calibration nor any other timer.
 ///
-/// Leaves and features that a sandbox has no use for are hidden: see [`features`](super::features).
+/// Leaves and features that a sandbox has no use for are hidden: see `features.rs`.
 pub fn fit_to_vcpu(supported: &CpuId, index: u8, vcpus: u8, has_tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();
     cpuid.retain(is_visible);
