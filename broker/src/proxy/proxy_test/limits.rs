@@ -131,8 +131,9 @@ async fn unread_streams_stay_within_the_byte_budget() {
     let produced = usize::try_from(produced.load(Ordering::Relaxed)).unwrap();
     println!("reserved {reserved}, grown {grown}, produced {produced}, budget {BUDGET}");
     assert!(reserved <= BUDGET && reserved > BUDGET / 2);
-    // The test's own ends of the connections and its tasks are in it as well.
-    assert!(grown <= BUDGET, "{grown} over {BUDGET}");
+    // Each of the 12,800 streams exists at the test's own two ends as well, with a task for each:
+    // as much again as in the proxy.
+    assert!(grown <= 2 * BUDGET, "{grown} over twice {BUDGET}");
     assert!(produced <= BUDGET, "{produced} over {BUDGET}");
     tasks.shutdown().await;
     drop(senders);
