@@ -154,12 +154,16 @@ impl Program {
 
     /// Checks that no other user can replace a file, if it was found relative to this program. A
     /// program can run from a directory in which everybody may create `../artifacts`.
+    ///
+    /// The directories that hold the program as well may belong to anybody: their owner can replace
+    /// the program.
     fn check_found(&self, kind: ArtifactKind, path: &Path) -> Result<(), Error> {
         let Some(parent) = path.parent() else { return Ok(()) };
-        let found = match kind {
-            ArtifactKind::Monitor => parent == self.dir,
+        let (base, found) = match kind {
+            ArtifactKind::Monitor => (self.dir.as_path(), parent == self.dir),
             ArtifactKind::Kernel | ArtifactKind::RootImage => {
-                list_artifact_dirs(&self.dir).iter().any(|dir| parent == dir)
+                let found = list_artifact_dirs(&self.dir).iter().any(|dir| parent == dir);
+                (self.dir.parent().unwrap_or(&self.dir), found)
             }
         };
         if !found {
@@ -167,7 +171,7 @@ impl Program {
         }
         let owners = [rustix::process::geteuid().as_raw(), self.owner];
         let path = path.to_owned();
-        check_trusted_path(&path, &owners).map_err(|cause| Error::UntrustedArtifact {
+        check_trusted_path(&path, base, &owners).map_err(|cause| Error::UntrustedArtifact {
             kind,
             path,
             cause,

@@ -51,7 +51,12 @@ pub enum UntrustedReason {
 ///
 /// Links are followed one by one, and each place on the way is checked. A directory in which
 /// everybody may create files is accepted with the sticky bit, which protects the files of others.
-pub(crate) fn check_trusted_path(path: &Path, owners: &[u32]) -> Result<(), UntrustedPath> {
+/// The directory `base` and those above it may belong to anybody.
+pub(crate) fn check_trusted_path(
+    path: &Path,
+    base: &Path,
+    owners: &[u32],
+) -> Result<(), UntrustedPath> {
     let mut groups = PrivateGroups::default();
     let mut pending = list_parts(path);
     let mut place = PathBuf::from("/");
@@ -59,7 +64,11 @@ pub(crate) fn check_trusted_path(path: &Path, owners: &[u32]) -> Result<(), Untr
     loop {
         let metadata = fs::symlink_metadata(&place)
             .map_err(|error| untrusted(&place, UntrustedReason::Inspect(error)))?;
-        check_place(&place, &metadata, owners, &mut groups)?;
+        let owner = metadata.uid();
+        if owner != 0 && !owners.contains(&owner) && !base.starts_with(&place) {
+            return Err(untrusted(&place, UntrustedReason::Owner { owner }));
+        }
+        check_mode(&place, &metadata, &mut groups)?;
         if metadata.is_symlink() {
             links += 1;
             if links > MAX_LINKS {
@@ -96,20 +105,15 @@ fn list_parts(path: &Path) -> Vec<Part> {
     parts.collect()
 }
 
-fn check_place(
+fn check_mode(
     place: &Path,
     metadata: &Metadata,
-    owners: &[u32],
     groups: &mut PrivateGroups,
 ) -> Result<(), UntrustedPath> {
-    let owner = metadata.uid();
-    if owner != 0 && !owners.contains(&owner) {
-        return Err(untrusted(place, UntrustedReason::Owner { owner }));
-    }
     let mode = metadata.mode() & 0o7777;
     let protected = metadata.is_symlink() || metadata.is_dir() && mode & STICKY != 0;
     let group_writes =
-        mode & GROUP_MAY_WRITE != 0 && !groups.has_only_member(metadata.gid(), owner);
+        mode & GROUP_MAY_WRITE != 0 && !groups.has_only_member(metadata.gid(), metadata.uid());
     if !protected && (group_writes || mode & OTHERS_MAY_WRITE != 0) {
         return Err(untrusted(place, UntrustedReason::Mode { mode }));
     }

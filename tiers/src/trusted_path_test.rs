@@ -25,8 +25,8 @@ fn create_file(dir: &Path, name: &str) -> PathBuf {
 /// root's files are trusted.
 fn check_file_of_stranger(path: &Path) -> Result<(), UntrustedPath> {
     match chown(path, Some(STRANGER), None) {
-        Ok(()) => check_trusted_path(path, &owners()),
-        Err(_) => check_trusted_path(path, &[]),
+        Ok(()) => check_trusted_path(path, Path::new(""), &owners()),
+        Err(_) => check_trusted_path(path, Path::new(""), &[]),
     }
 }
 
@@ -34,8 +34,8 @@ fn check_file_of_stranger(path: &Path) -> Result<(), UntrustedPath> {
 fn own_file_in_own_directory_is_trusted() {
     let dir = tempfile::tempdir().unwrap();
     let file = create_file(dir.path(), "file");
-    check_trusted_path(&file, &owners()).unwrap();
-    check_trusted_path(Path::new("/bin/sh"), &[]).unwrap();
+    check_trusted_path(&file, Path::new(""), &owners()).unwrap();
+    check_trusted_path(Path::new("/bin/sh"), Path::new(""), &[]).unwrap();
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn file_that_others_can_write_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let file = create_file(dir.path(), "file");
     set_mode(&file, 0o666);
-    let error = check_trusted_path(&file, &owners()).unwrap_err();
+    let error = check_trusted_path(&file, Path::new(""), &owners()).unwrap_err();
     assert!(matches!(error.reason, UntrustedReason::Mode { mode: 0o666 }));
     assert_eq!(error.path, file);
 }
@@ -55,12 +55,12 @@ fn directory_that_others_can_write_is_refused() {
     fs::create_dir(dir.path().join("open/own")).unwrap();
     let file = create_file(&dir.path().join("open/own"), "file");
     set_mode(&dir.path().join("open"), 0o777);
-    let error = check_trusted_path(&file, &owners()).unwrap_err();
+    let error = check_trusted_path(&file, Path::new(""), &owners()).unwrap_err();
     assert!(matches!(error.reason, UntrustedReason::Mode { mode: 0o777 }));
     assert_eq!(error.path, dir.path().join("open"));
     // As in /tmp, where users cannot replace the files of others.
     set_mode(&dir.path().join("open"), 0o1777);
-    check_trusted_path(&file, &owners()).unwrap();
+    check_trusted_path(&file, Path::new(""), &owners()).unwrap();
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn trusted_owner_is_named_by_the_caller() {
         Ok(()) => STRANGER,
         Err(_) => owners()[0],
     };
-    check_trusted_path(&file, &[owner, owners()[0]]).unwrap();
+    check_trusted_path(&file, Path::new(""), &[owner, owners()[0]]).unwrap();
 }
 
 #[test]
@@ -91,14 +91,14 @@ fn link_into_open_directory_is_refused() {
     create_file(&dir.path().join("open"), "file");
     let link = dir.path().join("own/link");
     symlink("../open/file", &link).unwrap();
-    check_trusted_path(&link, &owners()).unwrap();
+    check_trusted_path(&link, Path::new(""), &owners()).unwrap();
     // Also as one of several links, and back to a closed directory.
     set_mode(&dir.path().join("open"), 0o777);
     create_file(&dir.path().join("own"), "file");
     symlink("../own/file", dir.path().join("open/second")).unwrap();
     symlink("../open/second", dir.path().join("own/first")).unwrap();
     for link in [link, dir.path().join("own/first")] {
-        let error = check_trusted_path(&link, &owners()).unwrap_err();
+        let error = check_trusted_path(&link, Path::new(""), &owners()).unwrap_err();
         assert!(matches!(error.reason, UntrustedReason::Mode { .. }), "{error}");
     }
 }
@@ -108,7 +108,7 @@ fn endless_links_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let link = dir.path().join("link");
     symlink("link", &link).unwrap();
-    let error = check_trusted_path(&link, &owners()).unwrap_err();
+    let error = check_trusted_path(&link, Path::new(""), &owners()).unwrap_err();
     assert!(matches!(error.reason, UntrustedReason::Links));
 }
 
@@ -116,7 +116,7 @@ fn endless_links_are_refused() {
 fn missing_file_is_reported_with_its_path() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("none");
-    let error = check_trusted_path(&path, &owners()).unwrap_err();
+    let error = check_trusted_path(&path, Path::new(""), &owners()).unwrap_err();
     assert!(matches!(error.reason, UntrustedReason::Inspect(_)));
     assert_eq!(error.path, path);
 }
@@ -134,4 +134,22 @@ fn group_of_one_user_may_write() {
     }
     let shared = format!("{users}mal:x:1003:1000::/:\n");
     assert!(!is_private_group(&shared, groups, 1000, 1000));
+}
+
+#[test]
+fn directories_down_to_the_base_may_belong_to_anybody() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, own) = (dir.path().join("base"), dir.path().join("base/own"));
+    fs::create_dir_all(&own).unwrap();
+    let file = create_file(&own, "file");
+    // Only root can give a directory away; a user trusts nobody's in place of it.
+    let given = chown(&base, Some(STRANGER), None).is_ok();
+    let owners = if given { owners() } else { vec![] };
+    assert!(check_trusted_path(&file, Path::new(""), &owners).is_err());
+    if given {
+        check_trusted_path(&file, &base, &owners).unwrap();
+    }
+    set_mode(&base, 0o777);
+    let error = check_trusted_path(&file, &base, &owners).unwrap_err();
+    assert!(!given || error.path == base);
 }
