@@ -264,7 +264,8 @@ fn special_files_in_trees_are_left_out_and_named(tier: TierUnderTest) {
     let _listener = UnixListener::bind(tree.join("a.sock")).unwrap();
     mknodat(CWD, tree.join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
     let report = dir.path().join("report.json");
-    let script = "ls tree; mkfifo tree/pipe; echo out > tree/z";
+    // Not with ls, which needs a system call that a gVisor of 2022 refuses.
+    let script = "echo tree/*; mkfifo tree/pipe; echo out > tree/z";
     let outcome = tier
         .run_with("")
         .arg(copy_option("copy-in", &tree, "/work/"))
@@ -272,7 +273,7 @@ fn special_files_in_trees_are_left_out_and_named(tier: TierUnderTest) {
         .arg(format!("--report={}", report.display()))
         .args(["--", "sh", "-c", script])
         .outcome();
-    assert_eq!(outcome.assert_success(), "file");
+    assert_eq!(outcome.assert_success(), "tree/file");
     for name in ["tree/a.sock", "tree/fifo", "back/pipe"] {
         assert!(outcome.stderr.contains(name), "{outcome:?}");
     }
