@@ -19,6 +19,7 @@ mod weaker_tier;
 
 use std::ffi::OsString;
 use std::process::exit;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -97,6 +98,9 @@ fn main() {
     });
 }
 
+/// Time for clean-up in the background at the end. What is left then is removed by the next start.
+const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
+
 fn execute(cli: Cli) -> Result<u8, CliError> {
     cli.log.install()?;
     // One thread is enough: all the work is moving bytes.
@@ -105,14 +109,17 @@ fn execute(cli: Cli) -> Result<u8, CliError> {
         .build()
         .map_err(CliError::io("start the async runtime"))?;
     let code = runtime.block_on(async {
-        match cli.command {
+        let code = match cli.command {
             Command::Run(args) => run::run_command(*args).await,
             Command::Template(command) => template::execute(command).await,
             Command::Policy(command) => policy::execute(command),
             Command::Doctor(args) => doctor::print_diagnosis(&args).await,
             Command::Prune(args) => prune::prune_host(&args).await,
             Command::Audit(args) => audit::run_audit(&args, cli.log.is_verbose()).await,
-        }
+        };
+        // Trials of runtimes that were given up still have a container to remove.
+        let _ = tokio::time::timeout(CLEANUP_LIMIT, chitin::wait_for_cleanup()).await;
+        code
     });
     runtime.shutdown_background();
     code

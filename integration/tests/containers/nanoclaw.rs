@@ -71,7 +71,8 @@ fn hanging_runtime_is_skipped_and_fallback_reported() {
         let tier = report["tier"].as_str().unwrap();
         assert!(["nanoclaw/crun", "nanoclaw/runc"].contains(&tier), "{report}");
         assert!(report["isolation"]["why"].as_str().unwrap().contains("10 s"), "{report}");
-        assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
+        // Two limits of 10 s, and a start, next to other tests.
+        assert!(started.elapsed() < Duration::from_secs(40), "{:?}", started.elapsed());
     });
 }
 

@@ -310,10 +310,11 @@ impl Trials {
             self.running = platforms
                 .map(|(_, platform)| {
                     let (engine, root) = (Engine { platform, ..engine.clone() }, root.to_owned());
-                    let (version, cleanup) = (version.clone(), cleanup.clone());
-                    let works = self.works.clone();
-                    tokio::spawn(async move {
-                        let outcome = run_trial(&engine, &root, &cleanup).await;
+                    let (version, works) = (version.clone(), self.works.clone());
+                    let tracker = cleanup.clone();
+                    // Tracked, because one that is aborted still has a container to remove.
+                    cleanup.spawn(async move {
+                        let outcome = run_trial(&engine, &root, &tracker).await;
                         works.send_if_modified(|works| {
                             outcome.is_ok() && !std::mem::replace(works, true)
                         });
