@@ -214,6 +214,8 @@ struct Container {
     bundle: Option<Bundle>,
     _users: Option<UserRange>,
     answered: bool,
+    /// A stop has begun and not ended.
+    stopping: bool,
     log: Log,
     reader: tokio::task::JoinHandle<()>,
     ended: Option<ExitStatus>,
@@ -275,6 +277,7 @@ impl Container {
             bundle: Some(bundle),
             _users: users,
             answered: false,
+            stopping: false,
             log,
             reader,
             ended: None,
@@ -371,6 +374,7 @@ impl Instance for Container {
 
     fn stop(&mut self) -> Pending<'_, Result<(), Error>> {
         Box::pin(async {
+            self.stopping = true;
             // gVisor's kernel ends its helper processes after itself. `runsc` finds them in the
             // cgroup that it removes then, and tries again a tenth of a second later.
             if self.answered && self.engine.has_own_kernel() {
@@ -385,12 +389,14 @@ impl Instance for Container {
                 && self.engine.remove_leftovers(&self.name)
             {
                 self.bundle = None;
+                self.stopping = false;
                 return Ok(());
             }
             self.kill_runtime();
             self.wait_for_runtime().await;
             let deleted = self.engine.delete(&self.name).await;
             self.bundle = None;
+            self.stopping = false;
             match deleted {
                 true => Ok(()),
                 false => Err(Error::Leftover {
@@ -403,8 +409,9 @@ impl Instance for Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // After an answer the container ends with its channel, and its runtime cleans up.
-        if self.answered || self.ended.is_some() {
+        // After an answer the container ends with its channel, and its runtime cleans up. A stop that
+        // was interrupted has killed processes already, which the runtime does not expect.
+        if (self.answered || self.ended.is_some()) && !self.stopping {
             return;
         }
         self.kill_runtime();
