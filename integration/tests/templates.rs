@@ -60,7 +60,7 @@ fn generator_in_process_memory_is_reseeded() {
     let source = fs::read_to_string(program).unwrap();
     let warm_up = format!(
         "cat > /work/random.py <<'END'\n{source}END\npython3 /work/random.py >/tmp/log 2>&1 &\n\
-         sleep 1; test -s /tmp/draws"
+         for i in $(seq 60); do test -s /tmp/draws && exit 0; sleep 0.5; done; cat /tmp/log; exit 1"
     );
     chitin_with_templates(dir.path(), "template build t --memory 128 --warm-up")
         .arg(warm_up)
