@@ -1,9 +1,9 @@
 //! The guest kernel: an ELF `vmlinux`.
 //!
 //! It is mapped into guest memory copy-on-write instead of being copied, so that microVMs share its
-//! pages and they cost nothing at boot, unless the guest has private memory. linux-loader copies segments into memory, and does not
-//! bound the allocations that a file makes it do; so the few fields needed are read here, each
-//! checked before use.
+//! pages and they cost nothing at boot, unless the guest has private memory. linux-loader copies
+//! segments into memory, and does not bound the allocations that a file makes it do; so the few
+//! fields needed are read here, each checked before use.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -19,8 +19,9 @@ const FILES: &str = "Files";
 /// Arguments of `chitin run`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Exit code: that of the command; 2 if an option is invalid; 124 if the time limit was reached; 125 if Chitin failed; 126 if \
-the command is not executable; 127 if it was not found; 128+n if signal n ended it. If a limit of \
+Exit code: that of the command; 2 if an option is invalid; 124 if the time limit was reached; 125 \
+if Chitin failed; 126 if the command is not executable; 127 if it was not found; 128+n if signal n \
+ended it. If a limit of \
 the sandbox is the cause, a line on standard error names it, and `cause` in the report does.
 
 Examples:

@@ -144,7 +144,7 @@ mod tests {
     const EDX: usize = 3;
 
     #[test]
-    fn intel_transactions_counters_and_enclaves_are_hidden() {
+    fn intel_transactions_and_enclaves_are_hidden() {
         for (leaf, register, bit, name) in [
             ((0x1, 0), ECX, 2, "64-bit debug store"),
             ((0x1, 0), ECX, 3, "MONITOR"),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn amd_counters_virtualization_and_sampling_are_hidden() {
+    fn amd_counters_and_sampling_are_hidden() {
         let seen = see(0x8000_0001, 0).unwrap();
         for (bit, name) in [
             (2, "SVM"),
