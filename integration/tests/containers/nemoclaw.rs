@@ -102,7 +102,7 @@ fn fallback_reports_unavailable_tier() {
 
 /// Time within which a daemon must have removed the containers that it ends after a restart. It
 /// removes them in the background.
-const REMOVAL_LIMIT: Duration = Duration::from_secs(10);
+const REMOVAL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Asserts that the daemon has no container, or soon has none.
 #[track_caller]
