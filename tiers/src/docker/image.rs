@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::daemon::Daemon;
 use super::liveness::{CallError, call};
 use crate::Error;
+use crate::archive::{ArchiveError, Content, Entry, read_entries};
 use crate::error::ContainerError;
 
 /// Names of our images. The tag is the digest of the root.
@@ -189,23 +190,31 @@ fn pack_agent(archive: &Path) -> io::Result<Vec<u8>> {
         header.set_size(0);
         packed.append_data(&mut header, name, io::empty())?;
     }
-    for entry in tar::Archive::new(File::open(archive)?).entries_with_seek()? {
-        let entry = entry?;
-        let path = entry.path()?;
-        // Archives differ in whether names begin with `./`.
-        if path.strip_prefix(".").unwrap_or(&path) == Path::new("init") {
-            let size = entry.size();
-            if size > MAX_AGENT {
-                break;
-            }
-            let mut header = tar::Header::new_gnu();
-            header.set_mode(0o755);
-            header.set_size(size);
-            packed.append_data(&mut header, "init", entry.take(size))?;
-            return packed.into_inner();
+    let agent = read_agent(archive)?;
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o755);
+    header.set_size(agent.len() as u64);
+    packed.append_data(&mut header, "init", agent.as_slice())?;
+    packed.into_inner()
+}
+
+/// Reads the agent's program, the file `/init` of the root.
+fn read_agent(archive: &Path) -> io::Result<Vec<u8>> {
+    let mut agent = None;
+    let read = read_entries(File::open(archive)?, |Entry { path, content, .. }| {
+        if let Content::File { data, size } = content
+            && path == Path::new("init")
+            && size <= MAX_AGENT
+        {
+            let mut program = Vec::new();
+            data.take(size).read_to_end(&mut program).map_err(ArchiveError::Read)?;
+            agent = Some(program);
         }
-    }
-    Err(io::Error::new(io::ErrorKind::NotFound, "it has no /init of a usual size"))
+        Ok(())
+    });
+    read.map_err(io::Error::other)?;
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "it has no /init of a usual size");
+    agent.ok_or_else(missing)
 }
 
 #[cfg(test)]
@@ -220,6 +229,7 @@ mod tests {
         for (name, content) in [("./etc/passwd", "root"), ("./init", "agent")] {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
+            header.set_mode(0o755);
             root.append_data(&mut header, name, content.as_bytes()).unwrap();
         }
         root.into_inner().unwrap();
