@@ -19,8 +19,8 @@ use crate::container::{
     read_only_mount_bytes, scratch_mounts,
 };
 
-/// Open files of a process: soft limit, and the bounds of the hard limit. The agent keeps
-/// credentials at descriptors from 512, and a daemon may have any default.
+/// Open files of a process: soft limit, and the bounds of the hard limit. A daemon may have any
+/// default.
 const SOFT_FILES: i64 = 1024;
 const HARD_FILES: std::ops::RangeInclusive<u64> = 4096..=65_536;
 
