@@ -57,7 +57,22 @@ pub(crate) fn check_trusted_path(
     base: &Path,
     owners: &[u32],
 ) -> Result<(), UntrustedPath> {
-    let mut groups = PrivateGroups::default();
+    check_places(path, base, owners, Some(&mut PrivateGroups::default()))
+}
+
+/// Checks as [`check_trusted_path`] that only root and this user can change what an absolute path
+/// leads to. No group may write, not even one that has this user only.
+pub(crate) fn check_closed_path(path: &Path) -> Result<(), UntrustedPath> {
+    check_places(path, Path::new(""), &[rustix::process::geteuid().as_raw()], None)
+}
+
+/// Checks each place on the way to a path. Groups may write to none without `groups`.
+fn check_places(
+    path: &Path,
+    base: &Path,
+    owners: &[u32],
+    mut groups: Option<&mut PrivateGroups>,
+) -> Result<(), UntrustedPath> {
     let mut pending = list_parts(path);
     let mut place = PathBuf::from("/");
     let mut links = 0;
@@ -68,7 +83,7 @@ pub(crate) fn check_trusted_path(
         if owner != 0 && !owners.contains(&owner) && !base.starts_with(&place) {
             return Err(untrusted(&place, UntrustedReason::Owner { owner }));
         }
-        check_mode(&place, &metadata, &mut groups)?;
+        check_mode(&place, &metadata, groups.as_deref_mut())?;
         if metadata.is_symlink() {
             links += 1;
             if links > MAX_LINKS {
@@ -108,12 +123,13 @@ fn list_parts(path: &Path) -> Vec<Part> {
 fn check_mode(
     place: &Path,
     metadata: &Metadata,
-    groups: &mut PrivateGroups,
+    groups: Option<&mut PrivateGroups>,
 ) -> Result<(), UntrustedPath> {
     let mode = metadata.mode() & 0o7777;
     let protected = metadata.is_symlink() || metadata.is_dir() && mode & STICKY != 0;
-    let group_writes =
-        mode & GROUP_MAY_WRITE != 0 && !groups.has_only_member(metadata.gid(), metadata.uid());
+    let is_private =
+        |groups: &mut PrivateGroups| groups.has_only_member(metadata.gid(), metadata.uid());
+    let group_writes = mode & GROUP_MAY_WRITE != 0 && !groups.is_some_and(is_private);
     if !protected && (group_writes || mode & OTHERS_MAY_WRITE != 0) {
         return Err(untrusted(place, UntrustedReason::Mode { mode }));
     }

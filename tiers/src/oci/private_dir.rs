@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, Uid, fchmod, fstat, mkdir, open};
+use rustix::fs::{Mode, OFlags, Uid, fchmod, fstat, mkdir, open};
 use rustix::io::Errno;
+
+use crate::trusted_path::{UntrustedReason, check_closed_path};
 
 /// A directory that another user could have changed.
 fn untrusted(path: &Path, reason: &str) -> io::Error {
     let message =
-        format!("{} {reason}: remove it, or give it to root with mode 0755", path.display());
+        format!("{}: {reason}: remove it, or give it to root with mode 0755", path.display());
     io::Error::new(io::ErrorKind::PermissionDenied, message)
 }
 
@@ -31,15 +33,15 @@ pub(super) fn open_private_dir(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     }
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let directory = match open(path, flags, Mode::empty()) {
-        Err(Errno::LOOP | Errno::NOTDIR) => return Err(untrusted(path, "is not a directory")),
+        Err(Errno::LOOP | Errno::NOTDIR) => return Err(untrusted(path, "it is not a directory")),
         opened => opened?,
     };
     let status = fstat(&directory)?;
     if Uid::from_raw(status.st_uid) != rustix::process::geteuid() {
-        return Err(untrusted(path, "belongs to another user"));
+        return Err(untrusted(path, "it belongs to another user"));
     }
     if status.st_mode & 0o022 != 0 {
-        return Err(untrusted(path, "can be changed by other users"));
+        return Err(untrusted(path, "other users can change it"));
     }
     if status.st_mode & 0o7777 != mode.as_raw_mode() {
         // The umask, or an earlier version.
@@ -55,32 +57,17 @@ fn create_parents(path: &Path) -> io::Result<()> {
 }
 
 /// Checks that only root can replace a file or a directory, or one above it.
-pub(super) fn check_ancestors(path: &Path) -> io::Result<()> {
-    let own = rustix::process::geteuid();
-    for ancestor in path.ancestors() {
-        let status = rustix::fs::stat(ancestor)?;
-        let owner = Uid::from_raw(status.st_uid);
-        if !owner.is_root() && owner != own {
-            return Err(untrusted(ancestor, "belongs to another user"));
-        }
-        // In a sticky directory only the owner renames an entry.
-        let directory = FileType::from_raw_mode(status.st_mode) == FileType::Directory;
-        let sticky = directory && status.st_mode & 0o1000 != 0;
-        if status.st_mode & 0o022 != 0 && !sticky {
-            return Err(untrusted(ancestor, "can be changed by other users"));
-        }
-    }
-    Ok(())
+fn check_ancestors(path: &Path) -> io::Result<()> {
+    check_closed_path(path).map_err(|error| match error.reason {
+        UntrustedReason::Inspect(source) => source,
+        reason => untrusted(&error.path, &reason.to_string()),
+    })
 }
 
 /// Returns the path without links, if only root can change what it leads to.
 pub(super) fn resolve_trusted(path: &Path) -> io::Result<PathBuf> {
-    if let Some(parent) = path.parent() {
-        check_ancestors(&parent.canonicalize()?)?;
-    }
-    let resolved = path.canonicalize()?;
-    check_ancestors(&resolved)?;
-    Ok(resolved)
+    check_ancestors(path)?;
+    path.canonicalize()
 }
 
 #[cfg(test)]
