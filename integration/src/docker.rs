@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::env;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,11 +15,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::daemon_process::{STOP_LIMIT, new_daemon_command, spawn_daemon, stop_daemon};
+
 /// The time limit of a start: the daemon starts containerd and scans its directories.
 const START_LIMIT: Duration = Duration::from_secs(60);
-
-/// The time limit of a stop: the daemon stops its containers first.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// A Docker daemon. Dropping it stops the daemon and removes its directories.
 #[derive(Debug)]
@@ -35,8 +34,7 @@ impl Dockerd {
     /// # Errors
     /// The daemon cannot be started, or ends; the error contains the end of its log.
     pub fn start() -> io::Result<Dockerd> {
-        let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
-        Dockerd::start_in(dir, &[])
+        Dockerd::start_with(&[])
     }
 
     /// Starts a daemon with further options.
@@ -45,11 +43,7 @@ impl Dockerd {
     /// As [`Dockerd::start`].
     pub fn start_with(options: &[&str]) -> io::Result<Dockerd> {
         let dir = tempfile::Builder::new().prefix("chitin-dockerd-").tempdir()?;
-        Dockerd::start_in(dir, options)
-    }
-
-    fn start_in(dir: TempDir, options: &[&str]) -> io::Result<Dockerd> {
-        let child = spawn_daemon(dir.path(), options)?;
+        let child = spawn_dockerd(dir.path(), options)?;
         let mut dockerd = Dockerd { child, dir, killed: false };
         dockerd.wait_until_ready()?;
         Ok(dockerd)
@@ -98,7 +92,7 @@ impl Dockerd {
     pub fn restart(&mut self) -> io::Result<()> {
         // The daemon refuses to start while this file names a process, and the PID may be reused.
         let _ = fs::remove_file(self.dir.path().join("pid"));
-        self.child = spawn_daemon(self.dir.path(), &[])?;
+        self.child = spawn_dockerd(self.dir.path(), &[])?;
         self.killed = false;
         self.wait_until_ready()
     }
@@ -126,23 +120,16 @@ pub(crate) fn wait_for_daemon(host: &str, child: &mut Child, log: &Path) -> io::
 
 /// Starts a daemon without a bridge and firewall rules, which no container here needs, so that the
 /// host's network is unchanged.
-fn spawn_daemon(dir: &Path, options: &[&str]) -> io::Result<Child> {
+fn spawn_dockerd(dir: &Path, options: &[&str]) -> io::Result<Child> {
     let path = |name: &str| dir.join(name).into_os_string();
-    let log = File::options().create(true).append(true).open(dir.join("log"))?;
-    // The daemon ends with this process, even if this process is killed.
-    Command::new("setpriv")
-        .args(["--pdeathsig", "TERM", "dockerd", "--iptables=false", "--bridge=none"])
+    let mut dockerd = new_daemon_command("dockerd");
+    dockerd
+        .args(["--iptables=false", "--bridge=none"])
         .args(["--data-root".into(), path("data"), "--exec-root".into(), path("exec")])
         .args(["--pidfile".into(), path("pid"), "--host".into()])
         .arg(format!("unix://{}", dir.join("socket").display()))
-        .args(options)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .map_err(|error| {
-            io::Error::other(format!("start dockerd: {error} (cargo xtask setup installs it)"))
-        })
+        .args(options);
+    spawn_daemon(&mut dockerd, "dockerd", dir)
 }
 
 impl Drop for Dockerd {
@@ -151,15 +138,9 @@ impl Drop for Dockerd {
             // Only a daemon can clean up containers, mounts and containerd of another.
             let _ = self.restart();
         }
-        // The signals fail if the daemon has ended.
+        // A suspended daemon would not end. The signal fails if the daemon has ended.
         let _ = kill_process(Pid::from_child(&self.child), Signal::CONT);
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let deadline = Instant::now() + STOP_LIMIT;
-        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        stop_daemon(&mut self.child);
         // A daemon bind-mounts its data directory onto itself, and does not unmount it when killed.
         // The call fails without a mount.
         let _ = unmount(self.dir.path().join("data"), UnmountFlags::DETACH);

@@ -23,6 +23,7 @@ pub use tier_under_test::{Policy, TierUnderTest};
 
 pub mod canary;
 mod command;
+mod daemon_process;
 pub mod docker;
 mod host_resources;
 mod podman;
