@@ -54,14 +54,13 @@ async fn move_bytes(shared: &Shared) -> io::Result<CloseReason> {
         tokio::select! {
             ready = incoming.readable(), if paused_until.is_none() => {
                 let mut ready = ready?;
-                let more = match read_input(shared, socket) {
-                    Ok(more) => more,
+                let input = match read_input(shared, socket) {
+                    Ok(input) => input,
                     Err(reason) => return Ok(reason),
                 };
-                let received = shared.lock().connection.frames_received();
                 let now = Instant::now();
-                paused_until = rate.charge(received, now).map(|wait| (now + wait).into());
-                if more {
+                paused_until = rate.charge(input.frames, now).map(|wait| (now + wait).into());
+                if input.more {
                     // A peer that fills the socket as fast as it is read would keep this task from
                     // ever returning to the runtime: timers and other sandboxes have their turn.
                     tokio::task::yield_now().await;
@@ -113,20 +112,31 @@ fn write_output(shared: &Shared, mut socket: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads once and handles the events. Returns false when the socket is empty.
-fn read_input(shared: &Shared, mut socket: &UnixStream) -> Result<bool, CloseReason> {
+/// The result of one read.
+struct Input {
+    /// The frames that the peer has sent so far.
+    frames: u64,
+    /// The socket may have more.
+    more: bool,
+}
+
+/// Reads once and handles the events.
+fn read_input(shared: &Shared, mut socket: &UnixStream) -> Result<Input, CloseReason> {
     let mut state = shared.lock();
     let space = state.connection.input_buffer();
     let room = space.len();
-    let count = match socket.read(space) {
+    let more = match socket.read(space) {
         Ok(0) => return Err(CloseReason::Eof),
-        Ok(count) => count,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
+        Ok(count) => {
+            state.connection.commit_input(count);
+            while state.handle_event(shared).map_err(CloseReason::Fault)? {}
+            // A short read means that the socket is empty. The end of file is reported as a
+            // separate event.
+            count == room
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
         Err(error) => return Err(CloseReason::Io(error.kind())),
     };
-    state.connection.commit_input(count);
-    while state.handle_event(shared).map_err(CloseReason::Fault)? {}
-    // A short read means that the socket is empty. The end of file is reported as a separate event.
-    Ok(count == room)
+    Ok(Input { frames: state.connection.frames_received(), more })
 }
