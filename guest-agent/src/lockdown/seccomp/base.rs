@@ -9,25 +9,11 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 
+use super::NAMESPACES;
 use super::default_deny::Filter;
 
 /// Marks system calls of the x32 ABI (`__X32_SYSCALL_BIT` of the kernel's uapi).
 const X32: i64 = 0x4000_0000;
-
-/// The namespaces that unshare(2) and clone(2) can create: `CLONE_NEW*` of `linux/sched.h`. A
-/// process that creates a user namespace has all capabilities in it, on the kernel of a microVM
-/// as well as on that of gVisor, and with them it reaches the parts of a kernel that are attacked
-/// most. With any of them it could mount, change its root, or open raw sockets.
-const NAMESPACES: [u32; 8] = [
-    CLONE_NEWTIME,
-    libc::CLONE_NEWNS.cast_unsigned(),
-    libc::CLONE_NEWCGROUP.cast_unsigned(),
-    libc::CLONE_NEWUTS.cast_unsigned(),
-    libc::CLONE_NEWIPC.cast_unsigned(),
-    libc::CLONE_NEWUSER.cast_unsigned(),
-    libc::CLONE_NEWPID.cast_unsigned(),
-    libc::CLONE_NEWNET.cast_unsigned(),
-];
 
 /// A flag of unshare(2) and clone3(2) only: in clone(2), its bit belongs to the signal.
 const CLONE_NEWTIME: u32 = 0x80;
@@ -80,10 +66,13 @@ fn build_filters() -> Result<[BpfProgram; 3], BackendError> {
     let sockets =
         [libc::SYS_socket, libc::SYS_socket | X32].map(|call| (call, vec![vsock.clone()]));
     let absent = ABSENT.iter().flat_map(|&call| [(call, vec![]), (call | X32, vec![])]);
-    let unshare: Vec<SeccompRule> =
+    // A process that creates a user namespace has all capabilities in it, on the kernel of a microVM
+    // as well as on that of gVisor, and with them it reaches the parts of a kernel that are attacked
+    // most. With any namespace it could mount, change its root, or open raw sockets.
+    let clone: Vec<SeccompRule> =
         NAMESPACES.into_iter().map(require_flag).collect::<Result<_, _>>()?;
-    let clone_flags = NAMESPACES.into_iter().filter(|&flag| flag != CLONE_NEWTIME);
-    let clone = clone_flags.map(require_flag).collect::<Result<_, _>>()?;
+    let mut unshare = clone.clone();
+    unshare.push(require_flag(CLONE_NEWTIME)?);
     let namespaces = [
         (libc::SYS_unshare, unshare),
         (libc::SYS_clone, clone),

@@ -10,6 +10,7 @@
 use rustix::io::Errno;
 use seccompiler::{BpfProgram, sock_filter};
 
+use super::NAMESPACES;
 use super::allowlist::{ALLOWED, LAST};
 use crate::syscall::check_result;
 
@@ -41,10 +42,6 @@ const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
 const fn fail_with(errno: Errno) -> u32 {
     libc::SECCOMP_RET_ERRNO | errno.raw_os_error().cast_unsigned()
 }
-
-/// The namespaces that clone(2) can create: `CLONE_NEW*` of `linux/sched.h`, without CLONE_NEWTIME,
-/// which only clone3(2) and unshare(2) take.
-const NAMESPACES: u32 = 0x7e02_0000;
 
 /// `asm-generic/ioctls.h`. The type of these constants differs between C libraries.
 const TIOCSTI: u32 = 0x5412;
@@ -88,7 +85,7 @@ impl Action {
             ],
             Action::Clone => vec![
                 instruction(LOAD, argument_offset(0)),
-                branch(JUMP_ANY_BIT, NAMESPACES, 0, 1),
+                branch(JUMP_ANY_BIT, NAMESPACES.iter().fold(0, |bits, flag| bits | flag), 0, 1),
                 instruction(RETURN, fail_with(Errno::PERM)),
                 instruction(RETURN, ALLOW),
             ],
