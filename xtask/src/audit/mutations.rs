@@ -51,9 +51,6 @@ pub struct Mutation {
     pub edit: fn(&mut Value, &Surroundings),
 }
 
-/// A property that no mutation can remove on a container tier, and the reason.
-pub const NOT_MUTATED: [(&str, &str); 0] = [];
-
 const fn edited(
     name: &'static str,
     property: &'static str,
@@ -78,9 +75,7 @@ pub const MUTATIONS: [Mutation; 21] = [
     }),
     edited("host-proc-mounted", "host processes", |config, _| mount_host_proc(config)),
     edited("network-interface", "network", share_network),
-    edited("metadata-service-reachable", "metadata service", |config, host| {
-        share_network(config, host);
-    }),
+    edited("metadata-service-reachable", "metadata service", share_network),
     edited("network-shared", "other sandboxes", share_network),
     edited("user-range-shared", "credentials", |config, _| {
         mount_host_proc(config);
