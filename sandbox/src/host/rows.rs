@@ -22,6 +22,8 @@ pub struct Row {
     sources: &'static [&'static str],
     /// Judges its text.
     judge: fn(&str) -> Grade,
+    /// Returns the part of the text that decided.
+    describe: fn(&str) -> String,
     /// The judgement if no file exists.
     absent: Grade,
     reason: &'static str,
@@ -34,6 +36,7 @@ pub const ROWS: [Row; 19] = [
         name: "kernel version",
         sources: &["/proc/sys/kernel/osrelease"],
         judge: judge_release,
+        describe: describe_release,
         absent: Grade::Unknown,
         reason: "A guest attacks the host's kernel through KVM.",
         remedy: "install the newest kernel of the distribution and reboot; a distribution may have \
@@ -43,6 +46,7 @@ pub const ROWS: [Row; 19] = [
         name: "mitigations",
         sources: &["/proc/cmdline"],
         judge: judge_command_line,
+        describe: describe_command_line,
         absent: Grade::Unknown,
         reason: "A boot option may switch off the protection between guests and host.",
         remedy: "remove `mitigations=off`, `mitigations=…no_guest_host` and the like from the \
@@ -52,6 +56,7 @@ pub const ROWS: [Row; 19] = [
         name: "SMT",
         sources: &["/sys/devices/system/cpu/smt/active"],
         judge: |text| if text == "0" { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "Two guests on the threads of one core see each other's use of its caches.",
         remedy: "`echo off > /sys/devices/system/cpu/smt/control`, or the boot option `nosmt`; core \
@@ -61,6 +66,7 @@ pub const ROWS: [Row; 19] = [
         name: "KSM",
         sources: &["/sys/kernel/mm/ksm/run"],
         judge: |text| if text == "0" { Grade::Ok } else { Grade::Bad },
+        describe: first_line,
         absent: Grade::Ok,
         reason: "Merged pages tell a guest by their timing what other guests have in memory.",
         remedy: "`echo 2 > /sys/kernel/mm/ksm/run`",
@@ -69,6 +75,7 @@ pub const ROWS: [Row; 19] = [
         name: "swap",
         sources: &["/proc/swaps"],
         judge: |text| if text.lines().count() <= 1 { Grade::Ok } else { Grade::Warning },
+        describe: describe_swap,
         absent: Grade::Unknown,
         reason: "Guest memory, with what a workload was given, may be written to a disk.",
         remedy: "`swapoff -a`, or swap on an encrypted device with a key that is not kept",
@@ -78,6 +85,7 @@ pub const ROWS: [Row; 19] = [
         sources: &["/sys/module/kvm/parameters/nx_huge_pages"],
         // The kernel says N on a processor without the fault, which has a row below.
         judge: |text| if text == "never" { Grade::Warning } else { Grade::Ok },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "On processors with the iTLB multihit fault, a guest can stop the host.",
         remedy: "boot with `kvm.nx_huge_pages=auto`",
@@ -89,6 +97,7 @@ pub const ROWS: [Row; 19] = [
             "/sys/module/kvm_amd/parameters/nested",
         ],
         judge: |text| if matches!(text, "N" | "0") { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "It is the largest part of KVM that a guest can reach. Chitin's guests do not see \
                  it; guests of other programs on this host may.",
@@ -98,6 +107,7 @@ pub const ROWS: [Row; 19] = [
         name: "ignore_msrs",
         sources: &["/sys/module/kvm/parameters/ignore_msrs"],
         judge: |text| if matches!(text, "N" | "0") { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "KVM then answers for registers that it does not emulate, instead of a fault.",
         remedy: "`echo N > /sys/module/kvm/parameters/ignore_msrs`",
@@ -106,6 +116,7 @@ pub const ROWS: [Row; 19] = [
         name: "core dumps",
         sources: &["/proc/sys/kernel/core_pattern"],
         judge: |text| if text.starts_with('|') { Grade::Warning } else { Grade::Ok },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "A program of the host, as root, reads the memory of whatever fails.",
         remedy: "`sysctl kernel.core_pattern=core`; monitors of Chitin have a limit of 0",
@@ -114,6 +125,7 @@ pub const ROWS: [Row; 19] = [
         name: "set-id core dumps",
         sources: &["/proc/sys/fs/suid_dumpable"],
         judge: |text| if text == "0" { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "Processes that changed their user, as monitors do, may be dumped.",
         remedy: "`sysctl fs.suid_dumpable=0`",
@@ -122,6 +134,7 @@ pub const ROWS: [Row; 19] = [
         name: "cgroup v2",
         sources: &["/sys/fs/cgroup/cgroup.controllers"],
         judge: judge_controllers,
+        describe: first_line,
         absent: Grade::Warning,
         reason: "Without it, memory, tasks and processor time of a monitor have no outer limit.",
         remedy: "boot with `systemd.unified_cgroup_hierarchy=1`, and delegate cpu, memory and pids",
@@ -130,6 +143,7 @@ pub const ROWS: [Row; 19] = [
         name: "hypervisor",
         sources: &["/proc/cpuinfo"],
         judge: judge_processor,
+        describe: describe_processor,
         absent: Grade::Unknown,
         reason: "This host is itself a guest: its own host can read everything here, and decides \
                  about microcode and SMT.",
@@ -139,6 +153,7 @@ pub const ROWS: [Row; 19] = [
         name: "unprivileged BPF",
         sources: &["/proc/sys/kernel/unprivileged_bpf_disabled"],
         judge: |text| if matches!(text, "1" | "2") { Grade::Ok } else { Grade::Bad },
+        describe: first_line,
         absent: Grade::Ok,
         reason: "Any user of the host may load programs that help to attack its kernel, also \
                  through speculation.",
@@ -148,6 +163,7 @@ pub const ROWS: [Row; 19] = [
         name: "unprivileged userfaultfd",
         sources: &["/proc/sys/vm/unprivileged_userfaultfd"],
         judge: |text| if text == "0" { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Ok,
         reason: "It makes races in the kernel easy to win.",
         remedy: "`sysctl vm.unprivileged_userfaultfd=0`",
@@ -156,6 +172,7 @@ pub const ROWS: [Row; 19] = [
         name: "kernel addresses",
         sources: &["/proc/sys/kernel/kptr_restrict"],
         judge: |text| if matches!(text, "1" | "2") { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "The kernel tells every user where its code and data are.",
         remedy: "`sysctl kernel.kptr_restrict=1`",
@@ -164,6 +181,7 @@ pub const ROWS: [Row; 19] = [
         name: "kernel log",
         sources: &["/proc/sys/kernel/dmesg_restrict"],
         judge: |text| if text == "1" { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "The kernel's log tells every user addresses and failures.",
         remedy: "`sysctl kernel.dmesg_restrict=1`",
@@ -172,6 +190,7 @@ pub const ROWS: [Row; 19] = [
         name: "ptrace",
         sources: &["/proc/sys/kernel/yama/ptrace_scope"],
         judge: |text| if matches!(text, "1" | "2" | "3") { Grade::Ok } else { Grade::Warning },
+        describe: first_line,
         absent: Grade::Warning,
         reason: "A program of the same user can read the memory of a program that holds \
                  credentials.",
@@ -184,6 +203,7 @@ pub const ROWS: [Row; 19] = [
             Ok(2_i32..) => Grade::Ok,
             _ => Grade::Warning,
         },
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "Every user may count events of the processor, which helps to spy on guests.",
         remedy: "`sysctl kernel.perf_event_paranoid=2`",
@@ -192,6 +212,7 @@ pub const ROWS: [Row; 19] = [
         name: "/dev/kvm",
         sources: &["/dev/kvm"],
         judge: judge_device,
+        describe: first_line,
         absent: Grade::Unknown,
         reason: "Every user of the host, also a service that was broken into, can attack the \
                  kernel through KVM.",
@@ -205,7 +226,7 @@ impl Row {
     pub fn check(&self, files: &HostFiles) -> HostFinding {
         let read = |source: &&'static str| Some((*source, self.read(files, source)?));
         let (source, grade, found) = match self.sources.iter().find_map(read) {
-            Some((source, text)) => (source, (self.judge)(&text), describe(self.name, &text)),
+            Some((source, text)) => (source, (self.judge)(&text), (self.describe)(&text)),
             None => {
                 let source = self.sources.first().copied().unwrap_or_default();
                 (source, self.absent, "absent, or not readable".to_owned())
@@ -326,33 +347,39 @@ fn judge_device(mode: &str) -> Grade {
     }
 }
 
-/// Returns the part of a text that decided, in one short line.
-fn describe(name: &str, text: &str) -> String {
-    const MAX_CHARS: usize = 80;
-    let line = match name {
-        "kernel version" => {
-            let missing = KernelVersion::parse(text).map(list_missing_fixes).unwrap_or_default();
-            if missing.is_empty() { text.to_owned() } else { format!("{text} {missing}") }
-        }
-        "swap" => match text.lines().count() {
-            0 | 1 => "none".to_owned(),
-            lines => format!("{} in use", lines - 1),
-        },
-        "hypervisor" => match judge_processor(text) {
-            Grade::Ok => "none".to_owned(),
-            Grade::Warning => "present".to_owned(),
-            _ => "not told".to_owned(),
-        },
-        "mitigations" => {
-            let words =
-                text.split_whitespace().filter(|word| judge_command_line(word) != Grade::Ok);
-            let words: Vec<&str> = words.collect();
-            if words.is_empty() { "on".to_owned() } else { words.join(" ") }
-        }
-        _ => text.lines().next().unwrap_or_default().to_owned(),
+fn describe_release(release: &str) -> String {
+    let missing = KernelVersion::parse(release).map(list_missing_fixes).unwrap_or_default();
+    if missing.is_empty() { release.to_owned() } else { format!("{release} {missing}") }
+}
+
+fn describe_command_line(line: &str) -> String {
+    let words = line.split_whitespace().filter(|word| judge_command_line(word) != Grade::Ok);
+    let words: Vec<&str> = words.collect();
+    if words.is_empty() { "on".to_owned() } else { first_line(&words.join(" ")) }
+}
+
+fn describe_swap(swaps: &str) -> String {
+    match swaps.lines().count() {
+        0 | 1 => "none".to_owned(),
+        lines => format!("{} in use", lines - 1),
+    }
+}
+
+fn describe_processor(text: &str) -> String {
+    let found = match judge_processor(text) {
+        Grade::Ok => "none",
+        Grade::Warning => "present",
+        _ => "not told",
     };
-    if name == "kernel version" || line.chars().count() <= MAX_CHARS {
-        return line;
+    found.to_owned()
+}
+
+/// Returns the first line of a text, shortened.
+fn first_line(text: &str) -> String {
+    const MAX_CHARS: usize = 80;
+    let line = text.lines().next().unwrap_or_default();
+    if line.chars().count() <= MAX_CHARS {
+        return line.to_owned();
     }
     line.chars().take(MAX_CHARS).chain(['…']).collect()
 }
